@@ -1,0 +1,301 @@
+"""The pending-call table: correlation ID -> state -> one outcome. Pure.
+
+`TRANSITIONS` below is the one place that decides how a call ends. A call is CREATED until a request of it is handed
+to the socket, then WRITTEN, then CONFIRMED by the broker; it is DONE when its outcome is known. Requests may be sent
+again inside the same deadline: freely where the last one certainly did not run, and where it may have run only if the
+caller declared the call idempotent.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum, IntEnum, auto
+from typing import Final
+
+from rpcq.errors import (
+    CallError,
+    CallTimeout,
+    ConfigurationError,
+    Executed,
+    OutcomeUnknown,
+    Overloaded,
+    ServiceUnavailable,
+)
+from rpcq.wire import Reply
+
+MAX_ATTEMPTS: Final = 3
+"""Times that an idempotent call is sent where each may have run."""
+
+
+class State(IntEnum):
+    """How far a call is."""
+
+    CREATED = auto()
+    WRITTEN = auto()
+    CONFIRMED = auto()
+    DONE = auto()
+
+
+class Event(IntEnum):
+    """What happens to a call."""
+
+    WRITE = auto()
+    """A request is handed to the transport."""
+    CONFIRM = auto()
+    """The broker has the request."""
+    REPLY = auto()
+    """A worker answered: with a result, or with an error."""
+    TURNED_AWAY = auto()
+    """A worker answered that it shuts down and did not start."""
+    WORKER_LOST = auto()
+    """A worker or the broker says that the worker that held the request was lost."""
+    RETURNED = auto()
+    """No queue is bound for the service."""
+    REFUSED = auto()
+    """The request queue is full."""
+    UNSENT = auto()
+    """The request never reached the socket."""
+    LOST = auto()
+    """A session went down: nothing more will be heard of the request."""
+    EXPIRED = auto()
+    """The request expired in a queue that may have delivered it before."""
+    EXPIRED_UNRUN = auto()
+    """The request expired in a queue that delivers once."""
+    DEADLINE = auto()
+    """The deadline passed."""
+    DEADLINE_BLOCKED = auto()
+    """The same, and the way to the broker is there but blocked or full."""
+    CANCEL = auto()
+    """The caller's task was cancelled."""
+    CLOSE = auto()
+    """The client is closed."""
+
+
+class Act(Enum):
+    """What a transition does besides changing the state."""
+
+    NOTHING = auto()
+    ANSWER = auto()
+    """The caller gets the reply."""
+    FAIL = auto()
+    """The caller gets the error."""
+    AGAIN = auto()
+    """The request is sent again: it certainly did not run."""
+    AGAIN_OR_FAIL = auto()
+    """The request may have run: it is sent again if the call is idempotent, else the caller gets the error."""
+    FORGET = auto()
+    """The caller is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """What becomes of a call."""
+
+    state: State
+    act: Act
+    error: type[CallError] | None = None
+    executed: Executed = "no"
+    message: str = ""
+
+
+def _fail(error: type[CallError], executed: Executed, message: str) -> Transition:
+    return Transition(State.DONE, Act.FAIL, error, executed, message)
+
+
+_ANSWER: Final = Transition(State.DONE, Act.ANSWER)
+_AGAIN: Final = Transition(State.CREATED, Act.AGAIN)
+_FORGET: Final = Transition(State.DONE, Act.FORGET)
+_NO_SERVICE: Final = _fail(ServiceUnavailable, "no", "no worker ever served this: nothing is bound for it")
+_NOT_CONNECTED: Final = _fail(ServiceUnavailable, "no", "no connection to the broker until the deadline")
+_BLOCKED: Final = _fail(Overloaded, "no", "the broker took no messages until the deadline")
+_FULL: Final = _fail(Overloaded, "no", "the request queue is full")
+_NO_WORD: Final = _fail(CallTimeout, "maybe", "no reply until the deadline")
+_EXPIRED: Final = _fail(CallTimeout, "maybe", "the request expired in the queue")
+_EXPIRED_UNRUN: Final = _fail(CallTimeout, "no", "the request expired in the queue, and was never delivered")
+_CLOSED: Final = _fail(OutcomeUnknown, "maybe", "the client was closed while the call was under way")
+_CLOSED_UNSENT: Final = _fail(ServiceUnavailable, "no", "the client was closed before the call was sent")
+_LOST: Final = Transition(
+    State.CREATED, Act.AGAIN_OR_FAIL, OutcomeUnknown, "maybe", "the connection to the broker was lost"
+)
+_WORKER_LOST: Final = Transition(
+    State.CREATED, Act.AGAIN_OR_FAIL, OutcomeUnknown, "maybe", "the worker that held the call was lost"
+)
+
+_C, _W, _F = State.CREATED, State.WRITTEN, State.CONFIRMED
+
+# A call that was sent and is CREATED again still takes a late answer to its earlier request. What else concerns an
+# earlier request says nothing about the next one, and is passed over.
+TRANSITIONS: Final[dict[tuple[State, Event], Transition]] = {
+    (_C, Event.WRITE): Transition(_W, Act.NOTHING),
+    (_C, Event.REPLY): _ANSWER,
+    (_C, Event.DEADLINE): _NOT_CONNECTED,
+    (_C, Event.DEADLINE_BLOCKED): _BLOCKED,
+    (_C, Event.CANCEL): _FORGET,
+    (_C, Event.CLOSE): _CLOSED_UNSENT,
+    (_W, Event.CONFIRM): Transition(_F, Act.NOTHING),
+    (_W, Event.REPLY): _ANSWER,
+    (_W, Event.TURNED_AWAY): _AGAIN,
+    (_W, Event.WORKER_LOST): _WORKER_LOST,
+    (_W, Event.RETURNED): _NO_SERVICE,
+    (_W, Event.REFUSED): _FULL,
+    (_W, Event.UNSENT): _AGAIN,
+    (_W, Event.LOST): _LOST,
+    (_W, Event.EXPIRED): _EXPIRED,
+    (_W, Event.EXPIRED_UNRUN): _EXPIRED_UNRUN,
+    (_W, Event.DEADLINE): _NO_WORD,
+    (_W, Event.DEADLINE_BLOCKED): _NO_WORD,
+    (_W, Event.CANCEL): _FORGET,
+    (_W, Event.CLOSE): _CLOSED,
+    (_F, Event.REPLY): _ANSWER,
+    (_F, Event.TURNED_AWAY): _AGAIN,
+    (_F, Event.WORKER_LOST): _WORKER_LOST,
+    (_F, Event.LOST): _LOST,
+    (_F, Event.EXPIRED): _EXPIRED,
+    (_F, Event.EXPIRED_UNRUN): _EXPIRED_UNRUN,
+    (_F, Event.DEADLINE): _NO_WORD,
+    (_F, Event.DEADLINE_BLOCKED): _NO_WORD,
+    (_F, Event.CANCEL): _FORGET,
+    (_F, Event.CLOSE): _CLOSED,
+}
+
+
+# The same by index: looked up several times in each call.
+_TABLE: Final = [
+    [TRANSITIONS.get((state, event)) for event in [None, *Event]]  # type: ignore[arg-type]  # auto() counts from 1
+    for state in [None, *State]
+]
+
+Outcome = Reply | CallError
+
+
+class Call:
+    """One call under way. Subclasses say who is told.
+
+    Attributes:
+        correlation_id: 1 to 255 bytes, unique for this client.
+        idempotent: it may be sent again where it may have run.
+        state: how far it is.
+        sent: requests handed to the transport.
+        attempt: 1 + the number of earlier requests that may have run.
+
+    """
+
+    __slots__ = ("attempt", "correlation_id", "idempotent", "sent", "state")
+
+    def __init__(self, correlation_id: bytes, *, idempotent: bool) -> None:
+        self.correlation_id = correlation_id
+        self.idempotent = idempotent
+        self.state = State.CREATED
+        self.sent = 0
+        self.attempt = 1
+
+    def settle(self, outcome: Outcome) -> None:
+        """The call has ended; called once, or never where its caller is gone."""
+        raise NotImplementedError
+
+    def again(self) -> None:
+        """The request is to be sent again."""
+        raise NotImplementedError
+
+
+class PendingCalls:
+    """The calls under way, by correlation ID.
+
+    Args:
+        limit: calls that it holds; one more is `Overloaded`.
+
+    Attributes:
+        unmatched: replies and notices that were for no call under way: late, twice, or for nobody.
+
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._calls: dict[bytes, Call] = {}
+        self._limit = limit
+        # 64 random bits keep the IDs of clients apart, a counter those of one client.
+        self._prefix = secrets.token_hex(8).encode() + b"-"
+        self._count = 0
+        self.unmatched = 0
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __iter__(self) -> Iterator[Call]:
+        return iter(list(self._calls.values()))
+
+    def next_id(self) -> bytes:
+        """A correlation ID that no other call has."""
+        self._count += 1
+        return self._prefix + b"%x" % self._count
+
+    def add(self, call: Call) -> None:
+        """A call begins.
+
+        Raises:
+            Overloaded: the table is full.
+            ConfigurationError: a call of this correlation ID is under way.
+
+        """
+        if len(self._calls) >= self._limit:
+            msg = f"{self._limit} calls are under way already (max_in_flight)"
+            raise Overloaded(msg, correlation_id=call.correlation_id.decode("utf-8", "replace"))
+        if self._calls.setdefault(call.correlation_id, call) is not call:
+            msg = f"a call with the correlation ID {call.correlation_id!r} is under way already"
+            raise ConfigurationError(msg)
+
+    def get(self, correlation_id: bytes) -> Call | None:
+        """The call under way with this ID, or None, which is counted."""
+        call = self._calls.get(correlation_id)
+        if call is None:
+            self.unmatched += 1
+        return call
+
+    def written(self, call: Call) -> int:
+        """A request of the call is handed to the transport; the number tells it from others of the same call."""
+        self.happened(call, Event.WRITE)
+        call.sent += 1
+        return call.sent
+
+    def happened(self, call: Call, event: Event, reply: Reply | None = None, why: str = "") -> None:
+        """An event of the table; for REPLY with the reply, for others perhaps with the cause."""
+        transition = _TABLE[call.state][event]
+        if transition is None:
+            return
+        act = transition.act
+        if act is Act.NOTHING:
+            call.state = transition.state
+        elif act is Act.ANSWER:
+            assert reply is not None  # noqa: S101 - the table has ANSWER only for REPLY
+            self._end(call)
+            call.settle(reply)
+        elif act is Act.FORGET:
+            self._end(call)
+        elif act is Act.AGAIN:
+            call.state = State.CREATED
+            call.again()
+        elif act is Act.AGAIN_OR_FAIL and call.idempotent and call.attempt < MAX_ATTEMPTS:
+            call.state = State.CREATED
+            call.attempt += 1
+            call.again()
+        else:
+            self._end(call)
+            call.settle(_error(call, transition, why))
+
+    def _end(self, call: Call) -> None:
+        call.state = State.DONE
+        del self._calls[call.correlation_id]
+
+
+def _error(call: Call, transition: Transition, why: str) -> CallError:
+    assert transition.error is not None  # noqa: S101 - the table has one wherever a call may fail
+    # An earlier request may have run, whatever became of the last one.
+    executed: Executed = "maybe" if call.attempt > 1 and transition.executed == "no" else transition.executed
+    message = f"{transition.message}: {why}" if why else transition.message
+    return transition.error(
+        message,
+        executed=executed,
+        retryable=None if executed == transition.executed else False,
+        correlation_id=call.correlation_id.decode("utf-8", "replace"),
+    )

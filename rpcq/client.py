@@ -1,0 +1,497 @@
+"""The client: sends calls, owns the futures that wait for their replies."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar, Unpack
+
+from pydantic import ValidationError
+
+from rpcq import logs, processes, wire
+from rpcq.calls import Call, Event, Outcome, PendingCalls
+from rpcq.contract import Result, result_adapter
+from rpcq.deadline import Deadline, inherit
+from rpcq.environment import broker_url
+from rpcq.errors import (
+    BrokerError,
+    CallTimeout,
+    ClosedError,
+    ConfigurationError,
+    InvalidReply,
+    ServiceUnavailable,
+    UsageError,
+    from_wire,
+)
+from rpcq.properties import MalformedProperties
+from rpcq.proxy import CallMaker, ServiceProxy, Target
+from rpcq.settings import CallOptions, CallSettings, ClientOptions, ClientSettings, check_name
+from rpcq.transport.base import Delivery, Listener, Outgoing, Settled, Subscription, Transport
+from rpcq.transport.opening import open_transport
+from rpcq.transport.topology import Names
+from rpcq.url import mask
+from rpcq.wire import Notice, Reply
+
+T = TypeVar("T")
+
+TURNED_AWAY_PAUSE: Final = 0.01
+"""Seconds before a call that a worker turned away is sent again; doubled each time, so that none spins."""
+
+PING_TIMEOUT: Final = 1.0
+"""Seconds that a worker has to answer a ping."""
+
+log = logs.get_logger("rpcq.client")
+
+_BY_SETTLED: Final = {
+    Settled.CONFIRMED: Event.CONFIRM,
+    Settled.RETURNED: Event.RETURNED,
+    Settled.REFUSED: Event.REFUSED,
+    Settled.UNSENT: Event.UNSENT,
+    Settled.UNKNOWN: Event.LOST,
+}
+
+
+class _Call(Call):
+    """A call with the future that its caller waits for, and all that it takes to send it."""
+
+    __slots__ = ("body", "client", "deadline", "future", "options", "target")
+
+    def __init__(  # noqa: PLR0913 - the fields of a call; made once for each
+        self,
+        client: Client,
+        correlation_id: bytes,
+        target: Target,
+        options: CallOptions,
+        body: bytes,
+        deadline: Deadline,
+    ) -> None:
+        super().__init__(correlation_id, idempotent=options.idempotent)
+        self.client = client
+        self.target = target
+        self.options = options
+        self.body = body
+        self.deadline = deadline
+        self.future: asyncio.Future[Outcome] = client._loop.create_future()  # noqa: SLF001
+
+    def settle(self, outcome: Outcome) -> None:
+        if not self.future.done():  # its task may have been cancelled, and not have run since
+            self.future.set_result(outcome)
+
+    def again(self) -> None:
+        self.client._send_again(self)  # noqa: SLF001
+
+
+def _headers(call: _Call) -> bytes:
+    options = call.options
+    if not options.idempotent and not options.metadata:
+        return b""
+    # The first request's ID names the call: every attempt has the same, and no other call has it.
+    key = call.correlation_id.decode() if options.idempotent else None
+    return wire.encode_headers(key=key, attempt=call.attempt, metadata=options.metadata)
+
+
+class Client:
+    """Calls methods of services; any number at once.
+
+    Use it as an async context manager, or call `connect` and `close`. It belongs to the event loop and the process
+    that opened it.
+
+    Args:
+        url: the broker: `amqp://user:password@host:port/vhost`, `amqps://...` or `memory://`; `RPCQ_URL` if None.
+        options: as in `ClientOptions`.
+
+    Raises:
+        ConfigurationError: the URL or an option cannot be used.
+
+    """
+
+    def __init__(self, url: str | None = None, **options: Unpack[ClientSettings]) -> None:
+        self.options = ClientOptions(**options)
+        self._url = broker_url(url)
+        self._transport: Transport = open_transport(self._url, self.options)
+        self.names = Names(self.options.namespace)
+        self._maker = CallMaker(self, CallOptions(timeout=self.options.timeout))
+        self._calls = PendingCalls(self.options.max_in_flight)
+        self._results: dict[Any, Result] = {}
+        self._loop: asyncio.AbstractEventLoop
+        self._generation = -1
+        self._state = "new"
+        self._encoder: wire.RequestEncoder | None = None  # there while the consuming session is up
+        self._consuming_up = asyncio.Event()
+        self._publishing_up = False
+        self._waiting: deque[_Call] = deque()
+        self._pump: asyncio.Task[None] | None = None
+        self._pings: dict[bytes, asyncio.Future[bool]] = {}
+
+    # Opening and closing.
+
+    async def connect(self) -> Self:
+        """Open both connections; from then on the client keeps itself connected.
+
+        Raises:
+            BrokerError: the broker cannot be used; the message says why. Nothing is left open.
+            UsageError: it was opened before.
+
+        """
+        if self._state != "new":
+            msg = f"this client is {self._state}; a client is opened once"
+            raise UsageError(msg)
+        self._loop = asyncio.get_running_loop()
+        self._generation = processes.generation
+        self._state = "open"
+        reply_queue = Subscription(self.names.reply_queue(), self._on_delivery, no_ack=True)
+        listener = Listener(
+            consuming=self._consuming,
+            consuming_lost=self._consuming_lost,
+            publishing=self._publishing,
+            publishing_lost=self._publishing_lost,
+            publishing_blocked=self._publishing_blocked,
+        )
+        try:
+            await self._transport.start([self.names.requests, self.names.control], [reply_queue], listener)
+        except BaseException:
+            self._state = "closed"
+            raise
+        log.debug("client open", url=mask(self._url), namespace=self.options.namespace)
+        return self
+
+    async def close(self) -> None:
+        """Close both connections. Calls under way end at once: `OutcomeUnknown` if sent, else `ServiceUnavailable`."""
+        if self._state != "open":
+            self._state = "closed"
+            return
+        self._check_place()
+        self._state = "closed"
+        pending = len(self._calls)
+        for call in self._calls:
+            self._calls.happened(call, Event.CLOSE)
+        if pending:
+            log.warning("client closed with calls under way", count=pending)
+        for ping in self._pings.values():
+            ping.cancel()
+        if self._pump is not None:
+            self._pump.cancel()
+            await asyncio.gather(self._pump, return_exceptions=True)
+        await self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        return await self.connect()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def in_flight(self) -> int:
+        """Calls under way."""
+        return len(self._calls)
+
+    # Calling.
+
+    def call(self, target: str, /, *args: Any, **params: Any) -> Coroutine[Any, Any, Any]:
+        """Call a method by its name, `service.method`, with the client's own options; see `CallMaker.call`."""
+        return self._maker.call(target, *args, **params)
+
+    def service(self, name: str) -> ServiceProxy:
+        """A proxy: `await client.service("calculator").add(x=1, y=2)`; see `CallMaker.service`."""
+        return self._maker.service(name)
+
+    def bind(self, api: Callable[..., T], service: str | None = None) -> T:
+        """A proxy of a Protocol's type; see `CallMaker.bind`."""
+        return self._maker.bind(api, service)
+
+    def with_options(self, **options: Unpack[CallSettings]) -> CallMaker:
+        """The same client, with other options for its calls; see `CallOptions`."""
+        return self._maker.with_options(**options)
+
+    async def wait_for_service(self, name: str, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as `call` has it
+        """Wait until a worker of the service answers.
+
+        Args:
+            name: the service's.
+            timeout: seconds.
+
+        Raises:
+            ServiceUnavailable: none did until then.
+
+        """
+        self._check_usable()
+        check_name("the service", name)
+        deadline = Deadline.after(timeout)
+        pause = 0.05
+        while (left := deadline.remaining()) > 0:
+            if await self._ping(name, min(left, PING_TIMEOUT)):
+                return
+            await asyncio.sleep(max(0.0, min(pause, deadline.remaining())))
+            pause = min(pause * 1.5, 0.5)
+        msg = f"no worker of {name!r} answered within {timeout:g} s; is one running, in namespace {self.names.namespace!r}?"
+        raise ServiceUnavailable(msg)
+
+    async def invoke(
+        self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
+    ) -> Any:
+        """One call, from its parameters to its result: where `CallMaker` and the proxies come."""
+        self._check_usable()
+        body = wire.encode_params(args, params, self.options.max_body)
+        now = time.monotonic()
+        deadline = inherit(options.timeout, now)
+        calls = self._calls
+        correlation_id = calls.next_id()
+        if deadline.at <= now:
+            raise CallTimeout(
+                "the deadline had passed before the call", executed="no", correlation_id=correlation_id.decode()
+            )
+        call = _Call(self, correlation_id, target, options, body, deadline)
+        _headers(call)  # what is too large is told before anything is sent
+        calls.add(call)
+        timer = self._loop.call_later(deadline.at - now, self._expire, call)
+        try:
+            self._send(call)
+            outcome = await call.future
+        except asyncio.CancelledError:
+            self._cancel(call)
+            raise
+        finally:
+            timer.cancel()
+        if type(outcome) is Reply:
+            return self._result(outcome, target, options)
+        raise outcome  # type: ignore[misc]  # an outcome that is no reply is an error
+
+    def _result(self, reply: Reply, target: Target, options: CallOptions) -> Any:
+        try:
+            if reply.kind == wire.RESULT and reply.body is not None and options.returns is not None:
+                return self._typed(options.returns, target)(reply.body)
+            value = wire.read_body(reply)
+            if reply.kind == wire.RESULT:
+                return value
+            error = from_wire(value, options.errors)
+        except ValidationError as cause:
+            msg = f"the result of {target.label} does not fit {options.returns!r}: {cause.errors()[0]['msg']}"
+            error = InvalidReply(msg)
+            error.__cause__ = cause
+        except InvalidReply as unreadable:
+            error = unreadable
+        error.correlation_id = reply.correlation_id.decode("utf-8", "replace")
+        raise error
+
+    def _typed(self, returns: Any, target: Target) -> Callable[[bytes], Any]:
+        try:
+            found = self._results.get(returns)
+        except TypeError:  # unhashable, such as Annotated[..., []]
+            return result_adapter(target.label, returns).read
+        if found is None:
+            found = self._results[returns] = result_adapter(target.label, returns)
+        return found.read
+
+    # Sending.
+
+    def _send(self, call: _Call) -> None:
+        if self._encoder is not None and not self._waiting and self._transport.can_publish:
+            self._publish(call, self._encoder)
+            return
+        self._waiting.append(call)
+        if self._pump is None or self._pump.done():
+            self._pump = self._loop.create_task(self._send_waiting())
+
+    def _send_again(self, call: _Call) -> None:
+        """A session was lost, or a worker turned the call away."""
+        if call.attempt > 1:
+            log.info("call sent again", correlation_id=call.correlation_id.decode(), attempt=call.attempt)
+        # Not at once: whoever told of it may be about to tell of more.
+        pause = TURNED_AWAY_PAUSE * 2 ** min(call.sent - 1, 6) if call.sent > 1 else 0
+        self._loop.call_later(pause, self._resend, call)
+
+    def _resend(self, call: _Call) -> None:
+        if not call.future.done() and self._state == "open":
+            self._send(call)
+
+    async def _send_waiting(self) -> None:
+        """Send what waits, in order, as soon as there is a way."""
+        while self._waiting:
+            await self._consuming_up.wait()
+            await self._transport.writable()
+            while self._waiting and self._encoder is not None and self._transport.can_publish:
+                call = self._waiting.popleft()
+                if not call.future.done():
+                    self._publish(call, self._encoder)
+
+    def _publish(self, call: _Call, encoder: wire.RequestEncoder) -> None:
+        target = call.target
+        left_ms = int((call.deadline.at - time.monotonic()) * 1000)
+        if left_ms < 1:
+            return  # its timer is about to fire
+        properties = encoder.encode(
+            call.correlation_id,
+            target.method,
+            left_ms,
+            int(time.time() * 1000) + left_ms,
+            _headers(call),
+            notify=target.is_ours,
+        )
+        sent = self._calls.written(call)
+        self._transport.publish(
+            Outgoing(
+                target.exchange,
+                target.routing_key,
+                call.correlation_id,
+                properties,
+                call.body,
+                partial(self._settled, call, sent),
+            )
+        )
+
+    def _settled(self, call: _Call, sent: int, settled: Settled) -> None:
+        if call.sent == sent:  # else it is about an earlier request of the call
+            self._calls.happened(call, _BY_SETTLED[settled])
+
+    def _expire(self, call: _Call) -> None:
+        blocked = self._encoder is not None and self._publishing_up and not self._transport.can_publish
+        self._calls.happened(call, Event.DEADLINE_BLOCKED if blocked else Event.DEADLINE)
+
+    def _cancel(self, call: _Call) -> None:
+        """The caller is gone: forget the call, and tell the worker if it may have begun."""
+        sent = call.sent
+        self._calls.happened(call, Event.CANCEL)
+        if sent and call.target.is_ours and self._encoder is not None and self._transport.can_publish:
+            self._control(
+                wire.CANCEL,
+                call.target.routing_key,
+                call.correlation_id,
+                lambda _: None,
+                deadline_ms=int((time.time() + call.deadline.remaining()) * 1000),
+            )
+
+    def _control(
+        self,
+        kind: bytes,
+        service: bytes,
+        correlation_id: bytes,
+        on_settled: Callable[[Settled], None],
+        deadline_ms: int | None = None,
+    ) -> None:
+        assert self._encoder is not None  # noqa: S101 - asked by the callers
+        properties = wire.encode_control(kind, correlation_id, self._encoder.reply_to, deadline_ms)
+        exchange = self.names.control.name.encode()
+        self._transport.publish(Outgoing(exchange, service, correlation_id, properties, b"", on_settled))
+
+    async def _ping(self, service: str, timeout: float) -> bool:  # noqa: ASYNC109 - an inner step of a bounded wait
+        """Whether a worker of the service answers in time."""
+        answer: asyncio.Future[bool] = self._loop.create_future()
+        correlation_id = self._calls.next_id()
+
+        def settled(outcome: Settled) -> None:
+            if outcome is not Settled.CONFIRMED and not answer.done():
+                answer.set_result(False)
+
+        self._pings[correlation_id] = answer
+        try:
+            async with asyncio.timeout(timeout):
+                await self._consuming_up.wait()
+                if self._encoder is None or not self._transport.can_publish:
+                    await asyncio.sleep(0.01)
+                    return False
+                self._control(wire.PING, service.encode(), correlation_id, settled)
+                return await answer
+        except TimeoutError:
+            return False
+        except asyncio.CancelledError:
+            if self._state == "closed" and answer.cancelled():
+                raise ClosedError("the client was closed") from None
+            raise
+        finally:
+            del self._pings[correlation_id]
+
+    # Receiving.
+
+    def _on_delivery(self, delivery: Delivery) -> None:
+        try:
+            reply = wire.read_reply(delivery.properties, delivery.body)
+        except MalformedProperties as error:
+            self._calls.unmatched += 1
+            log.warning("reply dropped", cause=str(error))
+            return
+        if self._pings and (ping := self._pings.get(reply.correlation_id)) is not None:
+            if not ping.done():
+                ping.set_result(True)
+            return
+        call = self._calls.get(reply.correlation_id)
+        if call is None:
+            log.debug("reply for no call under way", correlation_id=reply.correlation_id.decode("utf-8", "replace"))
+        elif type(reply) is Notice:
+            self._noticed(call, reply)
+        elif reply.kind == wire.RESULT:
+            self._calls.happened(call, Event.REPLY, reply)  # type: ignore[arg-type]  # no notice
+        else:
+            self._errored(call, reply)  # type: ignore[arg-type]  # no notice
+
+    def _noticed(self, call: Call, notice: Notice) -> None:
+        if notice.attempt != call.attempt:
+            return  # an earlier request of the call; a later one is under way
+        if notice.reason == "expired":
+            once = self.names.delivers_once(notice.queue)
+            self._calls.happened(call, Event.EXPIRED_UNRUN if once else Event.EXPIRED)
+        else:
+            self._calls.happened(call, Event.WORKER_LOST, why=notice.reason)
+
+    def _errored(self, call: Call, reply: Reply) -> None:
+        """Two errors are not outcomes yet: the call may be sent again."""
+        event = Event.REPLY
+        if reply.kind == wire.ERROR and reply.body is not None and len(reply.body) < 4096:  # noqa: PLR2004 - rpcq's own are short
+            try:
+                said = wire.loads(reply.body)
+            except ValueError:
+                said = None
+            match said:
+                case {"code": "UNAVAILABLE", "executed": "no"}:
+                    event = Event.TURNED_AWAY
+                case {"code": "ABORTED", "executed": "maybe"}:
+                    event = Event.WORKER_LOST
+        self._calls.happened(call, event, reply)
+
+    # What the transport tells.
+
+    def _consuming(self, queues: Sequence[str]) -> None:
+        self._encoder = wire.RequestEncoder(queues[0], self.options.name)
+        self._consuming_up.set()
+
+    def _consuming_lost(self, cause: BrokerError) -> None:
+        """No reply to any call under way will come."""
+        self._encoder = None
+        self._consuming_up.clear()
+        for call in self._calls:
+            self._calls.happened(call, Event.LOST, why=str(cause))
+
+    def _publishing(self) -> None:
+        self._publishing_up = True
+
+    def _publishing_lost(self, _cause: BrokerError) -> None:
+        self._publishing_up = False  # each call was told by its own message
+
+    def _publishing_blocked(self, reason: str) -> None:
+        log.warning("the broker takes no messages", reason=reason)
+
+    # Checks.
+
+    def _check_usable(self) -> None:
+        if self._state != "open":
+            hint = "" if self._state == "closed" else "; use 'async with Client(...)', or await connect() first"
+            msg = f"this client is {'closed' if self._state == 'closed' else 'not open yet'}{hint}"
+            raise ClosedError(msg)
+        self._check_place()
+
+    def _check_place(self) -> None:
+        if self._generation != processes.generation:
+            msg = "this client was opened before a fork; open one in each process, after the fork"
+            raise UsageError(msg)
+        try:
+            here = asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            here = False
+        if not here:
+            msg = "this client was opened in another event loop; open one in each loop"
+            raise UsageError(msg)

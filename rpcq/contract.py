@@ -1,0 +1,420 @@
+"""Services and their methods: what they are called, what they take and return. Pure.
+
+A service is a named set of methods behind one request queue. Parameters and results are validated with pydantic from
+the handlers' annotations; what is not annotated is taken as JSON has it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, ParamSpec, TypeVar, overload
+
+import pydantic
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter
+
+from rpcq import wire
+from rpcq.deadline import Deadline
+from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply, TooLarge
+from rpcq.settings import MAX_TIMEOUT, CallOptions, check_name
+
+METHOD_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,100}\Z")
+"""A method's name has no dot: `a.b.c` is method `c` of service `a.b`."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+C = TypeVar("C")
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
+
+_NUMBERS: Final = ConfigDict(ser_json_inf_nan="constants")  # written out, so that `refuse_nan` sees them
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a handler may know of the request: it takes a parameter annotated `Context`.
+
+    Attributes:
+        service: the service's name.
+        method: the method's name.
+        correlation_id: the call's; empty where the caller wants no reply.
+        deadline: when the call ends; calls that the handler makes inherit it.
+        attempt: 1 + the number of earlier attempts that may have run.
+        idempotency_key: the same for every attempt at one call, or None.
+        caller: the client's name, or None.
+        metadata: the caller's own headers, those that begin with `x-`.
+        state: what the service's `lifespan` gave, or None.
+
+    """
+
+    service: str
+    method: str
+    correlation_id: str
+    deadline: Deadline
+    attempt: int = 1
+    idempotency_key: str | None = None
+    caller: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    state: Any = None
+
+
+class Method:
+    """One function that a service offers, with the types that it takes and returns.
+
+    Attributes:
+        service: the service's name.
+        name: what callers call it.
+        handler: the Python function.
+        is_async: whether it is an `async def`; others run in threads.
+        idempotent: running it twice does no harm.
+        errors: the domain errors that callers get to see.
+        timeout: seconds that it may run, whatever the caller's deadline; None for the caller's alone.
+        context_parameter: the place and name of the parameter that takes a `Context`, or None.
+
+    """
+
+    def __init__(  # noqa: PLR0913 - the options of `Service.method`
+        self,
+        service: str,
+        name: str,
+        handler: Callable[..., Any],
+        *,
+        idempotent: bool,
+        errors: tuple[type[DomainError], ...],
+        timeout: float | None,
+    ) -> None:
+        self.service = service
+        self.label = f"{service}.{name}"
+        self.name = name
+        self.handler = handler
+        self.is_async = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
+            getattr(handler, "__call__", None)  # noqa: B004 - whether calling the object gives a coroutine
+        )
+        self.idempotent = idempotent
+        self.errors = errors
+        self.timeout = timeout
+        if inspect.isgeneratorfunction(handler) or inspect.isasyncgenfunction(handler):
+            msg = f"{self.label} is a generator; a method returns one value"
+            raise ConfigurationError(msg)
+        hints = _type_hints(self.label, handler)
+        self.context_parameter, signature = _without_context(self.label, handler, hints)
+        self._parameters = _parameters_adapter(self.label, signature)
+        self._read = self._parameters.validator.validate_json
+        returns = hints.get("return", Any)
+        self._result = None if returns is Any else result_adapter(self.label, returns)
+        self.signature = signature.replace(return_annotation=returns)
+
+    def read_params(self, body: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments in a request's body: from an object by name, an array by position, a scalar as the only one.
+
+        Raises:
+            InvalidParams: the body is not JSON, or does not fit the method; `details` lists what is wrong.
+
+        """
+        if body[:1] not in (b"{", b"[") and body.lstrip()[:1] not in (b"{", b"["):
+            body = b"[%b]" % body
+        try:
+            return self._read(body)  # type: ignore[no-any-return]  # what `_parameters_adapter` made
+        except pydantic.ValidationError as error:
+            raise _invalid_params(self.label, error) from error
+
+    def call(self, args: tuple[Any, ...], params: dict[str, Any], context: Callable[[], Context]) -> Any:
+        """Call the handler; what it returns is a coroutine if it is an `async def`.
+
+        `context` is called only if the handler wants one.
+        """
+        if self.context_parameter is not None:
+            at, name = self.context_parameter
+            if len(args) > at:  # by position: the context stands where the handler has it
+                args = (*args[:at], context(), *args[at:])
+            else:
+                params[name] = context()
+        return self.handler(*args, **params)
+
+    def write_result(self, value: Any, max_body: int) -> bytes:
+        """What the handler returned, as JSON.
+
+        Raises:
+            InvalidReply: it does not fit the annotation, JSON cannot carry it, or it is over `max_body` bytes. The
+                message does not tell the value.
+
+        """
+        try:
+            body = wire.dumps(value) if self._result is None else self._result.write(value)
+        except pydantic.ValidationError as error:
+            msg = f"{self.label} returned a {type(value).__name__}, which does not fit its annotation"
+            raise InvalidReply(msg) from error
+        except (ValueError, TypeError, RecursionError) as error:
+            msg = f"{self.label} returned a {type(value).__name__} that JSON cannot carry"
+            raise InvalidReply(msg) from error
+        if len(body) > max_body:
+            msg = f"{self.label} returned {len(body)} bytes of JSON; the limit is {max_body} (max_body)"
+            raise InvalidReply(msg)
+        return body
+
+
+class Result:
+    """Reads and writes values of one type."""
+
+    def __init__(self, adapter: TypeAdapter[Any]) -> None:
+        self._validate = adapter.validator.validate_python
+        self._dump = adapter.serializer.to_json
+        self.read = adapter.validator.validate_json
+
+    def write(self, value: Any) -> bytes:
+        """A value as JSON, by aliases: that is how the other side reads it."""
+        return wire.refuse_nan(self._dump(self._validate(value), by_alias=True))
+
+
+def result_adapter(label: str, returns: Any) -> Result:
+    """Reads and writes what `label` returns.
+
+    Raises:
+        ConfigurationError: pydantic has no schema for the type.
+
+    """
+    try:
+        try:
+            return Result(TypeAdapter(returns, config=_NUMBERS))
+        except PydanticUserError as error:
+            if error.code != "type-adapter-config-unused":
+                raise
+            return Result(TypeAdapter(returns))  # a model or dataclass with a config of its own
+    except (PydanticUserError, NameError, TypeError) as error:
+        msg = f"{label} returns {returns!r}, which pydantic cannot handle: {error}"
+        raise ConfigurationError(msg) from error
+
+
+class Service:
+    """A named set of methods behind one request queue.
+
+    Args:
+        name: 1 to 100 of `A-Za-z0-9_.-`.
+        queue_type: "classic" is fast; "quorum" survives the loss of a node, and the broker itself delivers a request
+            at most once.
+        queue: the request queue's name, for foreign clients; None for rpcq's own.
+        timeout: seconds that a call has whose caller gives no deadline.
+        default_method: what a request without a `type` calls; a service of one method needs none.
+        errors: domain errors that every method may raise.
+        lifespan: gives an async context manager that is entered before the first call and left after the last;
+            what it yields is `Context.state`.
+
+    Raises:
+        ConfigurationError: an argument cannot be; the message names it.
+
+    """
+
+    def __init__(  # noqa: PLR0913 - keyword-only options
+        self,
+        name: str,
+        *,
+        queue_type: Literal["classic", "quorum"] = "classic",
+        queue: str | None = None,
+        timeout: float = 30.0,
+        default_method: str | None = None,
+        errors: Iterable[type[DomainError]] = (),
+        lifespan: Lifespan | None = None,
+    ) -> None:
+        self.name = check_name("the service", name)
+        if queue_type not in ("classic", "quorum"):
+            msg = f"service {name!r} has the queue type {queue_type!r}; it is 'classic' or 'quorum'"
+            raise ConfigurationError(msg)
+        options = CallOptions(timeout=timeout, queue=queue, errors=tuple(errors))
+        if queue == name:
+            msg = f"service {name!r} has a queue of its own name: what it gives up would come back to it; rename one"
+            raise ConfigurationError(msg)
+        self.queue_type: Literal["classic", "quorum"] = queue_type
+        self.queue = queue
+        self.timeout = options.timeout
+        self.default_method = default_method
+        self.errors = options.errors
+        self.lifespan = lifespan
+        self.methods: dict[str, Method] = {}
+
+    @overload
+    def method(self, handler: Handler, /) -> Handler: ...
+
+    @overload
+    def method(
+        self,
+        *,
+        name: str | None = None,
+        idempotent: bool = False,
+        errors: Sequence[type[DomainError]] = (),
+        timeout: float | None = None,
+    ) -> Callable[[Handler], Handler]: ...
+
+    def method(
+        self,
+        handler: Callable[..., Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        idempotent: bool = False,
+        errors: Sequence[type[DomainError]] = (),
+        timeout: float | None = None,
+    ) -> Any:
+        """Offer a function under its name. It stays an ordinary function.
+
+        Args:
+            handler: an `async def`, or a `def`, which runs in a thread.
+            name: what callers call it; the function's own name if None.
+            idempotent: running it twice does no harm: it is run again where an earlier attempt may have been lost.
+            errors: domain errors that callers get to see, besides the service's.
+            timeout: seconds that it may run, whatever the caller's deadline.
+
+        Raises:
+            ConfigurationError: the service has a method of that name, or the annotations cannot be handled.
+
+        """
+
+        def add(handler: Callable[..., Any]) -> Callable[..., Any]:
+            called = name or getattr(handler, "__name__", "")
+            if not METHOD_NAME.match(called):
+                msg = f"service {self.name!r} has a method called {called!r}; a name is 1 to 100 of A-Z a-z 0-9 _ -"
+                raise ConfigurationError(msg)
+            if called in self.methods:
+                msg = f"service {self.name!r} has two methods called {called!r}; give one of them name=..."
+                raise ConfigurationError(msg)
+            if timeout is not None:
+                CallOptions(timeout=timeout)
+            self.methods[called] = Method(
+                self.name,
+                called,
+                handler,
+                idempotent=idempotent,
+                errors=CallOptions(errors=(*self.errors, *errors)).errors,
+                timeout=timeout,
+            )
+            return handler
+
+        return add if handler is None else add(handler)
+
+    def find(self, name: str | None) -> Method | None:
+        """The method that a request means; a request may name none where there is only one, or a default."""
+        if name is not None:
+            return self.methods.get(name)
+        if self.default_method is not None:
+            return self.methods.get(self.default_method)
+        return next(iter(self.methods.values())) if len(self.methods) == 1 else None
+
+    def check(self) -> None:
+        """That it can be served.
+
+        Raises:
+            ConfigurationError: it has no methods, or its default method is none of them.
+
+        """
+        if not self.methods:
+            msg = f"service {self.name!r} has no methods; add one with @{self.name}.method"
+            raise ConfigurationError(msg)
+        if self.default_method is not None and self.default_method not in self.methods:
+            msg = f"service {self.name!r} names {self.default_method!r} as its default, and has no such method"
+            raise ConfigurationError(msg)
+
+    def __repr__(self) -> str:
+        return f"<Service {self.name!r}: {', '.join(self.methods) or 'no methods'}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """What `contract` says of a Protocol class."""
+
+    service: str
+    errors: tuple[type[DomainError], ...] = ()
+    idempotent: frozenset[str] = frozenset()
+
+
+def contract(
+    service: str, *, errors: Iterable[type[DomainError]] = (), idempotent: Iterable[str] = ()
+) -> Callable[[C], C]:
+    """Say what service a Protocol class describes, so that `Client.bind` needs no more.
+
+    Args:
+        service: its name.
+        errors: domain errors that callers want to catch by their class.
+        idempotent: names of methods that may be sent again where an attempt may have been lost.
+
+    """
+    said = Contract(check_name("the service", service), tuple(errors), frozenset(idempotent))
+
+    def mark(api: C) -> C:
+        unknown = sorted(name for name in said.idempotent if not callable(getattr(api, name, None)))
+        if unknown:
+            msg = f"the contract of {service!r} calls {unknown} idempotent, and has no such method"
+            raise ConfigurationError(msg)
+        api.__rpcq_contract__ = said  # type: ignore[attr-defined]  # read by `Client.bind`
+        return api
+
+    return mark
+
+
+def _type_hints(label: str, handler: Callable[..., Any]) -> dict[str, Any]:
+    target = handler if inspect.isroutine(handler) or not callable(handler) else handler.__call__  # type: ignore[operator]
+    try:
+        return typing.get_type_hints(target, include_extras=True)
+    except NameError as error:
+        msg = f"{label} has an annotation that cannot be resolved where it stands: {error}"
+        raise ConfigurationError(msg) from error
+
+
+def _without_context(
+    label: str, handler: Callable[..., Any], hints: Mapping[str, Any]
+) -> tuple[tuple[int, str] | None, inspect.Signature]:
+    """Where the context goes (its place and name), and the signature without it, annotations resolved."""
+    context_parameter = None
+    parameters = []
+    for at, parameter in enumerate(inspect.signature(handler).parameters.values()):
+        if hints.get(parameter.name) is Context:
+            if context_parameter is not None or parameter.kind is parameter.POSITIONAL_ONLY:
+                msg = f"{label} takes its Context in one parameter that can be given by name"
+                raise ConfigurationError(msg)
+            context_parameter = at, parameter.name
+        else:
+            parameters.append(parameter.replace(annotation=hints.get(parameter.name, Any)))
+    return context_parameter, inspect.Signature(parameters)
+
+
+def _parameters_adapter(label: str, signature: inspect.Signature) -> TypeAdapter[Any]:
+    """Validates a JSON object or array as the arguments of a function, and gives them as (args, kwargs)."""
+
+    def capture(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs
+
+    capture.__name__ = label.rpartition(".")[2]
+    capture.__signature__ = signature  # type: ignore[attr-defined]  # what pydantic reads
+    capture.__annotations__ = {it.name: it.annotation for it in signature.parameters.values()}
+    try:
+        return TypeAdapter(capture)
+    except (PydanticUserError, NameError, TypeError) as error:
+        msg = f"{label} takes a parameter that pydantic cannot handle: {error}"
+        raise ConfigurationError(msg) from error
+
+
+def _invalid_params(label: str, error: pydantic.ValidationError) -> InvalidParams:
+    details = [
+        {"loc": list(it["loc"]), "msg": it["msg"], "type": it["type"]}
+        for it in error.errors(include_url=False, include_context=False, include_input=False)
+    ]
+    if details and details[0]["type"] == "json_invalid":
+        return InvalidParams(f"the parameters of {label} are not JSON: {details[0]['msg']}", details=details)
+    named = "; ".join(f"{'.'.join(str(part) for part in it['loc']) or 'parameters'}: {it['msg']}" for it in details[:5])
+    more = f"; and {len(details) - 5} more" if len(details) > 5 else ""
+    return InvalidParams(f"the parameters do not fit {label}: {named}{more}", details=details[:100])
+
+
+def check_body(body: bytes | None, body_size: int, max_body: int) -> bytes:
+    """A request's body, if it is one that is read.
+
+    Raises:
+        TooLarge: it is over `max_body` bytes.
+
+    """
+    if body is None or len(body) > max_body:
+        msg = f"the parameters are {body_size} bytes of JSON; the worker's limit is {max_body} (max_body)"
+        raise TooLarge(msg)
+    return body

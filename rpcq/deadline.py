@@ -1,0 +1,44 @@
+"""A deadline as a value, carried from a call into the calls that its handler makes.
+
+Times are seconds. A deadline is a moment of this process's monotonic clock, so that a change of the wall clock moves
+none; only on the wire does it become a time left and an absolute time (see `wire`).
+"""
+
+from __future__ import annotations
+
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """The moment by which a call has ended.
+
+    Attributes:
+        at: seconds on `time.monotonic()`.
+
+    """
+
+    at: float
+
+    @classmethod
+    def after(cls, timeout: float) -> Deadline:
+        """The deadline `timeout` seconds from now."""
+        return cls(time.monotonic() + timeout)
+
+    def remaining(self) -> float:
+        """Seconds left; negative once it has passed."""
+        return self.at - time.monotonic()
+
+
+current: Final[ContextVar[Deadline | None]] = ContextVar("rpcq_deadline", default=None)
+"""The deadline of the call that is being handled, or None outside of a handler."""
+
+
+def inherit(timeout: float, now: float) -> Deadline:
+    """The deadline of a new call: `timeout` seconds from `now`, or the handled call's where that is sooner."""
+    at = now + timeout
+    inherited = current.get()
+    return inherited if inherited is not None and inherited.at < at else Deadline(at)

@@ -1,0 +1,290 @@
+"""Every error that rpcq raises, and how a call's error goes over the wire.
+
+    RpcqError
+    +-- ConfigurationError (ValueError)       what was asked for cannot be: a URL, a name, a service, an option
+    +-- UsageError (RuntimeError)             the right thing at the wrong time or place
+    |   +-- ClosedError                       the client or worker is closed, or was never opened
+    +-- BrokerError (ConnectionError)         the broker cannot be used, with the cause by name
+    |   +-- BrokerUnreachable                 no connection: host, port, network, timeout, TLS
+    |   +-- AuthenticationFailed              user or password refused
+    |   +-- VhostNotFound                     no such vhost, or the user may not enter it
+    |   +-- AccessRefused                     the user lacks a permission
+    |   +-- TopologyMismatch                  a queue or exchange exists with other arguments
+    |   +-- ProtocolError                     the peer did not speak AMQP 0-9-1 as it should
+    +-- CallError                             how a call failed; says whether it ran      executed  retryable
+        +-- InvalidParams                     the worker refused the parameters           no        no
+        |   +-- NotSerializable (TypeError)   JSON cannot carry a parameter; not sent     no        no
+        |   +-- TooLarge (ValueError)         body or headers over the limit; not sent    no        no
+        +-- MethodNotFound                    the service has no such method              no        no
+        +-- ServiceUnavailable                nobody could take the call                  no        yes
+        +-- Overloaded                        a queue or a limit is full                  no        yes
+        +-- CallTimeout (TimeoutError)        the deadline passed                         any       if no
+        +-- OutcomeUnknown                    the connection or the worker was lost       maybe     no
+        +-- InvalidReply                      it ran, but its result cannot be used       yes       no
+        +-- RemoteError                       the handler raised                          yes       no
+        +-- DomainError                       the base of a service's own errors          yes       no
+
+`executed` is "no", "maybe" or "yes". `retryable` is true where the same call may be sent again as it is: it did not
+run, and the cause may pass. A call whose outcome is "maybe" is safe to repeat only if it is idempotent, and that only
+its caller knows.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar, Final, Literal, get_args
+
+Executed = Literal["no", "maybe", "yes"]
+
+EXECUTED: Final = frozenset(get_args(Executed))
+DOMAIN_CODE: Final = re.compile(r"[a-z][a-z0-9_.-]{0,99}\Z")
+
+
+class RpcqError(Exception):
+    """The base of all errors of rpcq."""
+
+
+class ConfigurationError(RpcqError, ValueError):
+    """What was asked for cannot be; the message names it and the mend."""
+
+
+class UsageError(RpcqError, RuntimeError):
+    """A right thing at the wrong time or place: from another event loop, after a fork, twice."""
+
+
+class ClosedError(UsageError):
+    """The client or worker is closed, or was never opened."""
+
+
+class BrokerError(RpcqError, ConnectionError):
+    """The broker cannot be used. `permanent` says that trying again will not help until somebody mends it."""
+
+    permanent: ClassVar[bool] = True
+
+
+class BrokerUnreachable(BrokerError):
+    """No connection to the broker: wrong host or port, network, timeout, TLS, or it went away."""
+
+    permanent = False
+
+
+class AuthenticationFailed(BrokerError):
+    """The broker refused the user or the password."""
+
+
+class VhostNotFound(BrokerError):
+    """The vhost does not exist, or the user may not enter it."""
+
+
+class AccessRefused(BrokerError):
+    """The user lacks a permission to configure, write or read."""
+
+
+class TopologyMismatch(BrokerError):
+    """A queue or an exchange exists already, with other arguments."""
+
+
+class ProtocolError(BrokerError):
+    """The peer did not speak AMQP 0-9-1 as it should; the session was ended so that nothing is misread."""
+
+    permanent = False
+
+
+class CallError(RpcqError):
+    """How a call failed.
+
+    Attributes:
+        code: one of gRPC's status names, or a domain error's own code in lower case.
+        message: for people; never the text of an exception that the service did not declare.
+        executed: whether the handler ran: "no", "maybe" or "yes".
+        retryable: whether the same call may be sent again as it is.
+        details: what the service attached, as JSON values, or None.
+        incident: an ID that also stands in the worker's log, or None.
+        correlation_id: the call's, or None where the call was never given one.
+
+    """
+
+    code: ClassVar[str] = "UNKNOWN"
+    default_executed: ClassVar[Executed] = "yes"
+    default_retryable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        executed: Executed | None = None,
+        retryable: bool | None = None,
+        details: Any = None,
+        incident: str | None = None,
+        correlation_id: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.executed: Executed = self.default_executed if executed is None else executed
+        self.retryable = self.default_retryable if retryable is None else retryable
+        self.details = details
+        self.incident = incident
+        self.correlation_id = correlation_id
+
+    def __str__(self) -> str:
+        marks = [f"executed={self.executed}"]
+        if self.incident:
+            marks.append(f"incident={self.incident}")
+        if self.correlation_id:
+            marks.append(f"call={self.correlation_id}")
+        return f"{self.message or type(self).__name__} ({', '.join(marks)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).__new__, (type(self),), {**self.__dict__, "args": self.args}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.args = state["args"]
+
+
+class InvalidParams(CallError):
+    """The parameters do not fit the method. `details` lists what is wrong, field by field."""
+
+    code = "INVALID_ARGUMENT"
+    default_executed = "no"
+
+
+class NotSerializable(InvalidParams, TypeError):
+    """JSON cannot carry a parameter, which the message names. Nothing was sent."""
+
+
+class TooLarge(InvalidParams, ValueError):
+    """The body or the headers are over the limit. Nothing was sent."""
+
+
+class MethodNotFound(CallError):
+    """The service has no such method."""
+
+    code = "UNIMPLEMENTED"
+    default_executed = "no"
+
+
+class ServiceUnavailable(CallError):
+    """Nobody could take the call: no such service, no connection until the deadline, or the worker shuts down."""
+
+    code = "UNAVAILABLE"
+    default_executed = "no"
+    default_retryable = True
+
+
+class Overloaded(CallError):
+    """The request queue, the client's limit of calls in flight or the broker is full."""
+
+    code = "RESOURCE_EXHAUSTED"
+    default_executed = "no"
+    default_retryable = True
+
+
+class CallTimeout(CallError, TimeoutError):
+    """The deadline passed. `executed` says what is known: "no", "maybe" (no word came) or "yes" (it was running)."""
+
+    code = "DEADLINE_EXCEEDED"
+    default_executed = "maybe"
+
+    def __init__(self, message: str = "", *, executed: Executed | None = None, **rest: Any) -> None:
+        rest.setdefault("retryable", executed == "no")
+        super().__init__(message, executed=executed, **rest)
+
+
+class OutcomeUnknown(CallError):
+    """The connection or the worker was lost after the call was sent: it may have run, or may still run."""
+
+    code = "ABORTED"
+    default_executed = "maybe"
+
+
+class InvalidReply(CallError):
+    """The handler ran, but its result cannot be sent, or cannot be read as what the caller expects."""
+
+    code = "INTERNAL"
+
+
+class RemoteError(CallError):
+    """The handler raised an exception that its service does not declare. Look for `incident` in the worker's log.
+
+    `code` is UNKNOWN, or the code that the reply gave where rpcq has no class for it.
+    """
+
+    def __init__(self, message: str = "", *, code: str = "UNKNOWN", **rest: Any) -> None:
+        super().__init__(message, **rest)
+        self.code = code  # type: ignore[misc]  # the one class whose code is known only at run time
+
+
+class DomainError(CallError):
+    """The base of a service's own errors: subclass it, declare it in `errors=`, raise it in a handler.
+
+    The code defaults to the class's name in snake_case: `class OutOfStock(DomainError)` has code "out_of_stock".
+    The message and `details` reach the caller, who gets the same class if it declares it too, else `RemoteError`
+    with the same code.
+    """
+
+    code = "domain_error"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "code" not in cls.__dict__:
+            cls.code = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+        if not DOMAIN_CODE.match(cls.code):
+            msg = f"{cls.__name__}.code is {cls.code!r}; a domain error's code is lower case: {DOMAIN_CODE.pattern}"
+            raise ConfigurationError(msg)
+
+
+BY_CODE: Final[dict[str, type[CallError]]] = {
+    kind.code: kind
+    for kind in (
+        InvalidParams,
+        MethodNotFound,
+        ServiceUnavailable,
+        Overloaded,
+        CallTimeout,
+        OutcomeUnknown,
+        InvalidReply,
+    )
+}
+
+
+def to_wire(error: CallError) -> dict[str, Any]:
+    """The body of an error reply, before JSON."""
+    body = {
+        "code": error.code,
+        "message": error.message,
+        "executed": error.executed,
+        "retryable": error.retryable,
+        "details": error.details,
+    }
+    if error.incident:
+        body["incident"] = error.incident
+    return body
+
+
+def from_wire(body: Any, domain: tuple[type[DomainError], ...] = ()) -> CallError:
+    """The exception that an error reply stands for; `domain` lists the domain errors that the caller declared.
+
+    A body that is not an error as the wire contract describes it gives `InvalidReply`. Unknown codes give
+    `RemoteError` with that code; an unknown `executed` counts as "maybe".
+    """
+    if not isinstance(body, dict) or not isinstance(body.get("code"), str):
+        return InvalidReply("the reply says that it is an error, but its body is not one", executed="maybe")
+    code = body["code"]
+    incident = body.get("incident")
+    executed = body.get("executed")
+    fields: dict[str, Any] = {
+        "message": str(body.get("message", "")),
+        "executed": executed if executed in EXECUTED else "maybe",
+        "retryable": body.get("retryable") is True,
+        "details": body.get("details"),
+        "incident": incident if isinstance(incident, str) else None,
+    }
+    for kind in domain:
+        if kind.code == code:
+            error = kind.__new__(kind)  # a domain error may have an __init__ of its own
+            CallError.__init__(error, **fields)
+            return error
+    if kind_of_call := BY_CODE.get(code):
+        return kind_of_call(**fields)
+    return RemoteError(code=code, **fields)

@@ -1,0 +1,78 @@
+"""Logs with structlog, on top of the standard library's logging: the application decides what is shown.
+
+The library only emits; `configure` is for programs of rpcq's own (the command line, the example services), and makes
+them readable on a terminal and JSON elsewhere. No line holds a password, a body or a user's header.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, Final
+
+import orjson
+import structlog
+
+from rpcq.url import mask
+
+QUIET: Final = ("aio_pika", "aiormq")
+"""At DEBUG they log bodies and headers; what they log above that, rpcq reports itself, by name."""
+
+
+def _mask_urls(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    for key, value in event.items():
+        if isinstance(value, str) and "://" in value:
+            event[key] = mask(value)
+    return event
+
+
+def get_logger(name: str) -> structlog.stdlib.BoundLogger:
+    """A structlog logger that feeds the standard library's logger `name`."""
+    logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
+        logging.getLogger(name),
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.contextvars.merge_contextvars,
+            _mask_urls,
+            structlog.stdlib.render_to_log_kwargs,
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        context_class=dict,
+    )
+    return logger
+
+
+def silence(name: str) -> None:
+    """Keep a building block's logger quiet unless the application set its level."""
+    logger = logging.getLogger(name)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.CRITICAL)
+
+
+def configure(level: str = "INFO") -> None:
+    """Show this program's logs on standard error: for people on a terminal, a line of JSON each elsewhere."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.stdlib.ExtraAdder(),
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _mask_urls,
+    ]
+    final: list[structlog.typing.Processor]
+    if sys.stderr.isatty():
+        final = [structlog.dev.ConsoleRenderer()]
+    else:
+        final = [
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(serializer=lambda value, **_: orjson.dumps(value, default=str).decode()),
+        ]
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)

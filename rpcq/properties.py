@@ -1,0 +1,258 @@
+"""The properties of an AMQP message, bytes <-> values. Pure.
+
+What a content header carries after its body size: a word of flags, then the values of the flagged properties (AMQP
+0-9-1 specification, 4.2.6.1), among them a field table, for whose types RabbitMQ's own errata count
+(https://www.rabbitmq.com/amqp-0-9-1-errata). Short strings stay bytes: a correlation ID is opaque.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any, Final
+
+MAX_DEPTH: Final = 16
+"""Tables and arrays nested deeper are refused."""
+
+CONTENT_TYPE: Final = 0x8000
+CONTENT_ENCODING: Final = 0x4000
+HEADERS: Final = 0x2000
+DELIVERY_MODE: Final = 0x1000
+PRIORITY: Final = 0x0800
+CORRELATION_ID: Final = 0x0400
+REPLY_TO: Final = 0x0200
+EXPIRATION: Final = 0x0100
+MESSAGE_ID: Final = 0x0080
+TIMESTAMP: Final = 0x0040
+TYPE: Final = 0x0020
+USER_ID: Final = 0x0010
+APP_ID: Final = 0x0008
+CLUSTER_ID: Final = 0x0004
+
+_U16: Final = struct.Struct(">H")
+_U32: Final = struct.Struct(">I")
+_I64: Final = struct.Struct(">q")
+_F64: Final = struct.Struct(">d")
+_FIXED: Final[dict[int, struct.Struct]] = {
+    ord(kind): struct.Struct(layout)
+    for kind, layout in {
+        "t": ">?",
+        "b": ">b",
+        "B": ">B",
+        "s": ">h",
+        "u": ">H",
+        "I": ">i",
+        "i": ">I",
+        "l": ">q",
+        "L": ">q",
+        "f": ">f",
+        "d": ">d",
+    }.items()
+}
+
+
+class MalformedProperties(ValueError):
+    """The bytes are not the properties of an AMQP message."""
+
+
+@dataclass(slots=True)
+class Properties:
+    """The properties of one message; None where absent. Short strings are bytes of at most 255."""
+
+    content_type: bytes | None = None
+    content_encoding: bytes | None = None
+    headers: dict[str, Any] | None = None
+    delivery_mode: int | None = None
+    priority: int | None = None
+    correlation_id: bytes | None = None
+    reply_to: bytes | None = None
+    expiration: bytes | None = None
+    message_id: bytes | None = None
+    timestamp: int | None = None
+    type: bytes | None = None
+    user_id: bytes | None = None
+    app_id: bytes | None = None
+    cluster_id: bytes | None = None
+
+
+def short(value: bytes) -> bytes:
+    """A short string: one byte of length, then at most 255 bytes."""
+    if len(value) > 255:
+        msg = f"a short string of AMQP has at most 255 bytes, this one has {len(value)}"
+        raise ValueError(msg)
+    return bytes((len(value),)) + value
+
+
+def encode(properties: Properties) -> bytes:
+    """Flags and values, as they stand in a content header."""
+    flags, parts = 0, [b""]
+    for flag, name, kind in _LAYOUT:
+        value = getattr(properties, name)
+        if value is None:
+            continue
+        flags |= flag
+        if kind == "s":
+            parts.append(short(value))
+        elif kind == "t":
+            parts.append(encode_table(value))
+        elif kind == "o":
+            parts.append(bytes((value,)))
+        else:
+            parts.append(struct.pack(">Q", value))
+    parts[0] = _U16.pack(flags)
+    return b"".join(parts)
+
+
+_LAYOUT: Final = (
+    (CONTENT_TYPE, "content_type", "s"),
+    (CONTENT_ENCODING, "content_encoding", "s"),
+    (HEADERS, "headers", "t"),
+    (DELIVERY_MODE, "delivery_mode", "o"),
+    (PRIORITY, "priority", "o"),
+    (CORRELATION_ID, "correlation_id", "s"),
+    (REPLY_TO, "reply_to", "s"),
+    (EXPIRATION, "expiration", "s"),
+    (MESSAGE_ID, "message_id", "s"),
+    (TIMESTAMP, "timestamp", "q"),
+    (TYPE, "type", "s"),
+    (USER_ID, "user_id", "s"),
+    (APP_ID, "app_id", "s"),
+    (CLUSTER_ID, "cluster_id", "s"),
+)
+
+
+def decode(data: bytes) -> Properties:
+    """The inverse of `encode`.
+
+    Raises:
+        MalformedProperties: the bytes end early, go on too long, or hold a type that AMQP does not have.
+
+    """
+    found = Properties()
+    try:
+        flags = data[0] << 8 | data[1]
+        at = 2
+        for flag, name, kind in _LAYOUT:
+            if not flags & flag:
+                continue
+            if kind == "s":
+                end = at + 1 + data[at]
+                setattr(found, name, data[at + 1 : end])
+                at = end
+            elif kind == "t":
+                end = at + 4 + _U32.unpack_from(data, at)[0]
+                found.headers = _read_table(data, at + 4, end, 0)
+                at = end
+            elif kind == "o":
+                setattr(found, name, data[at])
+                at += 1
+            else:
+                found.timestamp = struct.unpack_from(">Q", data, at)[0]
+                at += 8
+    except (IndexError, struct.error) as error:
+        raise MalformedProperties("the properties end early") from error
+    if at != len(data) or flags & 3:
+        msg = f"the properties are {len(data)} bytes long, their values {at}, their flags {flags:#06x}"
+        raise MalformedProperties(msg)
+    return found
+
+
+def encode_table(table: dict[str, Any]) -> bytes:
+    """A field table with its length. Values: bool, int, float, str, bytes, datetime, None, lists and dicts of these."""
+    body = b"".join([short(name.encode()) + _encode_value(value, 0) for name, value in table.items()])
+    return _U32.pack(len(body)) + body
+
+
+def _encode_value(value: Any, depth: int) -> bytes:  # noqa: PLR0911 - one return for each type of the table
+    if depth > MAX_DEPTH:
+        msg = f"headers are nested deeper than {MAX_DEPTH}"
+        raise ValueError(msg)
+    match value:
+        case bool():
+            return b"t\x01" if value else b"t\x00"
+        case int():
+            return b"l" + _I64.pack(value)
+        case str():
+            raw = value.encode()
+            return b"S" + _U32.pack(len(raw)) + raw
+        case bytes():
+            return b"x" + _U32.pack(len(value)) + value
+        case float():
+            return b"d" + _F64.pack(value)
+        case None:
+            return b"V"
+        case datetime():
+            return b"T" + struct.pack(">Q", int(value.timestamp()))
+        case list() | tuple():
+            items = b"".join([_encode_value(item, depth + 1) for item in value])
+            return b"A" + _U32.pack(len(items)) + items
+        case dict():
+            items = b"".join([short(name.encode()) + _encode_value(item, depth + 1) for name, item in value.items()])
+            return b"F" + _U32.pack(len(items)) + items
+    msg = f"a header cannot carry {type(value).__name__}"
+    raise TypeError(msg)
+
+
+def _read_table(data: bytes, at: int, end: int, depth: int) -> dict[str, Any]:
+    if end > len(data) or depth > MAX_DEPTH:
+        raise MalformedProperties("a table is longer than what holds it, or nested too deep")
+    table = {}
+    while at < end:
+        name_end = at + 1 + data[at]
+        name = data[at + 1 : name_end].decode("utf-8", "replace")
+        kind = data[name_end]
+        if kind == 0x6C:  # l, what deadlines are: the hot type
+            table[name] = _I64.unpack_from(data, name_end + 1)[0]
+            at = name_end + 9
+        else:
+            table[name], at = _read_value(data, name_end + 1, kind, depth)
+    if at != end:
+        raise MalformedProperties("a value in a table is longer than the table")
+    return table
+
+
+def _read_value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
+    """A value of one type at a place, and the place after it."""
+    if kind in b"SxAF":
+        start, end = at + 4, at + 4 + _U32.unpack_from(data, at)[0]
+        if end > len(data):
+            raise MalformedProperties("a value is longer than what holds it")
+        if kind == 0x53:  # S
+            raw = data[start:end]
+            try:
+                return raw.decode(), end
+            except UnicodeDecodeError:
+                return raw, end
+        if kind == 0x78:  # x
+            return data[start:end], end
+        if kind == 0x46:  # F
+            return _read_table(data, start, end, depth + 1), end
+        return _read_array(data, start, end, depth + 1), end
+    if fixed := _FIXED.get(kind):
+        return fixed.unpack_from(data, at)[0], at + fixed.size
+    if kind == 0x56:  # V
+        return None, at
+    if kind == 0x54:  # T
+        seconds = struct.unpack_from(">Q", data, at)[0]
+        try:
+            return datetime.fromtimestamp(seconds, UTC), at + 8
+        except (OverflowError, ValueError, OSError):
+            return seconds, at + 8
+    if kind == 0x44:  # D
+        return Decimal(struct.unpack_from(">i", data, at + 1)[0]).scaleb(-data[at]), at + 5
+    msg = f"a table holds the type {kind:#04x}, which AMQP does not have"
+    raise MalformedProperties(msg)
+
+
+def _read_array(data: bytes, at: int, end: int, depth: int) -> list[Any]:
+    if depth > MAX_DEPTH:
+        raise MalformedProperties("an array is nested too deep")
+    items = []
+    while at < end:
+        value, at = _read_value(data, at + 1, data[at], depth)
+        items.append(value)
+    if at != end:
+        raise MalformedProperties("a value in an array is longer than the array")
+    return items

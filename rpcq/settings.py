@@ -1,0 +1,207 @@
+"""Frozen option objects, checked when they are made. Reads no environment.
+
+Each class stands beside a `TypedDict` with the same names, so that the options can be given as keyword arguments
+(`Client(url, timeout=5)`, `with_options(timeout=2)`) and are known to type checkers; they travel as one object.
+Times are seconds, sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypedDict
+
+from rpcq.errors import ConfigurationError, DomainError
+
+NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,100}\Z")
+"""What services, namespaces and clients may be called."""
+
+MAX_HEADERS: Final = 8 * 1024
+"""All headers of a message together; RabbitMQ ends a connection over far larger ones."""
+
+MAX_TIMEOUT: Final = 25 * 60.0
+"""RabbitMQ ends a channel whose consumer holds a message for 30 minutes (`consumer_timeout`)."""
+
+OWNED_HEADERS: Final = re.compile(r"x-(death\Z|first-death-|last-death-|delivery-count\Z|opt-|acquired-count\Z)")
+"""Names that RabbitMQ owns: refused from users, never shown as metadata."""
+
+
+def check_name(what: str, name: str) -> str:
+    """The name, if it is one; `what` says what it names.
+
+    Raises:
+        ConfigurationError: it is not 1 to 100 of `A-Za-z0-9_.-`.
+
+    """
+    if not isinstance(name, str) or not NAME.match(name):
+        msg = f"{what} is called {name!r}; a name is 1 to 100 of the characters A-Z a-z 0-9 _ . -"
+        raise ConfigurationError(msg)
+    return name
+
+
+def _check_seconds(name: str, value: float, most: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+        upper = "" if most == math.inf else f" and at most {most:g}"
+        msg = f"{name} is {value!r}; it is a number of seconds above 0{upper}"
+        raise ConfigurationError(msg)
+
+
+def _check_count(name: str, value: int, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        msg = f"{name} is {value!r}; it is a whole number from {least} to {most}"
+        raise ConfigurationError(msg)
+
+
+class CallSettings(TypedDict, total=False):
+    """The keyword arguments of `with_options`; see `CallOptions`."""
+
+    timeout: float
+    idempotent: bool
+    queue: str | None
+    errors: tuple[type[DomainError], ...]
+    returns: Any
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class CallOptions:
+    """How a call is made.
+
+    Attributes:
+        timeout: seconds until the call has ended; a handler's own calls also inherit its deadline.
+        idempotent: running it twice does no harm: it is sent again where it may have been lost.
+        queue: send to this queue through the default exchange, past rpcq's own: for servers that are not rpcq's.
+        errors: domain errors that the caller wants to catch by their class.
+        returns: the type that results are validated as; None leaves them as JSON has them.
+        metadata: headers for the handler: names that begin with `x-`, values that are strings.
+
+    """
+
+    timeout: float = 30.0
+    idempotent: bool = False
+    queue: str | None = None
+    errors: tuple[type[DomainError], ...] = ()
+    returns: Any = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_seconds("timeout", self.timeout, MAX_TIMEOUT)
+        object.__setattr__(self, "errors", tuple(self.errors))
+        for kind in self.errors:
+            if not (isinstance(kind, type) and issubclass(kind, DomainError)):
+                msg = f"errors holds {kind!r}; it holds subclasses of DomainError"
+                raise ConfigurationError(msg)
+        if self.queue is not None and not 1 <= len(self.queue.encode()) <= 255:
+            msg = f"queue is {self.queue!r}; the name of a queue has 1 to 255 bytes"
+            raise ConfigurationError(msg)
+        for name, value in self.metadata.items():
+            if not name.startswith("x-") or OWNED_HEADERS.match(name) or len(name.encode()) > 255:
+                msg = f"metadata has {name!r}; names begin with 'x-', have at most 255 bytes and are not RabbitMQ's own"
+                raise ConfigurationError(msg)
+            if not isinstance(value, str):
+                msg = f"metadata {name!r} is {value!r}; metadata are strings"
+                raise ConfigurationError(msg)
+
+
+class ConnectionSettings(TypedDict, total=False):
+    """What `ClientSettings` and `WorkerSettings` share; see `ConnectionOptions`."""
+
+    name: str
+    namespace: str
+    heartbeat: float
+    connect_timeout: float
+    max_body: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionOptions:
+    """How the broker is reached.
+
+    Attributes:
+        name: what this program is called: in RabbitMQ's list of connections, and as `app_id` of its requests.
+        namespace: prefix of all queues and exchanges, so that environments can share a vhost.
+        heartbeat: seconds; a connection on which nothing arrives for two of them is given up. 5 to 20 is sensible.
+        connect_timeout: seconds until an attempt to connect and declare is given up.
+        max_body: bytes of a message; larger ones are refused before they are sent, and again where they arrive.
+
+    """
+
+    name: str = "rpcq"
+    namespace: str = "rpcq"
+    heartbeat: float = 10.0
+    connect_timeout: float = 10.0
+    max_body: int = 1024 * 1024
+
+    def __post_init__(self) -> None:
+        check_name("the program", self.name)
+        check_name("the namespace", self.namespace)
+        if self.heartbeat != int(self.heartbeat) or not 1 <= self.heartbeat <= 3600:
+            msg = f"heartbeat is {self.heartbeat!r}; it is a whole number of seconds from 1 to 3600"
+            raise ConfigurationError(msg)
+        _check_seconds("connect_timeout", self.connect_timeout)
+        _check_count("max_body", self.max_body, 1, 512 * 1024 * 1024)
+
+
+class ClientSettings(ConnectionSettings, total=False):
+    """The keyword arguments of `Client`; see `ClientOptions`."""
+
+    timeout: float
+    max_in_flight: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientOptions(ConnectionOptions):
+    """How a client behaves.
+
+    Attributes:
+        timeout: seconds that a call has unless `with_options` says otherwise.
+        max_in_flight: calls that may be under way at once; one more gets `Overloaded`.
+
+    """
+
+    timeout: float = 30.0
+    max_in_flight: int = 100_000
+
+    def __post_init__(self) -> None:
+        ConnectionOptions.__post_init__(self)
+        _check_seconds("timeout", self.timeout, MAX_TIMEOUT)
+        _check_count("max_in_flight", self.max_in_flight, 1, 10_000_000)
+
+
+class WorkerSettings(ConnectionSettings, total=False):
+    """The keyword arguments of `Worker`; see `WorkerOptions`."""
+
+    prefetch: int
+    grace: float
+    reply_to: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions(ConnectionOptions):
+    """How a worker behaves.
+
+    Attributes:
+        prefetch: calls of each service that it runs at once; `def` handlers have as many threads.
+        grace: seconds that running handlers have to end when the worker stops.
+        reply_to: regular expressions of further queues that it may reply to, whole names; server-named queues
+            and direct reply-to are always allowed.
+
+    """
+
+    prefetch: int = 100
+    grace: float = 30.0
+    reply_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        ConnectionOptions.__post_init__(self)
+        _check_count("prefetch", self.prefetch, 1, 65_535)
+        _check_seconds("grace", self.grace)
+        object.__setattr__(self, "reply_to", tuple(self.reply_to))
+        for pattern in self.reply_to:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                msg = f"reply_to holds {pattern!r}, which is not a regular expression: {error}"
+                raise ConfigurationError(msg) from error

@@ -1,0 +1,1 @@
+"""What carries messages: RabbitMQ, or an in-process broker that keeps the same rules."""

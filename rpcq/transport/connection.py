@@ -1,0 +1,318 @@
+"""The socket shell of the fast lane: an aio-pika connection that carries it, and the border to aio-pika's errors.
+
+Handshake, TLS, heartbeats, topology and close stay aio-pika's. Its transport factory lets us supply the stream
+protocol, which takes the hot frames of the channels that registered a lane and feeds every other byte to aiormq.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections.abc import Callable
+from typing import Any
+
+import aiormq.exceptions
+from aio_pika.abc import ConnectionParameter
+from aio_pika.connection import Connection
+from aiormq.connection import TransportFactory
+from pamqp.exceptions import PAMQPException
+from yarl import URL
+
+from rpcq.errors import (
+    AccessRefused,
+    AuthenticationFailed,
+    BrokerError,
+    BrokerUnreachable,
+    ProtocolError,
+    TopologyMismatch,
+    VhostNotFound,
+)
+from rpcq.settings import ConnectionOptions
+from rpcq.transport.lane import FRAME_OVERHEAD, HEARTBEAT_FRAME, MAX_FRAME, FrameReader, Lane
+from rpcq.url import BrokerURL
+
+FOREIGN_ERRORS = (
+    aiormq.exceptions.AMQPError,
+    aiormq.exceptions.ChannelInvalidStateError,
+    PAMQPException,
+    OSError,
+    EOFError,
+    RuntimeError,
+    StopAsyncIteration,
+)
+"""What aio-pika and aiormq raise for a broker that cannot be used."""
+
+BY_REPLY_CODE: dict[int, type[BrokerError]] = {
+    403: AccessRefused,
+    404: TopologyMismatch,
+    405: TopologyMismatch,
+    406: TopologyMismatch,
+    501: ProtocolError,
+    502: ProtocolError,
+    503: ProtocolError,
+    504: ProtocolError,
+    505: ProtocolError,
+    530: VhostNotFound,
+}
+BY_CHANNEL_ERROR: dict[type[BaseException], type[BrokerError]] = {
+    aiormq.exceptions.ChannelAccessRefused: AccessRefused,
+    aiormq.exceptions.ChannelNotFoundEntity: TopologyMismatch,
+    aiormq.exceptions.ChannelLockedResource: TopologyMismatch,
+    aiormq.exceptions.ChannelPreconditionFailed: TopologyMismatch,
+}
+
+
+class LaneProtocol(asyncio.StreamReaderProtocol):
+    """Splits the stream between the lanes and aiormq's reader, and notices at once when the connection ends.
+
+    Args:
+        heartbeat: seconds; with nothing read for two of them, the connection is given up. aiormq alone takes three,
+            and misses what the lanes swallow.
+        on_lost: the connection cannot be used any more; called once.
+        on_blocked: the broker takes no messages for now: its reason, or None when it does again.
+
+    """
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        loop: asyncio.AbstractEventLoop,
+        heartbeat: float,
+        on_lost: Callable[[BrokerError], None],
+        on_blocked: Callable[[str | None], None],
+    ) -> None:
+        super().__init__(reader, loop=loop)
+        self.on_writable: Callable[[], None] = lambda: None
+        self.writable = True
+        self.lost: BrokerError | None = None
+        self._loop_ = loop
+        self._heartbeat = heartbeat
+        self._on_lost = on_lost
+        self._frames = FrameReader(self._pass_on, self._broker_closes, on_blocked)
+        self._transport_: asyncio.Transport | None = None
+        self._last_read = self._last_passed = time.monotonic()
+        self._watchdog = loop.call_later(heartbeat, self._watch)
+        self._out: list[bytes] = []
+
+    # What the owner asks.
+
+    def tuned(self, frame_max: int) -> None:
+        """The handshake is over: frames have this limit."""
+        self._frames.max_payload = (frame_max or MAX_FRAME) - FRAME_OVERHEAD
+
+    def register(self, channel: int, lane: Lane) -> None:
+        """Take the hot frames of a channel; before it consumes."""
+        self._frames.lanes[channel] = lane
+
+    def send(self, frame: bytes) -> None:
+        """Write with everything else that this iteration of the loop has to write."""
+        if not self._out:
+            self._loop_.call_soon(self._flush)
+        self._out.append(frame)
+
+    def write(self, data: bytes) -> None:
+        """Write now. Dropped once the connection is lost: its loss has been told."""
+        if self.lost is None and self._transport_ is not None:
+            self._transport_.write(data)
+
+    def fail(self, cause: BrokerError) -> None:
+        """Give the connection up: tell the owner once, write nothing more."""
+        if self.lost is None:
+            self.lost = cause
+            self._watchdog.cancel()
+            self._frames.lanes.clear()
+            self._out.clear()
+            self._on_lost(cause)
+
+    def abort(self) -> None:
+        """Close the socket, whatever is still in its buffer."""
+        if self._transport_ is not None:
+            self._transport_.abort()
+
+    # What asyncio tells.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport_ = transport  # type: ignore[assignment]  # a stream protocol gets a stream transport
+        super().connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._last_read = now = time.monotonic()
+        try:
+            self._frames.feed(data)
+        except ProtocolError as error:
+            self.fail(error)
+            self.abort()
+            return
+        if now - self._last_passed > self._heartbeat and self.lost is None:
+            self._pass_on(HEARTBEAT_FRAME)  # aiormq gives up a connection on which it sees no frame
+
+    def eof_received(self) -> bool | None:
+        self.fail(BrokerUnreachable("the broker closed the connection"))
+        return super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        why = f"the connection to the broker was lost: {exc}" if exc else "the connection to the broker was closed"
+        self.fail(BrokerUnreachable(why))
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self.writable = False
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self.writable = True
+        super().resume_writing()
+        self.on_writable()
+
+    # Inside.
+
+    def _pass_on(self, frame: bytes) -> None:
+        self._last_passed = self._last_read
+        super().data_received(frame)
+
+    def _flush(self) -> None:
+        if self._out:
+            self.write(b"".join(self._out))
+            self._out.clear()
+
+    def _broker_closes(self, code: int, text: str) -> None:
+        self.fail(closed_by_broker(code, text))
+
+    def _watch(self) -> None:
+        idle = time.monotonic() - self._last_read
+        limit = 2 * self._heartbeat
+        if idle < limit:
+            self._watchdog = self._loop_.call_later(limit - idle, self._watch)
+        else:
+            # A loop that was itself blocked runs its timers before it reads: look again once it has read.
+            self._watchdog = self._loop_.call_later(0.05, self._give_up, self._last_read)
+
+    def _give_up(self, last_read: float) -> None:
+        if self._last_read != last_read:
+            self._watch()
+            return
+        idle = time.monotonic() - last_read
+        self.fail(BrokerUnreachable(f"nothing came from the broker for {idle:.1f} s"))
+        self.abort()
+
+
+class _Factory(TransportFactory):
+    """Opens the socket with our protocol, over TLS where the URL says so: aiormq leaves that to its factory."""
+
+    def __init__(
+        self,
+        heartbeat: float,
+        on_lost: Callable[[BrokerError], None],
+        on_blocked: Callable[[str | None], None],
+    ) -> None:
+        self._heartbeat = heartbeat
+        self._on_lost = on_lost
+        self._on_blocked = on_blocked
+        self.protocol: LaneProtocol | None = None
+
+    async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        context = None
+        if url.scheme == "amqps":
+            context = await kwargs["ssl_context_provider"].get_context()
+        elif url.scheme != "amqp":
+            msg = f"no transport for the scheme {url.scheme!r}"
+            raise ValueError(msg)
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(loop=loop)
+        protocol = LaneProtocol(reader, loop, self._heartbeat, self._on_lost, self._on_blocked)
+        self.protocol = protocol
+        try:
+            transport, _ = await loop.create_connection(lambda: protocol, url.host, url.port, ssl=context)
+        except BaseException:
+            protocol.fail(BrokerUnreachable("the connection could not be opened"))
+            raise
+        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+class LaneConnection(Connection):
+    """An aio-pika connection that may be given a transport factory."""
+
+    PARAMETERS = (*Connection.PARAMETERS, ConnectionParameter("transport_factory", is_kwarg=True, parser=lambda it: it))
+
+
+async def connect(
+    url: BrokerURL,
+    host: str,
+    port: int,
+    options: ConnectionOptions,
+    role: str,
+    on_lost: Callable[[BrokerError], None],
+    on_blocked: Callable[[str | None], None],
+) -> tuple[LaneConnection, LaneProtocol]:
+    """Open one connection to one host.
+
+    Raises:
+        BrokerError: it could not be opened; what was opened is closed.
+
+    """
+    factory = _Factory(options.heartbeat, on_lost, on_blocked)
+    address = URL.build(
+        scheme=url.scheme,
+        user=url.user,
+        password=url.password,
+        host=host,
+        port=port,
+        path="/" + url.vhost,
+        query={**dict(url.tls), "heartbeat": str(int(options.heartbeat)), "name": f"{options.name} {role}"},
+    )
+    connection = LaneConnection(address, transport_factory=factory)
+    try:
+        await connection.connect()
+    except BaseException as error:
+        protocol = factory.protocol
+        told = protocol.lost if protocol is not None else None
+        if protocol is not None:
+            protocol.fail(BrokerUnreachable("the connection could not be opened"))
+            protocol.abort()
+        if isinstance(error, FOREIGN_ERRORS) or is_false_cancellation(error):
+            raise _refused(error, told, url, host, port) from error
+        raise
+    assert factory.protocol is not None  # noqa: S101 - connect() made it
+    return connection, factory.protocol
+
+
+def is_false_cancellation(error: BaseException) -> bool:
+    """Whether aiormq raised `CancelledError` for a lost connection: nobody asked this task to cancel."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and not task.cancelling()
+
+
+def closed_by_broker(code: int, text: str) -> BrokerError:
+    """What a `connection.close` or `channel.close` of the broker means to users."""
+    return BY_REPLY_CODE.get(code, BrokerUnreachable)(f"the broker closed: {code} {text}")
+
+
+def translate(error: BaseException, told: BrokerError | None) -> BrokerError:
+    """An error of aio-pika's or aiormq's as ours; `told` is what the connection itself saw, and says more."""
+    if isinstance(error, BrokerError):
+        return error
+    for kind, ours in BY_CHANNEL_ERROR.items():
+        if isinstance(error, kind):
+            return ours(f"the broker refused: {error}")
+    if told is not None:
+        return told
+    return BrokerUnreachable(f"the connection to the broker failed: {error!r}")
+
+
+def _refused(error: BaseException, told: BrokerError | None, url: BrokerURL, host: str, port: int) -> BrokerError:
+    where = f"{url.scheme}://{host}:{port}"
+    # Looked at as the frame passed: aiormq reports a missing vhost as an invalid frame.
+    if isinstance(told, AccessRefused) or isinstance(error, aiormq.exceptions.AuthenticationError):
+        hint = "; RabbitMQ lets guest in from its own machine only" if url.user == "guest" else ""
+        return AuthenticationFailed(f"{where} refused the user {url.user!r} or its password{hint}")
+    if isinstance(told, VhostNotFound):
+        return VhostNotFound(f"{where} has no vhost {url.vhost!r}, or {url.user!r} may not enter it: {told}")
+    if isinstance(told, ProtocolError):
+        return ProtocolError(f"{where} is not an AMQP 0-9-1 broker, or wants TLS: {told}")
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return BrokerUnreachable(f"the certificate of {where} was refused: {error.verify_message}")
+    if isinstance(error, ssl.SSLError):
+        return BrokerUnreachable(f"TLS with {where} failed: {error.reason or error}")
+    why = str(told) if told is not None and not isinstance(error, OSError) else (str(error) or repr(error))
+    return BrokerUnreachable(f"cannot reach {where}: {why}")

@@ -1,0 +1,401 @@
+"""The wire contract, version 1: requests, replies and notices, bytes <-> values. Pure.
+
+`docs/wire.md` is the contract. Bodies are JSON (RFC 8259), read and written by pydantic's core: it carries what pydantic
+serialises, keeps integers of any size, and bounds nesting. NaN and Infinity are not JSON and are refused, not turned
+into null.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from pydantic_core import from_json, to_json
+
+from rpcq import properties as amqp
+from rpcq.errors import InvalidParams, InvalidReply, NotSerializable, TooLarge
+from rpcq.properties import MalformedProperties, Properties, short
+from rpcq.settings import MAX_HEADERS, OWNED_HEADERS
+
+JSON: Final = b"application/json"
+DEADLINE: Final = "rpcq-deadline"
+TIMEOUT: Final = "rpcq-timeout"
+KEY: Final = "rpcq-idempotency-key"
+ATTEMPT: Final = "rpcq-attempt"
+
+RESULT: Final = b"result"
+ERROR: Final = b"error"
+CANCEL: Final = b"cancel"
+PING: Final = b"ping"
+
+_U16: Final = struct.Struct(">H")
+_U32: Final = struct.Struct(">I")
+_TIMES: Final = struct.Struct(">15sq14sq")
+_DEADLINE_NAME: Final = short(DEADLINE.encode()) + b"l"
+_TIMEOUT_NAME: Final = short(TIMEOUT.encode()) + b"l"
+_REPLY_TIMES: Final = struct.Struct(">15sd17sd")
+_QUEUE_MS: Final = short(b"rpcq-queue-ms") + b"d"
+_HANDLER_MS: Final = short(b"rpcq-handler-ms") + b"d"
+
+
+def dumps(value: Any) -> bytes:
+    """A value as JSON.
+
+    Raises:
+        ValueError: JSON cannot carry it.
+
+    """
+    return refuse_nan(to_json(value, inf_nan_mode="constants"))
+
+
+def refuse_nan(body: bytes) -> bytes:
+    """The body, if it has none of the constants that pydantic writes for numbers that JSON does not have.
+
+    Raises:
+        ValueError: it has.
+
+    """
+    if b"NaN" in body or b"Infinity" in body:  # perhaps inside a string: only then is it parsed
+        try:
+            from_json(body, allow_inf_nan=False)
+        except ValueError as error:
+            msg = "NaN and Infinity are not JSON"
+            raise ValueError(msg) from error
+    return body
+
+
+def loads(body: bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is not one, or it is nested deeper than about 200.
+
+    """
+    return from_json(body, allow_inf_nan=False)
+
+
+def encode_params(args: tuple[Any, ...], params: Mapping[str, Any], max_body: int) -> bytes:
+    """The body of a request: by name an object, by position an array, a single scalar as it is.
+
+    Raises:
+        NotSerializable: JSON cannot carry a parameter; the message names it.
+        InvalidParams: some are by name and some by position.
+        TooLarge: the body is over `max_body` bytes.
+
+    """
+    value: Any = params
+    if args:
+        if params:
+            msg = "parameters are given by position or by name, not both: the wire carries an array or an object"
+            raise InvalidParams(msg)
+        value = args
+        if len(args) == 1 and isinstance(args[0], str | int | float | None):
+            value = args[0]
+    try:
+        body = dumps(value)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _name_culprit(args, params, error) from error
+    if len(body) > max_body:
+        msg = f"the parameters are {len(body)} bytes of JSON; the limit is {max_body} (max_body)"
+        raise TooLarge(msg)
+    return body
+
+
+def _name_culprit(args: tuple[Any, ...], params: Mapping[str, Any], error: Exception) -> NotSerializable:
+    named = [(repr(name), value) for name, value in params.items()] + [(str(at), it) for at, it in enumerate(args)]
+    for name, value in named:
+        try:
+            dumps(value)
+        except (ValueError, TypeError, RecursionError) as cause:
+            return NotSerializable(f"JSON cannot carry parameter {name}, a {type(value).__name__}: {cause}")
+    return NotSerializable(f"JSON cannot carry the parameters: {error}")
+
+
+def encode_headers(*, key: str | None, attempt: int, metadata: Mapping[str, str]) -> bytes:
+    """The headers of a request besides its times and its `CC`, as entries of a field table.
+
+    Raises:
+        TooLarge: they are over 8 KiB.
+
+    """
+    headers: dict[str, Any] = dict(metadata)
+    if key is not None:
+        headers[KEY] = key
+    if attempt > 1:
+        headers[ATTEMPT] = attempt
+    entries = amqp.encode_table(headers)[4:]
+    if len(entries) > MAX_HEADERS:
+        msg = f"the headers are {len(entries)} bytes; the limit is {MAX_HEADERS}"
+        raise TooLarge(msg)
+    return entries
+
+
+class RequestEncoder:
+    """Encodes the properties of a client's requests; what is the same for all of them is encoded once.
+
+    Args:
+        reply_to: the client's reply queue, in the current session.
+        app_id: the client's name.
+
+    """
+
+    def __init__(self, reply_to: str, app_id: str) -> None:
+        self.reply_to = reply_to.encode()
+        address = _U32.pack(len(self.reply_to)) + self.reply_to
+        self._cc = b"\x02CCA" + _U32.pack(len(address) + 1) + b"S" + address
+        flags = (
+            amqp.CONTENT_TYPE
+            | amqp.HEADERS
+            | amqp.DELIVERY_MODE
+            | amqp.CORRELATION_ID
+            | amqp.REPLY_TO
+            | amqp.EXPIRATION
+            | amqp.APP_ID
+        )
+        self._start = _U16.pack(flags) + short(JSON)
+        self._start_typed = _U16.pack(flags | amqp.TYPE) + short(JSON)
+        self._reply_to = short(self.reply_to)
+        self._app_id = short(app_id.encode())
+
+    def encode(  # noqa: PLR0913 - the varying fields of a request
+        self,
+        correlation_id: bytes,
+        method: bytes,
+        left_ms: int,
+        deadline_ms: int,
+        headers: bytes,
+        *,
+        notify: bool,
+    ) -> bytes:
+        """The properties of one request.
+
+        Args:
+            correlation_id: 1 to 255 bytes.
+            method: its name; empty for none.
+            left_ms: milliseconds until the deadline.
+            deadline_ms: the same, absolute: milliseconds since the epoch.
+            headers: further ones, from `encode_headers`.
+            notify: have the broker tell of an expiry (`CC`); only through the requests exchange, since any other
+                exchange would route a copy to the reply queue.
+
+        """
+        # The notice of an expiry is to arrive before the caller's deadline.
+        expiration = b"%d" % max(1, left_ms - min(1000, left_ms // 10))
+        cc = self._cc if notify else b""
+        return b"".join(
+            (
+                self._start_typed if method else self._start,
+                _U32.pack(45 + len(cc) + len(headers)),
+                cc,
+                _TIMES.pack(_DEADLINE_NAME, deadline_ms, _TIMEOUT_NAME, left_ms),
+                headers,
+                b"\x01",
+                bytes((len(correlation_id),)),
+                correlation_id,
+                self._reply_to,
+                bytes((len(expiration),)),
+                expiration,
+                bytes((len(method),)) + method if method else b"",
+                self._app_id,
+            )
+        )
+
+
+@dataclass(slots=True)
+class Request:
+    """What a request says, besides its parameters.
+
+    Attributes:
+        method: its name, or None for the service's only or default one.
+        deadline_ms: absolute, milliseconds since the epoch, or None.
+        timeout_ms: time left when it was sent, or None.
+        attempt: 1 + the number of earlier attempts that may have run.
+
+    """
+
+    method: str | None
+    deadline_ms: int | None
+    timeout_ms: int | None
+    idempotency_key: str | None
+    attempt: int
+    app_id: str | None
+    headers: Mapping[str, Any]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The caller's own: headers that begin with `x-` and are not RabbitMQ's."""
+        return {
+            name: value
+            for name, value in self.headers.items()
+            if name.startswith("x-") and isinstance(value, str) and not OWNED_HEADERS.match(name)
+        }
+
+
+_NO_HEADERS: Final[dict[str, Any]] = {}
+
+
+def read_request(found: Properties) -> Request:
+    """What decoded properties say, as a request.
+
+    Raises:
+        InvalidParams: they say something that a request may not.
+
+    """
+    content_type = found.content_type
+    if (content_type is not None and content_type != JSON and not _is_json(content_type)) or found.content_encoding:
+        encoding = f", encoded as {_text(found.content_encoding)!r}" if found.content_encoding else ""
+        msg = f"the content type is {_text(content_type)!r}{encoding}; this worker reads application/json"
+        raise InvalidParams(msg)
+    headers = found.headers or _NO_HEADERS
+    attempt = headers.get(ATTEMPT, 1)
+    deadline, timeout, key = headers.get(DEADLINE), headers.get(TIMEOUT), headers.get(KEY)
+    if type(attempt) is not int or attempt < 1:
+        msg = f"the header {ATTEMPT} is {attempt!r}; it is a whole number from 1"
+        raise InvalidParams(msg)
+    for name, value in ((DEADLINE, deadline), (TIMEOUT, timeout)):
+        if value is not None and type(value) is not int:
+            msg = f"the header {name} is {value!r}; it is a whole number of milliseconds"
+            raise InvalidParams(msg)
+    if key is not None and (not isinstance(key, str) or not 1 <= len(key.encode()) <= 255):
+        msg = f"the header {KEY} is {key!r:.50}; it is a string of 1 to 255 bytes"
+        raise InvalidParams(msg)
+    try:
+        method = found.type.decode() if found.type else None
+    except UnicodeDecodeError:
+        msg = f"the type is {found.type!r}; it is the name of a method"
+        raise InvalidParams(msg) from None
+    return Request(
+        method=method,
+        deadline_ms=deadline,
+        timeout_ms=timeout,
+        idempotency_key=key,
+        attempt=attempt,
+        app_id=_text(found.app_id) if found.app_id else None,
+        headers=headers,
+    )
+
+
+def _is_json(content_type: bytes) -> bool:
+    media, _, charset = content_type.lower().replace(b" ", b"").partition(b";")
+    return media == JSON and charset in (b"", b"charset=utf-8", b'charset="utf-8"')
+
+
+def _text(value: bytes | None) -> str:
+    return (value or b"").decode("utf-8", "replace")
+
+
+class ReplyEncoder:
+    """Encodes the properties of a worker's replies."""
+
+    def __init__(self) -> None:
+        flags = amqp.CONTENT_TYPE | amqp.HEADERS | amqp.DELIVERY_MODE | amqp.CORRELATION_ID | amqp.TYPE
+        self._start_full = _U16.pack(flags) + short(JSON) + _U32.pack(48)
+        self._start_short = _U16.pack(flags) + short(JSON) + _U32.pack(25) + _HANDLER_MS
+        self._ends = {kind: short(kind) for kind in (RESULT, ERROR)}
+
+    def encode(self, kind: bytes, correlation_id: bytes | None, queue_ms: float | None, handler_ms: float) -> bytes:
+        """The properties of one reply: `kind` is RESULT or ERROR; times where known, in milliseconds."""
+        if queue_ms is None:
+            start = self._start_short + struct.pack(">d", handler_ms)
+        else:
+            start = self._start_full + _REPLY_TIMES.pack(_QUEUE_MS, queue_ms, _HANDLER_MS, handler_ms)
+        correlation_id = correlation_id or b""
+        return b"".join((start, b"\x01", bytes((len(correlation_id),)), correlation_id, self._ends[kind]))
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """The broker's word that a request was given up by its queue.
+
+    Attributes:
+        reason: "expired", "delivery_limit", "rejected", ...
+        queue: its name.
+        attempt: which attempt at the call it was.
+
+    """
+
+    correlation_id: bytes
+    reason: str
+    queue: str
+    attempt: int
+
+
+@dataclass(slots=True)
+class Reply:
+    """A reply as it came.
+
+    Attributes:
+        kind: RESULT or ERROR, or what else the `type` says; a reply with none counts as a result.
+
+    """
+
+    correlation_id: bytes
+    kind: bytes
+    body: bytes | None
+    content_type: bytes = JSON
+
+
+_FAST_REPLY: Final = amqp.CONTENT_TYPE | amqp.HEADERS | amqp.DELIVERY_MODE | amqp.CORRELATION_ID | amqp.TYPE
+
+
+def read_reply(data: bytes, body: bytes | None) -> Reply | Notice:
+    """What came to a reply queue.
+
+    Raises:
+        MalformedProperties: `data` are not properties.
+
+    """
+    try:
+        if data[0] << 8 | data[1] == _FAST_REPLY:  # what rpcq's workers send
+            at = 3 + data[2]
+            content_type = data[3:at]
+            end = at + 4 + _U32.unpack_from(data, at)[0]
+            if data.find(b"x-death", at, end) < 0:
+                at = end + 1
+                end = at + 1 + data[at]
+                kind = data[end + 1 : end + 1 + data[end]]
+                if end + 1 + len(kind) != len(data) or len(kind) != data[end]:
+                    raise MalformedProperties("the properties of a reply are malformed")
+                return Reply(data[at + 1 : end], kind, body, content_type)
+    except (IndexError, struct.error) as error:
+        raise MalformedProperties("the properties of a reply end early") from error
+    found = amqp.decode(data)
+    correlation_id = found.correlation_id or b""
+    headers = found.headers or _NO_HEADERS
+    match headers.get("x-death"):
+        case [{"reason": str(reason), "queue": str(queue)}, *_]:
+            attempt = headers.get(ATTEMPT, 1)
+            return Notice(correlation_id, reason, queue, attempt if isinstance(attempt, int) else 1)
+    return Reply(correlation_id, found.type or RESULT, body, found.content_type or JSON)
+
+
+def read_body(reply: Reply) -> Any:
+    """The value in a reply's body.
+
+    Raises:
+        InvalidReply: it has none that could be read.
+
+    """
+    executed: Literal["yes", "maybe"] = "yes" if reply.kind == RESULT else "maybe"
+    if reply.kind not in (RESULT, ERROR):
+        msg = f"the reply's type is {_text(reply.kind)!r}; this client reads 'result' and 'error'"
+        raise InvalidReply(msg, executed="maybe")
+    if reply.body is None:
+        raise InvalidReply("the reply's body is over the limit (max_body)", executed=executed)
+    if reply.content_type != JSON and not _is_json(reply.content_type):
+        msg = f"the reply's content type is {_text(reply.content_type)!r}; this client reads application/json"
+        raise InvalidReply(msg, executed=executed)
+    try:
+        return loads(reply.body)
+    except ValueError as error:
+        raise InvalidReply(f"the reply's body is not JSON: {error}", executed=executed) from error
+
+
+def encode_control(kind: bytes, correlation_id: bytes, reply_to: bytes, deadline_ms: int | None = None) -> bytes:
+    """The properties of a control message."""
+    headers = {DEADLINE: deadline_ms} if deadline_ms is not None else None
+    return amqp.encode(
+        Properties(headers=headers, delivery_mode=1, correlation_id=correlation_id, reply_to=reply_to, type=kind)
+    )
