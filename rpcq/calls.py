@@ -163,8 +163,8 @@ TRANSITIONS: Final[dict[tuple[State, Event], Transition]] = {
 
 # The same by index: looked up several times in each call.
 _TABLE: Final = [
-    [TRANSITIONS.get((state, event)) for event in [None, *Event]]  # type: ignore[arg-type]  # auto() counts from 1
-    for state in [None, *State]
+    [None, *(TRANSITIONS.get((state, event)) for event in Event)]  # auto() counts from 1
+    for state in (State(1), *State)
 ]
 
 Outcome = Reply | CallError

@@ -21,7 +21,6 @@ from rpcq.errors import (
     BrokerError,
     CallTimeout,
     ClosedError,
-    ConfigurationError,
     InvalidReply,
     ServiceUnavailable,
     UsageError,
@@ -60,7 +59,7 @@ class _Call(Call):
 
     __slots__ = ("body", "client", "deadline", "future", "options", "target")
 
-    def __init__(  # noqa: PLR0913 - the fields of a call; made once for each
+    def __init__(
         self,
         client: Client,
         correlation_id: bytes,
@@ -229,7 +228,8 @@ class Client:
                 return
             await asyncio.sleep(max(0.0, min(pause, deadline.remaining())))
             pause = min(pause * 1.5, 0.5)
-        msg = f"no worker of {name!r} answered within {timeout:g} s; is one running, in namespace {self.names.namespace!r}?"
+        where = f"in namespace {self.names.namespace!r}"
+        msg = f"no worker of {name!r} answered within {timeout:g} s; is one running {where}?"
         raise ServiceUnavailable(msg)
 
     async def invoke(
@@ -422,12 +422,12 @@ class Client:
         call = self._calls.get(reply.correlation_id)
         if call is None:
             log.debug("reply for no call under way", correlation_id=reply.correlation_id.decode("utf-8", "replace"))
-        elif type(reply) is Notice:
+        elif isinstance(reply, Notice):
             self._noticed(call, reply)
         elif reply.kind == wire.RESULT:
-            self._calls.happened(call, Event.REPLY, reply)  # type: ignore[arg-type]  # no notice
+            self._calls.happened(call, Event.REPLY, reply)
         else:
-            self._errored(call, reply)  # type: ignore[arg-type]  # no notice
+            self._errored(call, reply)
 
     def _noticed(self, call: Call, notice: Notice) -> None:
         if notice.attempt != call.attempt:
@@ -441,7 +441,7 @@ class Client:
     def _errored(self, call: Call, reply: Reply) -> None:
         """Two errors are not outcomes yet: the call may be sent again."""
         event = Event.REPLY
-        if reply.kind == wire.ERROR and reply.body is not None and len(reply.body) < 4096:  # noqa: PLR2004 - rpcq's own are short
+        if reply.kind == wire.ERROR and reply.body is not None and len(reply.body) < 4096:
             try:
                 said = wire.loads(reply.body)
             except ValueError:

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter
 from rpcq import wire
 from rpcq.deadline import Deadline
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply, TooLarge
-from rpcq.settings import MAX_TIMEOUT, CallOptions, check_name
+from rpcq.settings import CallOptions, check_name
 
 METHOD_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,100}\Z")
 """A method's name has no dot: `a.b.c` is method `c` of service `a.b`."""
@@ -77,7 +77,7 @@ class Method:
 
     """
 
-    def __init__(  # noqa: PLR0913 - the options of `Service.method`
+    def __init__(
         self,
         service: str,
         name: str,
@@ -98,8 +98,7 @@ class Method:
         self.errors = errors
         self.timeout = timeout
         if inspect.isgeneratorfunction(handler) or inspect.isasyncgenfunction(handler):
-            msg = f"{self.label} is a generator; a method returns one value"
-            raise ConfigurationError(msg)
+            raise ConfigurationError(f"{self.label} is a generator; a method returns one value")
         hints = _type_hints(self.label, handler)
         self.context_parameter, signature = _without_context(self.label, handler, hints)
         self._parameters = _parameters_adapter(self.label, signature)
@@ -208,7 +207,7 @@ class Service:
 
     """
 
-    def __init__(  # noqa: PLR0913 - keyword-only options
+    def __init__(
         self,
         name: str,
         *,
@@ -221,12 +220,12 @@ class Service:
     ) -> None:
         self.name = check_name("the service", name)
         if queue_type not in ("classic", "quorum"):
-            msg = f"service {name!r} has the queue type {queue_type!r}; it is 'classic' or 'quorum'"
-            raise ConfigurationError(msg)
+            raise ConfigurationError(f"service {name!r} has the queue type {queue_type!r}; it is 'classic' or 'quorum'")
         options = CallOptions(timeout=timeout, queue=queue, errors=tuple(errors))
         if queue == name:
-            msg = f"service {name!r} has a queue of its own name: what it gives up would come back to it; rename one"
-            raise ConfigurationError(msg)
+            raise ConfigurationError(
+                f"service {name!r} has a queue of its own name, and would get back what that gives up; rename one"
+            )
         self.queue_type: Literal["classic", "quorum"] = queue_type
         self.queue = queue
         self.timeout = options.timeout
@@ -250,7 +249,7 @@ class Service:
 
     def method(
         self,
-        handler: Callable[..., Any] | None = None,
+        handler: Any = None,
         /,
         *,
         name: str | None = None,
@@ -272,8 +271,8 @@ class Service:
 
         """
 
-        def add(handler: Callable[..., Any]) -> Callable[..., Any]:
-            called = name or getattr(handler, "__name__", "")
+        def add(handler: Handler) -> Handler:
+            called = name or str(getattr(handler, "__name__", ""))
             if not METHOD_NAME.match(called):
                 msg = f"service {self.name!r} has a method called {called!r}; a name is 1 to 100 of A-Z a-z 0-9 _ -"
                 raise ConfigurationError(msg)
@@ -310,11 +309,9 @@ class Service:
 
         """
         if not self.methods:
-            msg = f"service {self.name!r} has no methods; add one with @{self.name}.method"
-            raise ConfigurationError(msg)
+            raise ConfigurationError(f"service {self.name!r} has no methods; add one with @{self.name}.method")
         if self.default_method is not None and self.default_method not in self.methods:
-            msg = f"service {self.name!r} names {self.default_method!r} as its default, and has no such method"
-            raise ConfigurationError(msg)
+            raise ConfigurationError(f"service {self.name!r} has no method {self.default_method!r}, its default")
 
     def __repr__(self) -> str:
         return f"<Service {self.name!r}: {', '.join(self.methods) or 'no methods'}>"
@@ -345,8 +342,7 @@ def contract(
     def mark(api: C) -> C:
         unknown = sorted(name for name in said.idempotent if not callable(getattr(api, name, None)))
         if unknown:
-            msg = f"the contract of {service!r} calls {unknown} idempotent, and has no such method"
-            raise ConfigurationError(msg)
+            raise ConfigurationError(f"the contract of {service!r} calls {unknown} idempotent, and has no such method")
         api.__rpcq_contract__ = said  # type: ignore[attr-defined]  # read by `Client.bind`
         return api
 
@@ -389,7 +385,7 @@ def _parameters_adapter(label: str, signature: inspect.Signature) -> TypeAdapter
     capture.__signature__ = signature  # type: ignore[attr-defined]  # what pydantic reads
     capture.__annotations__ = {it.name: it.annotation for it in signature.parameters.values()}
     try:
-        return TypeAdapter(capture)
+        return TypeAdapter(capture)  # type: ignore[arg-type]  # pydantic takes functions too
     except (PydanticUserError, NameError, TypeError) as error:
         msg = f"{label} takes a parameter that pydantic cannot handle: {error}"
         raise ConfigurationError(msg) from error

@@ -137,9 +137,10 @@ class CallError(RpcqError):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).__new__, (type(self),), {**self.__dict__, "args": self.args}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, Any] | None) -> None:
+        state = state or {}
         self.__dict__.update(state)
-        self.args = state["args"]
+        self.args = state.get("args", ())
 
 
 class InvalidParams(CallError):
@@ -213,6 +214,9 @@ class RemoteError(CallError):
     def __init__(self, message: str = "", *, code: str = "UNKNOWN", **rest: Any) -> None:
         super().__init__(message, **rest)
         self.code = code  # type: ignore[misc]  # the one class whose code is known only at run time
+
+    def __str__(self) -> str:
+        return f"{self.code}: {super().__str__()}"
 
 
 class DomainError(CallError):

@@ -1,8 +1,8 @@
 """The wire contract, version 1: requests, replies and notices, bytes <-> values. Pure.
 
-`docs/wire.md` is the contract. Bodies are JSON (RFC 8259), read and written by pydantic's core: it carries what pydantic
-serialises, keeps integers of any size, and bounds nesting. NaN and Infinity are not JSON and are refused, not turned
-into null.
+`docs/wire.md` is the contract. Bodies are JSON (RFC 8259), read and written by pydantic's core: it carries what
+pydantic serialises, keeps integers of any size, and bounds nesting. NaN and Infinity are not JSON: they are refused,
+not turned into null.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class RequestEncoder:
         self._reply_to = short(self.reply_to)
         self._app_id = short(app_id.encode())
 
-    def encode(  # noqa: PLR0913 - the varying fields of a request
+    def encode(
         self,
         correlation_id: bytes,
         method: bytes,

@@ -12,7 +12,6 @@ import re
 import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from functools import partial
@@ -240,7 +239,9 @@ class Worker:
         except TimeoutError:
             clean = False
             jobs = [*self._jobs.values(), *self._unnamed]
-            log.error("grace time over", running=[job.correlation_id for job in jobs[:20]], count=len(jobs))
+            log.error(  # noqa: TRY400 - the exception says nothing
+                "grace time over", running=[job.correlation_id for job in jobs[:20]], count=len(jobs)
+            )
         self._state = "stopped"
         if self._pump is not None:
             self._pump.cancel()
@@ -508,9 +509,7 @@ class Worker:
         try:
             body = job.method.write_result(value, self.options.max_body)
         except InvalidReply as error:
-            log.error(
-                "result cannot be sent", method=job.method.label, correlation_id=job.correlation_id, exc_info=error
-            )
+            log.exception("result cannot be sent", method=job.method.label, correlation_id=job.correlation_id)
             self._reply_error(job, error)
         else:
             self._reply(job, wire.RESULT, body)

@@ -49,7 +49,7 @@ class Outgoing:
 
     __slots__ = ("body", "correlation_id", "exchange", "mandatory", "on_settled", "properties", "routing_key")
 
-    def __init__(  # noqa: PLR0913 - the fields of a message; made once for each one sent
+    def __init__(
         self,
         exchange: bytes,
         routing_key: bytes,
@@ -57,7 +57,7 @@ class Outgoing:
         properties: bytes,
         body: bytes,
         on_settled: Callable[[Settled], None],
-        mandatory: bool = True,  # noqa: FBT001, FBT002 - positional on the hot path
+        mandatory: bool = True,  # noqa: FBT002 - positional on the hot path
     ) -> None:
         self.exchange = exchange
         self.routing_key = routing_key
@@ -71,7 +71,7 @@ class Outgoing:
 class Acknowledger(Protocol):
     """Where a delivery came from, and where its settlement goes."""
 
-    def settle(self, tag: int, accept: bool, requeue: bool) -> None:  # noqa: FBT001 - positional on the hot path
+    def settle(self, tag: int, accept: bool, requeue: bool) -> None:
         """Acknowledge (`accept`) or reject a delivery. Dropped where its session has gone: the broker knows."""
 
 
@@ -88,11 +88,11 @@ class Delivery:
 
     __slots__ = ("_settled", "_source", "body", "body_size", "properties", "redelivered", "tag")
 
-    def __init__(  # noqa: PLR0913 - the fields of a delivery; made once for each one that arrives
+    def __init__(
         self,
         source: Acknowledger,
         tag: int,
-        redelivered: bool,  # noqa: FBT001 - positional on the hot path
+        redelivered: bool,
         properties: bytes,
         body: bytes | None,
         body_size: int,
@@ -113,7 +113,7 @@ class Delivery:
 
         """
         self._settle_once()
-        self._source.settle(self.tag, True, False)  # noqa: FBT003
+        self._source.settle(self.tag, True, False)
 
     def reject(self, *, requeue: bool = False) -> None:
         """Give the message back to its queue, or give it up (it is dead-lettered).
@@ -123,7 +123,7 @@ class Delivery:
 
         """
         self._settle_once()
-        self._source.settle(self.tag, False, requeue)  # noqa: FBT003
+        self._source.settle(self.tag, False, requeue)
 
     def _settle_once(self) -> None:
         if self._settled:

@@ -133,10 +133,12 @@ class LaneProtocol(asyncio.StreamReaderProtocol):
     # What asyncio tells.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The socket is open."""
         self._transport_ = transport  # type: ignore[assignment]  # a stream protocol gets a stream transport
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
+        """The socket brought something."""
         self._last_read = now = time.monotonic()
         try:
             self._frames.feed(data)
@@ -148,19 +150,23 @@ class LaneProtocol(asyncio.StreamReaderProtocol):
             self._pass_on(HEARTBEAT_FRAME)  # aiormq gives up a connection on which it sees no frame
 
     def eof_received(self) -> bool | None:
+        """The broker will send nothing more."""
         self.fail(BrokerUnreachable("the broker closed the connection"))
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """The socket is closed."""
         why = f"the connection to the broker was lost: {exc}" if exc else "the connection to the broker was closed"
         self.fail(BrokerUnreachable(why))
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
+        """The socket's buffer is over its high-water mark."""
         self.writable = False
         super().pause_writing()
 
     def resume_writing(self) -> None:
+        """The socket's buffer is below its low-water mark."""
         self.writable = True
         super().resume_writing()
         self.on_writable()
@@ -212,12 +218,13 @@ class _Factory(TransportFactory):
         self.protocol: LaneProtocol | None = None
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        context = None
+        context: ssl.SSLContext | None = None
         if url.scheme == "amqps":
             context = await kwargs["ssl_context_provider"].get_context()
         elif url.scheme != "amqp":
-            msg = f"no transport for the scheme {url.scheme!r}"
-            raise ValueError(msg)
+            raise ValueError(f"no transport for the scheme {url.scheme!r}")
+        assert url.host is not None  # noqa: S101 - `connect` below gives both
+        assert url.port is not None  # noqa: S101
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(loop=loop)
         protocol = LaneProtocol(reader, loop, self._heartbeat, self._on_lost, self._on_blocked)

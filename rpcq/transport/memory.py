@@ -212,9 +212,9 @@ class _Consuming:
                 return
             consumer, tag, entry = handed
             properties = consumer.properties(entry) if entry.deliveries else entry.properties
-            body, size = entry.body, len(entry.body)
-            kept = body if size <= max_body else None
-            on_delivery(Delivery(self, tag, entry.deliveries > 0, properties, kept, size))
+            size = len(entry.body)
+            body = entry.body if size <= max_body else None
+            on_delivery(Delivery(self, tag, entry.deliveries > 0, properties, body, size))
 
         self._broker.vhost.consume(
             queue,
@@ -225,7 +225,7 @@ class _Consuming:
             now=self._broker.loop.time(),
         )
 
-    def settle(self, tag: int, accept: bool, requeue: bool) -> None:  # noqa: FBT001 - as in an `Acknowledger`
+    def settle(self, tag: int, accept: bool, requeue: bool) -> None:
         if not self.up:
             return
         self._inbox.append((tag, accept, requeue))
@@ -256,6 +256,10 @@ class _Publishing:
         self._inbox: deque[Outgoing] = deque()
         self._posted = False
         self._room = asyncio.Event()
+
+    @property
+    def ready(self) -> bool:
+        return self.up and self._broker.reason is None
 
     def publish(self, message: Outgoing) -> None:
         if not self.up:
@@ -322,9 +326,11 @@ class MemoryTransport:
         self._publishing: _Publishing | None = None
         self._given = broker
         self._options = options
-        self._broker: MemoryBroker | None = None
-        self._exchanges: tuple[Exchange, ...] = ()
-        self._subscriptions: tuple[Subscription, ...] = ()
+        self._broker: MemoryBroker  # this and the next three are there once it has started
+        self._listener: Listener
+        self._exchanges: tuple[Exchange, ...]
+        self._subscriptions: tuple[Subscription, ...]
+        self._started = False
         self._stopped = False
         self._closed = False
         self._returns: dict[Callable[[], None], asyncio.TimerHandle] = {}
@@ -332,12 +338,7 @@ class MemoryTransport:
     @property
     def can_publish(self) -> bool:
         """Whether the publishing session is up and not blocked."""
-        return (
-            self._publishing is not None
-            and self._publishing.up
-            and self._broker is not None
-            and self._broker.reason is None
-        )
+        return self._publishing is not None and self._publishing.ready
 
     async def start(
         self, exchanges: Sequence[Exchange], subscriptions: Sequence[Subscription], listener: Listener
@@ -353,18 +354,18 @@ class MemoryTransport:
         """
         if self._closed:
             raise ClosedError("the transport is closed")
-        if self._broker is not None:
+        if self._started:
             raise UsageError("the transport was started before")
         broker = self._find()
         broker.attach(self)
         self._broker, self._listener = broker, listener
         self._exchanges, self._subscriptions = tuple(exchanges), tuple(subscriptions)
         try:
-            queues = self._declare(broker)
+            queues = self._declare()
         except BrokerError:
-            self._leave(broker)
-            self._broker = None
+            self._leave()
             raise
+        self._started = True
         # Replies are sent as soon as requests come: the way out is there before the way in.
         self._open_publishing()
         listener.consuming(queues)
@@ -385,7 +386,7 @@ class MemoryTransport:
         """Cancel the consumers; see `Transport.stop_consuming`. A session lost after that does not come back."""
         self._stopped = True
         self._forget(self._open_consuming)
-        if self._broker is None or self.consuming is None:
+        if self.consuming is None:
             return
         for consumer in [*self.consuming.connection.consumers]:
             self._broker.vhost.cancel(consumer)
@@ -398,11 +399,10 @@ class MemoryTransport:
         self._closed = True
         self._forget(self._open_consuming)
         self._forget(self._open_publishing)
-        broker, publishing = self._broker, self._publishing
-        if broker is None:
+        if not self._started:
             return
         await self.stop_consuming()
-        now = broker.loop.time()
+        publishing, now = self._publishing, self._broker.loop.time()
         if publishing is not None:
             publishing.up = False
             publishing.work_off(now)
@@ -411,15 +411,15 @@ class MemoryTransport:
         if publishing is not None:
             publishing.end()
         self._publishing = None
-        self._leave(broker)
+        self._leave()
 
     def lose_consuming(self, cause: BrokerError) -> None:
         """End the consuming session; it comes back."""
         if self.consuming is None:
             return
-        self._broker_in_use.disconnect((self.consuming,))
+        self._broker.disconnect((self.consuming,))
         self.consuming = None
-        self._listener_in_use.consuming_lost(cause)
+        self._listener.consuming_lost(cause)
         if not self._stopped:
             self._come_back(self._open_consuming)
 
@@ -451,15 +451,16 @@ class MemoryTransport:
 
     def _open_consuming(self) -> None:
         try:
-            queues = self._declare(self._broker)
+            queues = self._declare()
         except BrokerError as error:
             log.error("cannot come back yet", role="consuming", cause=str(error), error=type(error).__name__)  # noqa: TRY400 - its cause is all there is to it
             self._come_back(self._open_consuming)
         else:
             self._listener.consuming(queues)
 
-    def _declare(self, broker: MemoryBroker) -> list[str]:
+    def _declare(self) -> list[str]:
         """Open a consuming session; the names of its queues."""
+        broker = self._broker
         session = self.consuming = _Consuming(broker, self._options.max_body, self.lose_consuming)
         try:
             for exchange in self._exchanges:
@@ -491,9 +492,9 @@ class MemoryTransport:
             broker = named[self._given] = MemoryBroker()
         return broker
 
-    def _leave(self, broker: MemoryBroker) -> None:
-        loop = broker.loop
-        was_last = broker.detach(self)
+    def _leave(self) -> None:
+        loop = self._broker.loop
+        was_last = self._broker.detach(self)
         self.consuming = None
         if was_last and isinstance(self._given, str):
             del _shared[loop][self._given]

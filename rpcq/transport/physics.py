@@ -94,7 +94,7 @@ class Consumer:
         connection: Connection,
         deliver: Callable[[int, Entry], None],
         prefetch: int,
-        no_ack: bool,  # noqa: FBT001 - as in a `Subscription`
+        no_ack: bool,
     ) -> None:
         self.queue = queue
         self.connection = connection
@@ -209,7 +209,7 @@ class Vhost:
             self._bind(live, exchange, key)
         return live.name
 
-    def consume(  # noqa: PLR0913 - a `Subscription`, whose it is, and the time
+    def consume(
         self,
         name: str,
         connection: Connection,
@@ -268,13 +268,13 @@ class Vhost:
         for queue in touched:
             self._serve(queue, now)
 
-    def publish(  # noqa: PLR0913 - the fields of a message, positional on the hot path
+    def publish(
         self,
         exchange: bytes,
         routing_key: bytes,
         properties: bytes,
         body: bytes,
-        mandatory: bool,  # noqa: FBT001
+        mandatory: bool,
         now: float,
     ) -> Settled:
         """Route a message to its queues: confirmed, returned or refused.
@@ -308,7 +308,7 @@ class Vhost:
                 settled = Settled.REFUSED
         return settled
 
-    def settle(self, connection: Connection, tag: int, accept: bool, requeue: bool, now: float) -> None:  # noqa: FBT001, PLR0913 - positional on the hot path
+    def settle(self, connection: Connection, tag: int, accept: bool, requeue: bool, now: float) -> None:
         """Acknowledge or reject what a connection holds under a delivery tag.
 
         Raises:

@@ -53,7 +53,7 @@ def milliseconds(expiration: bytes) -> int:
     return int(expiration)
 
 
-def record_death(  # noqa: PLR0913 - the fields of a death
+def record_death(
     headers: dict[str, Any],
     queue: str,
     reason: Reason,

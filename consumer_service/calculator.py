@@ -1,0 +1,30 @@
+"""The calculator service."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+from consumer_service.contracts import DivisionByZero
+from rpcq import Service
+
+calculator = Service("calculator", errors=[DivisionByZero])
+
+
+@calculator.method(idempotent=True)
+async def add(x: int, y: int) -> int:
+    """The sum."""
+    return x + y
+
+
+@calculator.method(idempotent=True)
+async def multiply(x: Decimal, y: Decimal) -> Decimal:
+    """The product."""
+    return x * y
+
+
+@calculator.method(idempotent=True)
+async def divide(x: Decimal, y: Decimal) -> Decimal:
+    """The quotient."""
+    if not y:
+        raise DivisionByZero("the divisor is zero", details={"x": x})
+    return x / y

@@ -1,0 +1,17 @@
+"""The echo service."""
+
+from __future__ import annotations
+
+import asyncio
+
+from rpcq import Service
+
+echo = Service("echo")
+
+
+@echo.method(idempotent=True)
+async def process(message: str, delay: float = 0.0) -> str:
+    """Answer a message, after `delay` seconds of simulated work."""
+    if delay > 0:
+        await asyncio.sleep(delay)
+    return f"Consumer processed: {message}"

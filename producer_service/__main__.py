@@ -1,0 +1,115 @@
+"""`python -m producer_service`: send many concurrent requests and check every answer.
+
+The broker is that of `--url` or `RPCQ_URL`; with neither, it is the in-process one, and so is the worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from consumer_service.calculator import calculator
+from consumer_service.echo import echo
+from producer_service.load import Summary, send
+from rpcq import Client, RpcqError, Worker
+
+console = Console()
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(prog="python -m producer_service", description=__doc__)
+    parser.add_argument("--url", default=os.environ.get("RPCQ_URL") or "memory://", help="the broker's URL")
+    parser.add_argument("--requests", type=int, default=1000, help="calls to send (default: 1000)")
+    parser.add_argument("--concurrency", type=int, default=200, help="calls under way at once (default: 200)")
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds of simulated work in each (default: 0)")
+    parser.add_argument("--timeout", type=float, default=30.0, help="seconds that each call has (default: 30)")
+    parser.add_argument("--wait", type=float, default=30.0, help="seconds to wait for a consumer (default: 30)")
+    parser.add_argument("--prefetch", type=int, default=100, help="of a worker that this starts (default: 100)")
+    parser.add_argument("--namespace", default="rpcq", help="prefix of queues and exchanges (default: rpcq)")
+    parser.add_argument("--with-worker", action="store_true", help="start consumer_service too, in its own process")
+    found = parser.parse_args()
+    if found.requests < 1 or found.concurrency < 1:
+        parser.error("--requests and --concurrency are at least 1")
+    return found
+
+
+@asynccontextmanager
+async def worker(asked: argparse.Namespace) -> AsyncIterator[str]:
+    """A worker, where one is to be started; gives where it runs."""
+    if asked.url.startswith("memory:"):
+        async with Worker(echo, calculator, url=asked.url, prefetch=asked.prefetch, namespace=asked.namespace):
+            yield f"in this process, prefetch {asked.prefetch}"
+    elif asked.with_worker:
+        options = ["--prefetch", str(asked.prefetch), "--namespace", asked.namespace]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "consumer_service", *options, env={**os.environ, "RPCQ_URL": asked.url}
+        )
+        try:
+            yield f"process {process.pid}, prefetch {asked.prefetch}"
+        finally:
+            if process.returncode is None:
+                process.terminate()
+            await process.wait()
+    else:
+        yield "running elsewhere"
+
+
+async def run(asked: argparse.Namespace) -> Summary:
+    """Connect, wait for a consumer, send, and say what came back."""
+    async with (
+        worker(asked) as where,
+        Client(asked.url, name="producer_service", namespace=asked.namespace) as client,
+    ):
+        with console.status(f"waiting for the service 'echo' (worker {where})"):
+            await client.wait_for_service("echo", timeout=asked.wait)
+        console.print(f"worker {where}; {asked.requests:,} requests, {asked.concurrency:,} at once")
+        columns = TextColumn("calls"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
+            bar = progress.add_task("calls", total=asked.requests)
+            return await send(
+                client,
+                requests=asked.requests,
+                concurrency=asked.concurrency,
+                delay=asked.delay,
+                timeout=asked.timeout,
+                on_answer=lambda: progress.advance(bar),
+            )
+
+
+def show(summary: Summary) -> None:
+    """The summary as a table."""
+    table = Table(show_header=False)
+    table.add_row("sent", f"{summary.sent:,}")
+    table.add_row("matched", f"{summary.matched:,}")
+    table.add_row("mismatched", f"{summary.mismatched:,}")
+    table.add_row("errors", ", ".join(f"{count} {name}" for name, count in summary.errors.items()) or "0")
+    table.add_row("calls/s", f"{summary.calls_per_second:,.0f}")
+    table.add_row("p50", f"{summary.percentile(50) * 1000:.1f} ms")
+    table.add_row("p99", f"{summary.percentile(99) * 1000:.1f} ms")
+    console.print(table)
+
+
+def main() -> int:
+    """0 only if every request got its own answer."""
+    try:
+        summary = asyncio.run(run(arguments()))
+    except RpcqError as error:
+        console.print(f"[red]producer_service:[/] {error}", highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    show(summary)
+    return 0 if summary.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

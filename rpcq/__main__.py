@@ -1,0 +1,5 @@
+"""`python -m rpcq`."""
+
+from rpcq.cli import main
+
+main()

@@ -1,0 +1,76 @@
+"""`rpcq worker`: find the services, serve them, stop on a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Unpack
+
+from rpcq.contract import Service
+from rpcq.errors import ConfigurationError
+from rpcq.settings import WorkerSettings
+from rpcq.worker import Worker
+
+
+def load_services(paths: Sequence[str]) -> list[Service]:
+    """The services that `module:service` paths name; modules are looked for in the working directory too.
+
+    Raises:
+        ConfigurationError: there is no such module or service; the message says which.
+
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    return [_load(path) for path in paths]
+
+
+def _load(path: str) -> Service:
+    module_name, colon, attribute = path.partition(":")
+    if not colon or not module_name or not attribute:
+        msg = f"{path!r} is not of the form module:service, as in consumer_service.echo:echo"
+        raise ConfigurationError(msg)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise  # the module is there, and misses another one: its own traceback says where
+        msg = f"there is no module {error.name!r} (from {path!r}); looked in {Path.cwd()} and on the Python path"
+        raise ConfigurationError(msg) from error
+    service = getattr(module, attribute, None)
+    if not isinstance(service, Service):
+        offered = [name for name, value in vars(module).items() if isinstance(value, Service)]
+        there = f"it has {', '.join(offered)}" if offered else "it has none"
+        what = "no service" if service is None else "something that is no Service, called"
+        msg = f"module {module_name!r} has {what} {attribute!r}; {there}"
+        raise ConfigurationError(msg)
+    return service
+
+
+async def serve(services: Sequence[Service], url: str | None, **options: Unpack[WorkerSettings]) -> bool:
+    """Serve until SIGTERM or Ctrl-C; a second one ends it at once. Whether everything that ran could end."""
+    worker = Worker(*services, url=url, **options)
+    loop = asyncio.get_running_loop()
+    serving = asyncio.current_task()
+    stopping = False
+
+    def on_signal() -> None:
+        nonlocal stopping
+        if stopping and serving is not None:
+            serving.cancel()
+        stopping = True
+        worker.request_stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        return await worker.run()
+    except asyncio.CancelledError:
+        return False
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
