@@ -19,7 +19,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter
 
 from rpcq import wire
 from rpcq.deadline import Deadline
-from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply, TooLarge
+from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply
 from rpcq.settings import CallOptions, check_name
 
 METHOD_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,100}\Z")
@@ -240,6 +240,8 @@ class Service:
     @overload
     def method(
         self,
+        handler: None = None,
+        /,
         *,
         name: str | None = None,
         idempotent: bool = False,
@@ -401,16 +403,3 @@ def _invalid_params(label: str, error: pydantic.ValidationError) -> InvalidParam
     named = "; ".join(f"{'.'.join(str(part) for part in it['loc']) or 'parameters'}: {it['msg']}" for it in details[:5])
     more = f"; and {len(details) - 5} more" if len(details) > 5 else ""
     return InvalidParams(f"the parameters do not fit {label}: {named}{more}", details=details[:100])
-
-
-def check_body(body: bytes | None, body_size: int, max_body: int) -> bytes:
-    """A request's body, if it is one that is read.
-
-    Raises:
-        TooLarge: it is over `max_body` bytes.
-
-    """
-    if body is None or len(body) > max_body:
-        msg = f"the parameters are {body_size} bytes of JSON; the worker's limit is {max_body} (max_body)"
-        raise TooLarge(msg)
-    return body

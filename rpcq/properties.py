@@ -35,6 +35,7 @@ _U16: Final = struct.Struct(">H")
 _U32: Final = struct.Struct(">I")
 _I64: Final = struct.Struct(">q")
 _F64: Final = struct.Struct(">d")
+_DECIMAL: Final = struct.Struct(">Bi")
 _FIXED: Final[dict[int, struct.Struct]] = {
     ord(kind): struct.Struct(layout)
     for kind, layout in {
@@ -160,13 +161,25 @@ def decode(data: bytes) -> Properties:
 
 
 def encode_table(table: dict[str, Any]) -> bytes:
-    """A field table with its length. Values: bool, int, float, str, bytes, datetime, None, lists and dicts of these."""
-    body = b"".join([short(name.encode()) + _encode_value(value, 0) for name, value in table.items()])
+    """A field table with its length.
+
+    Values: bool, int, float, Decimal, str, bytes, datetime, None, lists and dicts of these.
+
+    Raises:
+        ValueError: a value is out of its type's range, or nested too deep.
+        TypeError: a value is of another type.
+
+    """
+    try:
+        body = b"".join([short(name.encode()) + _encode_value(value, 0) for name, value in table.items()])
+    except struct.error as error:
+        msg = f"a header is out of its type's range: {error}"
+        raise ValueError(msg) from error
     return _U32.pack(len(body)) + body
 
 
-def _encode_value(value: Any, depth: int) -> bytes:  # noqa: PLR0911 - one return for each type of the table
-    if depth > MAX_DEPTH:
+def _encode_value(value: Any, depth: int) -> bytes:
+    if depth >= MAX_DEPTH and isinstance(value, list | tuple | dict):
         msg = f"headers are nested deeper than {MAX_DEPTH}"
         raise ValueError(msg)
     match value:
@@ -183,6 +196,8 @@ def _encode_value(value: Any, depth: int) -> bytes:  # noqa: PLR0911 - one retur
             return b"d" + _F64.pack(value)
         case None:
             return b"V"
+        case Decimal():
+            return _encode_decimal(value)
         case datetime():
             return b"T" + struct.pack(">Q", int(value.timestamp()))
         case list() | tuple():
@@ -193,6 +208,15 @@ def _encode_value(value: Any, depth: int) -> bytes:  # noqa: PLR0911 - one retur
             return b"F" + _U32.pack(len(items)) + items
     msg = f"a header cannot carry {type(value).__name__}"
     raise TypeError(msg)
+
+
+def _encode_decimal(value: Decimal) -> bytes:
+    sign, digits, exponent = value.as_tuple()
+    if not isinstance(exponent, int) or exponent > 9 or len(digits) > 10:  # NaN, infinite, or over 32 bits
+        msg = f"a header cannot carry the decimal {value}"
+        raise ValueError(msg)
+    number = int("".join(map(str, digits))) * 10 ** max(exponent, 0)
+    return b"D" + _DECIMAL.pack(max(-exponent, 0), -number if sign else number)
 
 
 def _read_table(data: bytes, at: int, end: int, depth: int) -> dict[str, Any]:
@@ -241,7 +265,8 @@ def _read_value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
         except (OverflowError, ValueError, OSError):
             return seconds, at + 8
     if kind == 0x44:  # D
-        return Decimal(struct.unpack_from(">i", data, at + 1)[0]).scaleb(-data[at]), at + 5
+        scale, digits = _DECIMAL.unpack_from(data, at)
+        return Decimal(f"{digits}E-{scale}"), at + 5  # arithmetic would round as the user's context says
     msg = f"a table holds the type {kind:#04x}, which AMQP does not have"
     raise MalformedProperties(msg)
 

@@ -158,7 +158,7 @@ class Lane:
             msg = f"a body frame of {size} bytes came where {max(self._left, 0)} were to come"
             raise ProtocolError(msg)
         self._left -= size
-        if self._size <= self.max_body:
+        if size and self._size <= self.max_body:  # empty frames could be without end
             self._chunks.append(payload)
         if not self._left:
             body = b"".join(self._chunks) if self._size <= self.max_body else None
@@ -219,7 +219,8 @@ class FrameReader:
         self._on_other = on_other
         self._on_close = on_close
         self._on_blocked = on_blocked
-        self._rest = b""
+        self._rest: list[bytes] = []  # of a frame that has not all come
+        self._missing = 0  # bytes to come before there is something to read in it
 
     def feed(self, data: bytes) -> None:
         """Take what the socket brought.
@@ -229,7 +230,7 @@ class FrameReader:
 
         """
         if self._rest:
-            data = self._rest + data
+            data = self._completed(data)
         at, size, lanes = 0, len(data), self.lanes
         while size - at >= 7:
             kind, channel, length = _FRAME.unpack_from(data, at)
@@ -255,18 +256,35 @@ class FrameReader:
             elif not lane.method(data[at + 7 : end - 1]):
                 self._on_other(data[at:end])
             at = end
-        self._rest = data[at:]
+        if at < size:
+            self._keep(data[at:])
+
+    def _keep(self, rest: bytes) -> None:
+        size = len(rest)
+        self._rest.append(rest)
+        self._missing = (FRAME_OVERHEAD + _FRAME.unpack_from(rest)[2] if size >= 7 else 7) - size
+
+    def _completed(self, data: bytes) -> bytes:
+        """What was kept and what came, once it is enough; joined once, however small the pieces are."""
+        self._rest.append(data)
+        self._missing -= len(data)
+        if self._missing > 0:
+            return b""
+        data, self._rest = b"".join(self._rest), []
+        return data
 
     def _other(self, kind: int, channel: int, frame: bytes) -> None:
         if kind == METHOD and not channel:
-            method = frame[7:11]
+            payload = frame[7:-1]
+            method = payload[:4]
             try:
                 if method == CONNECTION_CLOSE:
-                    self._on_close(*_close_reason(frame[7:-1]))
+                    self._on_close(*_close_reason(payload))
                 elif method == CONNECTION_BLOCKED:
-                    _check_end(frame, 13 + frame[11])
-                    self._on_blocked(frame[12:-1].decode("utf-8", "replace"))
+                    _check_end(payload, _after_short(payload, 4))
+                    self._on_blocked(payload[5:].decode("utf-8", "replace"))
                 elif method == CONNECTION_UNBLOCKED:
+                    _check_end(payload, 4)
                     self._on_blocked(None)
             except IndexError as error:
                 msg = f"a method frame {method.hex()} ends early"
@@ -402,12 +420,13 @@ class Unconfirmed:
         return waiting
 
     def _advance(self, low: int) -> None:
+        low = max(self._low, low)
         while low < self._next and low not in self._waiting:
             low += 1
-        self._low = max(self._low, low)
+        self._low = low
 
     def _settle(self, message: Outgoing, *, accepted: bool) -> None:
-        if self._returned:
+        if self._returned and message.mandatory:  # no other is ever returned
             key = message.routing_key, message.correlation_id
             count = self._returned.pop(key, 0)
             if count > 1:

@@ -27,7 +27,7 @@ from rpcq.transport.topology import Exchange
 log = structlog.get_logger("rpcq.transport")
 
 HIGH_WATER: Final = 1024
-"""Messages in a transport's inbox over which `writable` waits."""
+"""Messages in a transport's inbox from which on it `can_publish` no more, until the loop's next iteration."""
 
 PAUSE: Final = (0.010, 0.050)
 """Seconds, at least and at most, until a session that was lost comes back."""
@@ -249,17 +249,17 @@ class _Publishing:
 
     __slots__ = ("_broker", "_inbox", "_lose", "_posted", "_room", "up")
 
-    def __init__(self, broker: MemoryBroker, lose: Callable[[BrokerError], None]) -> None:
+    def __init__(self, broker: MemoryBroker, room: asyncio.Event, lose: Callable[[BrokerError], None]) -> None:
         self.up = True
         self._broker = broker
+        self._room = room
         self._lose = lose
         self._inbox: deque[Outgoing] = deque()
         self._posted = False
-        self._room = asyncio.Event()
 
     @property
     def ready(self) -> bool:
-        return self.up and self._broker.reason is None
+        return self.up and self._broker.reason is None and len(self._inbox) < HIGH_WATER
 
     def publish(self, message: Outgoing) -> None:
         if not self.up:
@@ -272,11 +272,6 @@ class _Publishing:
         if not self._posted and self._inbox:
             self._posted = True
             self._broker.post(self)
-
-    async def writable(self) -> None:
-        while self.up and len(self._inbox) > HIGH_WATER:
-            self._room.clear()
-            await self._room.wait()
 
     def work_off(self, now: float) -> None:
         """Publish what was in the inbox when this began; what comes meanwhile has its turn in the next iteration."""
@@ -306,7 +301,6 @@ class _Publishing:
 
     def end(self) -> None:
         self.up = False
-        self._room.set()
         while self._inbox:
             self._inbox.popleft().on_settled(Settled.UNSENT)
 
@@ -324,6 +318,7 @@ class MemoryTransport:
     def __init__(self, broker: MemoryBroker | str, options: ConnectionOptions) -> None:
         self.consuming: _Consuming | None = None
         self._publishing: _Publishing | None = None
+        self._room = asyncio.Event()
         self._given = broker
         self._options = options
         self._broker: MemoryBroker  # this and the next three are there once it has started
@@ -337,7 +332,7 @@ class MemoryTransport:
 
     @property
     def can_publish(self) -> bool:
-        """Whether the publishing session is up and not blocked."""
+        """Whether the publishing session is up, not blocked, and its inbox below the high-water mark."""
         return self._publishing is not None and self._publishing.ready
 
     async def start(
@@ -378,9 +373,10 @@ class MemoryTransport:
             self._publishing.publish(message)
 
     async def writable(self) -> None:
-        """Wait while the inbox is over its high-water mark; see `Transport.writable`."""
-        if self._publishing is not None:
-            await self._publishing.writable()
+        """Wait until `can_publish`; see `Transport.writable`. It never can once closed: cancel who waits."""
+        while not self.can_publish:
+            self._room.clear()
+            await self._room.wait()
 
     async def stop_consuming(self) -> None:
         """Cancel the consumers; see `Transport.stop_consuming`. A session lost after that does not come back."""
@@ -442,10 +438,12 @@ class MemoryTransport:
         """Tell the listener that the broker takes messages again."""
         if self._publishing is not None:
             self._publishing.post()
+            self._room.set()
             self._listener.publishing()
 
     def _open_publishing(self) -> None:
-        self._publishing = _Publishing(self._broker, self.lose_publishing)
+        self._publishing = _Publishing(self._broker, self._room, self.lose_publishing)
+        self._room.set()
         self._listener.publishing()
         self.tell_blocked()
 

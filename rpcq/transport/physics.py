@@ -1,7 +1,7 @@
 """What RabbitMQ does with messages: exchanges, queues, consumers, expiry and dead letters. Pure.
 
 No event loop and no clock of its own: whoever owns a `Vhost` passes the monotonic time as `now`, in seconds, and takes
-what it hands to consumers out of `Vhost.outbox`. Rules are RabbitMQ's; where pages leave off, they were read off a 3.10:
+what it hands to consumers out of `Vhost.outbox`. Rules are RabbitMQ's; where pages leave off, they were read off 3.10:
 
     https://www.rabbitmq.com/docs/queues      arguments, exclusive, auto-delete, reserved names, equivalence
     https://www.rabbitmq.com/docs/ttl         per-message TTL: a message expires only at the head of its queue
@@ -92,7 +92,7 @@ class Consumer:
         self,
         queue: LiveQueue,
         connection: Connection,
-        deliver: Callable[[int, Entry], None],
+        deliver: Callable[[Handed], None],
         prefetch: int,
         no_ack: bool,
     ) -> None:
@@ -105,7 +105,7 @@ class Consumer:
         self.cancelled = False
 
     def properties(self, entry: Entry) -> bytes:
-        """The properties as this consumer gets them: a quorum queue says how often a message came back."""
+        """What properties this consumer gets: a quorum queue says how often a message came back."""
         if not entry.deliveries or not self.queue.quorum:
             return entry.properties
         properties = decode(entry.properties)
@@ -213,7 +213,7 @@ class Vhost:
         self,
         name: str,
         connection: Connection,
-        deliver: Callable[[int, Entry], None],
+        deliver: Callable[[Handed], None],
         *,
         prefetch: int,
         no_ack: bool,

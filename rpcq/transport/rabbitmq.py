@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from aio_pika.abc import AbstractChannel
+from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 
 from rpcq import logs
 from rpcq.errors import BrokerError, BrokerUnreachable, ClosedError, TopologyMismatch
@@ -50,6 +50,10 @@ for _name in logs.QUIET:
 
 def _ignore(*_: Any) -> None:
     """For what cannot happen on a channel of this kind, or means nothing there."""
+
+
+async def _never(_: AbstractIncomingMessage) -> None:
+    """aiormq's consumer: the lane takes its messages."""
 
 
 class _Link:
@@ -292,8 +296,7 @@ class _ConsumingSession(_Session):
             # Before it consumes: the first delivery may come with the answer.
             _Consumed(link, number, subscription.on_delivery, self._options)
             queue = await channel.get_queue(name, ensure=False)
-            # aiormq keeps the consumer's tag; its callback never sees a message.
-            tag = await queue.consume(_ignore, no_ack=subscription.no_ack)  # type: ignore[arg-type]
+            tag = await queue.consume(_never, no_ack=subscription.no_ack)
             self._consumers.append((channel, tag))
 
     async def _declare(self, admin: AbstractChannel, queue: Queue) -> str:

@@ -1,0 +1,47 @@
+"""The contenders: one small module each, all with the same two functions.
+
+`worker(options)` serves `add(x, y)` while inside; `client(options)` gives the function that calls it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+Call = Callable[[int], Awaitable[int]]
+"""Sends `{"x": i, "y": 1}`; its answer should be `i + 1`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The same for all contenders."""
+
+    url: str
+    namespace: str
+    """Begins all names at the broker, so that runs do not meet."""
+    prefetch: int
+    """Requests that a worker may hold unacknowledged."""
+
+
+class Participant(Protocol):
+    """What the module of a contender offers."""
+
+    PACKAGES: tuple[str, ...]
+    """The distributions whose versions matter."""
+
+    def worker(self, options: Options) -> AbstractAsyncContextManager[None]:
+        """Serve while inside."""
+
+    def client(self, options: Options) -> AbstractAsyncContextManager[Call]:
+        """Be connected while inside."""
+
+
+MODULES = {"rpcq": "with_rpcq", "aio-pika": "with_aio_pika", "faststream": "with_faststream"}
+
+
+def load(name: str) -> Participant:
+    """Import a contender, and nothing of the others: a process pays for what it uses."""
+    return cast("Participant", importlib.import_module(f"{__name__}.{MODULES[name]}"))

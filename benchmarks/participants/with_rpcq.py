@@ -1,0 +1,41 @@
+"""rpcq as it comes: confirms on both sides, `mandatory`, validation and a deadline for every call."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import cast
+
+from benchmarks.participants import Call, Options
+
+PACKAGES = ("rpcq", "aio-pika", "aiormq")
+
+
+@asynccontextmanager
+async def worker(options: Options) -> AsyncIterator[None]:
+    """Serve while inside."""
+    from rpcq import Service, Worker
+
+    calculator = Service("calculator")
+
+    @calculator.method
+    async def add(x: int, y: int) -> int:
+        return x + y
+
+    async with Worker(calculator, url=options.url, prefetch=options.prefetch, namespace=options.namespace):
+        yield
+
+
+@asynccontextmanager
+async def client(options: Options) -> AsyncIterator[Call]:
+    """Be connected while inside."""
+    from rpcq import Client
+
+    async with Client(options.url, namespace=options.namespace) as client:
+        await client.wait_for_service("calculator", timeout=30)
+        calculator = client.service("calculator")
+
+        async def call(i: int) -> int:
+            return cast("int", await calculator.add(x=i, y=1))
+
+        yield call

@@ -1,0 +1,164 @@
+"""From a request's properties and body to a job that may run, or to the error that its caller gets. Pure.
+
+The order is fixed: whether it may run at all, its deadline, its method, its parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from rpcq import wire
+from rpcq.contract import Context, Method, Service
+from rpcq.deadline import Deadline
+from rpcq.errors import CallTimeout, MethodNotFound, OutcomeUnknown, TooLarge
+from rpcq.properties import Properties
+from rpcq.settings import MAX_TIMEOUT
+from rpcq.wire import Request
+
+MARGIN: Final = 0.1
+"""Seconds, at most a twentieth of what is left, that a handler ends before the caller's deadline: so that the word
+that it ran gets there in time."""
+
+
+class Job:
+    """A request that may run.
+
+    Attributes:
+        args: the arguments by position.
+        params: the arguments by name.
+        limit: seconds that the handler may run.
+        deadline: when that ends; the handler's own calls inherit it.
+        queue_ms: milliseconds since the caller sent it, by the wall clocks of both; None where the caller told none.
+        state: what the service's lifespan gave.
+
+    """
+
+    __slots__ = ("args", "correlation_id", "deadline", "limit", "method", "params", "queue_ms", "request", "state")
+
+    def __init__(  # noqa: PLR0913 - the fields of a job; made once for each
+        self,
+        request: Request,
+        correlation_id: bytes,
+        method: Method,
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        limit: float,
+        deadline: Deadline,
+        queue_ms: float | None,
+        state: Any,
+    ) -> None:
+        self.request = request
+        self.correlation_id = correlation_id
+        self.method = method
+        self.args, self.params = arguments
+        self.limit = limit
+        self.deadline = deadline
+        self.queue_ms = queue_ms
+        self.state = state
+
+    def call(self) -> Any:
+        """Call the handler; what it returns is a coroutine if it is an `async def`."""
+        return self.method.call(self.args, self.params, self._context)
+
+    def _context(self) -> Context:
+        request = self.request
+        return Context(
+            service=self.method.service,
+            method=self.method.name,
+            correlation_id=self.correlation_id.decode("utf-8", "replace"),
+            deadline=self.deadline,
+            attempt=request.attempt,
+            idempotency_key=request.idempotency_key,
+            caller=request.app_id,
+            metadata=request.metadata,
+            state=self.state,
+        )
+
+
+class ExpiredOnArrival(CallTimeout):
+    """The deadline had passed before the request came; `late_ms` says by how much, on the worker's clock."""
+
+    def __init__(self, late_ms: float) -> None:
+        message = f"the deadline had passed {late_ms:.0f} ms ago, by the worker's clock"
+        super().__init__(message, executed="no")
+        self.late_ms = late_ms
+
+
+class Redelivered(OutcomeUnknown):
+    """A request that was delivered before. Whether to try again is the caller's to decide."""
+
+    def __init__(self) -> None:
+        super().__init__("the worker that held the call was lost")
+
+
+def admit(  # noqa: PLR0913 - what a request is made of, and what it is held against
+    service: Service,
+    found: Properties,
+    body: bytes | None,
+    body_size: int,
+    *,
+    redelivered: bool,
+    max_body: int,
+    wall_ms: float,
+    now: float,
+    state: Any = None,
+) -> Job:
+    """Check everything that can be checked before the handler runs.
+
+    Args:
+        service: whose queue it came from.
+        found: the request's properties.
+        body: its body; None where it was too large to be kept.
+        body_size: bytes that its sender announced.
+        redelivered: the broker delivered it before.
+        max_body: bytes that a body may have.
+        wall_ms: the wall clock, milliseconds since the epoch.
+        now: the monotonic clock, seconds.
+        state: what the service's lifespan gave.
+
+    Raises:
+        CallError: it does not run; this is what its caller gets.
+
+    """
+    request = wire.read_request(found)
+    if redelivered:
+        raise Redelivered
+    left, queue_ms = _time_left(service, request, wall_ms)
+    method = service.find(request.method)
+    if method is None:
+        asked = f"no method {request.method!r}" if request.method else "several methods, and the request names none"
+        raise MethodNotFound(f"service {service.name!r} has {asked}; it has {', '.join(sorted(service.methods))}")
+    if request.attempt > 1 and not method.idempotent:
+        raise OutcomeUnknown(f"{method.label} is not declared idempotent, and an earlier attempt may have run")
+    if body is None or body_size > max_body:
+        raise TooLarge(f"the parameters are {body_size} bytes of JSON; the worker's limit is {max_body} (max_body)")
+    arguments = method.read_params(body)
+    limit = left - min(MARGIN, left / 20)
+    if method.timeout is not None and method.timeout < limit:
+        limit = method.timeout
+    return Job(request, found.correlation_id or b"", method, arguments, limit, Deadline(now + limit), queue_ms, state)
+
+
+def _time_left(service: Service, request: Request, wall_ms: float) -> tuple[float, float | None]:
+    """Seconds until the caller's deadline, and milliseconds since the request was sent, where they are told.
+
+    A deadline that has passed always counts; the relative time counts where the absolute one lies further ahead, as it
+    does where this clock is behind the caller's.
+
+    Raises:
+        CallTimeout: no time is left.
+
+    """
+    left_ms = service.timeout * 1000 if request.timeout_ms is None else float(request.timeout_ms)
+    queue_ms = None
+    if request.deadline_ms is not None:
+        absolute = request.deadline_ms - wall_ms
+        if absolute <= 0:
+            raise ExpiredOnArrival(-absolute)
+        if request.timeout_ms is None:
+            left_ms = absolute
+        else:
+            queue_ms = max(0.0, wall_ms - (request.deadline_ms - request.timeout_ms))
+            left_ms = min(left_ms, absolute)
+    if left_ms <= 0:
+        raise CallTimeout("no time was left when the request was sent", executed="no")
+    return min(left_ms / 1000, MAX_TIMEOUT), queue_ms

@@ -1,0 +1,288 @@
+"""What a worker has in hand: handlers that run, and replies on their way, each until it is acknowledged."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import secrets
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from rpcq import deadline as deadlines
+from rpcq import logs, wire
+from rpcq.admission import Job
+from rpcq.errors import CallError, CallTimeout, InvalidReply, RemoteError, to_wire
+from rpcq.transport.base import Delivery, Outgoing, Settled, Transport
+from rpcq.transport.topology import DIRECT_REPLY_TO
+
+log = logs.get_logger("rpcq.worker")
+
+Key = tuple[bytes, bytes]
+"""reply_to and correlation ID: what names a call among all clients."""
+
+
+class Running:
+    """A request in hand.
+
+    Attributes:
+        delivery: what is acknowledged in the end.
+        key: reply_to and correlation ID; an empty reply_to where no reply is wanted.
+        job: what runs; None where it was refused.
+
+    """
+
+    __slots__ = ("cancelled", "delivery", "handler_ms", "job", "key", "started", "task", "thread", "timed_out", "timer")
+
+    def __init__(self, delivery: Delivery, key: Key) -> None:
+        self.delivery = delivery
+        self.key = key
+        self.job: Job | None = None
+        self.started = 0.0  # on time.perf_counter(); 0 until the task has run
+        self.handler_ms = 0.0
+        self.task: asyncio.Task[None] | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.thread: asyncio.Future[Any] | None = None
+        self.timed_out = False
+        self.cancelled = False
+
+    @property
+    def correlation_id(self) -> str:
+        """For logs."""
+        return self.key[1].decode("utf-8", "replace")
+
+
+class Runs:
+    """Runs handlers, replies, and acknowledges once the broker has the reply.
+
+    Args:
+        transport: where replies go.
+        max_body: bytes of a reply.
+        threads: `def` handlers that may run at once.
+
+    Attributes:
+        unroutable_replies: replies whose caller was gone.
+
+    """
+
+    def __init__(self, transport: Transport, *, max_body: int, threads: int) -> None:
+        self._transport = transport
+        self._max_body = max_body
+        self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
+        self._encoder = wire.ReplyEncoder()
+        self._by_key: dict[Key, Running] = {}
+        self._others: set[Running] = set()  # no reply is wanted, or the caller used a correlation ID twice
+        self._unsent: deque[Outgoing] = deque()
+        self._pump: asyncio.Task[None] | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._abandoned = False
+        self.unroutable_replies = 0
+
+    def __len__(self) -> int:
+        return len(self._by_key) + len(self._others)
+
+    # From outside.
+
+    def begin(self, run: Running, job: Job) -> None:
+        """Start the handler."""
+        loop = asyncio.get_running_loop()
+        run.job = job
+        self._hold(run)
+        run.timer = loop.call_later(job.limit, self._time_out, run)
+        run.task = loop.create_task(self._run(run, job))
+
+    def refuse(self, run: Running, error: CallError) -> None:
+        """Answer with an error, and run nothing."""
+        self._hold(run)
+        self._reply_error(run, error)
+
+    def adopt(self, key: Key, delivery: Delivery) -> bool:
+        """Take a redelivery as that of a call that is still in hand; False if there is none."""
+        run = self._by_key.get(key) if key[0] else None
+        if run is None:
+            return False
+        run.delivery = delivery
+        return True
+
+    def cancel(self, key: Key) -> bool:
+        """The caller is gone: cancel the handler; False if the call is not in hand."""
+        run = self._by_key.get(key)
+        if run is None:
+            return False
+        run.cancelled = True
+        self._interrupt(run)
+        return True
+
+    async def all_done(self) -> None:
+        """Wait until nothing is in hand."""
+        await self._idle.wait()
+
+    async def abandon(self) -> None:
+        """Cancel what still runs; it is left to the broker unacknowledged. Threads cannot be ended, and are left."""
+        self._abandoned = True
+        runs = [*self._by_key.values(), *self._others]
+        if runs:
+            log.error("calls cut off", count=len(runs), correlation_ids=[run.correlation_id for run in runs[:20]])
+        tasks = [run.task for run in runs if run.task is not None]
+        if self._pump is not None:
+            tasks.append(self._pump)
+        for task in tasks:
+            task.cancel()
+        for run in runs:
+            if run.timer is not None:
+                run.timer.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # Running.
+
+    async def _run(self, run: Running, job: Job) -> None:
+        run.started = time.perf_counter()
+        deadlines.current.set(job.deadline)
+        try:
+            if job.method.is_async:
+                value = await job.call()
+            else:
+                value = await self._run_in_thread(run, job)
+        except asyncio.CancelledError:
+            self._interrupted(run, job)
+        except job.method.errors as error:
+            self._finished(run)
+            self._reply_error(run, error)
+        except Exception as error:  # noqa: BLE001 - the handler's own; logged and answered
+            self._finished(run)
+            self._failed(run, job, error)
+        else:
+            self._finished(run)
+            self._reply_value(run, job, value)
+
+    async def _run_in_thread(self, run: Running, job: Job) -> Any:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="rpcq")
+        call = partial(contextvars.copy_context().run, job.call)
+        run.thread = asyncio.get_running_loop().run_in_executor(self._pool, call)
+        return await asyncio.shield(run.thread)
+
+    def _finished(self, run: Running) -> None:
+        if run.started:
+            run.handler_ms = (time.perf_counter() - run.started) * 1000
+        if run.timer is not None:
+            run.timer.cancel()
+
+    def _time_out(self, run: Running) -> None:
+        run.timed_out = True
+        self._interrupt(run)
+
+    def _interrupt(self, run: Running) -> None:
+        if run.task is None or run.task.done():
+            return
+        run.task.cancel()
+        if not run.started and run.job is not None:  # cancelled before its first step, a task never gets to say so
+            self._interrupted(run, run.job)
+
+    def _interrupted(self, run: Running, job: Job) -> None:
+        """The handler was cancelled; by whom decides what is said."""
+        self._finished(run)
+        if self._abandoned:
+            return
+        if run.cancelled:
+            self._settle(run)
+        elif run.timed_out:
+            message = f"{job.method.label} ran into the deadline after {run.handler_ms / 1000:.3f} s"
+            self._reply_error(run, CallTimeout(message, executed="yes"))
+        else:
+            self._failed(run, job, asyncio.CancelledError("the handler cancelled itself"))
+
+    def _failed(self, run: Running, job: Job, error: BaseException) -> None:
+        """An exception that the service does not declare: its text stays here."""
+        incident = secrets.token_hex(6)
+        log.error(
+            "handler failed",
+            method=job.method.label,
+            correlation_id=run.correlation_id,
+            incident=incident,
+            duration_ms=round(run.handler_ms, 3),
+            exc_info=error,
+        )
+        self._reply_error(run, RemoteError(f"{job.method.label} failed", incident=incident))
+
+    # Replying.
+
+    def _reply_value(self, run: Running, job: Job, value: Any) -> None:
+        try:
+            body = job.method.write_result(value, self._max_body)
+        except InvalidReply as error:
+            log.exception("result cannot be sent", method=job.method.label, correlation_id=run.correlation_id)
+            self._reply_error(run, error)
+        else:
+            self._reply(run, wire.RESULT, body)
+
+    def _reply_error(self, run: Running, error: CallError) -> None:
+        try:
+            body = wire.dumps(to_wire(error))
+        except ValueError:
+            body = b""
+        if not body or len(body) > self._max_body:
+            log.error("an error's details cannot be sent", correlation_id=run.correlation_id, code=error.code)
+            body = wire.dumps(to_wire(error) | {"details": None, "message": error.message[:1000]})
+        self._reply(run, wire.ERROR, body)
+
+    def _reply(self, run: Running, kind: bytes, body: bytes) -> None:
+        reply_to, correlation_id = run.key
+        if not reply_to:
+            self._settle(run)
+            return
+        message = Outgoing(
+            b"",
+            reply_to,
+            correlation_id,
+            self._encoder.encode(kind, correlation_id, run.job.queue_ms if run.job else None, run.handler_ms),
+            body,
+            lambda settled: self._replied(run, message, settled),
+            not reply_to.startswith(DIRECT_REPLY_TO),  # which RabbitMQ may return even when it delivers it
+        )
+        self._transport.publish(message)
+
+    def _replied(self, run: Running, message: Outgoing, settled: Settled) -> None:
+        if settled is Settled.CONFIRMED:
+            self._settle(run)
+        elif settled in (Settled.UNSENT, Settled.UNKNOWN):
+            if not self._abandoned:
+                self._unsent.append(message)  # published again once there is a way
+                if self._pump is None or self._pump.done():
+                    self._pump = asyncio.get_running_loop().create_task(self._publish_unsent())
+        else:
+            self.unroutable_replies += 1
+            log.info("the caller is gone", correlation_id=run.correlation_id, reply=settled.value)
+            self._settle(run)
+
+    async def _publish_unsent(self) -> None:
+        while self._unsent:
+            await self._transport.writable()
+            while self._unsent and self._transport.can_publish:
+                self._transport.publish(self._unsent.popleft())
+
+    # Acknowledging.
+
+    def _hold(self, run: Running) -> None:
+        if not run.key[0] or self._by_key.setdefault(run.key, run) is not run:
+            self._others.add(run)
+        self._idle.clear()
+
+    def _settle(self, run: Running) -> None:
+        """Acknowledge, once the thread has ended too: it holds the slot that prefetch gave it."""
+        if run.thread is not None and not run.thread.done():
+            run.thread.add_done_callback(lambda _: self._settle(run))
+            return
+        if self._by_key.get(run.key) is run:
+            del self._by_key[run.key]
+        else:
+            self._others.discard(run)
+        run.delivery.ack()
+        if not self._by_key and not self._others:
+            self._idle.set()

@@ -1,0 +1,83 @@
+"""Fixtures that every test may ask for. RabbitMQ is started when the first test asks for it, and once."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import sys
+from collections.abc import Generator
+
+import pytest
+
+from broker import Broker, Unavailable
+from broker import broker as a_broker
+
+_in_use = pytest.StashKey[Broker | str]()
+"""The broker of this session, or why there is none; not there before a test has asked."""
+
+
+def _broker_of(config: pytest.Config) -> Broker | str:
+    """Start the broker at the first call, to be stopped at the end of the session; the same at every other."""
+    if _in_use in config.stash:
+        return config.stash[_in_use]
+    capture = config.pluginmanager.getplugin("capturemanager")
+
+    def say(text: str) -> None:
+        # Now, and not in the report of a test: it is about something that takes a while.
+        with contextlib.nullcontext() if capture is None else capture.global_and_fixture_disabled():
+            sys.stderr.write(f"\nbroker: {text}\n")
+            sys.stderr.flush()
+
+    stack = contextlib.ExitStack()
+    config.add_cleanup(stack.close)
+    try:
+        config.stash[_in_use] = stack.enter_context(a_broker(say))
+    except Unavailable as error:
+        config.stash[_in_use] = str(error)
+    return config.stash[_in_use]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Start the broker before the clock of the test that asks first is started.
+
+    A test's timeout is for the test, where pulling an image or installing a package has bounds of its own.
+    """
+    if "broker" in getattr(item, "fixturenames", ()):
+        _broker_of(item.config)
+    return (yield)
+
+
+@pytest.fixture(scope="session")
+def broker(pytestconfig: pytest.Config) -> Broker:
+    """The RabbitMQ of this session. There is no skipping: where none can be had, every test that asks has an error."""
+    found = _broker_of(pytestconfig)
+    if isinstance(found, str):
+        # The message is all there is to know; a traceback through the harness would bury it.
+        pytest.fail(found, pytrace=False)
+    return found
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_url(broker: Broker) -> str:
+    """URL of the vhost of this session.
+
+    A broker started here was given a vhost of its own for it, and goes away with it; with RPCQ_TEST_URL it is that
+    URL's vhost, shared with whoever else uses it. Tests keep apart by `namespace`.
+    """
+    return broker.url
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A name that no other test has, now or before."""
+    return f"t{secrets.token_hex(8)}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was tested against. Not in the header: at that time nobody has asked for a broker."""
+    found = config.stash.get(_in_use, "")
+    if isinstance(found, Broker):
+        terminalreporter.write_line(f"RabbitMQ: {found.origin}, version {found.version}")
+    else:
+        terminalreporter.write_line("RabbitMQ: none could be had" if found else "RabbitMQ: no test asked for it")
