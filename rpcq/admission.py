@@ -35,7 +35,7 @@ class Job:
 
     __slots__ = ("args", "correlation_id", "deadline", "limit", "method", "params", "queue_ms", "request", "state")
 
-    def __init__(  # noqa: PLR0913 - the fields of a job; made once for each
+    def __init__(
         self,
         request: Request,
         correlation_id: bytes,

@@ -6,8 +6,10 @@ the handlers' annotations; what is not annotated is taken as JSON has it.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
+import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -73,7 +75,8 @@ class Method:
         idempotent: running it twice does no harm.
         errors: the domain errors that callers get to see.
         timeout: seconds that it may run, whatever the caller's deadline; None for the caller's alone.
-        context_parameter: the place and name of the parameter that takes a `Context`, or None.
+        context_parameter: the place (past all, if by name only) and name of the parameter that takes a `Context`,
+            or None.
 
     """
 
@@ -99,7 +102,7 @@ class Method:
         self.timeout = timeout
         if inspect.isgeneratorfunction(handler) or inspect.isasyncgenfunction(handler):
             raise ConfigurationError(f"{self.label} is a generator; a method returns one value")
-        hints = _type_hints(self.label, handler)
+        hints = type_hints(self.label, handler)
         self.context_parameter, signature = _without_context(self.label, handler, hints)
         self._parameters = _parameters_adapter(self.label, signature)
         self._read = self._parameters.validator.validate_json
@@ -114,12 +117,18 @@ class Method:
             InvalidParams: the body is not JSON, or does not fit the method; `details` lists what is wrong.
 
         """
-        if body[:1] not in (b"{", b"[") and body.lstrip()[:1] not in (b"{", b"["):
-            body = b"[%b]" % body
         try:
-            return self._read(body)  # type: ignore[no-any-return]  # what `_parameters_adapter` made
+            if body[:1] not in (b"{", b"[") and body.lstrip()[:1] not in (b"{", b"["):
+                wire.loads(body)  # on its own: what is an array only with the brackets is none
+                body = b"[%b]" % body
+            return self._read(wire.refuse_nan(body))  # type: ignore[no-any-return]  # what `_parameters_adapter` made
         except pydantic.ValidationError as error:
             raise _invalid_params(self.label, error) from error
+        except ValueError as error:
+            raise InvalidParams(f"the parameters of {self.label} are not JSON: {error}") from error
+        except Exception as error:
+            msg = f"the parameters of {self.label} could not be validated: a validator raised {type(error).__name__}"
+            raise InvalidParams(msg) from error
 
     def call(self, args: tuple[Any, ...], params: dict[str, Any], context: Callable[[], Context]) -> Any:
         """Call the handler; what it returns is a coroutine if it is an `async def`.
@@ -147,7 +156,7 @@ class Method:
         except pydantic.ValidationError as error:
             msg = f"{self.label} returned a {type(value).__name__}, which does not fit its annotation"
             raise InvalidReply(msg) from error
-        except (ValueError, TypeError, RecursionError) as error:
+        except Exception as error:
             msg = f"{self.label} returned a {type(value).__name__} that JSON cannot carry"
             raise InvalidReply(msg) from error
         if len(body) > max_body:
@@ -162,11 +171,16 @@ class Result:
     def __init__(self, adapter: TypeAdapter[Any]) -> None:
         self._validate = adapter.validator.validate_python
         self._dump = adapter.serializer.to_json
+        self._plain = adapter.serializer.to_python
         self.read = adapter.validator.validate_json
 
     def write(self, value: Any) -> bytes:
         """A value as JSON, by aliases: that is how the other side reads it."""
-        return wire.refuse_nan(self._dump(self._validate(value), by_alias=True))
+        valid = self._validate(value)
+        body = wire.refuse_nan(self._dump(valid, by_alias=True))
+        if b"null" in body and valid is not None:  # perhaps a model's NaN, which has a mode of its own
+            wire.dumps(self._plain(valid, mode="json", by_alias=True))
+        return body
 
 
 def result_adapter(label: str, returns: Any) -> Result:
@@ -351,11 +365,19 @@ def contract(
     return mark
 
 
-def _type_hints(label: str, handler: Callable[..., Any]) -> dict[str, Any]:
+def type_hints(label: str, handler: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function, resolved.
+
+    Raises:
+        ConfigurationError: they cannot be.
+
+    """
+    while isinstance(handler, functools.partial):
+        handler = handler.func
     target = handler if inspect.isroutine(handler) or not callable(handler) else handler.__call__  # type: ignore[operator]
     try:
         return typing.get_type_hints(target, include_extras=True)
-    except NameError as error:
+    except (NameError, AttributeError, SyntaxError, TypeError) as error:
         msg = f"{label} has an annotation that cannot be resolved where it stands: {error}"
         raise ConfigurationError(msg) from error
 
@@ -366,14 +388,19 @@ def _without_context(
     """Where the context goes (its place and name), and the signature without it, annotations resolved."""
     context_parameter = None
     parameters = []
+    bound = handler.keywords if isinstance(handler, functools.partial) else ()
     for at, parameter in enumerate(inspect.signature(handler).parameters.values()):
-        if hints.get(parameter.name) is Context:
-            if context_parameter is not None or parameter.kind is parameter.POSITIONAL_ONLY:
+        hint = hints.get(parameter.name, Any)
+        if parameter.name in bound:
+            continue  # the program's to give, not the caller's
+        if Context in (hint, *typing.get_args(hint)):
+            by_position = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            if context_parameter is not None or not (by_position or parameter.kind is parameter.KEYWORD_ONLY):
                 msg = f"{label} takes its Context in one parameter that can be given by name"
                 raise ConfigurationError(msg)
-            context_parameter = at, parameter.name
+            context_parameter = at if by_position else sys.maxsize, parameter.name
         else:
-            parameters.append(parameter.replace(annotation=hints.get(parameter.name, Any)))
+            parameters.append(parameter.replace(annotation=hint))
     return context_parameter, inspect.Signature(parameters)
 
 

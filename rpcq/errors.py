@@ -32,7 +32,7 @@ its caller knows.
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar, Final, Literal, get_args
+from typing import Any, ClassVar, Final, Literal, Self, get_args
 
 Executed = Literal["no", "maybe", "yes"]
 
@@ -138,9 +138,9 @@ class CallError(RpcqError):
         return type(self).__new__, (type(self),), {**self.__dict__, "args": self.args}
 
     def __setstate__(self, state: dict[str, Any] | None) -> None:
-        state = state or {}
+        state = dict(state or {})
+        self.args = state.pop("args", ())
         self.__dict__.update(state)
-        self.args = state.get("args", ())
 
 
 class InvalidParams(CallError):
@@ -188,7 +188,8 @@ class CallTimeout(CallError, TimeoutError):
     default_executed = "maybe"
 
     def __init__(self, message: str = "", *, executed: Executed | None = None, **rest: Any) -> None:
-        rest.setdefault("retryable", executed == "no")
+        if rest.get("retryable") is None:
+            rest["retryable"] = executed == "no"
         super().__init__(message, executed=executed, **rest)
 
 
@@ -229,11 +230,18 @@ class DomainError(CallError):
 
     code = "domain_error"
 
+    def __new__(cls, *args: Any, **_rest: Any) -> Self:
+        """An error that is whole, even where the subclass has an `__init__` of its own that does not call this one."""
+        error = super().__new__(cls, *args)
+        CallError.__init__(error)
+        error.args = args
+        return error
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "code" not in cls.__dict__:
             cls.code = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
-        if not DOMAIN_CODE.match(cls.code):
+        if not isinstance(cls.code, str) or not DOMAIN_CODE.match(cls.code):
             msg = f"{cls.__name__}.code is {cls.code!r}; a domain error's code is lower case: {DOMAIN_CODE.pattern}"
             raise ConfigurationError(msg)
 
@@ -256,7 +264,7 @@ def to_wire(error: CallError) -> dict[str, Any]:
     """The body of an error reply, before JSON."""
     body = {
         "code": error.code,
-        "message": error.message,
+        "message": str(error.message).encode("utf-8", "replace").decode(),  # whatever it was raised with
         "executed": error.executed,
         "retryable": error.retryable,
         "details": error.details,
@@ -275,11 +283,10 @@ def from_wire(body: Any, domain: tuple[type[DomainError], ...] = ()) -> CallErro
     if not isinstance(body, dict) or not isinstance(body.get("code"), str):
         return InvalidReply("the reply says that it is an error, but its body is not one", executed="maybe")
     code = body["code"]
-    incident = body.get("incident")
-    executed = body.get("executed")
+    message, incident, executed = body.get("message"), body.get("incident"), body.get("executed")
     fields: dict[str, Any] = {
-        "message": str(body.get("message", "")),
-        "executed": executed if executed in EXECUTED else "maybe",
+        "message": "" if message is None else str(message),
+        "executed": executed if isinstance(executed, str) and executed in EXECUTED else "maybe",
         "retryable": body.get("retryable") is True,
         "details": body.get("details"),
         "incident": incident if isinstance(incident, str) else None,

@@ -19,10 +19,20 @@ QUIET: Final = ("aio_pika", "aiormq")
 """At DEBUG they log bodies and headers; what they log above that, rpcq reports itself, by name."""
 
 
+_RECORD: Final = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime"} - {"exc_info", "stack_info"})
+
+
 def _mask_urls(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     for key, value in event.items():
         if isinstance(value, str) and "://" in value:
             event[key] = mask(value)
+    return event
+
+
+def _step_aside(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Rename what logging refuses as `extra`: an application may have bound any name with `structlog.contextvars`."""
+    for key in event.keys() & _RECORD:
+        event[f"{key}_"] = event.pop(key)
     return event
 
 
@@ -34,6 +44,7 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
             structlog.stdlib.filter_by_level,
             structlog.contextvars.merge_contextvars,
             _mask_urls,
+            _step_aside,
             structlog.stdlib.render_to_log_kwargs,
         ],
         wrapper_class=structlog.stdlib.BoundLogger,
@@ -56,15 +67,15 @@ def configure(level: str = "INFO") -> None:
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,  # plain: a prettier one would show the values of variables
         _mask_urls,
     ]
     final: list[structlog.typing.Processor]
     if sys.stderr.isatty():
-        final = [structlog.dev.ConsoleRenderer()]
+        final = [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
     else:
         final = [
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(serializer=lambda value, **_: orjson.dumps(value, default=str).decode()),
+            structlog.processors.JSONRenderer(serializer=lambda value, **_: orjson.dumps(value, default=str).decode())
         ]
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(

@@ -58,7 +58,7 @@ class MalformedProperties(ValueError):
     """The bytes are not the properties of an AMQP message."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Properties:
     """The properties of one message; None where absent. Short strings are bytes of at most 255."""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, Unpack
 
-from rpcq.contract import METHOD_NAME, Contract, result_adapter
+from rpcq.contract import METHOD_NAME, Contract, result_adapter, type_hints
 from rpcq.errors import ConfigurationError
 from rpcq.settings import CallOptions, CallSettings, check_name
 from rpcq.transport.topology import Names
@@ -209,7 +209,7 @@ class _Bound:
             if not inspect.isfunction(function):
                 msg = f"{api!r} has {name!r}, which is no method; a contract has methods alone"
                 raise ConfigurationError(msg)
-            returns = typing.get_type_hints(function, include_extras=True).get("return", Any)
+            returns = type_hints(f"{service}.{name}", function).get("return", Any)
             own = replace(
                 options,
                 errors=(*options.errors, *said.errors),
@@ -223,7 +223,7 @@ class _Bound:
 
 
 class _BoundMethod(RemoteMethod):
-    """A method that knows its parameters' names: given by position, they still go by name."""
+    """A method that knows its parameters' names, if all have one: given by position, they still go by name."""
 
     __slots__ = ("_parameters",)
 
@@ -231,11 +231,9 @@ class _BoundMethod(RemoteMethod):
         super().__init__(caller, target, options)
         kinds = inspect.Parameter
         parameters = list(inspect.signature(function).parameters.values())[1:]
-        variable = any(it.kind is kinds.VAR_POSITIONAL for it in parameters)
+        nameless = any(it.kind in (kinds.VAR_POSITIONAL, kinds.POSITIONAL_ONLY) for it in parameters)
         self._parameters = (
-            None
-            if variable
-            else [it.name for it in parameters if it.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.POSITIONAL_ONLY)]
+            None if nameless else [it.name for it in parameters if it.kind is kinds.POSITIONAL_OR_KEYWORD]
         )
 
     def __call__(self, /, *args: Any, **params: Any) -> Coroutine[Any, Any, Any]:

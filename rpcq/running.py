@@ -31,15 +31,32 @@ class Running:
         delivery: what is acknowledged in the end.
         key: reply_to and correlation ID; an empty reply_to where no reply is wanted.
         job: what runs; None where it was refused.
+        kind: RESULT or ERROR, once there is a reply.
+        body: the reply's.
 
     """
 
-    __slots__ = ("cancelled", "delivery", "handler_ms", "job", "key", "started", "task", "thread", "timed_out", "timer")
+    __slots__ = (
+        "body",
+        "cancelled",
+        "delivery",
+        "handler_ms",
+        "job",
+        "key",
+        "kind",
+        "started",
+        "task",
+        "thread",
+        "timed_out",
+        "timer",
+    )
 
     def __init__(self, delivery: Delivery, key: Key) -> None:
         self.delivery = delivery
         self.key = key
         self.job: Job | None = None
+        self.kind = b""
+        self.body = b""
         self.started = 0.0  # on time.perf_counter(); 0 until the task has run
         self.handler_ms = 0.0
         self.task: asyncio.Task[None] | None = None
@@ -75,7 +92,7 @@ class Runs:
         self._encoder = wire.ReplyEncoder()
         self._by_key: dict[Key, Running] = {}
         self._others: set[Running] = set()  # no reply is wanted, or the caller used a correlation ID twice
-        self._unsent: deque[Outgoing] = deque()
+        self._unsent: deque[Running] = deque()
         self._pump: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -233,27 +250,34 @@ class Runs:
         self._reply(run, wire.ERROR, body)
 
     def _reply(self, run: Running, kind: bytes, body: bytes) -> None:
-        reply_to, correlation_id = run.key
-        if not reply_to:
+        if not run.key[0]:
             self._settle(run)
             return
-        message = Outgoing(
-            b"",
-            reply_to,
-            correlation_id,
-            self._encoder.encode(kind, correlation_id, run.job.queue_ms if run.job else None, run.handler_ms),
-            body,
-            lambda settled: self._replied(run, message, settled),
-            not reply_to.startswith(DIRECT_REPLY_TO),  # which RabbitMQ may return even when it delivers it
-        )
-        self._transport.publish(message)
+        run.kind = kind
+        run.body = body
+        self._publish(run)
 
-    def _replied(self, run: Running, message: Outgoing, settled: Settled) -> None:
+    def _publish(self, run: Running) -> None:
+        reply_to, correlation_id = run.key
+        queue_ms = run.job.queue_ms if run.job is not None else None
+        self._transport.publish(
+            Outgoing(
+                b"",
+                reply_to,
+                correlation_id,
+                self._encoder.encode(run.kind, correlation_id, queue_ms, run.handler_ms),
+                run.body,
+                partial(self._replied, run),
+                not reply_to.startswith(DIRECT_REPLY_TO),  # which RabbitMQ may return even when it delivers it
+            )
+        )
+
+    def _replied(self, run: Running, settled: Settled) -> None:
         if settled is Settled.CONFIRMED:
             self._settle(run)
         elif settled in (Settled.UNSENT, Settled.UNKNOWN):
             if not self._abandoned:
-                self._unsent.append(message)  # published again once there is a way
+                self._unsent.append(run)  # published again once there is a way
                 if self._pump is None or self._pump.done():
                     self._pump = asyncio.get_running_loop().create_task(self._publish_unsent())
         else:
@@ -265,7 +289,7 @@ class Runs:
         while self._unsent:
             await self._transport.writable()
             while self._unsent and self._transport.can_publish:
-                self._transport.publish(self._unsent.popleft())
+                self._publish(self._unsent.popleft())
 
     # Acknowledging.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypedDict
 
@@ -20,6 +20,9 @@ NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,100}\Z")
 
 MAX_HEADERS: Final = 8 * 1024
 """All headers of a message together; RabbitMQ ends a connection over far larger ones."""
+
+MAX_PROPERTIES: Final = MAX_HEADERS + 4 * 1024
+"""The same with the rest of a message's properties: none of the others is over 256 bytes."""
 
 MAX_TIMEOUT: Final = 25 * 60.0
 """RabbitMQ ends a channel whose consumer holds a message for 30 minutes (`consumer_timeout`)."""
@@ -42,16 +45,31 @@ def check_name(what: str, name: str) -> str:
 
 
 def _check_seconds(name: str, value: float, most: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most or value == math.inf:
         upper = "" if most == math.inf else f" and at most {most:g}"
         msg = f"{name} is {value!r}; it is a number of seconds above 0{upper}"
         raise ConfigurationError(msg)
+
+
+def _check_several(name: str, value: Any) -> tuple[Any, ...]:
+    if isinstance(value, str | bytes | type) or not isinstance(value, Iterable):
+        msg = f"{name} is {value!r}; it is a tuple, also of one"
+        raise ConfigurationError(msg)
+    return tuple(value)
 
 
 def _check_count(name: str, value: int, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         msg = f"{name} is {value!r}; it is a whole number from {least} to {most}"
         raise ConfigurationError(msg)
+
+
+def _size(value: Any) -> int:
+    """Bytes of a string in UTF-8; -1 if it is none, or has none."""
+    try:
+        return len(value.encode()) if isinstance(value, str) else -1
+    except UnicodeEncodeError:
+        return -1
 
 
 class CallSettings(TypedDict, total=False):
@@ -88,19 +106,22 @@ class CallOptions:
 
     def __post_init__(self) -> None:
         _check_seconds("timeout", self.timeout, MAX_TIMEOUT)
-        object.__setattr__(self, "errors", tuple(self.errors))
+        object.__setattr__(self, "errors", _check_several("errors", self.errors))
         for kind in self.errors:
             if not (isinstance(kind, type) and issubclass(kind, DomainError)):
                 msg = f"errors holds {kind!r}; it holds subclasses of DomainError"
                 raise ConfigurationError(msg)
-        if self.queue is not None and not 1 <= len(self.queue.encode()) <= 255:
+        if self.queue is not None and not 1 <= _size(self.queue) <= 255:
             msg = f"queue is {self.queue!r}; the name of a queue has 1 to 255 bytes"
             raise ConfigurationError(msg)
+        if not isinstance(self.metadata, Mapping):
+            msg = f"metadata is {self.metadata!r}; it is a mapping of names to strings"
+            raise ConfigurationError(msg)
         for name, value in self.metadata.items():
-            if not name.startswith("x-") or OWNED_HEADERS.match(name) or len(name.encode()) > 255:
+            if not 1 <= _size(name) <= 255 or not name.startswith("x-") or OWNED_HEADERS.match(name):
                 msg = f"metadata has {name!r}; names begin with 'x-', have at most 255 bytes and are not RabbitMQ's own"
                 raise ConfigurationError(msg)
-            if not isinstance(value, str):
+            if _size(value) < 0:
                 msg = f"metadata {name!r} is {value!r}; metadata are strings"
                 raise ConfigurationError(msg)
 
@@ -137,7 +158,8 @@ class ConnectionOptions:
     def __post_init__(self) -> None:
         check_name("the program", self.name)
         check_name("the namespace", self.namespace)
-        if self.heartbeat != int(self.heartbeat) or not 1 <= self.heartbeat <= 3600:
+        _check_seconds("heartbeat", self.heartbeat, 3600)
+        if self.heartbeat != int(self.heartbeat):
             msg = f"heartbeat is {self.heartbeat!r}; it is a whole number of seconds from 1 to 3600"
             raise ConfigurationError(msg)
         _check_seconds("connect_timeout", self.connect_timeout)
@@ -198,10 +220,10 @@ class WorkerOptions(ConnectionOptions):
         ConnectionOptions.__post_init__(self)
         _check_count("prefetch", self.prefetch, 1, 65_535)
         _check_seconds("grace", self.grace)
-        object.__setattr__(self, "reply_to", tuple(self.reply_to))
+        object.__setattr__(self, "reply_to", _check_several("reply_to", self.reply_to))
         for pattern in self.reply_to:
             try:
-                re.compile(pattern)
-            except re.error as error:
+                re.compile(pattern.encode() if isinstance(pattern, str) else None)  # it matches names as they come
+            except (re.error, TypeError, UnicodeEncodeError) as error:
                 msg = f"reply_to holds {pattern!r}, which is not a regular expression: {error}"
                 raise ConfigurationError(msg) from error

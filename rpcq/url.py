@@ -20,7 +20,7 @@ from rpcq.errors import ConfigurationError
 PORTS: Final = {"amqp": 5672, "amqps": 5671}
 TLS_PARAMETERS: Final = frozenset({"cafile", "capath", "certfile", "keyfile"})
 _URL: Final = re.compile(
-    r"(?P<scheme>[a-z]+)://(?:(?P<credentials>[^@/?#]*)@)?(?P<hosts>[^@/?#]*)(?:/(?P<vhost>[^?#]*))?(?:\?(?P<query>[^#]*))?\Z"
+    r"(?P<scheme>[a-z]+)://(?:(?P<credentials>[^@/?#]*)@)?(?P<hosts>[^@/?#]*)(?:/(?P<vhost>[^@?#]*))?(?:\?(?P<query>[^@#]*))?\Z"
 )
 _HOST: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\[\]:,\s]+)(?::(?P<port>[0-9]{1,5}))?\Z")
 
@@ -44,8 +44,8 @@ class BrokerURL:
 
 
 def mask(url: str) -> str:
-    """The URL with its password hidden, for logs and messages."""
-    return re.sub(r"(://[^:@/?#]*):[^/?#]*@", r"\1:***@", url)
+    """The URL with its password hidden, for logs and messages: all up to the last @, for it may not be quoted."""
+    return re.sub(r"(://[^:@/?#]*):.*@", r"\1:***@", url, flags=re.DOTALL)
 
 
 def parse(url: str) -> BrokerURL:
@@ -60,7 +60,8 @@ def parse(url: str) -> BrokerURL:
         raise ConfigurationError(msg)
     match = _URL.match(url)
     if match is None:
-        raise _refuse(url, "it is not of the form amqp://user:password@host:port/vhost (quote / @ : in the password)")
+        form = "amqp://user:password@host:port/vhost"
+        raise _refuse(url, f"it is not of the form {form}, each part with / @ : ? # quoted as %2F %40 %3A %3F %23")
     scheme = match["scheme"]
     if scheme == "memory":
         return BrokerURL(scheme, hosts=((match["hosts"], 0),))

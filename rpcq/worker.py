@@ -19,10 +19,10 @@ from rpcq import logs, wire
 from rpcq.admission import ExpiredOnArrival, Redelivered, admit
 from rpcq.contract import Service
 from rpcq.environment import broker_url
-from rpcq.errors import BrokerError, CallError, ConfigurationError, ServiceUnavailable, UsageError
+from rpcq.errors import BrokerError, CallError, ConfigurationError, ServiceUnavailable, TooLarge, UsageError
 from rpcq.properties import MalformedProperties, Properties, decode
 from rpcq.running import Running, Runs
-from rpcq.settings import MAX_TIMEOUT, WorkerOptions, WorkerSettings
+from rpcq.settings import MAX_PROPERTIES, MAX_TIMEOUT, WorkerOptions, WorkerSettings
 from rpcq.transport.base import Delivery, Listener, Outgoing, Subscription, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.transport.topology import Names
@@ -217,6 +217,8 @@ class Worker:
         try:
             if self._state == "stopping":
                 raise ServiceUnavailable("the worker shuts down, and did not begin")
+            if len(delivery.properties) > MAX_PROPERTIES:
+                raise TooLarge(f"the properties are {len(delivery.properties)} bytes; the limit is {MAX_PROPERTIES}")
             job = admit(
                 served.service,
                 found,
@@ -237,7 +239,7 @@ class Worker:
     def _read(self, service: Service, delivery: Delivery) -> Properties | None:
         """The request's properties, or None where it cannot be answered, and so is not run."""
         try:
-            found = decode(delivery.properties)
+            found = wire.read_properties(delivery.properties)
         except MalformedProperties as error:
             log.warning("request refused", service=service.name, cause=str(error))
             return None

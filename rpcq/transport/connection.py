@@ -93,7 +93,6 @@ class LaneProtocol(asyncio.StreamReaderProtocol):
         self._transport_: asyncio.Transport | None = None
         self._last_read = self._last_passed = time.monotonic()
         self._watchdog = loop.call_later(heartbeat, self._watch)
-        self._out: list[bytes] = []
 
     # What the owner asks.
 
@@ -104,12 +103,6 @@ class LaneProtocol(asyncio.StreamReaderProtocol):
     def register(self, channel: int, lane: Lane) -> None:
         """Take the hot frames of a channel; before it consumes."""
         self._frames.lanes[channel] = lane
-
-    def send(self, frame: bytes) -> None:
-        """Write with everything else that this iteration of the loop has to write."""
-        if not self._out:
-            self._loop_.call_soon(self._flush)
-        self._out.append(frame)
 
     def write(self, data: bytes) -> None:
         """Write now. Dropped once the connection is lost: its loss has been told."""
@@ -122,7 +115,6 @@ class LaneProtocol(asyncio.StreamReaderProtocol):
             self.lost = cause
             self._watchdog.cancel()
             self._frames.lanes.clear()
-            self._out.clear()
             self._on_lost(cause)
 
     def abort(self) -> None:
@@ -176,11 +168,6 @@ class LaneProtocol(asyncio.StreamReaderProtocol):
     def _pass_on(self, frame: bytes) -> None:
         self._last_passed = self._last_read
         super().data_received(frame)
-
-    def _flush(self) -> None:
-        if self._out:
-            self.write(b"".join(self._out))
-            self._out.clear()
 
     def _broker_closes(self, code: int, text: str) -> None:
         self.fail(closed_by_broker(code, text))

@@ -108,7 +108,7 @@ class Lane:
             if method == DELIVER:
                 at = 5 + payload[4]
                 (self._tag,) = _U64.unpack_from(payload, at)
-                self._redelivered = payload[at + 8] != 0
+                self._redelivered = payload[at + 8] & 1 == 1
                 _check_end(payload, _after_short(payload, _after_short(payload, at + 9)))
                 self._method = method
                 return True
@@ -334,10 +334,10 @@ class Encoder:
                     pieces += (_FRAME.pack(BODY, channel, len(part)), part, b"\xce")
         return pieces
 
-    def ack(self, tag: int) -> bytes:
-        """Acknowledge one delivery."""
+    def ack(self, tag: int, *, multiple: bool = False) -> bytes:
+        """Acknowledge one delivery, or all up to it."""
         # Everything before the bit is as long as in a reject, so that both share one layout.
-        return _TAGGED.pack(METHOD, self._channel, 13, ACK, tag, 0, FRAME_END)
+        return _TAGGED.pack(METHOD, self._channel, 13, ACK, tag, multiple, FRAME_END)
 
     def reject(self, tag: int, *, requeue: bool) -> bytes:
         """Give one delivery back to its queue, or up."""
@@ -435,3 +435,47 @@ class Unconfirmed:
                 message.on_settled(Settled.RETURNED)
                 return
         message.on_settled(Settled.CONFIRMED if accepted else Settled.REFUSED)
+
+
+class Unsettled:
+    """Deliveries that are not settled yet, in order: what is settled together is acknowledged in few frames.
+
+    One frame acknowledges all up to its tag. It may be used where everything below has been settled as well: the
+    broker closes the channel over a tag that it does not wait for.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._tags: dict[int, None] = {}  # as many as are prefetched
+        self._accepted: set[int] = set()
+        self._rejected: list[bytes] = []
+
+    def delivered(self, tag: int) -> None:
+        """A delivery came."""
+        self._tags[tag] = None
+
+    def settle(self, tag: int, *, accept: bool, requeue: bool) -> None:
+        """A delivery is settled; `frames` says so to the broker."""
+        if accept:
+            self._accepted.add(tag)
+        else:
+            del self._tags[tag]
+            self._rejected.append(self._encoder.reject(tag, requeue=requeue))
+
+    def frames(self) -> bytes:
+        """What was settled since the last time, as frames to write."""
+        accepted, self._accepted = self._accepted, set()
+        frames, self._rejected = self._rejected, []
+        low = count = 0
+        for tag in self._tags:
+            if tag not in accepted:
+                break
+            low = tag
+            count += 1
+        if count:
+            frames.append(self._encoder.ack(low, multiple=count > 1))
+        for tag in accepted:
+            del self._tags[tag]
+            if tag > low:
+                frames.append(self._encoder.ack(tag))
+        return b"".join(frames)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
@@ -28,7 +28,7 @@ from rpcq.transport.connection import (
     is_false_cancellation,
     translate,
 )
-from rpcq.transport.lane import Encoder, Lane, Unconfirmed
+from rpcq.transport.lane import Encoder, Lane, Unconfirmed, Unsettled
 from rpcq.transport.topology import Exchange, Queue
 from rpcq.url import BrokerURL
 
@@ -53,7 +53,7 @@ def _ignore(*_: Any) -> None:
 
 
 async def _never(_: AbstractIncomingMessage) -> None:
-    """aiormq's consumer: the lane takes its messages."""
+    """Aiormq's consumer: the lane takes its messages."""
 
 
 class _Link:
@@ -223,14 +223,15 @@ class _Session:
 class _Consumed:
     """One subscription on its own channel of one session; takes its settlements."""
 
-    __slots__ = ("_encoder", "_lane", "_on_delivery", "_protocol")
+    __slots__ = ("_lane", "_loop", "_no_ack", "_on_delivery", "_protocol", "_scheduled", "_unsettled")
 
-    def __init__(
-        self, link: _Link, channel: int, on_delivery: Callable[[Delivery], None], options: ConnectionOptions
-    ) -> None:
+    def __init__(self, link: _Link, channel: int, subscription: Subscription, options: ConnectionOptions) -> None:
+        self._loop = asyncio.get_running_loop()
         self._protocol = link.protocol
-        self._encoder = Encoder(channel, link.frame_max)
-        self._on_delivery = on_delivery
+        self._unsettled = Unsettled(Encoder(channel, link.frame_max))
+        self._scheduled = False
+        self._on_delivery = subscription.on_delivery
+        self._no_ack = subscription.no_ack
         self._lane = Lane(
             max_body=options.max_body,
             on_deliver=self._deliver,
@@ -241,10 +242,20 @@ class _Consumed:
         link.protocol.register(channel, self._lane)
 
     def settle(self, tag: int, accept: bool, requeue: bool) -> None:
-        if self._protocol.lost is None:
-            self._protocol.send(self._encoder.ack(tag) if accept else self._encoder.reject(tag, requeue=requeue))
+        if self._protocol.lost is not None or self._no_ack:
+            return
+        self._unsettled.settle(tag, accept=accept, requeue=requeue)
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        self._protocol.write(self._unsettled.frames())
 
     def _deliver(self, tag: int, redelivered: bool, properties: bytes, body: bytes | None, size: int) -> None:
+        if not self._no_ack:
+            self._unsettled.delivered(tag)
         self._on_delivery(Delivery(self, tag, redelivered, properties, body, size))
 
     def _end(self, code: int, text: str) -> None:
@@ -294,7 +305,7 @@ class _ConsumingSession(_Session):
             if subscription.prefetch:
                 await channel.set_qos(prefetch_count=subscription.prefetch)
             # Before it consumes: the first delivery may come with the answer.
-            _Consumed(link, number, subscription.on_delivery, self._options)
+            _Consumed(link, number, subscription, self._options)
             queue = await channel.get_queue(name, ensure=False)
             tag = await queue.consume(_never, no_ack=subscription.no_ack)
             self._consumers.append((channel, tag))

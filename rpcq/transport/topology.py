@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from rpcq.errors import ConfigurationError
+
 QueueType = Literal["classic", "quorum"]
 
 MAX_LENGTH: Final = 100_000
@@ -60,7 +62,15 @@ class Names:
 
         A quorum queue has a delivery limit of 0: the broker delivers a request at most once, and gives it up with
         reason `delivery_limit` when the worker that holds it dies.
+
+        Raises:
+            ConfigurationError: a classic queue has the name of one that delivers once: clients would take its expiry
+                for proof that the request never ran.
+
         """
+        if name and queue_type != "quorum" and self.delivers_once(name):
+            msg = f"the queue of {service!r} is called {name!r}; names in {self._once}* are for quorum queues"
+            raise ConfigurationError(msg)
         arguments: dict[str, Any] = {
             "x-max-length": MAX_LENGTH,
             "x-overflow": "reject-publish",

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+
+import aio_pika
 import pytest
 
 from places import Place, cut_memory, cut_rabbitmq
+from seam import Seam
 
 
 @pytest.fixture(params=["memory-classic", "memory-quorum", "rabbitmq-classic", "rabbitmq-quorum"])
@@ -14,3 +19,24 @@ def place(request: pytest.FixtureRequest, namespace: str) -> Place:
         return Place(f"memory://{namespace}", namespace, queue_type, cut_memory)
     url = request.getfixturevalue("rabbitmq_url")
     return Place(url, namespace, queue_type, cut_rabbitmq(request.getfixturevalue("broker"), url))
+
+
+@pytest.fixture(params=["memory", "rabbitmq"])
+def seam_url(request: pytest.FixtureRequest, namespace: str) -> str:
+    return f"memory://{namespace}" if request.param == "memory" else request.getfixturevalue("rabbitmq_url")
+
+
+@pytest.fixture
+async def seam(seam_url: str, namespace: str) -> AsyncIterator[Seam]:
+    """Transports of both kinds; no test may leave a task behind."""
+    before = asyncio.all_tasks()
+    found = Seam(seam_url, namespace)
+    yield found
+    left = asyncio.all_tasks() - before - {asyncio.current_task()}
+    assert not left
+    if not found.in_memory:
+        async with await aio_pika.connect(seam_url) as connection:
+            channel = await connection.channel()
+            await channel.exchange_delete(found.requests.name)
+            for queue in found.lasting:
+                await channel.queue_delete(queue)

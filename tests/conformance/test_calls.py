@@ -13,9 +13,9 @@ from typing import Protocol
 from uuid import UUID
 
 import pytest
-from places import Place
 from pydantic import BaseModel
 
+from places import Place
 from rpcq import (
     CallTimeout,
     Client,
@@ -114,7 +114,11 @@ async def test_a_bound_protocol_takes_positions_and_gives_types(place: Place) ->
         assert await shop.price("x", 2) == Decimal("5.0")
         with pytest.raises(OutOfStock) as caught:
             await shop.price("none")
-        assert (caught.value.message, caught.value.details, caught.value.executed) == ("no more", {"sku": "none"}, "yes")
+        assert (caught.value.message, caught.value.details, caught.value.executed) == (
+            "no more",
+            {"sku": "none"},
+            "yes",
+        )
         with pytest.raises(TypeError, match="2 parameters"):
             await shop.price("x", 1, 2)  # type: ignore[call-arg]
 
@@ -519,19 +523,20 @@ async def test_closing_a_client_settles_its_calls_at_once(place: Place) -> None:
 
 
 async def test_stopping_a_worker_lets_what_runs_end(place: Place) -> None:
-    service, started = place.service(), asyncio.Event()
+    service, started = place.service(), asyncio.Semaphore(0)
 
     @service.method
     async def work() -> str:
-        started.set()
-        await asyncio.sleep(0.2)
+        started.release()
+        await asyncio.sleep(0.5)
         return "done"
 
     async with place.client() as client:
         worker = place.worker(service)
         await worker.start()
         calls = [asyncio.create_task(client.call("things.work")) for _ in range(20)]
-        await started.wait()
+        for _ in calls:
+            await started.acquire()
         assert await worker.stop() is True
         assert await asyncio.gather(*calls) == ["done"] * 20
 

@@ -1,0 +1,54 @@
+# make demo    the main job, on the in-process broker; over RabbitMQ with RPCQ_URL=amqp://...
+# make test    all tests, on a real RabbitMQ too (tests/broker.py says where it comes from)
+# make check   format, lint, types, structure
+# make fmt     mend what the checks can mend
+# make bench   against aio-pika's RPC and FastStream on the same broker; takes about 5 minutes
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := rpcq producer_service consumer_service tests benchmarks
+
+.PHONY: help demo test check fmt bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# //p' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'rpcq needs Python 3.11 or later; name one: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo 'Python has no venv module here: installing the package python3-venv' >&2; \
+			apt-get update -qq && apt-get install -y -qq python3-venv && $(PYTHON) -m venv $(VENV); \
+		else echo 'Python has no venv module here: install the package python3-venv' >&2; exit 1; fi; }
+
+# One stamp for each set of extras: installed again when pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	@echo 'installing rpcq and its extras: $*'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed-uvloop
+	@$(BIN)/python -m producer_service --requests 10000 --concurrency 10000 --with-worker
+
+test: $(VENV)/.installed-test $(VENV)/.installed-uvloop
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-test $(VENV)/.installed-uvloop $(VENV)/.installed-check $(VENV)/.installed-bench
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: $(VENV)/.installed-check
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(VENV)/.installed-bench $(VENV)/.installed-test $(VENV)/.installed-uvloop
+	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python tests/broker.py -- $(BIN)/python -m benchmarks.peers $(ARGS)
+
+clean:
+	rm -rf $(VENV) .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

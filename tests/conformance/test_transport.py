@@ -1,0 +1,654 @@
+"""The seam itself: what a client or a worker may ask of a transport, on both transports."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import Any
+
+import pytest
+
+from rpcq.errors import BrokerError, TopologyMismatch
+from rpcq.properties import Properties, decode, encode
+from rpcq.transport.base import Delivery, Outgoing, Settled
+from rpcq.transport.topology import Queue
+from rpcq.wire import Notice, RequestEncoder, read_reply
+from seam import SECONDS, End, Seam, taken, until
+
+TTL_MS = 200
+
+
+def deaths(letter: Delivery) -> list[dict[str, Any]]:
+    headers = decode(letter.properties).headers or {}
+    found = headers.get("x-death", [])
+    assert isinstance(found, list)
+    return found
+
+
+# Publishing.
+
+
+async def test_what_has_a_queue_is_confirmed_and_arrives_with_its_properties(seam: Seam) -> None:
+    async with seam.opened(seam.queue()) as end:
+        properties = {
+            "content_type": b"text/plain",
+            "headers": {"x-one": "1", "x-two": 2, "x-bytes": b"\xce\x00"},
+            "delivery_mode": 1,
+            "priority": 3,
+            "correlation_id": b"\x00\xffid",
+            "reply_to": b"nowhere",
+            "message_id": b"m",
+            "timestamp": 1_700_000_000,
+            "type": b"t",
+            "app_id": b"a",
+        }
+        assert await end.sent(end.names[0], b"body", **properties) is Settled.CONFIRMED
+        delivery = await end.inbox.next()
+        assert (delivery.body, delivery.body_size, delivery.redelivered) == (b"body", 4, False)
+        assert decode(delivery.properties) == Properties(**properties)
+        delivery.ack()
+
+
+async def test_a_message_that_no_queue_is_bound_for_is_returned_if_it_is_mandatory(seam: Seam) -> None:
+    async with seam.opened(seam.queue(key="bound")) as end:
+        nowhere = f"{seam.namespace}.nowhere"
+        assert await end.sent(nowhere, b"x") is Settled.RETURNED
+        assert await end.sent(nowhere, b"") is Settled.RETURNED
+        assert await end.sent("unbound", exchange=seam.requests.name) is Settled.RETURNED
+        assert await end.sent("bound", b"y", exchange=seam.requests.name) is Settled.CONFIRMED
+        assert (await end.inbox.next()).body == b"y"
+
+
+async def test_a_message_that_no_queue_is_bound_for_is_confirmed_if_it_is_not_mandatory(seam: Seam) -> None:
+    async with seam.opened() as end:
+        assert await end.sent(f"{seam.namespace}.nowhere", b"x", mandatory=False) is Settled.CONFIRMED
+        assert await end.sent("unbound", exchange=seam.requests.name, mandatory=False) is Settled.CONFIRMED
+
+
+async def test_each_of_many_messages_gets_its_own_outcome(seam: Seam) -> None:
+    async with seam.opened(seam.queue()) as end:
+        nowhere, somewhere = f"{seam.namespace}.nowhere", end.names[0]
+        same_id = b"the same"  # which is no reason to take one for the other
+        outcomes = [
+            (at % 3 == 0, end.publish(nowhere if at % 3 == 0 else somewhere, b"%d" % at, correlation_id=same_id))
+            for at in range(600)
+        ]
+        for lost, outcome in outcomes:
+            async with asyncio.timeout(SECONDS):
+                assert await outcome is (Settled.RETURNED if lost else Settled.CONFIRMED)
+        await end.barrier()
+        assert end.inbox.bodies == [b"%d" % at for at in range(600) if at % 3]
+
+
+async def test_a_mandatory_message_is_told_from_one_that_is_not_with_the_same_key_and_id(seam: Seam) -> None:
+    async with seam.opened() as end:
+        nowhere = f"{seam.namespace}.nowhere"
+        same: dict[str, Any] = {"correlation_id": b"same"}
+        outcomes = [end.publish(nowhere, b"x", mandatory=bool(at % 2), **same) for at in range(20)]
+        async with asyncio.timeout(SECONDS):
+            settled = await asyncio.gather(*outcomes)
+        assert settled == [Settled.CONFIRMED, Settled.RETURNED] * 10
+
+
+async def test_a_full_queue_refuses_and_takes_again_when_there_is_room(seam: Seam) -> None:
+    full = seam.queue(x_max_length=3, x_overflow="reject-publish")
+    async with seam.opened(taken(full, prefetch=1)) as end:
+        name = end.names[0]
+        assert await end.sent(name, b"held") is Settled.CONFIRMED
+        held = await end.inbox.next()
+        assert [await end.sent(name, b"%d" % at) for at in range(5)] == [Settled.CONFIRMED] * 3 + [Settled.REFUSED] * 2
+        held.ack()
+        first = await end.inbox.next()
+        assert first.body == b"0"
+        assert await end.sent(name, b"late") is Settled.CONFIRMED
+        assert await end.sent(name, b"later") is Settled.REFUSED
+        while first.body != b"late":
+            first.ack()
+            first = await end.inbox.next()
+        assert end.inbox.bodies == [b"held", b"0", b"1", b"2", b"late"]
+
+
+@pytest.mark.parametrize("when", ["before the start", "after the end"])
+async def test_what_is_published_outside_of_a_transports_life_is_unsent_at_once(seam: Seam, when: str) -> None:
+    end = seam.end()
+    if when == "after the end":
+        await end.start()
+        await end.transport.close()
+    outcome = end.publish("nowhere", b"x")
+    assert outcome.done()
+    assert outcome.result() is Settled.UNSENT
+    assert not end.transport.can_publish
+    await end.transport.close()
+    assert end.settled == [Settled.UNSENT]
+
+
+async def test_publishers_wait_over_the_high_water_mark_and_go_on(seam: Seam) -> None:
+    async with seam.opened(taken(seam.queue(), no_ack=True)) as end:
+        await end.transport.writable()
+        body, outcomes = b"x" * 1024, []
+        while end.transport.can_publish:
+            outcomes.append(end.publish(end.names[0], body))
+            assert len(outcomes) < 100_000
+        async with asyncio.timeout(SECONDS):
+            await end.transport.writable()
+            assert end.transport.can_publish
+            assert set(await asyncio.gather(*outcomes)) == {Settled.CONFIRMED}
+        await until(lambda: len(end.inbox.all) == len(outcomes))
+
+
+# Bodies.
+
+
+@pytest.mark.parametrize("size", [0, 1, 131_063, 131_064, 131_065, 262_128, 262_129, 1024 * 1024])
+async def test_a_body_of_any_size_arrives_intact_and_so_does_the_next(seam: Seam, size: int) -> None:
+    body = (os.urandom(4096) * (size // 4096 + 1))[:size]
+    async with seam.opened(seam.queue()) as end:
+        for sent in (body, b"next"):
+            assert await end.sent(end.names[0], sent) is Settled.CONFIRMED
+        whole, after = await end.inbox.next(), await end.inbox.next()
+        assert whole.body == body
+        assert (whole.body_size, after.body) == (size, b"next")
+
+
+async def test_a_large_body_that_is_returned_does_not_disturb_what_follows(seam: Seam) -> None:
+    async with seam.opened(seam.queue()) as end:
+        returned = end.publish(f"{seam.namespace}.nowhere", b"\xce" * 400_000)
+        assert await end.sent(end.names[0], b"next") is Settled.CONFIRMED
+        assert returned.result() is Settled.RETURNED
+        assert (await end.inbox.next()).body == b"next"
+
+
+@pytest.mark.parametrize("size", [1001, 131_064, 400_000])
+async def test_a_body_over_the_limit_comes_as_its_size_alone_and_can_be_settled(seam: Seam, size: int) -> None:
+    async with seam.opened(taken(seam.queue(), prefetch=1), max_body=1000) as end:
+        for sent in (b"x" * size, b"y" * 1000):
+            assert await end.sent(end.names[0], sent, type=b"t") is Settled.CONFIRMED
+        over = await end.inbox.next()
+        assert (over.body, over.body_size, decode(over.properties).type) == (None, size, b"t")
+        over.ack()
+        assert (await end.inbox.next()).body == b"y" * 1000
+
+
+# Consuming and settling.
+
+
+async def test_messages_come_in_the_order_in_which_they_were_published(seam: Seam) -> None:
+    async with seam.opened(seam.queue()) as end, seam.opened() as other:
+        bodies = [b"%d" % at for at in range(1000)]
+        for at, body in enumerate(bodies):
+            other.publish(end.names[0], body)
+            if at % 100 == 0:
+                await asyncio.sleep(0)  # several writes
+        for body in bodies:
+            delivery = await end.inbox.next()
+            assert delivery.body == body
+            delivery.ack()
+
+
+async def test_prefetch_is_what_a_consumer_may_hold_and_an_ack_makes_room_for_one(seam: Seam) -> None:
+    async with seam.opened(taken(seam.queue(), prefetch=3)) as end:
+        for at in range(8):
+            assert await end.sent(end.names[0], b"%d" % at) is Settled.CONFIRMED
+        await end.barrier()
+        assert end.inbox.bodies == [b"0", b"1", b"2"]
+        end.inbox.all[1].ack()
+        await until(lambda: len(end.inbox.all) == 4)
+        await end.barrier()
+        assert end.inbox.bodies == [b"0", b"1", b"2", b"3"]
+        end.inbox.all[0].reject()
+        end.inbox.all[3].ack()
+        await until(lambda: len(end.inbox.all) == 6)
+        await end.barrier()
+        assert end.inbox.bodies == [b"%d" % at for at in range(6)]
+
+
+async def test_each_consumer_of_a_transport_has_its_own_prefetch(seam: Seam) -> None:
+    async with seam.opened(taken(seam.queue("a"), prefetch=1), taken(seam.queue("b"), prefetch=2)) as end:
+        for name in end.names[:2]:
+            for _ in range(3):
+                assert await end.sent(name, name.encode()) is Settled.CONFIRMED
+        await end.barrier()
+        assert [len(inbox.all) for inbox in end.inboxes] == [1, 2]
+        assert all(body == end.names[at].encode() for at in (0, 1) for body in end.inboxes[at].bodies)
+
+
+async def test_without_acks_all_comes_at_once_and_nothing_comes_twice(seam: Seam) -> None:
+    queue = seam.queue(lasts=True)
+    async with seam.opened() as other:
+        async with seam.opened(taken(queue, no_ack=True)) as end:
+            for at in range(20):
+                assert await other.sent(queue.name, b"%d" % at) is Settled.CONFIRMED
+            await until(lambda: len(end.inbox.all) == 20)
+        async with seam.opened(queue) as later:
+            assert await other.sent(queue.name, b"last") is Settled.CONFIRMED
+            last = await later.inbox.next()
+            assert (last.body, last.redelivered) == (b"last", False)
+
+
+async def test_what_is_rejected_with_requeue_comes_again_flagged_as_redelivered(seam: Seam) -> None:
+    async with seam.opened(seam.queue()) as end:
+        assert await end.sent(end.names[0], b"x", type=b"t") is Settled.CONFIRMED
+        first = await end.inbox.next()
+        assert not first.redelivered
+        first.reject(requeue=True)
+        second = await end.inbox.next()
+        assert (second.body, second.redelivered, decode(second.properties).type) == (b"x", True, b"t")
+        assert second.tag != first.tag
+        second.ack()
+
+
+async def test_what_is_rejected_without_requeue_comes_back_as_a_dead_letter(seam: Seam) -> None:
+    queue = seam.requests_queue("things")
+    async with seam.opened(queue) as worker, seam.opened(seam.own_queue()) as caller:
+        cc = {"CC": [caller.names[0]]}
+        assert await caller.sent("things", b"x", exchange=seam.requests.name, headers=cc) is Settled.CONFIRMED
+        delivery = await worker.inbox.next()
+        await caller.barrier()
+        assert not caller.inbox.all, "the caller got a copy while the request was on its way"
+        delivery.reject()
+        letter = await caller.inbox.next()
+        assert letter.body == b"x"
+        assert [(death["reason"], death["queue"]) for death in deaths(letter)] == [("rejected", queue.name)]
+
+
+@pytest.mark.parametrize(
+    "settlements",
+    [("ack", "ack"), ("ack", "reject"), ("reject", "ack"), ("reject", "reject")],
+    ids="-then-".join,
+)
+async def test_settling_twice_is_an_error_and_does_no_harm(seam: Seam, settlements: tuple[str, str]) -> None:
+    async with seam.opened(seam.queue()) as end:
+        assert await end.sent(end.names[0], b"x") is Settled.CONFIRMED
+        delivery = await end.inbox.next()
+        getattr(delivery, settlements[0])()
+        with pytest.raises(RuntimeError, match="settled before"):
+            getattr(delivery, settlements[1])()
+        await end.barrier()
+        assert await end.sent(end.names[0], b"next") is Settled.CONFIRMED
+        assert (await end.inbox.next()).body == b"next"
+        assert "lost" not in end.of("consuming")
+
+
+async def test_what_is_acknowledged_is_gone_and_what_is_not_is_given_to_the_next_consumer(seam: Seam) -> None:
+    queue = seam.queue(lasts=True)
+    async with seam.opened() as other:
+        async with seam.opened(queue) as first:
+            for body in (b"done", b"held"):
+                assert await other.sent(queue.name, body) is Settled.CONFIRMED
+            (await first.inbox.next()).ack()
+            await first.inbox.next()
+        async with seam.opened(queue) as second:
+            copy = await second.inbox.next()
+            assert (copy.body, copy.redelivered) == (b"held", True)
+            await second.barrier()
+            assert len(second.inbox.all) == 1
+
+
+async def test_after_stop_consuming_nothing_is_delivered_and_what_came_before_can_be_acknowledged(seam: Seam) -> None:
+    queue = seam.queue(lasts=True)
+    async with seam.opened() as other:
+        async with seam.opened(taken(queue, prefetch=10)) as stopping:
+            assert await other.sent(queue.name, b"before") is Settled.CONFIRMED
+            delivery = await stopping.inbox.next()
+            async with asyncio.timeout(SECONDS):
+                await stopping.transport.stop_consuming()
+            assert await other.sent(queue.name, b"after") is Settled.CONFIRMED
+            async with seam.opened(queue) as next_one:
+                taken_over = await next_one.inbox.next()
+                assert (taken_over.body, taken_over.redelivered) == (b"after", False)
+                taken_over.ack()
+            delivery.ack()
+            assert await stopping.sent(queue.name, b"still publishes") is Settled.CONFIRMED
+            assert stopping.inbox.bodies == [b"before"]
+        async with seam.opened(queue) as last:
+            assert (await last.inbox.next()).body == b"still publishes"
+            await last.barrier()
+            assert len(last.inbox.all) == 1, "what was acknowledged after stop_consuming came again"
+
+
+# Dead letters.
+
+
+@pytest.mark.parametrize("quorum", [False, True], ids=["classic", "quorum"])
+async def test_a_request_that_expires_comes_back_to_its_caller_and_not_before(seam: Seam, quorum: bool) -> None:
+    queue = seam.requests_queue("things", quorum=quorum)
+    async with seam.opened(taken(queue, prefetch=1)) as worker, seam.opened(seam.own_queue()) as caller:
+        name = caller.names[0]
+        assert await caller.sent("things", exchange=seam.requests.name) is Settled.CONFIRMED
+        await worker.inbox.next()  # and hold it, so that the next one waits
+        encoder = RequestEncoder(name, "tests")
+        raw = encoder.encode(b"an id", b"method", TTL_MS, int(time.time() * 1000) + TTL_MS, b"", notify=True)
+        outcome = asyncio.get_running_loop().create_future()
+        began = time.monotonic()
+        caller.transport.publish(
+            Outgoing(seam.requests.name.encode(), b"things", b"an id", raw, b"{}", outcome.set_result)
+        )
+        async with asyncio.timeout(SECONDS):
+            assert await outcome is Settled.CONFIRMED
+        await caller.barrier()
+        if time.monotonic() - began < 0.8 * TTL_MS / 1000:  # else this machine is too busy to tell
+            assert not caller.inbox.all
+        letter = await caller.inbox.next()
+        # The expiry is set a tenth before the deadline; the broker counts whole milliseconds.
+        assert 0.9 * TTL_MS / 1000 - 0.005 <= time.monotonic() - began < SECONDS
+        assert read_reply(letter.properties, letter.body) == Notice(b"an id", "expired", queue.name, 1)
+        assert letter.body == b"{}"
+        found = decode(letter.properties)
+        assert (found.expiration, found.type, found.reply_to) == (None, b"method", name.encode())
+        assert len(worker.inbox.all) == 1
+
+
+async def test_a_request_that_is_taken_in_time_does_not_expire_however_long_it_is_held(seam: Seam) -> None:
+    queue = seam.requests_queue("things")
+    async with seam.opened(queue) as worker, seam.opened(seam.own_queue()) as caller:
+        cc = {"CC": [caller.names[0]]}
+        how: dict[str, Any] = {"exchange": seam.requests.name, "headers": cc}
+        assert await caller.sent("things", b"held", expiration=b"50", **how) is Settled.CONFIRMED
+        held = await worker.inbox.next()
+        # A second one that does expire, in a queue that nobody takes from, tells that the time is over.
+        unused = seam.queue("unused", lasts=True, x_dead_letter_exchange="")
+        async with seam.opened(unused) as declaring:
+            await declaring.transport.stop_consuming()
+            assert await caller.sent(unused.name, b"waited", expiration=b"200", headers=cc) is Settled.CONFIRMED
+            for _ in range(2):  # the copy that CC sends at once through the default exchange, and the notice
+                assert (await caller.inbox.next()).body == b"waited"
+        held.ack()
+        await caller.barrier()
+        assert caller.inbox.bodies == [b"waited", b"waited"]
+
+
+async def test_a_request_of_a_queue_that_delivers_once_comes_back_when_its_consumer_is_lost(seam: Seam) -> None:
+    queue = seam.requests_queue("things", quorum=True)
+    async with seam.opened(queue) as worker, seam.opened(seam.own_queue()) as caller:
+        cc = {"CC": [caller.names[0]]}
+        for body in (b"done", b"held"):
+            sent = await caller.sent("things", body, exchange=seam.requests.name, headers=cc)
+            assert sent is Settled.CONFIRMED
+        (await worker.inbox.next()).ack()
+        assert (await worker.inbox.next()).body == b"held"
+        await worker.barrier()
+        worker.cut_one("consuming")
+        letter = await caller.inbox.next()
+        assert [(death["reason"], death["queue"]) for death in deaths(letter)] == [("delivery_limit", queue.name)]
+        assert letter.body == b"held"
+        await until(lambda: worker.of("consuming") == ["up", "lost", "up"])
+        await worker.barrier()
+        assert worker.inbox.bodies == [b"done", b"held"], "it was delivered a second time"
+        assert caller.inbox.bodies == [b"held"]
+
+
+async def test_a_classic_queue_gives_what_a_lost_consumer_held_to_the_next_one(seam: Seam) -> None:
+    queue = seam.queue()
+    async with seam.opened(queue) as first:
+        assert await first.sent(queue.name, b"x") is Settled.CONFIRMED
+        await first.inbox.next()
+        async with seam.opened(queue) as second:
+            first.cut_one("consuming")
+            copy = await second.inbox.next()
+            assert (copy.body, copy.redelivered) == (b"x", True)
+            copy.ack()
+
+
+# Queues.
+
+
+async def test_queues_named_by_the_broker_differ_and_go_with_their_transport(seam: Seam) -> None:
+    async with seam.opened() as other:
+        async with seam.opened(seam.own_queue(), seam.own_queue()) as one, seam.opened(seam.own_queue()) as two:
+            names = [*one.names, *two.names, *other.names]
+            assert len(set(names)) == len(names)
+            assert all(name.startswith("amq.gen-") for name in names)
+            for end, name, inbox in ((one, one.names[1], one.inboxes[1]), (two, two.names[0], two.inbox)):
+                assert await other.sent(name, name.encode()) is Settled.CONFIRMED
+                assert (await inbox.next()).body == name.encode()
+                assert sum(len(it.all) for it in end.inboxes) == 1
+        for name in (*one.names, *two.names):
+            assert await other.sent(name) is Settled.RETURNED
+
+
+async def test_a_queue_that_exists_with_other_arguments_is_named_and_nothing_is_left_open(seam: Seam) -> None:
+    queue = seam.queue(x_max_length=3, x_overflow="reject-publish")
+    async with seam.opened(queue) as owner:
+        other = seam.end(seam.queue(x_max_length=4, x_overflow="reject-publish"))
+        with pytest.raises(TopologyMismatch, match=queue.name) as caught:
+            await other.start()
+        assert caught.value.permanent
+        assert not other.transport.can_publish
+        assert other.publish(queue.name).result() is Settled.UNSENT
+        await other.transport.close()
+        assert "up" not in other.of("consuming")
+        assert await owner.sent(queue.name, b"x") is Settled.CONFIRMED
+        assert (await owner.inbox.next()).body == b"x"
+
+
+async def test_an_exclusive_queue_is_refused_to_another_transport(seam: Seam) -> None:
+    queue = Queue(f"{seam.namespace}.own", exclusive=True, auto_delete=True)
+    async with seam.opened(queue) as owner:
+        other = seam.end(queue)
+        with pytest.raises(TopologyMismatch, match="RESOURCE_LOCKED"):
+            await other.start()
+        await other.transport.close()
+        assert await owner.sent(queue.name, b"x") is Settled.CONFIRMED
+        assert (await owner.inbox.next()).body == b"x"
+
+
+# Sessions.
+
+
+async def test_the_way_out_is_up_before_the_way_in_and_closing_is_not_told(seam: Seam) -> None:
+    async with seam.opened(seam.queue()) as end:
+        assert end.events == [("publishing", "up"), ("consuming", "up")]
+        assert len(end.names) == 2
+    assert end.events == [("publishing", "up"), ("consuming", "up")]
+
+
+async def test_both_sessions_come_back_after_a_cut_with_a_new_queue_name(seam: Seam) -> None:
+    async with seam.opened(seam.queue(), seam.own_queue()) as end, seam.opened() as other:
+        shared, own = end.names[:2]
+        end.cut()
+        await end.back()
+        assert end.of("consuming") == ["up", "lost", "up"]
+        assert end.of("publishing") == ["up", "lost", "up"]
+        assert all(isinstance(cause, BrokerError) for cause in end.causes)
+        assert end.names[0] == shared
+        assert end.names[1] != own
+        assert await other.sent(own) is Settled.RETURNED
+        assert await end.sent(end.names[1], b"own") is Settled.CONFIRMED
+        assert await end.sent(shared, b"shared") is Settled.CONFIRMED
+        assert (await end.inboxes[1].next()).body == b"own"
+        assert (await end.inbox.next()).body == b"shared"
+        assert "lost" not in other.of("consuming")
+
+
+@pytest.mark.parametrize("session", ["consuming", "publishing"])
+async def test_the_loss_of_one_session_leaves_the_other_alone(seam: Seam, session: str) -> None:
+    async with seam.opened(taken(seam.own_queue(), no_ack=True)) as end:
+        name = end.names[0]
+        end.cut_one(session)
+        await until(lambda: end.of(session) == ["up", "lost", "up"])
+        other = "publishing" if session == "consuming" else "consuming"
+        assert end.of(other) == ["up"]
+        assert (end.names[0] == name) == (session == "publishing")
+        assert await end.sent(end.names[0], b"x") is Settled.CONFIRMED
+        assert (await end.inbox.next()).body == b"x"
+
+
+async def test_sessions_come_back_again_and_again(seam: Seam) -> None:
+    async with seam.opened(seam.queue()) as end:
+        for times in range(2, 5):
+            end.cut()
+            await end.back(times)
+        assert await end.sent(end.names[0], b"x") is Settled.CONFIRMED
+        assert (await end.inbox.next()).body == b"x"
+
+
+async def test_settling_what_came_over_a_lost_session_does_no_harm(seam: Seam) -> None:
+    queue = seam.queue(lasts=True)
+    async with seam.opened(queue) as end:
+        for at in range(4):
+            assert await end.sent(queue.name, b"%d" % at) is Settled.CONFIRMED
+        old = [await end.inbox.next() for _ in range(4)]
+        end.cut_one("consuming")
+        await until(lambda: end.of("consuming") == ["up", "lost", "up"])
+        new = [await end.inbox.next() for _ in range(4)]
+        assert [(it.body, it.redelivered) for it in new] == [(b"%d" % at, True) for at in range(4)]
+        old[0].ack()
+        old[1].reject()
+        old[2].reject(requeue=True)
+        with pytest.raises(RuntimeError, match="settled before"):
+            old[0].ack()
+        await end.barrier()
+        assert len(end.inbox.all) == 8, "the settlement of a lost session counted"
+        for delivery in new:
+            delivery.ack()
+        await end.barrier()
+        assert end.of("consuming") == ["up", "lost", "up"]
+    async with seam.opened(queue) as later:
+        await later.barrier()
+        assert not later.inbox.all
+
+
+async def test_settling_between_the_sessions_does_no_harm(seam: Seam) -> None:
+    queue = seam.queue(lasts=True)
+    async with seam.opened(queue) as end:
+        assert await end.sent(queue.name, b"x") is Settled.CONFIRMED
+        delivery = await end.inbox.next()
+        end.cut_one("consuming")
+        await until(lambda: "lost" in end.of("consuming"))
+        delivery.ack()
+        copy = await end.inbox.next()
+        assert copy.redelivered
+        copy.ack()
+        await until(lambda: end.of("consuming") == ["up", "lost", "up"])  # which may be told after the first delivery
+        await end.barrier()
+        assert end.of("consuming") == ["up", "lost", "up"]
+
+
+async def cut_with_messages_under_way(end: End, key: str, count: int) -> list[asyncio.Future[Settled]]:
+    """Publish some that are confirmed, some that may be, and some in the very moment of the cut."""
+    outcomes = []
+    for at in range(count):
+        outcomes.append(end.publish(key, b"%d" % at))
+        if at % 10 == 0:
+            await asyncio.sleep(0)
+    end.cut_one("publishing")
+    async with asyncio.timeout(SECONDS):
+        await asyncio.gather(*outcomes)
+    return outcomes
+
+
+async def test_what_is_unconfirmed_when_the_session_is_cut_settles_as_unsent_or_unknown(seam: Seam) -> None:
+    async with seam.opened(seam.queue()) as end:
+        await end.sent(end.names[0], b"first")
+        told: list[int] = []
+        lost = end._lost
+
+        def count_settled(session: str, cause: BrokerError) -> None:
+            told.append(len(end.settled))
+            lost(session, cause)
+
+        end._lost = count_settled  # type: ignore[method-assign]
+        outcomes = await cut_with_messages_under_way(end, end.names[0], 205)
+        await until(lambda: "lost" in end.of("publishing"))
+        assert told == [206], "the session was told lost before all its messages were settled"
+        settled = [outcome.result() for outcome in outcomes]
+        assert set(settled) <= {Settled.CONFIRMED, Settled.UNSENT, Settled.UNKNOWN}
+        assert set(settled[201:]) <= {Settled.UNSENT, Settled.UNKNOWN}  # the cut was in the same moment
+        await until(lambda: end.of("publishing") == ["up", "lost", "up"])
+        assert await end.sent(end.names[0], b"last") is Settled.CONFIRMED
+        await until(lambda: end.inbox.bodies[-1:] == [b"last"])
+        arrived = set(end.inbox.bodies)
+        for at, how in enumerate(settled):
+            if how is Settled.CONFIRMED:
+                assert b"%d" % at in arrived
+            elif how is Settled.UNSENT:
+                assert b"%d" % at not in arrived
+
+
+async def test_what_was_handed_to_the_socket_and_not_confirmed_is_unknown(seam: Seam) -> None:
+    async with seam.opened(seam.queue()) as end:
+        outcome = end.publish(end.names[0], b"x")
+        asyncio.get_running_loop().call_soon(end.cut_one, "publishing")  # right after the write of this iteration
+        async with asyncio.timeout(SECONDS):
+            # The in-process broker has no moment between the two.
+            assert await outcome is (Settled.CONFIRMED if seam.in_memory else Settled.UNKNOWN)
+        await until(lambda: end.of("publishing") == ["up", "lost", "up"])
+
+
+async def test_between_the_sessions_messages_are_unsent_and_publishers_wait(seam: Seam) -> None:
+    async with seam.opened(seam.queue()) as end:
+        end.cut_one("publishing")
+        await until(lambda: "lost" in end.of("publishing"))
+        assert not end.transport.can_publish
+        assert end.publish(end.names[0]).result() is Settled.UNSENT
+        async with asyncio.timeout(SECONDS):
+            await end.transport.writable()
+        assert end.of("publishing") == ["up", "lost", "up"]
+        assert await end.sent(end.names[0], b"x") is Settled.CONFIRMED
+
+
+# Closing.
+
+
+async def test_close_writes_what_is_pending_and_settles_everything(seam: Seam) -> None:
+    async with seam.opened(seam.queue()) as other:
+        end = seam.end()
+        await end.start()
+        outcomes = [end.publish(other.names[0], b"%d" % at) for at in range(300)]
+        async with asyncio.timeout(SECONDS):
+            await end.transport.close()
+        assert [outcome.done() for outcome in outcomes] == [True] * 300
+        assert {outcome.result() for outcome in outcomes} == {Settled.CONFIRMED}
+        await until(lambda: len(other.inbox.all) == 300)
+
+
+async def test_close_settles_what_a_lost_session_left_over(seam: Seam) -> None:
+    async with seam.opened(seam.queue()) as other:
+        end = seam.end()
+        await end.start()
+        outcomes = [end.publish(other.names[0], b"%d" % at) for at in range(50)]
+        end.cut()
+        async with asyncio.timeout(SECONDS):
+            await end.transport.close()
+        assert all(outcome.done() for outcome in outcomes)
+        assert {outcome.result() for outcome in outcomes} <= {Settled.UNSENT, Settled.UNKNOWN}
+        assert len(end.settled) == 50
+        assert end.of("consuming").count("up") == 1
+
+
+async def test_acknowledgements_just_before_close_reach_the_broker(seam: Seam) -> None:
+    queue = seam.queue(lasts=True)
+    async with seam.opened() as other:
+        async with seam.opened(queue) as end:
+            for _ in range(50):
+                assert await other.sent(queue.name, b"x") is Settled.CONFIRMED
+            for _ in range(50):
+                (await end.inbox.next()).ack()
+        async with seam.opened(queue) as later:
+            await later.barrier()
+            assert not later.inbox.all
+
+
+async def test_a_transport_may_be_closed_twice_between_its_sessions_and_unstarted(seam: Seam) -> None:
+    async with asyncio.timeout(SECONDS):
+        await seam.transport().close()
+        end = seam.end(seam.queue())
+        await end.start()
+        end.cut()
+        await until(lambda: "lost" in end.of("consuming"))
+        await end.transport.close()
+        await end.transport.close()
+        await end.transport.stop_consuming()
+    assert end.of("consuming") == ["up", "lost"]
+
+
+async def test_properties_encoded_by_hand_are_what_arrives(seam: Seam) -> None:
+    raw = encode(Properties(correlation_id=b"c", headers={"x-a": [1, "two", {"three": True}], "x-none": None}))
+    async with seam.opened(seam.queue()) as end:
+        outcome = asyncio.get_running_loop().create_future()
+        end.transport.publish(Outgoing(b"", end.names[0].encode(), b"c", raw, b"", outcome.set_result))
+        delivery = await end.inbox.next()
+        assert decode(delivery.properties) == decode(raw)
+        async with asyncio.timeout(SECONDS):
+            assert await outcome is Settled.CONFIRMED

@@ -1,0 +1,222 @@
+"""The seam under test: transports of one kind, opened with hand-made queues, and all that they tell."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rpcq.errors import BrokerError, BrokerUnreachable
+from rpcq.properties import Properties, encode
+from rpcq.settings import ConnectionOptions
+from rpcq.transport.base import Delivery, Listener, Outgoing, Settled, Subscription, Transport
+from rpcq.transport.opening import open_transport
+from rpcq.transport.topology import Exchange, Queue
+
+SECONDS = 10.0
+"""What anything may take that is to happen."""
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Wait until it holds."""
+    async with asyncio.timeout(SECONDS):
+        while not condition():  # noqa: ASYNC110 - what is waited for sets no event
+            await asyncio.sleep(0.002)
+
+
+class Inbox:
+    """What was delivered from one queue: all of it, and one by one."""
+
+    def __init__(self) -> None:
+        self.all: list[Delivery] = []
+        self._next: asyncio.Queue[Delivery] = asyncio.Queue()
+
+    def put(self, delivery: Delivery) -> None:
+        self.all.append(delivery)
+        self._next.put_nowait(delivery)
+
+    async def next(self) -> Delivery:
+        async with asyncio.timeout(SECONDS):
+            return await self._next.get()
+
+    @property
+    def bodies(self) -> list[bytes | None]:
+        return [delivery.body for delivery in self.all]
+
+
+class End:
+    """One transport and all that it told.
+
+    Attributes:
+        events: what the listener was told, in order; each with its session.
+        names: the names of the queues of the latest consuming session.
+        inboxes: one for each queue.
+        settled: what became of published messages, in the order in which that was told.
+    """
+
+    def __init__(self, transport: Transport, queues: Sequence[Queue | Subscription]) -> None:
+        self.transport = transport
+        self.events: list[tuple[str, str]] = []
+        self.causes: list[BrokerError] = []
+        self.names: list[str] = []
+        self.inboxes: list[Inbox] = []
+        self.settled: list[Settled] = []
+        self._barriers = Inbox()
+        self._subscriptions = [self._subscription(queue) for queue in queues]
+
+    async def start(self, exchanges: Sequence[Exchange] = ()) -> None:
+        barrier = Queue(name="", exclusive=True, auto_delete=True)
+        own = Subscription(barrier, self._barriers.put, no_ack=True)
+        async with asyncio.timeout(SECONDS):
+            await self.transport.start(exchanges, [*self._subscriptions, own], self.listener())
+
+    def listener(self) -> Listener:
+        return Listener(
+            consuming=self._consuming,
+            consuming_lost=lambda cause: self._lost("consuming", cause),
+            publishing=lambda: self.events.append(("publishing", "up")),
+            publishing_lost=lambda cause: self._lost("publishing", cause),
+            publishing_blocked=lambda _: self.events.append(("publishing", "blocked")),
+        )
+
+    @property
+    def inbox(self) -> Inbox:
+        """The first queue's."""
+        return self.inboxes[0]
+
+    def of(self, session: str) -> list[str]:
+        """What was told of one session."""
+        return [what for which, what in self.events if which == session]
+
+    def publish(
+        self, key: str, body: bytes = b"", *, exchange: str = "", mandatory: bool = True, **properties: Any
+    ) -> asyncio.Future[Settled]:
+        """Publish; the future is what becomes of it. A second outcome raises where the transport tells it."""
+        outcome: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
+
+        def settled(how: Settled) -> None:
+            self.settled.append(how)
+            outcome.set_result(how)
+
+        correlation_id = properties.setdefault("correlation_id", secrets.token_hex(6).encode())
+        raw = encode(Properties(**properties))
+        self.transport.publish(Outgoing(exchange.encode(), key.encode(), correlation_id, raw, body, settled, mandatory))
+        return outcome
+
+    async def sent(self, key: str, body: bytes = b"", **options: Any) -> Settled:
+        """Publish, and wait for what becomes of it."""
+        async with asyncio.timeout(SECONDS):
+            return await self.publish(key, body, **options)
+
+    async def barrier(self) -> None:
+        """Wait until all is delivered that the broker had for this end when this was called.
+
+        A message makes the round through a queue of its own, down the connection that the others come on.
+        """
+        assert await self.sent(self.names[-1]) is Settled.CONFIRMED
+        await self._barriers.next()
+
+    def cut(self) -> None:
+        """Reset both connections, as a network may."""
+        self.cut_one("consuming")
+        self.cut_one("publishing")
+
+    def cut_one(self, session: str) -> None:
+        transport: Any = self.transport
+        if hasattr(transport, "lose_consuming"):  # in memory there is no socket
+            cause = BrokerUnreachable("cut by a test")
+            transport.lose_consuming(cause) if session == "consuming" else transport.lose_publishing(cause)
+        else:
+            getattr(transport, f"_{session}")._link.protocol.abort()
+
+    async def back(self, times: int = 2) -> None:
+        """Wait until both sessions have come up so many times."""
+        await until(lambda: self.of("consuming").count("up") == self.of("publishing").count("up") == times)
+
+    def _subscription(self, queue: Queue | Subscription) -> Subscription:
+        inbox = Inbox()
+        self.inboxes.append(inbox)
+        if isinstance(queue, Queue):
+            return Subscription(queue, inbox.put)
+        return Subscription(queue.queue, inbox.put, queue.prefetch, queue.no_ack)
+
+    def _consuming(self, names: Sequence[str]) -> None:
+        self.names = [*names]
+        self.events.append(("consuming", "up"))
+
+    def _lost(self, session: str, cause: BrokerError) -> None:
+        self.causes.append(cause)
+        self.events.append((session, "lost"))
+
+
+def taken(queue: Queue, prefetch: int = 0, *, no_ack: bool = False) -> Subscription:
+    """A queue, and how it is consumed."""
+    return Subscription(queue, lambda _: None, prefetch, no_ack)
+
+
+@dataclass
+class Seam:
+    """Where transports of one kind are opened.
+
+    Attributes:
+        lasting: names of queues that stay when their consumers have gone, and are to be deleted.
+    """
+
+    url: str
+    namespace: str
+    lasting: list[str] = field(default_factory=list)
+
+    @property
+    def in_memory(self) -> bool:
+        return self.url.startswith("memory:")
+
+    @property
+    def requests(self) -> Exchange:
+        return Exchange(f"{self.namespace}.requests")
+
+    def queue(self, name: str = "q", *, lasts: bool = False, key: str | None = None, **arguments: Any) -> Queue:
+        """A queue that all may use: gone with its last consumer, or with the test. `key` binds it to `requests`.
+
+        Arguments are those of `queue.declare`, with _ for -.
+        """
+        full = f"{self.namespace}.{name}"
+        if lasts:
+            self.lasting.append(full)
+        return Queue(
+            full,
+            durable=True,
+            auto_delete=not lasts,
+            arguments={name.replace("_", "-"): value for name, value in arguments.items()},
+            bindings=() if key is None else ((self.requests.name, key),),
+        )
+
+    def requests_queue(self, key: str, *, quorum: bool = False) -> Queue:
+        """A queue that tells the sender when it gives a request up."""
+        if quorum:
+            more: dict[str, Any] = {"x_queue_type": "quorum", "x_delivery_limit": 0}
+            return self.queue(lasts=True, key=key, x_dead_letter_exchange="", **more)
+        return self.queue(key=key, x_dead_letter_exchange="")
+
+    def own_queue(self) -> Queue:
+        """A queue of one transport alone, named by the broker."""
+        return Queue(name="", exclusive=True, auto_delete=True)
+
+    def transport(self, **options: Any) -> Transport:
+        return open_transport(self.url, ConnectionOptions(namespace=self.namespace, **options))
+
+    def end(self, *queues: Queue | Subscription, **options: Any) -> End:
+        """One that is not started yet."""
+        return End(self.transport(**options), queues)
+
+    @asynccontextmanager
+    async def opened(self, *queues: Queue | Subscription, **options: Any) -> AsyncIterator[End]:
+        end = self.end(*queues, **options)
+        await end.start([self.requests])
+        try:
+            yield end
+        finally:
+            async with asyncio.timeout(SECONDS):
+                await end.transport.close()
