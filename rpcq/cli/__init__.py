@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
+import os
 import sys
 from collections.abc import Coroutine
 from enum import StrEnum
 from typing import Annotated, Any, TypeVar
 
-import orjson
 import typer
 from rich.console import Console
 
-from rpcq import logs
+from rpcq import logs, wire
 from rpcq.cli.serving import load_services, serve
 from rpcq.client import Client
 from rpcq.errors import BrokerError, CallError, ConfigurationError, RpcqError
@@ -66,7 +68,9 @@ def worker(
     logs.configure(log_level.upper())
     found = load_services(services)
     clean = run(serve(found, url, prefetch=prefetch, grace=grace, namespace=namespace))
-    raise typer.Exit(OK if clean else CALL_FAILED)
+    if not clean:
+        logging.shutdown()
+        os._exit(CALL_FAILED)  # an ordinary exit would wait for `def` handlers that hang: threads cannot be ended
 
 
 @app.command()
@@ -91,7 +95,7 @@ def call(
             return await client.with_options(queue=queue).call(target, *args, **params)
 
     result = run(once())
-    print(orjson.dumps(result, option=orjson.OPT_INDENT_2, default=str).decode())
+    print(json.dumps(result, indent=2, ensure_ascii=False))
 
 
 def read_parameters(given: list[str]) -> tuple[list[Any], dict[str, Any]]:
@@ -117,8 +121,8 @@ def read_parameters(given: list[str]) -> tuple[list[Any], dict[str, Any]]:
 
 def _value(text: str) -> Any:
     try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
+        return wire.loads(text.encode())  # as a worker reads it: integers of any size
+    except ValueError:
         return text
 
 

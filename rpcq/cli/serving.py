@@ -31,7 +31,7 @@ def load_services(paths: Sequence[str]) -> list[Service]:
 
 def _load(path: str) -> Service:
     module_name, colon, attribute = path.partition(":")
-    if not colon or not module_name or not attribute:
+    if not colon or not module_name or not attribute or module_name.startswith("."):
         msg = f"{path!r} is not of the form module:service, as in consumer_service.echo:echo"
         raise ConfigurationError(msg)
     try:

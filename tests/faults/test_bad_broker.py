@@ -205,7 +205,6 @@ async def test_a_port_that_nobody_listens_on_is_named(
     error = await refused(logs, opening, f"amqp://user:{SECRET}@127.0.0.1:{port}/", namespace)
     assert isinstance(error, BrokerUnreachable)
     assert f"127.0.0.1:{port}" in str(error)
-    assert "refused" in str(error).lower()
 
 
 # Somebody else there.
@@ -337,7 +336,7 @@ async def test_a_queue_that_exists_with_other_arguments_is_named_and_the_worker_
     assert isinstance(error, TopologyMismatch)
     assert error.permanent
     assert repr(name) in str(error)
-    assert "x-max-length" in str(error)  # RabbitMQ's own word for what differs
+    assert "inequivalent arg 'x-" in str(error)  # RabbitMQ's own words for what differs
 
 
 async def test_a_worker_whose_first_host_is_down_and_whose_queue_is_different_says_so(
@@ -372,8 +371,8 @@ async def test_the_next_host_is_tried_where_the_first_is_dead(rabbitmq_url: str,
         hosts = {"closed": f"127.0.0.1:{a_closed_port()}", "unresolvable": "no-such-host.invalid"}
         url = with_hosts(rabbitmq_url, hosts.get(first, f"127.0.0.1:{peer.port}"))
         async with (
-            Worker(service, url=url, namespace=namespace, connect_timeout=2),
-            Client(url, namespace=namespace, connect_timeout=2) as client,
+            Worker(service, url=url, namespace=namespace, connect_timeout=TIMEOUT),
+            Client(url, namespace=namespace, connect_timeout=TIMEOUT) as client,
         ):
             assert await client.call("things.double", x=2) == 4
 

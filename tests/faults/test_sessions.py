@@ -1,0 +1,176 @@
+"""What becomes of calls when connections do what connections do."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from broker import Broker
+from proxy import proxy
+from rpcq import CallTimeout, Client, OutcomeUnknown, Overloaded, Service, ServiceUnavailable, Worker
+
+
+def things() -> tuple[Service, asyncio.Semaphore]:
+    service, started = Service("things"), asyncio.Semaphore(0)
+
+    @service.method
+    async def quick(x: int) -> int:
+        return x
+
+    @service.method
+    async def sleep(seconds: float) -> None:
+        started.release()
+        await asyncio.sleep(seconds)
+
+    return service, started
+
+
+async def come_back(client: Client, *, within: float = 15) -> None:
+    """The next call succeeds."""
+    assert await asyncio.wait_for(client.call("things.quick", x=5), within) == 5
+
+
+async def test_a_reset_settles_pending_calls_at_once_and_the_next_call_succeeds(
+    rabbitmq_url: str, namespace: str
+) -> None:
+    service, started = things()
+    async with (
+        Worker(service, url=rabbitmq_url, namespace=namespace),
+        proxy(rabbitmq_url) as between,
+        Client(between.url, namespace=namespace) as client,
+    ):
+        calls = [asyncio.create_task(client.call("things.sleep", seconds=20)) for _ in range(50)]
+        for _ in calls:
+            await started.acquire()
+        began = time.monotonic()
+        between.reset()
+        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(outcome, OutcomeUnknown)
+            assert outcome.executed == "maybe"
+        assert time.monotonic() - began < 5
+        await come_back(client)
+        assert client.in_flight == 0
+
+
+async def test_a_peer_that_is_gone_without_a_word_is_noticed_within_two_heartbeats(
+    rabbitmq_url: str, namespace: str
+) -> None:
+    service, started = things()
+    async with (
+        Worker(service, url=rabbitmq_url, namespace=namespace),
+        proxy(rabbitmq_url) as between,
+        Client(between.url, namespace=namespace, heartbeat=1) as client,
+    ):
+        call = asyncio.create_task(client.call("things.sleep", seconds=20))
+        await started.acquire()
+        began = time.monotonic()
+        between.freeze()
+        with pytest.raises(OutcomeUnknown, match="nothing came from the broker for"):
+            await call
+        assert time.monotonic() - began < 2 * 1 + 1
+        between.thaw()
+        await come_back(client)
+
+
+async def test_a_quiet_connection_is_kept_by_heartbeats(rabbitmq_url: str, namespace: str) -> None:
+    service, _ = things()
+    async with (
+        Worker(service, url=rabbitmq_url, namespace=namespace, heartbeat=1) as worker,
+        Client(rabbitmq_url, namespace=namespace, heartbeat=1) as client,
+    ):
+        links = [
+            session._link  # type: ignore[union-attr]
+            for end in (worker, client)
+            for session in (end._transport._consuming, end._transport._publishing)  # type: ignore[attr-defined]
+        ]
+        await client.call("things.sleep", seconds=4.5)  # longer than aiormq or the watchdog would wait in vain
+        assert all(link is not None and link.protocol.lost is None for link in links)
+
+
+async def test_a_busy_connection_is_not_given_up_though_aiormq_sees_none_of_its_messages(
+    rabbitmq_url: str, namespace: str
+) -> None:
+    """aiormq gives up after three heartbeats without a frame, and the lane takes them all."""
+    service, _ = things()
+    async with (
+        Worker(service, url=rabbitmq_url, namespace=namespace, heartbeat=1) as worker,
+        Client(rabbitmq_url, namespace=namespace, heartbeat=1) as client,
+    ):
+        link = worker._transport._consuming._link  # type: ignore[attr-defined]
+        until = time.monotonic() + 7.5  # 3 * (h + 1) and a little
+        while time.monotonic() < until:
+            await client.call("things.quick", x=1)
+        assert link.protocol.lost is None
+        assert worker._transport._consuming._link is link  # type: ignore[attr-defined]
+
+
+async def test_garbage_from_the_broker_ends_the_session_and_no_call_gets_a_wrong_answer(
+    rabbitmq_url: str, namespace: str
+) -> None:
+    service, _ = things()
+    async with (
+        Worker(service, url=rabbitmq_url, namespace=namespace),
+        proxy(rabbitmq_url) as between,
+        Client(between.url, namespace=namespace) as client,
+    ):
+        await come_back(client)
+
+        def spoil(data: bytes) -> bytes:
+            return data[:-1] + b"\x00" if len(data) > 60 else data  # the end of a frame, of a reply or a confirm
+
+        between.from_broker = spoil
+        calls = [asyncio.create_task(client.with_options(timeout=5).call("things.quick", x=x)) for x in range(20)]
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        between.from_broker = lambda data: data
+        for x, outcome in enumerate(outcomes):
+            assert outcome == x or isinstance(outcome, OutcomeUnknown | ServiceUnavailable | CallTimeout)
+        assert any(isinstance(outcome, OutcomeUnknown) for outcome in outcomes)
+        await come_back(client)
+
+
+async def test_a_blocked_broker_is_an_error_in_bounded_time_and_calls_go_on_afterwards(
+    broker: Broker, rabbitmq_url: str, namespace: str
+) -> None:
+    if not broker.can_ctl:
+        pytest.skip("RPCQ_TEST_URL gives no rabbitmqctl, without which no alarm can be raised")
+    service, _ = things()
+    async with (
+        Worker(service, url=rabbitmq_url, namespace=namespace),
+        Client(rabbitmq_url, namespace=namespace) as client,
+    ):
+        await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "absolute", "1MB")
+        try:
+            # The broker says that it is blocked only to those that publish: what told it is not known to have run.
+            outcomes = []
+            while not outcomes or not isinstance(outcomes[-1], Overloaded):
+                (outcome,) = await asyncio.gather(
+                    client.with_options(timeout=1).call("things.quick", x=1), return_exceptions=True
+                )
+                outcomes.append(outcome)
+            for outcome in outcomes[:-1]:
+                assert outcome == 1 or (isinstance(outcome, CallTimeout) and outcome.executed == "maybe")
+            assert outcomes[-1].executed == "no"
+        finally:
+            await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "0.6")
+        await come_back(client)
+
+
+async def test_amqps_never_speaks_in_plain_text(namespace: str) -> None:
+    first: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        first.put_nowait(await reader.read(100))
+        writer.close()
+
+    server = await asyncio.start_server(listen, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    with pytest.raises(ConnectionError, match="TLS|amqps"):
+        await Client(f"amqps://guest:secret@127.0.0.1:{port}/", namespace=namespace).connect()
+    said = await first.get()
+    assert said[:2] == b"\x16\x03"  # a TLS handshake record
+    assert b"AMQP" not in said
+    assert b"secret" not in said
+    server.close()
+    await server.wait_closed()
