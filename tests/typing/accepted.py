@@ -1,0 +1,98 @@
+"""What mypy --strict must accept: the types that users get. Never run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, assert_type
+
+from rpcq import CallError, Client, Context, DomainError, Service, Worker, contract
+
+
+class OutOfStock(DomainError):
+    """No more."""
+
+
+@asynccontextmanager
+async def lifespan() -> AsyncIterator[int]:
+    yield 1
+
+
+service = Service("things", queue_type="quorum", errors=[OutOfStock], timeout=5, lifespan=lifespan)
+
+
+@service.method
+async def add(x: int, y: int = 1) -> int:
+    return x + y
+
+
+@service.method(name="other", idempotent=True, errors=[OutOfStock], timeout=2.5)
+async def named(context: Context, *, sku: str) -> str:
+    assert_type(context.metadata.get(sku), str | None)
+    assert_type(context.deadline.remaining(), float)
+    return sku
+
+
+@service.method()
+def blocking(x: float) -> float:
+    return x
+
+
+@contract("things", errors=[OutOfStock], idempotent=["add"])
+class Things(Protocol):
+    async def add(self, x: int, y: int = 1) -> int: ...
+
+    async def other(self, *, sku: str) -> str: ...
+
+
+class Unmarked(Protocol):
+    async def blocking(self, x: float) -> float: ...
+
+
+async def handlers_keep_their_types() -> None:
+    assert_type(await add(1, y=2), int)
+    assert_type(blocking(1.5), float)
+    plain: Callable[[float], float] = blocking
+    awaited: Coroutine[Any, Any, int] = add(1)
+    assert_type(await awaited, int)
+    assert_type(plain(1.0), float)
+
+
+async def clients() -> None:
+    async with Client("amqp://localhost/", timeout=5, max_in_flight=10, namespace="n", heartbeat=5) as client:
+        assert_type(client, Client)
+        assert_type(client.in_flight, int)
+        things = client.bind(Things)
+        assert_type(things, Things)
+        assert_type(await things.add(1, 2), int)
+        assert_type(await things.other(sku="x"), str)
+        assert_type(client.bind(Unmarked, "things"), Unmarked)
+        assert_type(client.with_options(timeout=1.5).bind(Things), Things)
+        options = client.with_options(
+            timeout=1, idempotent=True, queue=None, errors=(OutOfStock,), returns=int, metadata={"x-a": "b"}
+        )
+        assert_type(await options.call("things.add", 1, 2), Any)
+        proxy = client.service("things").with_options(timeout=1)
+        assert_type(await proxy.add(x=1), Any)
+        assert_type(await proxy["with_options"](x=1), Any)
+        sums = await asyncio.gather(*(things.add(x) for x in range(3)))
+        assert_type(sums, list[int])
+        assert_type(await client.wait_for_service("things", timeout=1), None)
+        try:
+            await client.call("things.add", x=1)
+        except OutOfStock as error:
+            assert_type(error.code, str)
+        except CallError as error:
+            if error.executed == "no" and error.retryable:
+                assert_type(error.incident, str | None)
+    assert_type(await Client().connect(), Client)
+
+
+async def workers() -> None:
+    worker = Worker(service, url="memory://", prefetch=10, grace=1.5, reply_to=("q.*",), name="n", max_body=1)
+    assert_type(await worker.run(), bool)
+    async with worker as entered:
+        assert_type(entered, Worker)
+        assert_type(entered.in_flight, int)
+    assert_type(await worker.stop(), bool)

@@ -1,0 +1,104 @@
+"""What mypy --strict must refuse, each line for the reason that stands behind it. Never run."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from rpcq import CallError, Client, Context, DomainError, Service, Worker, contract
+
+
+class OutOfStock(DomainError):
+    """No more."""
+
+
+service = Service("things")
+Service("things", queue_type="fast")  # error: arg-type
+Service("things", timeout="5")  # error: arg-type
+Service("things", errors=[ValueError])  # error: list-item
+Service("things", "quorum")  # error: call-arg
+Service(5)  # error: arg-type
+
+
+@service.method
+async def add(x: int, y: int = 1) -> int:
+    return x + y
+
+
+@service.method(idempotent=True)
+async def named(context: Context, *, sku: str) -> str:
+    context.attempt = 5  # error: misc
+    return sku
+
+
+service.method(nam="x")  # error: call-overload
+service.method(errors=[ValueError])  # error: list-item
+service.method(timeout="5")  # error: call-overload
+service.method(5)  # error: call-overload
+
+
+@contract("things")
+class Things(Protocol):
+    async def add(self, x: int, y: int = 1) -> int: ...
+
+
+contract("things", errors=[ValueError])  # error: list-item
+contract(idempotent=["add"])  # error: call-arg
+
+
+async def handlers_keep_their_types() -> None:
+    await add("1")  # error: arg-type
+    await add()  # error: call-arg
+    await named(sku="x")  # error: call-arg
+    wrong: str = await add(1)  # error: assignment
+    del wrong
+
+
+async def clients() -> None:
+    client = Client("amqp://localhost/")
+    Client("amqp://localhost/", timeut=5)  # error: call-arg
+    Client("amqp://localhost/", timeout="5")  # error: arg-type
+    Client("amqp://localhost/", max_in_flight=1.5)  # error: arg-type
+    Client("amqp://localhost/", prefetch=5)  # error: call-arg
+    Client(5)  # error: arg-type
+
+    things = client.bind(Things)
+    await things.add("1")  # error: arg-type
+    await things.add(1, 2, 3)  # error: call-arg
+    await things.add(z=1)  # error: call-arg
+    await things.remove(1)  # error: attr-defined
+    wrong: str = await things.add(1)  # error: assignment
+    things.add(1) + 1  # error: operator
+    client.bind(Things, 5)  # error: arg-type
+    client.bind("things")  # error: arg-type
+
+    client.with_options(timeut=1)  # error: call-arg
+    client.with_options(timeout="1")  # error: arg-type
+    client.with_options(idempotent="yes")  # error: arg-type
+    client.with_options(errors=(ValueError,))  # error: arg-type
+    client.with_options(errors=[OutOfStock])  # error: arg-type
+    client.with_options(metadata={"x-a": 5})  # error: dict-item
+    client.with_options(queue=5)  # error: arg-type
+    client.with_options(5)  # error: call-arg
+    client.service("things").with_options(timeut=1)  # error: call-arg
+    client.service("things").with_options(timeout="1")  # error: arg-type
+    client.service(5)  # error: arg-type
+    await client.call(5)  # error: arg-type
+    await client.wait_for_service("things", 1.0)  # error: call-arg
+    client.in_flight = 5  # error: misc
+    del wrong
+
+
+def errors(error: CallError) -> None:
+    assert error.executed == "perhaps"  # error: comparison-overlap
+    error.executed = "perhaps"  # error: assignment
+    CallError("x", executed="perhaps")  # error: arg-type
+
+
+async def workers() -> None:
+    Worker("things")  # error: arg-type
+    Worker([service])  # error: arg-type
+    Worker(service, prefetch="10")  # error: arg-type
+    Worker(service, max_in_flight=10)  # error: call-arg
+    Worker(service, reply_to="q")  # error: arg-type
+    wrong: str = await Worker(service).run()  # error: assignment
+    del wrong

@@ -1,0 +1,67 @@
+"""What type checkers make of the public names: mypy --strict over `accepted.py` and `refused.py`."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+FOUND = re.compile(r"(?P<file>[^:]+):(?P<line>\d+): error: (?P<text>.*?)(?:  \[(?P<code>[a-z-]+)\])?\Z")
+EXPECTED = re.compile(r"# error: (?P<code>[a-z-]+)\Z")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int, str, str]]]:
+    """What mypy says: file -> (line, code, message)."""
+    cache = tmp_path_factory.mktemp("mypy")
+    ran = subprocess.run(
+        [
+            *(sys.executable, "-m", "mypy", "--strict", "--config-file=", "--no-error-summary", "--no-pretty"),
+            *("--python-version", "3.11", "--cache-dir", str(cache)),
+            *(str(HERE / name) for name in ("accepted.py", "refused.py")),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+        cwd=ROOT,
+    )
+    assert ran.returncode in (0, 1), ran.stdout + ran.stderr
+    said: dict[str, list[tuple[int, str, str]]] = {}
+    for line in ran.stdout.splitlines():
+        if match := FOUND.match(line):
+            said.setdefault(Path(match["file"]).name, []).append((int(match["line"]), match["code"], match["text"]))
+    return said
+
+
+def expected(file: Path) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        if match := EXPECTED.search(line):
+            yield number, match["code"]
+
+
+def test_mypy_accepts_what_users_may_write(found: dict[str, list[tuple[int, str, str]]]) -> None:
+    assert found.get("accepted.py", []) == []
+
+
+def test_mypy_refuses_what_users_may_not_write_each_line_for_its_own_reason(
+    found: dict[str, list[tuple[int, str, str]]],
+) -> None:
+    refused = found.get("refused.py", [])
+    wanted = set(expected(HERE / "refused.py"))
+    assert len(wanted) > 40
+    said = {(line, code) for line, code, _ in refused}
+    assert said - wanted == set(), [it for it in refused if it[:2] not in wanted]
+    assert wanted - said == set(), "mypy accepts these lines"
+
+
+def test_mypy_finds_nothing_in_the_package_itself_that_users_would_see(
+    found: dict[str, list[tuple[int, str, str]]],
+) -> None:
+    assert found.keys() <= {"accepted.py", "refused.py"}

@@ -1,0 +1,82 @@
+"""What `import rpcq` costs and gives."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+
+import rpcq
+
+LAZY = ("aio_pika", "aiormq", "pamqp", "yarl", "typer", "rich", "uvloop")
+"""What only a RabbitMQ connection or the command line needs."""
+
+
+def loaded_after(code: str) -> set[str]:
+    """The top-level modules that are loaded in a fresh process after this."""
+    ran = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport json, sys\nprint(json.dumps([*sys.modules]))"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return {name.partition(".")[0] for name in json.loads(ran.stdout.splitlines()[-1])}
+
+
+def test_importing_rpcq_loads_nothing_that_only_a_connection_or_the_command_line_needs() -> None:
+    # structlog loads rich for itself where it is installed; what counts is that rpcq asks for none of it.
+    unavoidable = loaded_after("import structlog")
+    loaded = loaded_after("import rpcq")
+    assert {"rpcq", "pydantic"} <= loaded
+    assert loaded & {*LAZY} - unavoidable == set()
+
+
+def test_using_the_in_process_broker_loads_nothing_of_rabbitmqs() -> None:
+    code = """
+import asyncio
+from rpcq import Client, Service, Worker
+service = Service("things")
+@service.method
+async def work(x: int) -> int:
+    return x
+async def main():
+    async with Worker(service, url="memory://"), Client("memory://") as client:
+        assert await client.call("things.work", x=1) == 1
+asyncio.run(main())
+"""
+    assert loaded_after(code) & {*LAZY} - loaded_after("import structlog") == set()
+
+
+def test_a_rabbitmq_url_loads_aio_pika() -> None:
+    """Else the tests above would prove nothing."""
+    assert "aio_pika" in loaded_after("import rpcq; rpcq.Client('amqp://localhost/')")
+
+
+def test_there_are_at_most_25_public_names_each_there_and_in_order() -> None:
+    assert len(rpcq.__all__) <= 25
+    assert len(set(rpcq.__all__)) == len(rpcq.__all__)
+    assert sorted(rpcq.__all__) == rpcq.__all__
+    for name in rpcq.__all__:
+        assert hasattr(rpcq, name), name
+
+
+def test_what_is_imported_from_rpcq_by_a_star_is_what_all_says() -> None:
+    space: dict[str, object] = {}
+    exec("from rpcq import *", space)
+    assert space.keys() - {"__builtins__"} == {*rpcq.__all__}
+
+
+@pytest.mark.parametrize("name", rpcq.__all__)
+def test_every_public_name_and_what_it_offers_is_documented(name: str) -> None:
+    thing = getattr(rpcq, name)
+    assert thing.__doc__, name
+    if inspect.isclass(thing):
+        assert thing.__dict__.get("__doc__"), f"{name} has only the docstring that it inherits"
+        for member, value in vars(thing).items():
+            if not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
+                assert inspect.getdoc(value), f"{name}.{member}"
