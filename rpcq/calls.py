@@ -107,8 +107,8 @@ def _fail(error: type[CallError], executed: Executed, message: str) -> Transitio
 _ANSWER: Final = Transition(State.DONE, Act.ANSWER)
 _AGAIN: Final = Transition(State.CREATED, Act.AGAIN)
 _FORGET: Final = Transition(State.DONE, Act.FORGET)
-_NO_SERVICE: Final = _fail(ServiceUnavailable, "no", "no worker ever served this: nothing is bound for it")
-_NOT_CONNECTED: Final = _fail(ServiceUnavailable, "no", "no connection to the broker until the deadline")
+_NO_SERVICE: Final = _fail(ServiceUnavailable, "no", "no worker serves it: no queue is bound for it")
+_NOT_CONNECTED: Final = _fail(ServiceUnavailable, "no", "it could not be sent until the deadline")
 _BLOCKED: Final = _fail(Overloaded, "no", "the broker took no messages until the deadline")
 _FULL: Final = _fail(Overloaded, "no", "the request queue is full")
 _NO_WORD: Final = _fail(CallTimeout, "maybe", "no reply until the deadline")
@@ -175,6 +175,7 @@ class Call:
 
     Attributes:
         correlation_id: 1 to 255 bytes, unique for this client.
+        request_id: the correlation ID of its last request: the call's own, and for further ones with a number after it.
         idempotent: it may be sent again where it may have run.
         state: how far it is.
         sent: requests handed to the transport.
@@ -182,10 +183,11 @@ class Call:
 
     """
 
-    __slots__ = ("attempt", "correlation_id", "idempotent", "sent", "state")
+    __slots__ = ("attempt", "correlation_id", "idempotent", "request_id", "sent", "state")
 
     def __init__(self, correlation_id: bytes, *, idempotent: bool) -> None:
         self.correlation_id = correlation_id
+        self.request_id = correlation_id
         self.idempotent = idempotent
         self.state = State.CREATED
         self.sent = 0
@@ -225,6 +227,10 @@ class PendingCalls:
     def __iter__(self) -> Iterator[Call]:
         return iter(list(self._calls.values()))
 
+    def is_pending(self, call: Call) -> bool:
+        """Whether the call is under way."""
+        return call.correlation_id in self._calls
+
     def next_id(self) -> bytes:
         """A correlation ID that no other call has."""
         self._count += 1
@@ -245,18 +251,24 @@ class PendingCalls:
             msg = f"a call with the correlation ID {call.correlation_id!r} is under way already"
             raise ConfigurationError(msg)
 
-    def get(self, correlation_id: bytes) -> Call | None:
-        """The call under way with this ID, or None, which is counted."""
-        call = self._calls.get(correlation_id)
+    def get(self, request_id: bytes) -> Call | None:
+        """The call under way that a request with this ID belongs to, or None, which is counted."""
+        call = self._calls.get(request_id) or self._calls.get(request_id.rpartition(b".")[0])
         if call is None:
             self.unmatched += 1
         return call
 
-    def written(self, call: Call) -> int:
-        """A request of the call is handed to the transport; the number tells it from others of the same call."""
+    def write(self, call: Call) -> bytes:
+        """A request of the call is about to be handed to the transport; gives its ID.
+
+        Each has its own, so that what is said of an earlier one is not taken for the last one's: a worker may answer
+        twice that it did not begin, and the second answer must not send a call that runs elsewhere again.
+        """
         self.happened(call, Event.WRITE)
         call.sent += 1
-        return call.sent
+        if call.sent > 1:
+            call.request_id = b"%b.%d" % (call.correlation_id, call.sent)
+        return call.request_id
 
     def happened(self, call: Call, event: Event, reply: Reply | None = None, why: str = "") -> None:
         """An event of the table; for REPLY with the reply, for others perhaps with the cause."""
@@ -290,12 +302,14 @@ class PendingCalls:
 
 def _error(call: Call, transition: Transition, why: str) -> CallError:
     assert transition.error is not None  # noqa: S101 - the table has one wherever a call may fail
-    # An earlier request may have run, whatever became of the last one.
-    executed: Executed = "maybe" if call.attempt > 1 and transition.executed == "no" else transition.executed
     message = f"{transition.message}: {why}" if why else transition.message
-    return transition.error(
-        message,
-        executed=executed,
-        retryable=None if executed == transition.executed else False,
-        correlation_id=call.correlation_id.decode("utf-8", "replace"),
-    )
+    return honest(call, transition.error(message, executed=transition.executed))
+
+
+def honest(call: Call, error: CallError) -> CallError:
+    """The error with the call's ID, and with what is known of all its requests: an earlier one may have run."""
+    error.correlation_id = call.correlation_id.decode("utf-8", "replace")
+    if call.attempt > 1 and error.executed == "no":
+        error.executed = "maybe"
+        error.retryable = False
+    return error

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, Unpack
 
-from pydantic import ValidationError
-
 from rpcq import logs, processes, wire
-from rpcq.calls import Call, Event, Outcome, PendingCalls
-from rpcq.contract import Result, result_adapter
+from rpcq.answers import Answers, meaning
+from rpcq.calls import MAX_ATTEMPTS, Call, Event, Outcome, PendingCalls
 from rpcq.deadline import Deadline, inherit
 from rpcq.environment import broker_url
-from rpcq.errors import (
-    BrokerError,
-    CallTimeout,
-    ClosedError,
-    InvalidReply,
-    ServiceUnavailable,
-    UsageError,
-    from_wire,
-)
+from rpcq.errors import BrokerError, CallTimeout, ClosedError, ServiceUnavailable, UsageError
 from rpcq.properties import MalformedProperties
 from rpcq.proxy import CallMaker, ServiceProxy, Target
 from rpcq.settings import CallOptions, CallSettings, ClientOptions, ClientSettings, check_name
@@ -33,7 +23,7 @@ from rpcq.transport.base import Delivery, Listener, Outgoing, Settled, Subscript
 from rpcq.transport.opening import open_transport
 from rpcq.transport.topology import Names
 from rpcq.url import mask
-from rpcq.wire import Notice, Reply
+from rpcq.wire import Reply
 
 T = TypeVar("T")
 
@@ -67,6 +57,7 @@ class _Call(Call):
         options: CallOptions,
         body: bytes,
         deadline: Deadline,
+        future: asyncio.Future[Outcome],
     ) -> None:
         super().__init__(correlation_id, idempotent=options.idempotent)
         self.client = client
@@ -74,7 +65,7 @@ class _Call(Call):
         self.options = options
         self.body = body
         self.deadline = deadline
-        self.future: asyncio.Future[Outcome] = client._loop.create_future()  # noqa: SLF001
+        self.future = future
 
     def settle(self, outcome: Outcome) -> None:
         if not self.future.done():  # its task may have been cancelled, and not have run since
@@ -83,14 +74,13 @@ class _Call(Call):
     def again(self) -> None:
         self.client._send_again(self)  # noqa: SLF001
 
-
-def _headers(call: _Call) -> bytes:
-    options = call.options
-    if not options.idempotent and not options.metadata:
-        return b""
-    # The first request's ID names the call: every attempt has the same, and no other call has it.
-    key = call.correlation_id.decode() if options.idempotent else None
-    return wire.encode_headers(key=key, attempt=call.attempt, metadata=options.metadata)
+    def headers(self, attempt: int) -> bytes:
+        options = self.options
+        if not options.idempotent and not options.metadata:
+            return b""
+        # The first request's ID names the call: every attempt has the same key, and no other call has it.
+        key = self.correlation_id.decode() if options.idempotent else None
+        return wire.encode_headers(key=key, attempt=attempt, metadata=options.metadata)
 
 
 class Client:
@@ -110,19 +100,20 @@ class Client:
 
     def __init__(self, url: str | None = None, **options: Unpack[ClientSettings]) -> None:
         self.options = ClientOptions(**options)
+        self.names = Names(self.options.namespace)
         self._url = broker_url(url)
         self._transport: Transport = open_transport(self._url, self.options)
-        self.names = Names(self.options.namespace)
         self._maker = CallMaker(self, CallOptions(timeout=self.options.timeout))
         self._calls = PendingCalls(self.options.max_in_flight)
-        self._results: dict[Any, Result] = {}
+        self._answers = Answers()
         self._loop: asyncio.AbstractEventLoop
         self._generation = -1
         self._state = "new"
+        self._closing: asyncio.Task[None] | None = None
         self._encoder: wire.RequestEncoder | None = None  # there while the consuming session is up
         self._consuming_up = asyncio.Event()
         self._publishing_up = False
-        self._waiting: deque[_Call] = deque()
+        self._waiting: OrderedDict[_Call, None] = OrderedDict()  # for a way to the broker, in order
         self._pump: asyncio.Task[None] | None = None
         self._pings: dict[bytes, asyncio.Future[bool]] = {}
 
@@ -133,12 +124,12 @@ class Client:
 
         Raises:
             BrokerError: the broker cannot be used; the message says why. Nothing is left open.
+            ClosedError: it was closed meanwhile.
             UsageError: it was opened before.
 
         """
         if self._state != "new":
-            msg = f"this client is {self._state}; a client is opened once"
-            raise UsageError(msg)
+            raise UsageError(f"this client is {self._state}; a client is opened once")
         self._loop = asyncio.get_running_loop()
         self._generation = processes.generation
         self._state = "open"
@@ -155,23 +146,35 @@ class Client:
         except BaseException:
             self._state = "closed"
             raise
+        if self._closing is not None:
+            raise ClosedError("the client was closed while it was being opened")
         log.debug("client open", url=mask(self._url), namespace=self.options.namespace)
         return self
 
     async def close(self) -> None:
-        """Close both connections. Calls under way end at once: `OutcomeUnknown` if sent, else `ServiceUnavailable`."""
-        if self._state != "open":
+        """Close both connections. Calls under way end at once: `OutcomeUnknown` if sent, else `ServiceUnavailable`.
+
+        Cancelling it does not stop it: the client is closed all the same.
+        """
+        if self._state == "new":
             self._state = "closed"
-            return
-        self._check_place()
-        self._state = "closed"
+        elif self._closing is not None or self._state == "open":
+            self._check_place()
+            if self._closing is None:
+                self._state = "closed"
+                self._closing = self._loop.create_task(self._close())
+            await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         pending = len(self._calls)
         for call in self._calls:
             self._calls.happened(call, Event.CLOSE)
+        self._waiting.clear()
         if pending:
             log.warning("client closed with calls under way", count=pending)
         for ping in self._pings.values():
-            ping.cancel()
+            if not ping.done():
+                ping.set_result(False)
         if self._pump is not None:
             self._pump.cancel()
             await asyncio.gather(self._pump, return_exceptions=True)
@@ -217,20 +220,20 @@ class Client:
 
         Raises:
             ServiceUnavailable: none did until then.
+            ClosedError: the client is not open, or was closed meanwhile.
 
         """
-        self._check_usable()
         check_name("the service", name)
         deadline = Deadline.after(timeout)
         pause = 0.05
         while (left := deadline.remaining()) > 0:
+            self._check_usable()
             if await self._ping(name, min(left, PING_TIMEOUT)):
                 return
             await asyncio.sleep(max(0.0, min(pause, deadline.remaining())))
             pause = min(pause * 1.5, 0.5)
         where = f"in namespace {self.names.namespace!r}"
-        msg = f"no worker of {name!r} answered within {timeout:g} s; is one running {where}?"
-        raise ServiceUnavailable(msg)
+        raise ServiceUnavailable(f"no worker of {name!r} answered within {timeout:g} s; is one running {where}?")
 
     async def invoke(
         self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
@@ -240,53 +243,32 @@ class Client:
         body = wire.encode_params(args, params, self.options.max_body)
         now = time.monotonic()
         deadline = inherit(options.timeout, now)
-        calls = self._calls
-        correlation_id = calls.next_id()
+        correlation_id = self._calls.next_id()
         if deadline.at <= now:
             raise CallTimeout(
                 "the deadline had passed before the call", executed="no", correlation_id=correlation_id.decode()
             )
-        call = _Call(self, correlation_id, target, options, body, deadline)
-        _headers(call)  # what is too large is told before anything is sent
-        calls.add(call)
-        timer = self._loop.call_later(deadline.at - now, self._expire, call)
+        loop = self._loop
+        call = _Call(self, correlation_id, target, options, body, deadline, loop.create_future())
+        call.headers(MAX_ATTEMPTS)  # what is too large is told before anything is sent
+        self._calls.add(call)
+        timer = loop.call_later(deadline.at - now, self._expire, call)
         try:
             self._send(call)
             outcome = await call.future
-        except asyncio.CancelledError:
-            self._cancel(call)
+        except BaseException:
+            self._give_up(call)
             raise
         finally:
             timer.cancel()
+            if self._waiting:
+                self._waiting.pop(call, None)
         if type(outcome) is Reply:
-            return self._result(outcome, target, options)
-        raise outcome  # type: ignore[misc]  # an outcome that is no reply is an error
-
-    def _result(self, reply: Reply, target: Target, options: CallOptions) -> Any:
+            return self._answers.read(call, outcome, target.label, options)
         try:
-            if reply.kind == wire.RESULT and reply.body is not None and options.returns is not None:
-                return self._typed(options.returns, target)(reply.body)
-            value = wire.read_body(reply)
-            if reply.kind == wire.RESULT:
-                return value
-            error = from_wire(value, options.errors)
-        except ValidationError as cause:
-            msg = f"the result of {target.label} does not fit {options.returns!r}: {cause.errors()[0]['msg']}"
-            error = InvalidReply(msg)
-            error.__cause__ = cause
-        except InvalidReply as unreadable:
-            error = unreadable
-        error.correlation_id = reply.correlation_id.decode("utf-8", "replace")
-        raise error
-
-    def _typed(self, returns: Any, target: Target) -> Callable[[bytes], Any]:
-        try:
-            found = self._results.get(returns)
-        except TypeError:  # unhashable, such as Annotated[..., []]
-            return result_adapter(target.label, returns).read
-        if found is None:
-            found = self._results[returns] = result_adapter(target.label, returns)
-        return found.read
+            raise outcome  # type: ignore[misc]  # an outcome that is no reply is an error
+        finally:
+            del outcome, call  # the error's traceback holds this frame
 
     # Sending.
 
@@ -294,20 +276,19 @@ class Client:
         if self._encoder is not None and not self._waiting and self._transport.can_publish:
             self._publish(call, self._encoder)
             return
-        self._waiting.append(call)
+        self._waiting[call] = None
         if self._pump is None or self._pump.done():
             self._pump = self._loop.create_task(self._send_waiting())
 
     def _send_again(self, call: _Call) -> None:
         """A session was lost, or a worker turned the call away."""
-        if call.attempt > 1:
-            log.info("call sent again", correlation_id=call.correlation_id.decode(), attempt=call.attempt)
+        log.info("call is sent again", correlation_id=call.correlation_id.decode(), attempt=call.attempt)
         # Not at once: whoever told of it may be about to tell of more.
         pause = TURNED_AWAY_PAUSE * 2 ** min(call.sent - 1, 6) if call.sent > 1 else 0
         self._loop.call_later(pause, self._resend, call)
 
     def _resend(self, call: _Call) -> None:
-        if not call.future.done() and self._state == "open":
+        if not call.future.done():
             self._send(call)
 
     async def _send_waiting(self) -> None:
@@ -316,7 +297,7 @@ class Client:
             await self._consuming_up.wait()
             await self._transport.writable()
             while self._waiting and self._encoder is not None and self._transport.can_publish:
-                call = self._waiting.popleft()
+                call, _ = self._waiting.popitem(last=False)
                 if not call.future.done():
                     self._publish(call, self._encoder)
 
@@ -325,43 +306,47 @@ class Client:
         left_ms = int((call.deadline.at - time.monotonic()) * 1000)
         if left_ms < 1:
             return  # its timer is about to fire
+        request_id = self._calls.write(call)
         properties = encoder.encode(
-            call.correlation_id,
+            request_id,
             target.method,
             left_ms,
             int(time.time() * 1000) + left_ms,
-            _headers(call),
+            call.headers(call.attempt),
             notify=target.is_ours,
         )
-        sent = self._calls.written(call)
         self._transport.publish(
             Outgoing(
                 target.exchange,
                 target.routing_key,
-                call.correlation_id,
+                request_id,
                 properties,
                 call.body,
-                partial(self._settled, call, sent),
+                partial(self._settled, call, request_id),
             )
         )
 
-    def _settled(self, call: _Call, sent: int, settled: Settled) -> None:
-        if call.sent == sent:  # else it is about an earlier request of the call
+    def _settled(self, call: _Call, request_id: bytes, settled: Settled) -> None:
+        if call.request_id == request_id:  # else it is about an earlier request of the call
             self._calls.happened(call, _BY_SETTLED[settled])
 
     def _expire(self, call: _Call) -> None:
-        blocked = self._encoder is not None and self._publishing_up and not self._transport.can_publish
-        self._calls.happened(call, Event.DEADLINE_BLOCKED if blocked else Event.DEADLINE)
+        if self._encoder is None or not self._publishing_up:
+            self._calls.happened(call, Event.DEADLINE, why="no connection to the broker" if not call.sent else "")
+        elif not self._transport.can_publish:
+            self._calls.happened(call, Event.DEADLINE_BLOCKED)
+        else:
+            self._calls.happened(call, Event.DEADLINE)
 
-    def _cancel(self, call: _Call) -> None:
+    def _give_up(self, call: _Call) -> None:
         """The caller is gone: forget the call, and tell the worker if it may have begun."""
-        sent = call.sent
+        may_run = call.sent and self._calls.is_pending(call)
         self._calls.happened(call, Event.CANCEL)
-        if sent and call.target.is_ours and self._encoder is not None and self._transport.can_publish:
+        if may_run and call.target.is_ours and self._encoder is not None and self._transport.can_publish:
             self._control(
                 wire.CANCEL,
                 call.target.routing_key,
-                call.correlation_id,
+                call.request_id,
                 lambda _: None,
                 deadline_ms=int((time.time() + call.deadline.remaining()) * 1000),
             )
@@ -392,17 +377,13 @@ class Client:
         try:
             async with asyncio.timeout(timeout):
                 await self._consuming_up.wait()
-                if self._encoder is None or not self._transport.can_publish:
-                    await asyncio.sleep(0.01)
+                await self._transport.writable()
+                if self._encoder is None:
                     return False
                 self._control(wire.PING, service.encode(), correlation_id, settled)
                 return await answer
         except TimeoutError:
             return False
-        except asyncio.CancelledError:
-            if self._state == "closed" and answer.cancelled():
-                raise ClosedError("the client was closed") from None
-            raise
         finally:
             del self._pings[correlation_id]
 
@@ -410,48 +391,24 @@ class Client:
 
     def _on_delivery(self, delivery: Delivery) -> None:
         try:
-            reply = wire.read_reply(delivery.properties, delivery.body)
+            came = wire.read_reply(delivery.properties, delivery.body)
         except MalformedProperties as error:
             self._calls.unmatched += 1
             log.warning("reply dropped", cause=str(error))
             return
-        if self._pings and (ping := self._pings.get(reply.correlation_id)) is not None:
+        request_id = came.correlation_id
+        if self._pings and (ping := self._pings.get(request_id)) is not None:
             if not ping.done():
                 ping.set_result(True)
             return
-        call = self._calls.get(reply.correlation_id)
+        call = self._calls.get(request_id)
         if call is None:
-            log.debug("reply for no call under way", correlation_id=reply.correlation_id.decode("utf-8", "replace"))
-        elif isinstance(reply, Notice):
-            self._noticed(call, reply)
-        elif reply.kind == wire.RESULT:
-            self._calls.happened(call, Event.REPLY, reply)
-        else:
-            self._errored(call, reply)
-
-    def _noticed(self, call: Call, notice: Notice) -> None:
-        if notice.attempt != call.attempt:
-            return  # an earlier request of the call; a later one is under way
-        if notice.reason == "expired":
-            once = self.names.delivers_once(notice.queue)
-            self._calls.happened(call, Event.EXPIRED_UNRUN if once else Event.EXPIRED)
-        else:
-            self._calls.happened(call, Event.WORKER_LOST, why=notice.reason)
-
-    def _errored(self, call: Call, reply: Reply) -> None:
-        """Two errors are not outcomes yet: the call may be sent again."""
-        event = Event.REPLY
-        if reply.kind == wire.ERROR and reply.body is not None and len(reply.body) < 4096:
-            try:
-                said = wire.loads(reply.body)
-            except ValueError:
-                said = None
-            match said:
-                case {"code": "UNAVAILABLE", "executed": "no"}:
-                    event = Event.TURNED_AWAY
-                case {"code": "ABORTED", "executed": "maybe"}:
-                    event = Event.WORKER_LOST
-        self._calls.happened(call, event, reply)
+            log.debug("reply for no call under way", correlation_id=request_id.decode("utf-8", "replace"))
+        elif isinstance(came, Reply) and came.kind == wire.RESULT:
+            self._calls.happened(call, Event.REPLY, came)  # to whichever of its requests: it ran
+        elif call.request_id == request_id:  # else it is about an earlier request of the call
+            event, why = meaning(came, self.names)
+            self._calls.happened(call, event, came if isinstance(came, Reply) else None, why)
 
     # What the transport tells.
 
@@ -480,18 +437,15 @@ class Client:
     def _check_usable(self) -> None:
         if self._state != "open":
             hint = "" if self._state == "closed" else "; use 'async with Client(...)', or await connect() first"
-            msg = f"this client is {'closed' if self._state == 'closed' else 'not open yet'}{hint}"
-            raise ClosedError(msg)
+            raise ClosedError(f"this client is {'closed' if self._state == 'closed' else 'not open yet'}{hint}")
         self._check_place()
 
     def _check_place(self) -> None:
         if self._generation != processes.generation:
-            msg = "this client was opened before a fork; open one in each process, after the fork"
-            raise UsageError(msg)
+            raise UsageError("this client was opened before a fork; open one in each process, after the fork")
         try:
             here = asyncio.get_running_loop() is self._loop
         except RuntimeError:
             here = False
         if not here:
-            msg = "this client was opened in another event loop; open one in each loop"
-            raise UsageError(msg)
+            raise UsageError("this client was opened in another event loop; open one in each loop")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextvars
 import secrets
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from rpcq import deadline as deadlines
 from rpcq import logs, wire
@@ -19,6 +20,9 @@ from rpcq.transport.base import Delivery, Outgoing, Settled, Transport
 from rpcq.transport.topology import DIRECT_REPLY_TO
 
 log = logs.get_logger("rpcq.worker")
+
+CANCEL_TIMEOUT: Final = 1.0
+"""Seconds that handlers have to end once they are cancelled."""
 
 Key = tuple[bytes, bytes]
 """reply_to and correlation ID: what names a call among all clients."""
@@ -31,12 +35,14 @@ class Running:
         delivery: what is acknowledged in the end.
         key: reply_to and correlation ID; an empty reply_to where no reply is wanted.
         job: what runs; None where it was refused.
+        began: whether the handler was entered.
         kind: RESULT or ERROR, once there is a reply.
         body: the reply's.
 
     """
 
     __slots__ = (
+        "began",
         "body",
         "cancelled",
         "delivery",
@@ -57,11 +63,12 @@ class Running:
         self.job: Job | None = None
         self.kind = b""
         self.body = b""
-        self.started = 0.0  # on time.perf_counter(); 0 until the task has run
+        self.started = 0.0  # on time.perf_counter(); 0 until its task has run
         self.handler_ms = 0.0
         self.task: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
-        self.thread: asyncio.Future[Any] | None = None
+        self.thread: concurrent.futures.Future[tuple[Any, BaseException | None]] | None = None
+        self.began = False
         self.timed_out = False
         self.cancelled = False
 
@@ -122,7 +129,7 @@ class Runs:
         run = self._by_key.get(key) if key[0] else None
         if run is None:
             return False
-        run.delivery = delivery
+        run.delivery = delivery  # the earlier one's session is gone, and its tag with it
         return True
 
     def cancel(self, key: Key) -> bool:
@@ -152,7 +159,10 @@ class Runs:
         for run in runs:
             if run.timer is not None:
                 run.timer.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            _, stuck = await asyncio.wait(tasks, timeout=CANCEL_TIMEOUT)
+            if stuck:
+                log.error("handlers do not let themselves be cancelled", count=len(stuck))
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -163,6 +173,7 @@ class Runs:
         deadlines.current.set(job.deadline)
         try:
             if job.method.is_async:
+                run.began = True
                 value = await job.call()
             else:
                 value = await self._run_in_thread(run, job)
@@ -171,7 +182,9 @@ class Runs:
         except job.method.errors as error:
             self._finished(run)
             self._reply_error(run, error)
-        except Exception as error:  # noqa: BLE001 - the handler's own; logged and answered
+        except (KeyboardInterrupt, SystemExit):
+            raise  # asyncio ends the loop over these
+        except BaseException as error:  # noqa: BLE001 - the handler's own; logged and answered
             self._finished(run)
             self._failed(run, job, error)
         else:
@@ -181,9 +194,21 @@ class Runs:
     async def _run_in_thread(self, run: Running, job: Job) -> Any:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="rpcq")
-        call = partial(contextvars.copy_context().run, job.call)
-        run.thread = asyncio.get_running_loop().run_in_executor(self._pool, call)
-        return await asyncio.shield(run.thread)
+
+        def call() -> tuple[Any, BaseException | None]:
+            run.began = True
+            try:
+                return job.call(), None
+            except BaseException as error:  # noqa: BLE001 - a future cannot carry them all: StopIteration, for one
+                return None, error
+
+        run.thread = self._pool.submit(contextvars.copy_context().run, call)
+        value, error = await asyncio.shield(asyncio.wrap_future(run.thread))
+        if error is None:
+            return value
+        if isinstance(error, (Exception, asyncio.CancelledError)) and not isinstance(error, StopIteration):
+            raise error
+        raise RuntimeError(f"{job.method.label} raised {error!r} in its thread") from error
 
     def _finished(self, run: Running) -> None:
         if run.started:
@@ -205,15 +230,20 @@ class Runs:
     def _interrupted(self, run: Running, job: Job) -> None:
         """The handler was cancelled; by whom decides what is said."""
         self._finished(run)
+        if run.thread is not None and not run.thread.cancel():
+            run.began = True  # else it still waited for a free thread, and never begins
         if self._abandoned:
             return
         if run.cancelled:
             self._settle(run)
-        elif run.timed_out:
+        elif not run.timed_out:
+            self._failed(run, job, asyncio.CancelledError("the handler cancelled itself"))
+        elif run.began:
             message = f"{job.method.label} ran into the deadline after {run.handler_ms / 1000:.3f} s"
             self._reply_error(run, CallTimeout(message, executed="yes"))
         else:
-            self._failed(run, job, asyncio.CancelledError("the handler cancelled itself"))
+            message = f"{job.method.label} did not begin until the deadline: its worker was busy"
+            self._reply_error(run, CallTimeout(message, executed="no"))
 
     def _failed(self, run: Running, job: Job, error: BaseException) -> None:
         """An exception that the service does not declare: its text stays here."""
@@ -236,17 +266,20 @@ class Runs:
         except InvalidReply as error:
             log.exception("result cannot be sent", method=job.method.label, correlation_id=run.correlation_id)
             self._reply_error(run, error)
+        except Exception as error:  # noqa: BLE001 - of a serialiser of the handler's own type
+            self._failed(run, job, error)
         else:
             self._reply(run, wire.RESULT, body)
 
     def _reply_error(self, run: Running, error: CallError) -> None:
+        said = to_wire(error)
         try:
-            body = wire.dumps(to_wire(error))
-        except ValueError:
+            body = wire.dumps(said)
+        except Exception:  # noqa: BLE001 - of a serialiser of the details' own type
             body = b""
         if not body or len(body) > self._max_body:
             log.error("an error's details cannot be sent", correlation_id=run.correlation_id, code=error.code)
-            body = wire.dumps(to_wire(error) | {"details": None, "message": error.message[:1000]})
+            body = wire.dumps(said | {"details": None, "message": str(said["message"])[:1000]})
         self._reply(run, wire.ERROR, body)
 
     def _reply(self, run: Running, kind: bytes, body: bytes) -> None:
@@ -301,7 +334,8 @@ class Runs:
     def _settle(self, run: Running) -> None:
         """Acknowledge, once the thread has ended too: it holds the slot that prefetch gave it."""
         if run.thread is not None and not run.thread.done():
-            run.thread.add_done_callback(lambda _: self._settle(run))
+            loop = asyncio.get_running_loop()
+            run.thread.add_done_callback(lambda _: loop.call_soon_threadsafe(self._settle, run))
             return
         if self._by_key.get(run.key) is run:
             del self._by_key[run.key]

@@ -368,14 +368,12 @@ class Notice:
     Attributes:
         reason: "expired", "delivery_limit", "rejected", ...
         queue: its name.
-        attempt: which attempt at the call it was.
 
     """
 
     correlation_id: bytes
     reason: str
     queue: str
-    attempt: int
 
 
 @dataclass(slots=True)
@@ -422,8 +420,7 @@ def read_reply(data: bytes, body: bytes | None) -> Reply | Notice:
     headers = found.headers or _NO_HEADERS
     match headers.get("x-death"):
         case [{"reason": str(reason), "queue": str(queue)}, *_]:
-            attempt = headers.get(ATTEMPT, 1)
-            return Notice(correlation_id, reason, queue, attempt if isinstance(attempt, int) else 1)
+            return Notice(correlation_id, reason, queue)
     return Reply(correlation_id, found.type or RESULT, body, found.content_type or JSON)
 
 

@@ -19,7 +19,15 @@ from rpcq import logs, wire
 from rpcq.admission import ExpiredOnArrival, Redelivered, admit
 from rpcq.contract import Service
 from rpcq.environment import broker_url
-from rpcq.errors import BrokerError, CallError, ConfigurationError, ServiceUnavailable, TooLarge, UsageError
+from rpcq.errors import (
+    BrokerError,
+    CallError,
+    ClosedError,
+    ConfigurationError,
+    ServiceUnavailable,
+    TooLarge,
+    UsageError,
+)
 from rpcq.properties import MalformedProperties, Properties, decode
 from rpcq.running import Running, Runs
 from rpcq.settings import MAX_PROPERTIES, MAX_TIMEOUT, WorkerOptions, WorkerSettings
@@ -80,6 +88,7 @@ class Worker:
         self._cancels: dict[tuple[bytes, bytes], float] = {}
         self._state = "new"
         self._stopping = asyncio.Event()
+        self._closing: asyncio.Task[bool] | None = None
         self._last_warning = 0.0
         self.refused_redeliveries = 0
         self.expired_on_arrival = 0
@@ -91,6 +100,7 @@ class Worker:
 
         Raises:
             BrokerError: the broker cannot be used; the message says why. Nothing is left open.
+            ClosedError: it was stopped meanwhile.
             UsageError: it was started before.
 
         """
@@ -114,6 +124,8 @@ class Worker:
             await self._transport.close()
             await self._lifespans.aclose()
             raise
+        if self._closing is not None:
+            raise ClosedError("the worker was stopped while it was being started")
         log.info(
             "worker started",
             services=[service.name for service in self.services],
@@ -127,13 +139,18 @@ class Worker:
 
         Returns:
             Whether everything ended. What did not is cancelled and left to the broker unacknowledged: its callers
-            get `OutcomeUnknown`.
+            get `OutcomeUnknown`. Cancelling this does not stop it.
 
         """
-        if self._state != "serving":
-            return True
-        self._state = "stopping"
-        self._stopping.set()
+        if self._closing is None:
+            if self._state != "serving":
+                return True
+            self._state = "stopping"
+            self._stopping.set()
+            self._closing = asyncio.get_running_loop().create_task(self._stop())
+        return await asyncio.shield(self._closing)
+
+    async def _stop(self) -> bool:
         await self._transport.stop_consuming()
         clean = True
         try:
@@ -331,3 +348,6 @@ def _check(services: tuple[Service, ...]) -> None:
     names = [service.name for service in services]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigurationError(f"two services are called {', '.join(twice)}; a worker serves each once")
+    queues = [service.queue for service in services if service.queue is not None]
+    if shared := sorted({queue for queue in queues if queues.count(queue) > 1}):
+        raise ConfigurationError(f"two services share the queue {', '.join(shared)}; each has its own")

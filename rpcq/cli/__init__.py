@@ -25,8 +25,8 @@ T = TypeVar("T")
 CLIENT, WORKER = ClientOptions(), WorkerOptions()
 """The defaults."""
 
-OK, CALL_FAILED, USAGE, NO_BROKER = 0, 1, 2, 3
-"""Exit codes: done; the call failed or a worker was cut off; a wrong argument; the broker cannot be used."""
+CALL_FAILED, USAGE, NO_BROKER = 1, 2, 3
+"""Exit codes, besides 0: the call failed or a worker was cut off; a wrong argument; the broker cannot be used."""
 
 app = typer.Typer(
     name="rpcq",

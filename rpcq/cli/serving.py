@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -51,8 +53,12 @@ def _load(path: str) -> Service:
     return service
 
 
-async def serve(services: Sequence[Service], url: str | None, **options: Unpack[WorkerSettings]) -> bool:
-    """Serve until SIGTERM or Ctrl-C; a second one ends it at once. Whether everything that ran could end."""
+async def serve(services: Sequence[Service], url: str | None, **options: Unpack[WorkerSettings]) -> None:
+    """Serve until SIGTERM or Ctrl-C; a second one ends it at once.
+
+    Returns only if everything that ran could end. Otherwise the process ends here, with exit code 1: a thread or a
+    handler that does not let itself be stopped would hold it up for as long as it likes.
+    """
     worker = Worker(*services, url=url, **options)
     loop = asyncio.get_running_loop()
     serving = asyncio.current_task()
@@ -68,9 +74,10 @@ async def serve(services: Sequence[Service], url: str | None, **options: Unpack[
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     try:
-        return await worker.run()
+        clean = await worker.run()
     except asyncio.CancelledError:
-        return False
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
+        clean = False
+    if not clean:
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(1)

@@ -194,7 +194,7 @@ class Transport(Protocol):
         """
 
     async def writable(self) -> None:
-        """Wait until `can_publish`; for one waiter at a time."""
+        """Wait until `can_publish`."""
 
     async def stop_consuming(self) -> None:
         """Tell the broker to deliver nothing more. What arrived before can still be settled."""

@@ -16,7 +16,6 @@ import aiormq.exceptions
 from aio_pika.abc import ConnectionParameter
 from aio_pika.connection import Connection
 from aiormq.connection import TransportFactory
-from pamqp.exceptions import PAMQPException
 from yarl import URL
 
 from rpcq.errors import (
@@ -31,17 +30,6 @@ from rpcq.errors import (
 from rpcq.settings import ConnectionOptions
 from rpcq.transport.lane import FRAME_OVERHEAD, HEARTBEAT_FRAME, MAX_FRAME, FrameReader, Lane
 from rpcq.url import BrokerURL
-
-FOREIGN_ERRORS = (
-    aiormq.exceptions.AMQPError,
-    aiormq.exceptions.ChannelInvalidStateError,
-    PAMQPException,
-    OSError,
-    EOFError,
-    RuntimeError,
-    StopAsyncIteration,
-)
-"""What aio-pika and aiormq raise for a broker that cannot be used."""
 
 BY_REPLY_CODE: dict[int, type[BrokerError]] = {
     403: AccessRefused,
@@ -264,17 +252,23 @@ async def connect(
         if protocol is not None:
             protocol.fail(BrokerUnreachable("the connection could not be opened"))
             protocol.abort()
-        if isinstance(error, FOREIGN_ERRORS) or is_false_cancellation(error):
+        if is_foreign(error):
             raise _refused(error, told, url, host, port) from error
         raise
     assert factory.protocol is not None  # noqa: S101 - connect() made it
     return connection, factory.protocol
 
 
-def is_false_cancellation(error: BaseException) -> bool:
-    """Whether aiormq raised `CancelledError` for a lost connection: nobody asked this task to cancel."""
-    task = asyncio.current_task()
-    return isinstance(error, asyncio.CancelledError) and task is not None and not task.cancelling()
+def is_foreign(error: BaseException) -> bool:
+    """Whether it is an error of the building blocks, and so about the broker.
+
+    That is every exception: aiormq rejects what waits with a bare `Exception`, and with a `CancelledError` where
+    nobody asked this task to cancel.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and not task.cancelling()
+    return isinstance(error, Exception)
 
 
 def closed_by_broker(code: int, text: str) -> BrokerError:
@@ -286,11 +280,11 @@ def translate(error: BaseException, told: BrokerError | None) -> BrokerError:
     """An error of aio-pika's or aiormq's as ours; `told` is what the connection itself saw, and says more."""
     if isinstance(error, BrokerError):
         return error
+    if told is not None:
+        return told  # aiormq reports whatever waited on the connection as refused
     for kind, ours in BY_CHANNEL_ERROR.items():
         if isinstance(error, kind):
             return ours(f"the broker refused: {error}")
-    if told is not None:
-        return told
     return BrokerUnreachable(f"the connection to the broker failed: {error!r}")
 
 

@@ -20,12 +20,11 @@ from rpcq.errors import BrokerError, BrokerUnreachable, ClosedError, TopologyMis
 from rpcq.settings import ConnectionOptions
 from rpcq.transport.base import Delivery, Listener, Outgoing, Settled, Subscription
 from rpcq.transport.connection import (
-    FOREIGN_ERRORS,
     LaneConnection,
     LaneProtocol,
     closed_by_broker,
     connect,
-    is_false_cancellation,
+    is_foreign,
     translate,
 )
 from rpcq.transport.lane import Encoder, Lane, Unconfirmed, Unsettled
@@ -75,8 +74,8 @@ class _Link:
         channel, _ = await self.channel(confirms=False)
         try:
             await channel.declare_exchange(exchange.name, exchange.type, durable=True, passive=True)
-        except FOREIGN_ERRORS as error:
-            if self.protocol.lost is not None or not isinstance(translate(error, None), TopologyMismatch):
+        except Exception as error:
+            if not isinstance(translate(error, self.protocol.lost), TopologyMismatch):
                 raise
             channel, _ = await self.channel(confirms=False)
             await channel.declare_exchange(exchange.name, exchange.type, durable=True)
@@ -87,7 +86,9 @@ class _Link:
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self.connection.close()
-        except (TimeoutError, *FOREIGN_ERRORS) as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if not is_foreign(error):
+                raise
             log.debug("a connection did not close politely", cause=repr(error))
         finally:
             self.protocol.fail(BrokerUnreachable("the connection was closed"))
@@ -111,6 +112,9 @@ class _Session:
         self._up = False
         self._hosts = deque(url.hosts)
         self._keeper: asyncio.Task[None] | None = None
+        self._closed = False
+        self._up_since = 0.0
+        self._pause = FIRST_PAUSE
         self._closers: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
@@ -118,6 +122,7 @@ class _Session:
         await self._establish()
 
     async def close(self) -> None:
+        self._closed = True
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
             keeper.cancel()
@@ -127,7 +132,7 @@ class _Session:
         if link is not None:
             await link.close()
         if self._closers:
-            await asyncio.gather(*self._closers)
+            await asyncio.wait(self._closers)
 
     async def _set_up(self, link: _Link) -> None:
         raise NotImplementedError
@@ -178,18 +183,25 @@ class _Session:
             for exchange in self._exchanges:
                 await link.ensure_exchange(exchange)
             await self._set_up(link)
+            self._check_wanted(protocol)
         except BaseException as error:
             told = protocol.lost
             self._close_later(link)
-            if isinstance(error, (BrokerError, *FOREIGN_ERRORS)) or is_false_cancellation(error):
-                raise translate(error, told) from error
-            raise
-        if protocol.lost is not None:
-            self._close_later(link)
-            raise protocol.lost
+            if isinstance(error, ClosedError) or not is_foreign(error):
+                raise
+            cause = translate(error, told)
+            self._told_down(cause)  # of what it may have delivered already
+            raise cause from error
         self._link = link
         self._up = True
+        self._up_since = self._loop.time()
         self._told_up()
+
+    def _check_wanted(self, protocol: LaneProtocol) -> None:
+        if protocol.lost is not None:
+            raise protocol.lost
+        if self._closed:
+            raise ClosedError("closed while it was being opened")
 
     def _lost(self, link: _Link, cause: BrokerError) -> None:
         self._link = None
@@ -197,24 +209,29 @@ class _Session:
         log.warning("session down", role=self.role, cause=str(cause))
         self._told_down(cause)
         self._close_later(link)
-        self._keeper = self._loop.create_task(self._come_back(cause))
+        self._keeper = self._loop.create_task(self._come_back())
 
     def _close_later(self, link: _Link) -> None:
         closer = self._loop.create_task(link.close())
         self._closers.add(closer)
         closer.add_done_callback(self._closers.discard)
 
-    async def _come_back(self, cause: BrokerError) -> None:
-        pause = FIRST_PAUSE
+    async def _come_back(self) -> None:
+        if self._loop.time() - self._up_since > LONGEST_PAUSE:  # else it comes and goes: be slower each time
+            self._pause = FIRST_PAUSE
+        most = self._pause
         while True:
-            most = PERMANENT_PAUSE if cause.permanent else pause
+            self._pause = min(self._pause * 2, LONGEST_PAUSE)
             await asyncio.sleep(random.uniform(0, most))  # noqa: S311 - full jitter, so that clients do not come in step
             try:
                 await self._establish()
             except BrokerError as error:
-                cause, pause = error, min(pause * 2, LONGEST_PAUSE)
+                most = PERMANENT_PAUSE if error.permanent else self._pause
                 say = log.error if error.permanent else log.warning
                 say("cannot come back yet", role=self.role, cause=str(error), error=type(error).__name__)
+            except Exception:
+                most = PERMANENT_PAUSE  # a fault of rpcq's own; giving up would be one more
+                log.exception("cannot come back yet", role=self.role)
             else:
                 log.info("session up again", role=self.role)
                 return
@@ -288,7 +305,9 @@ class _ConsumingSession(_Session):
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 for channel, tag in consumers:
                     await (await channel.get_underlay_channel()).basic_cancel(tag)
-        except (TimeoutError, *FOREIGN_ERRORS) as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if not is_foreign(error):
+                raise
             # Gone or unwilling: what it still delivers would not be answered, so the session goes as well.
             if (link := self._link) is not None:
                 link.protocol.fail(BrokerUnreachable(f"the consumers could not be cancelled: {error!r}"))
@@ -309,6 +328,8 @@ class _ConsumingSession(_Session):
             queue = await channel.get_queue(name, ensure=False)
             tag = await queue.consume(_never, no_ack=subscription.no_ack)
             self._consumers.append((channel, tag))
+        if self._stopped and self._consumers:
+            raise BrokerUnreachable("the consumers were stopped while they were being started")
 
     async def _declare(self, admin: AbstractChannel, queue: Queue) -> str:
         try:
@@ -321,7 +342,7 @@ class _ConsumingSession(_Session):
             )
             for exchange, key in queue.bindings:
                 await declared.bind(exchange, key)
-        except FOREIGN_ERRORS as error:
+        except Exception as error:
             ours = translate(error, None)
             if isinstance(ours, TopologyMismatch):
                 msg = f"the queue {queue.name!r} exists with other arguments than rpcq's; delete it or mend it: {ours}"
@@ -347,7 +368,7 @@ class _PublishingSession(_Session):
         self._unconfirmed = Unconfirmed()
         self._queue: list[Outgoing] = []
         self._queued = 0
-        self._waiter: asyncio.Future[None] | None = None
+        self._room = asyncio.Event()  # set to wake those who wait for `ready`
         self._is_blocked = False
 
     @property
@@ -362,12 +383,12 @@ class _PublishingSession(_Session):
         if not self._queue:
             self._loop.call_soon(self._flush)
         self._queue.append(message)
-        self._queued += len(message.body)
+        self._queued += len(message.body) + len(message.properties)
 
     async def writable(self) -> None:
         while not self.ready:
-            self._waiter = self._loop.create_future()
-            await self._waiter
+            self._room.clear()
+            await self._room.wait()
 
     async def drain(self) -> None:
         """Write what waits, and wait for what is unconfirmed, as long as the session lives and time allows."""
@@ -379,7 +400,6 @@ class _PublishingSession(_Session):
             await asyncio.sleep(0.001)  # rare and short: no event is worth setting for each confirm
 
     async def close(self) -> None:
-        await self.drain()
         await super().close()
         self._settle_lost()
 
@@ -429,7 +449,11 @@ class _PublishingSession(_Session):
 
     def _flush(self) -> None:
         messages, self._queue, self._queued = self._queue, [], 0
-        if not messages or self._link is None:
+        if not messages:
+            return
+        if self._link is None:
+            for message in messages:
+                message.on_settled(Settled.UNSENT)
             return
         add = self._unconfirmed.add
         for message in messages:
@@ -438,8 +462,8 @@ class _PublishingSession(_Session):
         self._wake()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done() and self.ready:
-            self._waiter.set_result(None)
+        if not self._room.is_set() and self.ready:
+            self._room.set()
 
 
 class RabbitMQTransport:
@@ -467,8 +491,8 @@ class RabbitMQTransport:
         self._publishing = _PublishingSession(self._url, self._options, exchanges, listener)
         self._consuming = _ConsumingSession(self._url, self._options, exchanges, listener, subscriptions)
         try:
-            await self._publishing.open()
-            await self._consuming.open()
+            for session in (self._publishing, self._consuming):
+                await session.open()
         except BaseException:
             await self.close()
             raise
@@ -493,10 +517,7 @@ class RabbitMQTransport:
     async def close(self) -> None:
         """Close both sessions; see `Transport.close`."""
         self._closed = True
-        # Consumers first, and acks with them; then what was still to be sent.
         if self._publishing is not None:
-            await self._publishing.drain()
-        if self._consuming is not None:
-            await self._consuming.close()
-        if self._publishing is not None:
-            await self._publishing.close()
+            await self._publishing.drain()  # what is confirmed now is acknowledged now
+        sessions = [session for session in (self._consuming, self._publishing) if session is not None]
+        await asyncio.gather(*(session.close() for session in sessions))

@@ -89,9 +89,9 @@ async def clients() -> None:
 
 
 def errors(error: CallError) -> None:
-    assert error.executed == "perhaps"  # error: comparison-overlap
     error.executed = "perhaps"  # error: assignment
     CallError("x", executed="perhaps")  # error: arg-type
+    assert error.executed == "perhaps"  # error: comparison-overlap
 
 
 async def workers() -> None:
