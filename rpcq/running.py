@@ -50,6 +50,7 @@ class Running:
         "job",
         "key",
         "kind",
+        "result",
         "started",
         "task",
         "thread",
@@ -68,6 +69,7 @@ class Running:
         self.task: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.thread: concurrent.futures.Future[tuple[Any, BaseException | None]] | None = None
+        self.result: asyncio.Future[tuple[Any, BaseException | None]] | None = None
         self.began = False
         self.timed_out = False
         self.cancelled = False
@@ -159,6 +161,8 @@ class Runs:
         for run in runs:
             if run.timer is not None:
                 run.timer.cancel()
+            if run.result is not None:
+                run.result.cancel()  # its thread may end after the loop
         if tasks:
             _, stuck = await asyncio.wait(tasks, timeout=CANCEL_TIMEOUT)
             if stuck:
@@ -203,7 +207,8 @@ class Runs:
                 return None, error
 
         run.thread = self._pool.submit(contextvars.copy_context().run, call)
-        value, error = await asyncio.shield(asyncio.wrap_future(run.thread))
+        run.result = asyncio.wrap_future(run.thread)
+        value, error = await asyncio.shield(run.result)
         if error is None:
             return value
         if isinstance(error, (Exception, asyncio.CancelledError)) and not isinstance(error, StopIteration):
@@ -333,9 +338,11 @@ class Runs:
 
     def _settle(self, run: Running) -> None:
         """Acknowledge, once the thread has ended too: it holds the slot that prefetch gave it."""
+        if self._abandoned:
+            return  # left to the broker
         if run.thread is not None and not run.thread.done():
-            loop = asyncio.get_running_loop()
-            run.thread.add_done_callback(lambda _: loop.call_soon_threadsafe(self._settle, run))
+            assert run.result is not None  # noqa: S101 - made with the thread
+            run.result.add_done_callback(lambda _: self._settle(run))
             return
         if self._by_key.get(run.key) is run:
             del self._by_key[run.key]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-import os
 import sys
 from collections.abc import Coroutine
 from enum import StrEnum
@@ -67,10 +65,7 @@ def worker(
     """Serve services until SIGTERM or Ctrl-C, then let what runs end."""
     logs.configure(log_level.upper())
     found = load_services(services)
-    clean = run(serve(found, url, prefetch=prefetch, grace=grace, namespace=namespace))
-    if not clean:
-        logging.shutdown()
-        os._exit(CALL_FAILED)  # an ordinary exit would wait for `def` handlers that hang: threads cannot be ended
+    run(serve(found, url, prefetch=prefetch, grace=grace, namespace=namespace))
 
 
 @app.command()

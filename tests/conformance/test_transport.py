@@ -656,9 +656,10 @@ async def test_what_is_acknowledged_because_its_reply_is_confirmed_while_closing
             for _ in range(20):
                 assert await other.sent(queue.name, b"x") is Settled.CONFIRMED
             held = [await end.inbox.next() for _ in range(20)]
-            for delivery in held:
-                reply = end.publish(other.names[0], b"reply")
-                reply.add_done_callback(lambda _, delivery=delivery: delivery.ack())
+            raw, to = encode(Properties(correlation_id=b"c")), other.names[0].encode()
+            for delivery in held:  # as a worker does it: in the very call that tells of the confirm
+                reply = Outgoing(b"", to, b"c", raw, b"reply", lambda _, delivery=delivery: delivery.ack())
+                end.transport.publish(reply)
         await until(lambda: len(other.inbox.all) == 20)
         async with seam.opened(queue) as later:
             await later.barrier()
