@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from rpcq import wire
 from rpcq.contract import Context, Method, Service
 from rpcq.deadline import Deadline
-from rpcq.errors import CallTimeout, MethodNotFound, OutcomeUnknown, TooLarge
-from rpcq.properties import Properties
+from rpcq.errors import CallTimeout, InvalidParams, MethodNotFound, OutcomeUnknown, TooLarge
 from rpcq.settings import MAX_TIMEOUT
 from rpcq.wire import Request
 
@@ -33,12 +31,11 @@ class Job:
 
     """
 
-    __slots__ = ("args", "correlation_id", "deadline", "limit", "method", "params", "queue_ms", "request", "state")
+    __slots__ = ("args", "deadline", "limit", "method", "params", "queue_ms", "request", "state")
 
     def __init__(
         self,
         request: Request,
-        correlation_id: bytes,
         method: Method,
         arguments: tuple[tuple[Any, ...], dict[str, Any]],
         limit: float,
@@ -47,7 +44,6 @@ class Job:
         state: Any,
     ) -> None:
         self.request = request
-        self.correlation_id = correlation_id
         self.method = method
         self.args, self.params = arguments
         self.limit = limit
@@ -64,11 +60,11 @@ class Job:
         return Context(
             service=self.method.service,
             method=self.method.name,
-            correlation_id=self.correlation_id.decode("utf-8", "replace"),
+            correlation_id=request.correlation_id.decode("utf-8", "replace"),
             deadline=self.deadline,
             attempt=request.attempt,
             idempotency_key=request.idempotency_key,
-            caller=request.app_id,
+            caller=request.app_id or None,
             metadata=request.metadata,
             state=self.state,
         )
@@ -92,7 +88,7 @@ class Redelivered(OutcomeUnknown):
 
 def admit(  # noqa: PLR0913 - what a request is made of, and what it is held against
     service: Service,
-    found: Properties,
+    request: Request,
     body: bytes | None,
     body_size: int,
     *,
@@ -106,7 +102,7 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
 
     Args:
         service: whose queue it came from.
-        found: the request's properties.
+        request: what its properties say.
         body: its body; None where it was too large to be kept.
         body_size: bytes that its sender announced.
         redelivered: the broker delivered it before.
@@ -119,7 +115,8 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
         CallError: it does not run; this is what its caller gets.
 
     """
-    request = wire.read_request(found)
+    if request.problem:
+        raise InvalidParams(request.problem)
     if redelivered:
         raise Redelivered
     left, queue_ms = _time_left(service, request, wall_ms)
@@ -135,7 +132,7 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
     limit = left - min(MARGIN, left / 20)
     if method.timeout is not None and method.timeout < limit:
         limit = method.timeout
-    return Job(request, found.correlation_id or b"", method, arguments, limit, Deadline(now + limit), queue_ms, state)
+    return Job(request, method, arguments, limit, Deadline(now + limit), queue_ms, state)
 
 
 def _time_left(service: Service, request: Request, wall_ms: float) -> tuple[float, float | None]:

@@ -76,8 +76,6 @@ class _Call(Call):
 
     def headers(self, attempt: int) -> bytes:
         options = self.options
-        if not options.idempotent and not options.metadata:
-            return b""
         # The first request's ID names the call: every attempt has the same key, and no other call has it.
         key = self.correlation_id.decode() if options.idempotent else None
         return wire.encode_headers(key=key, attempt=attempt, metadata=options.metadata)
@@ -250,7 +248,8 @@ class Client:
             )
         loop = self._loop
         call = _Call(self, correlation_id, target, options, body, deadline, loop.create_future())
-        call.headers(MAX_ATTEMPTS)  # what is too large is told before anything is sent
+        if options.metadata:
+            call.headers(MAX_ATTEMPTS)  # what is too large is told before anything is sent
         self._calls.add(call)
         timer = loop.call_later(deadline.at - now, self._expire, call)
         try:
@@ -302,7 +301,7 @@ class Client:
                     self._publish(call, self._encoder)
 
     def _publish(self, call: _Call, encoder: wire.RequestEncoder) -> None:
-        target = call.target
+        target, options = call.target, call.options
         left_ms = int((call.deadline.at - time.monotonic()) * 1000)
         if left_ms < 1:
             return  # its timer is about to fire
@@ -312,7 +311,7 @@ class Client:
             target.method,
             left_ms,
             int(time.time() * 1000) + left_ms,
-            call.headers(call.attempt),
+            call.headers(call.attempt) if options.metadata or options.idempotent else b"",
             notify=target.is_ours,
         )
         self._transport.publish(
@@ -435,9 +434,10 @@ class Client:
     # Checks.
 
     def _check_usable(self) -> None:
-        if self._state != "open":
-            hint = "" if self._state == "closed" else "; use 'async with Client(...)', or await connect() first"
-            raise ClosedError(f"this client is {'closed' if self._state == 'closed' else 'not open yet'}{hint}")
+        if self._state == "closed":
+            raise ClosedError("this client is closed")
+        if self._state == "new":
+            raise ClosedError("this client is not open yet; use 'async with Client(...)', or await connect() first")
         self._check_place()
 
     def _check_place(self) -> None:

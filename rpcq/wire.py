@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from pydantic_core import from_json, to_json, to_jsonable_python
@@ -211,20 +211,29 @@ class Request:
     """What a request says, besides its parameters.
 
     Attributes:
+        correlation_id: empty where the caller gave none.
+        reply_to: the queue that wants the reply; empty where none is wanted.
         method: its name, or None for the service's only or default one.
         deadline_ms: absolute, milliseconds since the epoch, or None.
         timeout_ms: time left when it was sent, or None.
+        app_id: the caller's name; empty where it gave none.
         attempt: 1 + the number of earlier attempts that may have run.
+        idempotency_key: the same for every attempt at one call, or None.
+        headers: all of them, but for those that are told here.
+        problem: why it may not be run; empty if it may.
 
     """
 
+    correlation_id: bytes
+    reply_to: bytes
     method: str | None
-    deadline_ms: int | None
-    timeout_ms: int | None
-    idempotency_key: str | None
-    attempt: int
-    app_id: str | None
-    headers: Mapping[str, Any]
+    deadline_ms: int | None = None
+    timeout_ms: int | None = None
+    app_id: str = ""
+    attempt: int = 1
+    idempotency_key: str | None = None
+    headers: Mapping[str, Any] = field(default_factory=dict)
+    problem: str = ""
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -237,7 +246,7 @@ class Request:
 
 
 _NO_HEADERS: Final[dict[str, Any]] = {}
-_FAST_REQUEST: Final = (
+_FAST_REQUEST: Final = _U16.pack(
     amqp.CONTENT_TYPE
     | amqp.HEADERS
     | amqp.DELIVERY_MODE
@@ -247,90 +256,80 @@ _FAST_REQUEST: Final = (
     | amqp.TYPE
     | amqp.APP_ID
 )
+_FAST_START: Final = _FAST_REQUEST + short(JSON)
 
 
-def read_properties(data: bytes) -> Properties:
-    """What `properties.decode` gives, sooner for what rpcq's clients send most; `CC`, the broker's, may be left out.
+def read_request(data: bytes) -> Request:
+    """What the properties of a request say.
 
     Raises:
         MalformedProperties: `data` are not properties.
 
     """
-    if data[:2] != _FAST_FLAGS:
-        return amqp.decode(data)
-    try:
-        at = 3 + data[2]
-        content_type = data[3:at]
-        end = at + 4 + _U32.unpack_from(data, at)[0]
-        at += 4
-        if data[at : at + 4] == b"\x02CCA":
-            at += 8 + _U32.unpack_from(data, at + 4)[0]
-        if at + _TIMES.size != end:
-            return amqp.decode(data)  # it has further headers
-        deadline_name, deadline, timeout_name, timeout = _TIMES.unpack_from(data, at)
-        if deadline_name != _DEADLINE_NAME or timeout_name != _TIMEOUT_NAME:
-            return amqp.decode(data)
-        found = Properties.__new__(Properties)  # what is not set here is None by the class
-        found.content_type = content_type
-        found.headers = {DEADLINE: deadline, TIMEOUT: timeout}
-        at = end + 2 + data[end + 1]
-        found.correlation_id = data[end + 2 : at]
-        end = at + 1 + data[at]
-        found.reply_to = data[at + 1 : end]
-        end += 1 + data[end]  # the broker has dealt with the expiration
-        at = end + 1 + data[end]
-        found.type = data[end + 1 : at]
-        end = at + 1 + data[at]
-        found.app_id = data[at + 1 : end]
-    except (IndexError, struct.error) as error:
-        raise MalformedProperties("the properties of a request end early") from error
-    if end != len(data):
-        raise MalformedProperties("the properties of a request are malformed")
-    return found
-
-
-_FAST_FLAGS: Final = _U16.pack(_FAST_REQUEST)
-
-
-def read_request(found: Properties) -> Request:
-    """What decoded properties say, as a request.
-
-    Raises:
-        InvalidParams: they say something that a request may not.
-
-    """
-    content_type = found.content_type
-    if (content_type is not None and content_type != JSON and not _is_json(content_type)) or found.content_encoding:
-        encoding = f", encoded as {_text(found.content_encoding)!r}" if found.content_encoding else ""
-        msg = f"the content type is {_text(content_type)!r}{encoding}; this worker reads application/json"
-        raise InvalidParams(msg)
+    if data.startswith(_FAST_START):  # what rpcq's clients send
+        try:
+            fast = _read_fast(data, len(_FAST_START))
+        except (IndexError, struct.error, UnicodeDecodeError) as error:
+            raise MalformedProperties("the properties of a request are malformed") from error
+        if fast is not None:
+            return fast
+    found = amqp.decode(data)
     headers = found.headers or _NO_HEADERS
-    attempt = headers.get(ATTEMPT, 1)
-    deadline, timeout, key = headers.get(DEADLINE), headers.get(TIMEOUT), headers.get(KEY)
-    if type(attempt) is not int or attempt < 1:
-        msg = f"the header {ATTEMPT} is {attempt!r}; it is a whole number from 1"
-        raise InvalidParams(msg)
-    for name, value in ((DEADLINE, deadline), (TIMEOUT, timeout)):
-        if value is not None and type(value) is not int:
-            msg = f"the header {name} is {value!r}; it is a whole number of milliseconds"
-            raise InvalidParams(msg)
-    if key is not None and (not isinstance(key, str) or not 1 <= len(key.encode()) <= 255):
-        msg = f"the header {KEY} is {key!r:.50}; it is a string of 1 to 255 bytes"
-        raise InvalidParams(msg)
-    try:
-        method = found.type.decode() if found.type else None
-    except UnicodeDecodeError:
-        msg = f"the type is {found.type!r}; it is the name of a method"
-        raise InvalidParams(msg) from None
-    return Request(
-        method=method,
-        deadline_ms=deadline,
-        timeout_ms=timeout,
-        idempotency_key=key,
-        attempt=attempt,
-        app_id=_text(found.app_id) if found.app_id else None,
+    request = Request(
+        correlation_id=found.correlation_id or b"",
+        reply_to=found.reply_to or b"",
+        method=_text(found.type) if found.type else None,
+        deadline_ms=headers.get(DEADLINE),
+        timeout_ms=headers.get(TIMEOUT),
+        app_id=_text(found.app_id),
+        attempt=headers.get(ATTEMPT, 1),
+        idempotency_key=headers.get(KEY),
         headers=headers,
     )
+    request.problem = _problem(found, request)
+    return request
+
+
+def _read_fast(data: bytes, at: int) -> Request | None:
+    """A request with no headers but its times, and `CC`, which is for the broker; None if it has others."""
+    end = at + 4 + _U32.unpack_from(data, at)[0]
+    at += 4
+    if data[at : at + 4] == b"\x02CCA":
+        at += 8 + _U32.unpack_from(data, at + 4)[0]
+    if at + _TIMES.size != end:
+        return None
+    deadline_name, deadline, timeout_name, timeout = _TIMES.unpack_from(data, at)
+    if deadline_name != _DEADLINE_NAME or timeout_name != _TIMEOUT_NAME:
+        return None
+    at = end + 2 + data[end + 1]  # after the delivery mode
+    correlation_id = data[end + 2 : at]
+    end = at + 1 + data[at]
+    reply_to = data[at + 1 : end]
+    end += 1 + data[end]  # the broker has dealt with the expiration
+    at = end + 1 + data[end]
+    method = data[end + 1 : at].decode()
+    end = at + 1 + data[at]
+    if end != len(data):
+        raise IndexError(end)
+    return Request(correlation_id, reply_to, method or None, deadline, timeout, data[at + 1 : end].decode())
+
+
+def _problem(found: Properties, request: Request) -> str:
+    """Why a request may not be run, or nothing."""
+    content_type = found.content_type
+    if content_type is not None and not _is_json(content_type):
+        return f"the content type is {_text(content_type)!r}; this worker reads application/json"
+    if found.content_encoding:
+        return f"the body is encoded as {_text(found.content_encoding)!r}; this worker reads it as it is"
+    for name, value in ((DEADLINE, request.deadline_ms), (TIMEOUT, request.timeout_ms)):
+        if value is not None and type(value) is not int:
+            return f"the header {name} is {value!r}; it is a whole number of milliseconds"
+    if type(request.attempt) is not int or request.attempt < 1:
+        return f"the header {ATTEMPT} is {request.attempt!r}; it is a whole number from 1"
+    key = request.idempotency_key
+    if key is not None and (not isinstance(key, str) or not 1 <= len(key.encode()) <= 255):
+        return f"the header {KEY} is {key!r:.50}; it is a string of 1 to 255 bytes"
+    return ""
 
 
 def _is_json(content_type: bytes) -> bool:

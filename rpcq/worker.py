@@ -35,6 +35,7 @@ from rpcq.transport.base import Delivery, Listener, Outgoing, Subscription, Tran
 from rpcq.transport.opening import open_transport
 from rpcq.transport.topology import Names
 from rpcq.url import mask
+from rpcq.wire import Request
 
 REMEMBERED_CANCELS: Final = 10_000
 """Calls cancelled before they arrived that a worker remembers."""
@@ -78,6 +79,7 @@ class Worker:
         self._url = broker_url(url)
         self._transport: Transport = open_transport(self._url, self.options)
         self._names = Names(self.options.namespace)
+        self._reply_prefixes = self._names.reply_prefixes()
         self._may_reply_to = [re.compile(pattern.encode()) for pattern in self.options.reply_to]
         self._lifespans = AsyncExitStack()
         self._runs = Runs(
@@ -221,11 +223,11 @@ class Worker:
     def _accept(self, served: _Served, delivery: Delivery) -> None:
         if self._state == "stopped":
             return  # left to the broker
-        found = self._read(served.service, delivery)
-        if found is None:
+        request = self._read(served.service, delivery)
+        if request is None:
             delivery.ack()
             return
-        key = found.reply_to or b"", found.correlation_id or b""
+        key = request.reply_to, request.correlation_id
         if delivery.redelivered and self._runs.adopt(key, delivery):
             return  # it came over a session that was lost, and still runs here
         if self._cancels and self._cancels.pop(key, None) is not None:
@@ -238,7 +240,7 @@ class Worker:
                 raise TooLarge(f"the properties are {len(delivery.properties)} bytes; the limit is {MAX_PROPERTIES}")
             job = admit(
                 served.service,
-                found,
+                request,
                 delivery.body,
                 delivery.body_size,
                 redelivered=delivery.redelivered,
@@ -253,23 +255,25 @@ class Worker:
         else:
             self._runs.begin(Running(delivery, key), job)
 
-    def _read(self, service: Service, delivery: Delivery) -> Properties | None:
-        """The request's properties, or None where it cannot be answered, and so is not run."""
+    def _read(self, service: Service, delivery: Delivery) -> Request | None:
+        """What the request says, or None where it cannot be answered, and so is not run."""
         try:
-            found = wire.read_properties(delivery.properties)
+            request = wire.read_request(delivery.properties)
         except MalformedProperties as error:
             log.warning("request refused", service=service.name, cause=str(error))
             return None
-        reply_to = found.reply_to
+        reply_to = request.reply_to
+        if request.correlation_id and reply_to.startswith(self._reply_prefixes):
+            return request
         if not reply_to:
-            return found
-        if not found.correlation_id:
+            return request
+        if not request.correlation_id:
             why = "it wants a reply and has no correlation_id"
-        elif self._names.may_reply_to(reply_to) or any(it.fullmatch(reply_to) for it in self._may_reply_to):
-            return found
+        elif any(it.fullmatch(reply_to) for it in self._may_reply_to):
+            return request
         else:
             why = f"its reply_to is {reply_to!r}; the worker's option reply_to says what else is allowed"
-        correlation_id = (found.correlation_id or b"").decode("utf-8", "replace")
+        correlation_id = request.correlation_id.decode("utf-8", "replace")
         log.warning("request refused", service=service.name, correlation_id=correlation_id, cause=why)
         return None
 
@@ -321,7 +325,7 @@ class Worker:
             log.warning("control message dropped", cause="it has no reply_to or no correlation_id")
         elif found.type == wire.CANCEL:
             self._cancel((reply_to, correlation_id), found)
-        elif found.type == wire.PING and self._names.may_reply_to(reply_to):
+        elif found.type == wire.PING and reply_to.startswith(self._reply_prefixes):
             properties = wire.ReplyEncoder().encode(wire.RESULT, correlation_id, None, 0.0)
             body = wire.dumps({"services": [service.name for service in self.services], "name": self.options.name})
             self._transport.publish(Outgoing(b"", reply_to, correlation_id, properties, body, lambda _: None))

@@ -107,9 +107,11 @@ class Lane:
         try:
             if method == DELIVER:
                 at = 5 + payload[4]
-                (self._tag,) = _U64.unpack_from(payload, at)
+                self._tag = int.from_bytes(payload[at : at + 8], "big")
                 self._redelivered = payload[at + 8] & 1 == 1
-                _check_end(payload, _after_short(payload, _after_short(payload, at + 9)))
+                at += 10 + payload[at + 9]  # after the exchange
+                if at + 1 + payload[at] != len(payload):  # after the routing key
+                    _check_end(payload, at + 1 + payload[at])
                 self._method = method
                 return True
             if method in (ACK, NACK):

@@ -107,6 +107,6 @@ class Names:
         """Whether a queue is one whose expiry proves that the request never ran."""
         return queue.startswith(self._once)
 
-    def may_reply_to(self, reply_to: bytes) -> bool:
-        """Whether a worker replies to a queue of this name: a server-named one, a reply queue, or direct reply-to."""
-        return reply_to.startswith((b"amq.gen-", DIRECT_REPLY_TO + b".", f"{self.namespace}.reply.".encode()))
+    def reply_prefixes(self) -> tuple[bytes, ...]:
+        """How the queues begin that a worker replies to: server-named ones, reply queues, and direct reply-to."""
+        return b"amq.gen-", DIRECT_REPLY_TO + b".", f"{self.namespace}.reply.".encode()

@@ -643,8 +643,7 @@ async def test_closing_all_connections_under_load_settles_every_call_and_both_si
         callers = [asyncio.create_task(caller()) for _ in range(60)]
         while len(runs) < 100:
             await asyncio.sleep(0.01)
-        under_way = client.in_flight
-        assert under_way == 60
+        assert client.in_flight > 30  # there is a load to cut
         await place.cut(client, worker)
         cut_at = len(outcomes)
         while not any(isinstance(it, OutcomeUnknown) for it in outcomes.values()):

@@ -170,7 +170,6 @@ async def test_lifespans_are_left_in_reverse_and_one_that_raises_does_not_keep_t
         "second left",
         "first left",
     ]
-    assert await worker.stop()
     async with Client(f"memory://{namespace}") as client:
         with pytest.raises(ServiceUnavailable):
             await client.call("first.work")
