@@ -45,6 +45,8 @@ class BrokerURL:
 
 def mask(url: str) -> str:
     """The URL with its password hidden, for logs and messages: all up to the last @, for it may not be quoted."""
+    if "://" not in url:  # no URL, and all the more reason not to show what may be a password
+        return re.sub(r".*@", "***@", url, flags=re.DOTALL)
     return re.sub(r"(://[^:@/?#]*):.*@", r"\1:***@", url, flags=re.DOTALL)
 
 
