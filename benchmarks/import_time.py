@@ -24,7 +24,7 @@ def seconds(statement: str) -> float:
     code = f"import time; began = time.perf_counter(); {statement}; print(time.perf_counter() - began)"
     # Installed packages come with their bytecode: a checkout must be allowed to keep its own, too.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    ran = subprocess.run(  # noqa: S603
+    ran = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False
     )
     if ran.returncode:

@@ -61,8 +61,8 @@ async def serve(services: Sequence[Service], url: str | None, **options: Unpack[
     handler that does not let itself be stopped would hold it up for as long as it likes.
     """
     worker = Worker(*services, url=url, **options)
-    # A worker makes and drops thousands of small objects a second, none of which are cycles. Looking through all of
-    # them, and all that was imported, each 700 took a fifth of its CPU time (`make bench`, 1000 calls in flight).
+    # A worker makes and drops thousands of small objects a second, few of which are cycles: by default the garbage
+    # collector looks for them after each 700 more, and at all that was imported, which costs more than it finds.
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     loop = asyncio.get_running_loop()

@@ -21,7 +21,11 @@ def test_the_quickstart_does_what_it_says(rabbitmq_url: str, tmp_path: Path) -> 
     (tmp_path / "caller.py").write_text(caller)
     commands = [line for line in blocks("sh")[0].splitlines() if line.startswith("rpcq ")]
     assert commands == ["rpcq worker things:calculator &", "rpcq call calculator.add x=1 y=2"]
-    environment = {**os.environ, "RPCQ_URL": rabbitmq_url, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        "RPCQ_URL": rabbitmq_url,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     script = f"""
         {commands[0]}
         worker=$!

@@ -166,7 +166,7 @@ async def test_amqps_never_speaks_in_plain_text(namespace: str) -> None:
 
     server = await asyncio.start_server(listen, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    with pytest.raises(ConnectionError, match="TLS|amqps"):
+    with pytest.raises(ConnectionError, match=r"TLS|amqps"):
         await Client(f"amqps://guest:secret@127.0.0.1:{port}/", namespace=namespace).connect()
     said = await first.get()
     assert said[:2] == b"\x16\x03"  # a TLS handshake record

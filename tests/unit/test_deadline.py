@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import time
-from dataclasses import FrozenInstanceError
 
 import pytest
 
@@ -33,7 +32,7 @@ def test_what_remains_of_a_deadline_that_passed_is_negative() -> None:
 
 
 def test_a_deadline_cannot_be_changed() -> None:
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(AttributeError):
         Deadline(1.0).at = 2.0  # type: ignore[misc]
 
 
