@@ -1,0 +1,313 @@
+"""What is easy to get wrong: handlers that misbehave, endings at awkward moments, answers that come twice."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Self
+
+import pytest
+
+from places import Place
+from rpcq import (
+    CallTimeout,
+    ClosedError,
+    DomainError,
+    MethodNotFound,
+    OutcomeUnknown,
+    RemoteError,
+    ServiceUnavailable,
+    wire,
+)
+from rpcq.settings import ConnectionOptions
+from rpcq.transport.base import Delivery, Listener, Outgoing, Subscription, Transport
+from rpcq.transport.opening import open_transport
+from rpcq.transport.topology import Names
+
+
+class Odd(BaseException):
+    """No Exception, and yet a handler's."""
+
+
+class Broken(DomainError):
+    pass
+
+
+async def test_whatever_a_handler_raises_its_caller_is_told_and_its_slot_is_free_again(place: Place) -> None:
+    service = place.service(errors=[Broken])
+    errors = [
+        Odd("odd"),
+        GeneratorExit("gone"),
+        BaseExceptionGroup("group", [Odd("odd")]),
+        asyncio.CancelledError("by itself"),
+        Broken("lone surrogate \ud800", details=object()),
+        Broken(404, details={1j}),  # type: ignore[arg-type]
+    ]
+    in_threads = [*errors, StopIteration("stopped"), KeyboardInterrupt("in a thread"), SystemExit(3)]
+
+    @service.method
+    async def coroutine(number: int) -> None:
+        raise errors[number]
+
+    @service.method
+    def thread(number: int) -> None:
+        raise in_threads[number]
+
+    async with place.worker(service, prefetch=2) as worker, place.client(timeout=10) as client:
+        for method, count in (("coroutine", len(errors)), ("thread", len(in_threads))):
+            for number in range(count):
+                with pytest.raises(RemoteError) as caught:
+                    await client.call(f"things.{method}", number=number)
+                assert caught.value.executed == "yes"
+        assert worker.in_flight == 0
+
+
+async def test_a_handler_that_will_not_be_cancelled_does_not_hold_up_the_end(place: Place) -> None:
+    service, started, release = place.service(), asyncio.Event(), asyncio.Event()
+
+    @service.method
+    async def stubborn() -> None:
+        started.set()
+        while not release.is_set():
+            try:
+                await release.wait()
+            except asyncio.CancelledError:
+                continue
+
+    async with place.client() as client:
+        worker = place.worker(service, grace=0.1)
+        await worker.start()
+        call = asyncio.create_task(client.call("things.stubborn"))
+        await started.wait()
+        assert await asyncio.wait_for(worker.stop(), 10) is False
+        release.set()
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+
+
+async def test_what_waits_for_a_thread_until_its_deadline_never_runs_and_its_caller_knows(place: Place) -> None:
+    """Threads of calls that were given up still hold their places; a further call finds none free."""
+    service, gate, began, started = place.service(), threading.Event(), [], asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    @service.method
+    def block(name: str) -> None:
+        began.append(name)
+        loop.call_soon_threadsafe(started.set)
+        gate.wait(20)
+
+    async with place.worker(service, prefetch=1) as worker, place.client(timeout=20) as client:
+        first = asyncio.create_task(client.call("things.block", name="first"))
+        await started.wait()
+        # Its delivery comes again over a new session only if it is forgotten here: this is what a lost one leaves.
+        worker._runs._by_key.clear()
+        await place.cut(client, worker)
+        with pytest.raises(OutcomeUnknown):
+            await first
+        with pytest.raises(CallTimeout) as caught:
+            await client.with_options(timeout=3).call("things.block", name="second")
+        assert caught.value.executed == "no"
+        gate.set()
+        assert began == ["first"]
+
+
+async def test_slots_are_free_and_replies_sent_after_connections_were_cut_again_and_again(place: Place) -> None:
+    service = place.service()
+
+    @service.method(idempotent=True)
+    async def work(x: int) -> int:
+        await asyncio.sleep(0.005)
+        return x
+
+    async with place.worker(service, prefetch=10) as worker, place.client() as client:
+        stop = asyncio.Event()
+        answered = 0
+
+        async def caller() -> None:
+            nonlocal answered
+            while not stop.is_set():
+                try:
+                    assert await client.call("things.work", x=5) == 5
+                    answered += 1
+                except (OutcomeUnknown, ServiceUnavailable):
+                    continue
+
+        callers = [asyncio.create_task(caller()) for _ in range(20)]
+        for _ in range(4):
+            seen = answered
+            while answered < seen + 50:  # noqa: ASYNC110 - under load, each time
+                await asyncio.sleep(0.01)
+            await place.cut(client, worker)
+        seen = answered
+        while answered < seen + 50:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        stop.set()
+        await asyncio.gather(*callers)
+        while worker.in_flight:  # noqa: ASYNC110 - replies of calls given up find nobody, and are acknowledged
+            await asyncio.sleep(0.01)
+        assert client.in_flight == 0
+
+
+async def test_closing_while_opening_leaves_nothing_open(place: Place) -> None:
+    client = place.client()
+    opening = asyncio.create_task(client.connect())
+    await asyncio.sleep(0)
+    await client.close()
+    (opened,) = await asyncio.gather(opening, return_exceptions=True)
+    assert opened is client or isinstance(opened, ClosedError)  # it may have been open before it was closed
+    with pytest.raises(ClosedError):
+        await client.call("things.anything")
+    assert not client._transport.can_publish
+
+
+async def test_a_cancelled_close_goes_on_and_can_be_awaited_again(place: Place) -> None:
+    client = place.client()
+    await client.connect()
+    closing = asyncio.create_task(client.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    await client.close()
+    assert not client._transport.can_publish
+
+
+async def test_a_cancelled_stop_goes_on_and_tells_the_truth_when_awaited_again(place: Place) -> None:
+    service, started = place.service(), asyncio.Event()
+
+    @service.method
+    async def stick() -> None:
+        started.set()
+        await asyncio.sleep(20)
+
+    async with place.client() as client:
+        worker = place.worker(service, grace=0.3)
+        await worker.start()
+        call = asyncio.create_task(client.call("things.stick"))
+        await started.wait()
+        stopping = asyncio.create_task(worker.stop())
+        await asyncio.sleep(0.05)
+        stopping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stopping
+        assert await worker.stop() is False
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+
+
+async def test_calls_given_up_in_an_outage_are_not_kept(place: Place) -> None:
+    async with place.client() as client:
+        client._encoder = None  # as while the consuming session is down
+        client._consuming_up.clear()
+        calls = [
+            asyncio.create_task(client.with_options(timeout=0.2).call("things.x", text="x" * 1000)) for _ in range(50)
+        ]
+        await asyncio.sleep(0)
+        assert len(client._waiting) == 50
+        for call in calls[:25]:
+            call.cancel()
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(it, asyncio.CancelledError) for it in outcomes[:25])
+        for outcome in outcomes[25:]:
+            assert isinstance(outcome, ServiceUnavailable)
+            assert outcome.executed == "no"
+            assert "no connection to the broker" in str(outcome)
+        assert not client._waiting
+        assert client.in_flight == 0
+
+
+class HandMade:
+    """A worker of the service "things" that answers as the test says."""
+
+    def __init__(self, place: Place) -> None:
+        self.names = Names(place.namespace)
+        self.transport: Transport = open_transport(place.url, ConnectionOptions(namespace=place.namespace))
+        self.queue = self.names.request_queue("things", place.queue_type)
+        self.requests: asyncio.Queue[tuple[wire.Request, Delivery]] = asyncio.Queue()
+
+    def _on_delivery(self, delivery: Delivery) -> None:
+        self.requests.put_nowait((wire.read_request(delivery.properties), delivery))
+
+    async def __aenter__(self) -> Self:
+        nobody = Listener(*[lambda *_: None] * 5)
+        subscription = Subscription(self.queue, self._on_delivery, prefetch=10)
+        await self.transport.start([self.names.requests, self.names.control], [subscription], nobody)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.transport.close()
+
+    def answer(self, request: wire.Request, kind: bytes, body: bytes) -> None:
+        properties = wire.ReplyEncoder().encode(kind, request.correlation_id, None, 0.0)
+        self.transport.publish(
+            Outgoing(b"", request.reply_to, request.correlation_id, properties, body, lambda _: None)
+        )
+
+
+AWAY = b'{"code": "UNAVAILABLE", "message": "shuts down", "executed": "no", "retryable": true, "details": null}'
+LOST = b'{"code": "ABORTED", "message": "lost", "executed": "maybe", "retryable": false, "details": null}'
+UNKNOWN_METHOD = b'{"code": "UNIMPLEMENTED", "message": "none", "executed": "no", "retryable": false, "details": null}'
+
+
+async def test_a_call_turned_away_twice_over_one_request_is_sent_again_once(place: Place) -> None:
+    async with HandMade(place) as worker, place.client() as client:
+        call = asyncio.create_task(client.call("things.work"))
+        first, delivery = await worker.requests.get()
+        delivery.ack()
+        worker.answer(first, wire.ERROR, AWAY)
+        second, delivery = await worker.requests.get()
+        delivery.ack()
+        worker.answer(first, wire.ERROR, AWAY)  # published twice: its confirm was lost
+        worker.answer(first, wire.ERROR, LOST)  # or redelivered, and answered by another worker
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(worker.requests.get(), 0.3)
+        assert not call.done()
+        worker.answer(second, wire.RESULT, b'"done"')
+        assert await call == "done"
+        assert first.attempt == second.attempt == 1
+        assert first.correlation_id != second.correlation_id
+
+
+async def test_an_error_of_a_later_attempt_does_not_say_that_the_call_did_not_run(place: Place) -> None:
+    async with HandMade(place) as worker, place.client() as client:
+        call = asyncio.create_task(client.with_options(idempotent=True).call("things.work"))
+        first, delivery = await worker.requests.get()
+        delivery.ack()
+        worker.answer(first, wire.ERROR, LOST)
+        second, delivery = await worker.requests.get()
+        delivery.ack()
+        assert (second.attempt, second.idempotency_key) == (2, first.idempotency_key)
+        worker.answer(second, wire.ERROR, UNKNOWN_METHOD)
+        with pytest.raises(MethodNotFound) as caught:
+            await call
+        assert (caught.value.executed, caught.value.retryable) == ("maybe", False)
+
+
+async def test_a_late_result_of_an_earlier_request_answers_the_call(place: Place) -> None:
+    async with HandMade(place) as worker, place.client() as client:
+        call = asyncio.create_task(client.with_options(idempotent=True).call("things.work"))
+        first, delivery = await worker.requests.get()
+        delivery.ack()
+        worker.answer(first, wire.ERROR, LOST)
+        _, delivery = await worker.requests.get()
+        delivery.ack()
+        worker.answer(first, wire.RESULT, b'"late"')
+        assert await call == "late"
+
+
+async def test_duplicate_late_and_stray_replies_are_dropped_and_counted(place: Place) -> None:
+    async with HandMade(place) as worker, place.client() as client:
+        call = asyncio.create_task(client.call("things.work"))
+        request, delivery = await worker.requests.get()
+        delivery.ack()
+        for body in (b"1", b"2", b"3"):
+            worker.answer(request, wire.RESULT, body)
+        assert await call == 1
+        stray = wire.Request(b"nobody's", request.reply_to, None)
+        worker.answer(stray, wire.RESULT, b"4")
+        other = asyncio.create_task(client.call("things.work"))
+        request, delivery = await worker.requests.get()
+        delivery.ack()
+        worker.answer(request, wire.RESULT, b"5")
+        assert await other == 5
+        assert client._calls.unmatched == 3
