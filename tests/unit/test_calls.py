@@ -1,0 +1,249 @@
+"""How a call ends: the table, row by row, and any interleaving of what can happen."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from rpcq.calls import MAX_ATTEMPTS, TRANSITIONS, Act, Call, Event, Outcome, PendingCalls, State, honest
+from rpcq.errors import (
+    CallError,
+    CallTimeout,
+    ConfigurationError,
+    InvalidParams,
+    OutcomeUnknown,
+    Overloaded,
+    ServiceUnavailable,
+)
+from rpcq.wire import RESULT, Reply
+
+REPLY = Reply(b"id", RESULT, b"1")
+
+
+class Waiting(Call):
+    """A call that remembers what became of it."""
+
+    def __init__(self, correlation_id: bytes, *, idempotent: bool = False) -> None:
+        super().__init__(correlation_id, idempotent=idempotent)
+        self.outcomes: list[Outcome] = []
+        self.agains = 0
+
+    def settle(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+
+    def again(self) -> None:
+        self.agains += 1
+
+
+def begun(state: State, *, idempotent: bool = False) -> tuple[PendingCalls, Waiting]:
+    calls = PendingCalls(10)
+    call = Waiting(calls.next_id(), idempotent=idempotent)
+    calls.add(call)
+    if state is not State.CREATED:
+        calls.write(call)
+    if state is State.CONFIRMED:
+        calls.happened(call, Event.CONFIRM)
+    assert call.state is state
+    return calls, call
+
+
+SENT = (State.WRITTEN, State.CONFIRMED)
+EVERY = (State.CREATED, *SENT)
+
+
+@pytest.mark.parametrize(
+    ("states", "event", "error", "executed", "retryable"),
+    [
+        (SENT, Event.LOST, OutcomeUnknown, "maybe", False),
+        (SENT, Event.WORKER_LOST, OutcomeUnknown, "maybe", False),
+        ((State.WRITTEN,), Event.RETURNED, ServiceUnavailable, "no", True),
+        ((State.WRITTEN,), Event.REFUSED, Overloaded, "no", True),
+        (SENT, Event.EXPIRED_UNRUN, CallTimeout, "no", True),
+        (SENT, Event.EXPIRED, CallTimeout, "maybe", False),
+        (SENT, Event.DEADLINE, CallTimeout, "maybe", False),
+        (SENT, Event.DEADLINE_BLOCKED, CallTimeout, "maybe", False),
+        ((State.CREATED,), Event.DEADLINE, ServiceUnavailable, "no", True),
+        ((State.CREATED,), Event.DEADLINE_BLOCKED, Overloaded, "no", True),
+        (SENT, Event.CLOSE, OutcomeUnknown, "maybe", False),
+        ((State.CREATED,), Event.CLOSE, ServiceUnavailable, "no", True),
+    ],
+)
+def test_an_event_ends_a_call_with_one_honest_error(
+    states: tuple[State, ...], event: Event, error: type[CallError], executed: str, retryable: bool
+) -> None:
+    for state in states:
+        calls, call = begun(state)
+        calls.happened(call, event, why="the cause")
+        (outcome,) = call.outcomes
+        assert type(outcome) is error
+        assert (outcome.executed, outcome.retryable) == (executed, retryable)
+        assert outcome.correlation_id == call.correlation_id.decode()
+        assert "the cause" in str(outcome)
+        assert len(calls) == 0
+        assert call.state is State.DONE
+
+
+@pytest.mark.parametrize("state", EVERY)
+def test_a_reply_answers_a_call_in_every_state(state: State) -> None:
+    calls, call = begun(state)
+    calls.happened(call, Event.REPLY, REPLY)
+    assert call.outcomes == [REPLY]
+    assert len(calls) == 0
+
+
+@pytest.mark.parametrize("event", [Event.TURNED_AWAY, Event.UNSENT])
+def test_a_request_that_certainly_did_not_run_is_sent_again_whatever_the_call(event: Event) -> None:
+    calls, call = begun(State.WRITTEN)
+    calls.happened(call, event)
+    assert (call.agains, call.attempt, call.outcomes, call.state) == (1, 1, [], State.CREATED)
+
+
+@pytest.mark.parametrize("event", [Event.LOST, Event.WORKER_LOST])
+def test_an_idempotent_call_is_sent_again_a_few_times(event: Event) -> None:
+    calls, call = begun(State.WRITTEN, idempotent=True)
+    for attempt in range(2, MAX_ATTEMPTS + 1):
+        calls.happened(call, event)
+        assert (call.attempt, call.outcomes) == (attempt, [])
+        calls.write(call)
+    calls.happened(call, event)
+    (outcome,) = call.outcomes
+    assert isinstance(outcome, OutcomeUnknown)
+
+
+@pytest.mark.parametrize("event", [Event.RETURNED, Event.REFUSED, Event.EXPIRED_UNRUN])
+def test_no_later_attempt_says_that_the_call_did_not_run(event: Event) -> None:
+    calls, call = begun(State.WRITTEN, idempotent=True)
+    calls.happened(call, Event.LOST)
+    calls.write(call)
+    calls.happened(call, event)
+    (outcome,) = call.outcomes
+    assert isinstance(outcome, CallError)
+    assert (outcome.executed, outcome.retryable) == ("maybe", False)
+    told = honest(call, InvalidParams("by a worker"))
+    assert (told.executed, told.retryable) == ("maybe", False)
+
+
+def test_every_request_has_an_id_of_its_own_and_each_finds_its_call() -> None:
+    calls, call = begun(State.WRITTEN)
+    first = call.request_id
+    calls.happened(call, Event.TURNED_AWAY)
+    second = calls.write(call)
+    assert first != second
+    assert calls.get(first) is calls.get(second) is call
+    assert (calls.get(b"another"), calls.get(b"another.2"), calls.unmatched) == (None, None, 2)
+
+
+def test_a_cancelled_call_is_forgotten() -> None:
+    for state in EVERY:
+        calls, call = begun(state)
+        assert calls.is_pending(call)
+        calls.happened(call, Event.CANCEL)
+        assert (call.outcomes, len(calls), calls.is_pending(call)) == ([], 0, False)
+
+
+def test_the_table_is_bounded() -> None:
+    calls = PendingCalls(2)
+    for _ in range(2):
+        calls.add(Waiting(calls.next_id()))
+    with pytest.raises(Overloaded, match="2 calls are under way"):
+        calls.add(Waiting(calls.next_id()))
+
+
+def test_a_correlation_id_that_is_taken_is_refused() -> None:
+    calls, call = begun(State.CREATED)
+    with pytest.raises(ConfigurationError, match="under way already"):
+        calls.add(Waiting(call.correlation_id))
+    assert list(calls) == [call]
+
+
+def test_ids_of_clients_and_calls_differ() -> None:
+    ids = {calls.next_id() for calls in (PendingCalls(1), PendingCalls(1)) for _ in range(1000)}
+    assert len(ids) == 2000
+
+
+def test_a_call_that_has_ended_never_changes() -> None:
+    assert not [state for state, _ in TRANSITIONS if state is State.DONE]
+    calls, call = begun(State.WRITTEN)
+    calls.happened(call, Event.REPLY, REPLY)
+    for event in Event:
+        calls.happened(call, event, REPLY)
+    assert call.outcomes == [REPLY]
+
+
+def test_nothing_that_may_have_run_is_sent_again_for_certain() -> None:
+    for transition in TRANSITIONS.values():
+        if transition.act is Act.AGAIN:
+            assert transition.executed == "no"
+        if transition.act is Act.AGAIN_OR_FAIL:
+            assert transition.executed == "maybe"
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Whatever happens in whatever order, each call ends once, and honestly."""
+
+    under_way: Bundle[Waiting] = Bundle("under_way")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = PendingCalls(5)
+        self.all: list[Waiting] = []
+        self.cancelled: set[Waiting] = set()
+        self.may_have_run: set[Waiting] = set()
+
+    @rule(target=under_way, idempotent=st.booleans())
+    def begin(self, idempotent: bool) -> Waiting:
+        call = Waiting(self.calls.next_id(), idempotent=idempotent)
+        if len(self.calls) == 5:
+            with pytest.raises(Overloaded):
+                self.calls.add(call)
+            call.settle(REPLY)  # it never began
+            call.state = State.DONE
+        else:
+            self.calls.add(call)
+        self.all.append(call)
+        return call
+
+    @rule(call=under_way)
+    def write(self, call: Waiting) -> None:
+        if call.state is State.CREATED:
+            self.calls.write(call)
+
+    @rule(call=under_way, event=st.sampled_from([it for it in Event if it not in (Event.WRITE, Event.CANCEL)]))
+    def happen(self, call: Waiting, event: Event) -> None:
+        before, agains = call.state, call.agains
+        self.calls.happened(call, event, REPLY if event is Event.REPLY else None)
+        if before in SENT and event in (Event.LOST, Event.WORKER_LOST):
+            self.may_have_run.add(call)
+            assert call.agains == agains or call.idempotent
+
+    @rule(call=under_way)
+    def cancel(self, call: Waiting) -> None:
+        if call.state is not State.DONE:
+            self.cancelled.add(call)
+        self.calls.happened(call, Event.CANCEL)
+
+    @rule(call=consumes(under_way))
+    def expire(self, call: Waiting) -> None:
+        self.calls.happened(call, Event.DEADLINE)
+        assert call.state is State.DONE
+
+    @invariant()
+    def each_call_ends_once(self) -> None:
+        for call in self.all:
+            ended = call.state is State.DONE
+            assert len(call.outcomes) == (1 if ended and call not in self.cancelled else 0)
+            assert self.calls.is_pending(call) == (not ended)
+            assert call.attempt <= MAX_ATTEMPTS
+            if call in self.may_have_run and call.outcomes and isinstance(call.outcomes[0], CallError):
+                assert call.outcomes[0].executed != "no"
+
+    def teardown(self) -> None:
+        for call in self.all:
+            self.calls.happened(call, Event.DEADLINE)
+        assert len(self.calls) == 0
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
