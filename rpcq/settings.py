@@ -83,7 +83,7 @@ class CallSettings(TypedDict, total=False):
     metadata: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CallOptions:
     """How a call is made.
 
@@ -136,7 +136,7 @@ class ConnectionSettings(TypedDict, total=False):
     max_body: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ConnectionOptions:
     """How the broker is reached.
 
@@ -173,7 +173,7 @@ class ClientSettings(ConnectionSettings, total=False):
     max_in_flight: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ClientOptions(ConnectionOptions):
     """How a client behaves.
 
@@ -200,7 +200,7 @@ class WorkerSettings(ConnectionSettings, total=False):
     reply_to: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class WorkerOptions(ConnectionOptions):
     """How a worker behaves.
 
