@@ -22,7 +22,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter
 from rpcq import wire
 from rpcq.deadline import Deadline
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply
-from rpcq.settings import CallOptions, check_name
+from rpcq.settings import CallOptions, check_errors, check_name
 
 METHOD_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,100}\Z")
 """A method's name has no dot: `a.b.c` is method `c` of service `a.b`."""
@@ -94,15 +94,14 @@ class Method:
         self.label = f"{service}.{name}"
         self.name = name
         self.handler = handler
-        self.is_async = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
-            getattr(handler, "__call__", None)  # noqa: B004 - whether calling the object gives a coroutine
-        )
+        function = _function(handler)
+        self.is_async = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(function)
         self.idempotent = idempotent
         self.errors = errors
         self.timeout = timeout
-        if inspect.isgeneratorfunction(handler) or inspect.isasyncgenfunction(handler):
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise ConfigurationError(f"{self.label} is a generator; a method returns one value")
-        hints = type_hints(self.label, handler)
+        hints = type_hints(self.label, function)
         self.context_parameter, signature = _without_context(self.label, handler, hints)
         self._parameters = _parameters_adapter(self.label, signature)
         self._read = self._parameters.validator.validate_json
@@ -235,7 +234,7 @@ class Service:
         self.name = check_name("the service", name)
         if queue_type not in ("classic", "quorum"):
             raise ConfigurationError(f"service {name!r} has the queue type {queue_type!r}; it is 'classic' or 'quorum'")
-        options = CallOptions(timeout=timeout, queue=queue, errors=tuple(errors))
+        options = CallOptions(timeout=timeout, queue=queue, errors=check_errors(errors))
         if queue == name:
             raise ConfigurationError(
                 f"service {name!r} has a queue of its own name, and would get back what that gives up; rename one"
@@ -302,7 +301,7 @@ class Service:
                 called,
                 handler,
                 idempotent=idempotent,
-                errors=CallOptions(errors=(*self.errors, *errors)).errors,
+                errors=(*self.errors, *check_errors(errors)),
                 timeout=timeout,
             )
             return handler
@@ -353,7 +352,7 @@ def contract(
         idempotent: names of methods that may be sent again where an attempt may have been lost.
 
     """
-    said = Contract(check_name("the service", service), tuple(errors), frozenset(idempotent))
+    said = Contract(check_name("the service", service), check_errors(errors), frozenset(idempotent))
 
     def mark(api: C) -> C:
         unknown = sorted(name for name in said.idempotent if not callable(getattr(api, name, None)))
@@ -365,18 +364,22 @@ def contract(
     return mark
 
 
-def type_hints(label: str, handler: Callable[..., Any]) -> dict[str, Any]:
+def _function(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that runs where the handler is called: a partial's, an object's `__call__`, or itself."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    return handler if inspect.isroutine(handler) or not callable(handler) else handler.__call__  # type: ignore[operator]
+
+
+def type_hints(label: str, function: Callable[..., Any]) -> dict[str, Any]:
     """The annotations of a function, resolved.
 
     Raises:
         ConfigurationError: they cannot be.
 
     """
-    while isinstance(handler, functools.partial):
-        handler = handler.func
-    target = handler if inspect.isroutine(handler) or not callable(handler) else handler.__call__  # type: ignore[operator]
     try:
-        return typing.get_type_hints(target, include_extras=True)
+        return typing.get_type_hints(function, include_extras=True)
     except (NameError, AttributeError, SyntaxError, TypeError) as error:
         msg = f"{label} has an annotation that cannot be resolved where it stands: {error}"
         raise ConfigurationError(msg) from error
@@ -389,11 +392,15 @@ def _without_context(
     context_parameter = None
     parameters = []
     bound = handler.keywords if isinstance(handler, functools.partial) else ()
-    for at, parameter in enumerate(inspect.signature(handler).parameters.values()):
+    try:
+        given = inspect.signature(handler).parameters.values()
+    except ValueError as error:  # some builtins
+        raise ConfigurationError(f"{label} does not say what parameters it takes: {error}") from error
+    for at, parameter in enumerate(given):
         hint = hints.get(parameter.name, Any)
         if parameter.name in bound:
             continue  # the program's to give, not the caller's
-        if Context in (hint, *typing.get_args(hint)):
+        if any(it is Context for it in (hint, *typing.get_args(hint))):
             by_position = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
             if context_parameter is not None or not (by_position or parameter.kind is parameter.KEYWORD_ONLY):
                 msg = f"{label} takes its Context in one parameter that can be given by name"

@@ -58,6 +58,21 @@ def _check_several(name: str, value: Any) -> tuple[Any, ...]:
     return tuple(value)
 
 
+def check_errors(errors: Any) -> tuple[type[DomainError], ...]:
+    """The domain errors in a tuple, list or other iterable.
+
+    Raises:
+        ConfigurationError: it is none, or holds something else.
+
+    """
+    kinds = _check_several("errors", errors)
+    for kind in kinds:
+        if not (isinstance(kind, type) and issubclass(kind, DomainError)):
+            msg = f"errors holds {kind!r}; it holds subclasses of DomainError"
+            raise ConfigurationError(msg)
+    return kinds
+
+
 def _check_count(name: str, value: int, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         msg = f"{name} is {value!r}; it is a whole number from {least} to {most}"
@@ -106,11 +121,7 @@ class CallOptions:
 
     def __post_init__(self) -> None:
         _check_seconds("timeout", self.timeout, MAX_TIMEOUT)
-        object.__setattr__(self, "errors", _check_several("errors", self.errors))
-        for kind in self.errors:
-            if not (isinstance(kind, type) and issubclass(kind, DomainError)):
-                msg = f"errors holds {kind!r}; it holds subclasses of DomainError"
-                raise ConfigurationError(msg)
+        object.__setattr__(self, "errors", check_errors(self.errors))
         if self.queue is not None and not 1 <= _size(self.queue) <= 255:
             msg = f"queue is {self.queue!r}; the name of a queue has 1 to 255 bytes"
             raise ConfigurationError(msg)

@@ -13,10 +13,12 @@ from rpcq import (
     CallTimeout,
     ClosedError,
     DomainError,
+    InvalidParams,
     MethodNotFound,
     OutcomeUnknown,
     RemoteError,
     ServiceUnavailable,
+    TooLarge,
     wire,
 )
 from rpcq.settings import ConnectionOptions
@@ -311,3 +313,32 @@ async def test_duplicate_late_and_stray_replies_are_dropped_and_counted(place: P
         worker.answer(request, wire.RESULT, b"5")
         assert await other == 5
         assert client._calls.unmatched == 3
+
+
+async def test_headers_over_the_limit_are_refused_before_anything_is_sent_and_again_by_the_worker(place: Place) -> None:
+    service, runs = place.service(), []
+
+    @service.method(idempotent=True)
+    async def work() -> None:
+        runs.append("work")
+
+    async with place.worker(service), place.client() as client:
+        for size in (8_200, 200_000):
+            with pytest.raises(TooLarge, match="the limit is 8192") as caught:
+                await client.with_options(metadata={"x-large": "x" * size}).call("things.work")
+            assert caught.value.executed == "no"
+            assert client.in_flight == 0
+        await client.with_options(metadata={"x-large": "x" * 8_000}).call("things.work")
+        call = asyncio.create_task(client.call("things.work"))
+        # A client that is not rpcq's keeps to no limit of ours.
+        encoder = client._encoder
+        assert encoder is not None
+        original = encoder.encode
+        encoder.encode = (
+            lambda *args, **options: original(  # type: ignore[method-assign]
+                *args[:4], wire.encode_headers(key=None, attempt=1, metadata={"x-a": "x" * 8_000}) * 2, **options
+            )
+        )
+        with pytest.raises(InvalidParams, match="the properties are"):
+            await call
+    assert runs == ["work"]

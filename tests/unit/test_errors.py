@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rpcq import errors, wire
@@ -64,6 +64,10 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
+)
+
+dozens = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 
 
@@ -309,6 +313,7 @@ def test_a_body_that_is_no_error_is_an_invalid_reply_that_may_have_run(body: Any
     assert got.executed == "maybe"
 
 
+@dozens
 @given(
     JSON
     | st.fixed_dictionaries(

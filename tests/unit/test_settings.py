@@ -52,7 +52,7 @@ def test_keyword_arguments_and_option_objects_have_the_same_names_and_types(opti
 def test_defaults_can_be_used_and_cannot_be_changed(options: Any) -> None:
     made = options()
     with pytest.raises(FrozenInstanceError):
-        made.timeout = 5
+        setattr(made, fields(made)[0].name, None)
     assert replace(made) == made
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rpcq.errors import ConfigurationError
 from rpcq.url import BrokerURL, mask, parse
 
 SECRET = "s3cr3t"
+dozens = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+)
 
 
 def test_all_parts_of_a_url_are_read() -> None:
@@ -172,6 +175,7 @@ def test_a_masked_url_has_all_but_the_password(url: str, masked: str) -> None:
     assert mask(url) == masked
 
 
+@settings(dozens, max_examples=300)
 @given(st.text(alphabet="ab12:/?#@%, \n", max_size=20), st.text(alphabet="ab12:/?#@%,[]. ", max_size=10))
 def test_no_password_is_shown_whatever_it_is_made_of(noise: str, rest: str) -> None:
     url = f"amqp://user:{noise}{SECRET}{noise}@rabbit{rest}"
@@ -185,6 +189,7 @@ def test_no_password_is_shown_whatever_it_is_made_of(noise: str, rest: str) -> N
         assert SECRET not in found.vhost + repr(found.hosts)
 
 
+@settings(dozens, max_examples=300)
 @given(st.text(max_size=40))
 def test_any_text_is_a_url_or_refused(text: str) -> None:
     for url in (text, f"amqp://{text}"):

@@ -1,0 +1,818 @@
+"""Services and methods: what they take, what they return, and what is refused when they are defined."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import AsyncIterator, Callable, Iterator
+from decimal import Decimal
+from typing import Annotated, Any, Literal, Protocol
+from uuid import UUID
+
+import annotated_types
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, RootModel, field_validator
+from typing_extensions import TypedDict
+
+from rpcq import wire
+from rpcq.contract import Context as Ctx
+from rpcq.contract import Contract, Method, Service, contract, result_adapter
+from rpcq.deadline import Deadline
+from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply
+
+CONTEXT = Ctx(service="s", method="m", correlation_id="id", deadline=Deadline(1.0))
+
+
+class OutOfStock(DomainError):
+    """A service's own."""
+
+
+class CardDeclined(DomainError):
+    """Another one."""
+
+
+class Item(BaseModel):
+    sku: str = Field(alias="stockKeepingUnit")
+    price: float | None = None
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+
+    x: float
+
+
+class Basket(TypedDict):
+    items: list[Item]
+    note: str | None
+
+
+class Rate(RootModel[float]):
+    """A number alone."""
+
+
+class Picky(BaseModel):
+    x: int
+
+    @field_validator("x")
+    @classmethod
+    def check(cls, value: int) -> int:
+        if value == 13:
+            raise KeyError("the secret of 13")
+        return value
+
+
+@dataclasses.dataclass
+class Point:
+    x: float
+    y: float = 0.0
+
+
+def method(handler: Callable[..., Any], name: str = "m") -> Method:
+    service = Service("s")
+    service.method(name=name)(handler)
+    found = service.find(name)
+    assert found
+    return found
+
+
+def called(handler: Callable[..., Any], body: bytes | str) -> Any:
+    """What the handler returns for a request's body."""
+    it = method(handler)
+    args, named = it.read_params(body.encode() if isinstance(body, str) else body)
+    value = it.call(args, named, lambda: CONTEXT)
+    return asyncio.run(value) if inspect.iscoroutine(value) else value
+
+
+# Parameters.
+
+
+def add(x: int, y: int = 10) -> tuple[int, int]:
+    return x, y
+
+
+@pytest.mark.parametrize(
+    ("body", "result"),
+    [
+        ('{"x": 1, "y": 2}', (1, 2)),
+        ('{"y": 2, "x": 1}', (1, 2)),
+        ('{"x": 1}', (1, 10)),
+        ("[1, 2]", (1, 2)),
+        ("[1]", (1, 10)),
+        ("1", (1, 10)),
+        (" 1 ", (1, 10)),
+        ('\n\t {"x": 1}', (1, 10)),
+        (" [1, 2]", (1, 2)),
+        ('"7"', (7, 10)),
+        ("1.0", (1, 10)),
+    ],
+)
+def test_parameters_come_by_name_by_position_or_as_one_bare_scalar(body: str, result: tuple[int, int]) -> None:
+    assert called(add, body) == result
+
+
+@pytest.mark.parametrize("value", ["null", "true", '"text"', "-1.5e3", '"[1]"', '"{"'])
+def test_any_scalar_may_stand_alone(value: str) -> None:
+    assert called(lambda it: it, value) == wire.loads(value.encode())
+
+
+def test_a_method_without_parameters_takes_an_empty_object_or_array() -> None:
+    assert called(lambda: 5, "{}") == 5
+    assert called(lambda: 5, "[]") == 5
+    with pytest.raises(InvalidParams, match=r"the parameters do not fit s\.m: 0: Unexpected positional argument"):
+        called(lambda: 5, "1")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(
+            "",
+            " ",
+            "{",
+            "[",
+            "[1",
+            '{"x": 1',
+            "oops",
+            "1,2",
+            "1],[2",
+            '"x":1',
+            "1 2",
+            "NaN",
+            "[NaN]",
+            '{"x": -Infinity}',
+        ),
+        *("[" * 100_000, '{"a":' * 100_000, "\x0b[1]"),
+    ],
+    ids=lambda it: it[:12],
+)
+@pytest.mark.parametrize("handler", [add, lambda x, y=1: (x, y), lambda *args, **named: (args, named)])
+def test_what_is_no_json_is_refused_as_such(handler: Callable[..., Any], body: str) -> None:
+    with pytest.raises(InvalidParams, match=r"the parameters of s\.m are not JSON: ") as caught:
+        called(handler, body)
+    assert caught.value.executed == "no"
+
+
+@pytest.mark.parametrize("body", [b"\xff", b'{"x": "\xff"}', b"\xef\xbb\xbf1"])
+def test_what_is_no_utf_8_is_no_json(body: bytes) -> None:
+    with pytest.raises(InvalidParams, match="not JSON"):
+        method(add).read_params(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "named", "loc"),
+    [
+        ('{"x": "a"}', "x: Input should be a valid integer", ["x"]),
+        ('{"x": 1, "y": null}', "y: Input should be a valid integer", ["y"]),
+        ('["a"]', "0: Input should be a valid integer", [0]),
+        ('"a"', "0: Input should be a valid integer", [0]),
+        ("{}", "x: Missing required argument", ["x"]),
+        ('{"x": 1, "z": 2}', "z: Unexpected keyword argument", ["z"]),
+        ("[1, 2, 3]", "2: Unexpected positional argument", [2]),
+    ],
+)
+def test_a_parameter_that_does_not_fit_is_named(body: str, named: str, loc: list[Any]) -> None:
+    with pytest.raises(InvalidParams, match=r"the parameters do not fit s\.m: ") as caught:
+        called(add, body)
+    assert named in caught.value.message
+    assert caught.value.details[0]["loc"] == loc
+    assert wire.dumps(caught.value.details)
+
+
+def test_the_details_of_nested_parameters_name_the_way_to_them() -> None:
+    def order(basket: Basket) -> None: ...
+
+    with pytest.raises(InvalidParams, match=r"basket\.items\.0\.stockKeepingUnit: Field required"):
+        called(order, '{"basket": {"items": [{}], "note": null}}')
+
+
+def test_only_a_few_of_many_faults_are_spelt_out() -> None:
+    def total(numbers: list[int]) -> None: ...
+
+    with pytest.raises(InvalidParams, match="; and 195 more") as caught:
+        called(total, wire.dumps({"numbers": ["a"] * 200}))
+    assert len(caught.value.details) == 100
+
+
+def test_what_a_caller_sent_is_not_told_back() -> None:
+    with pytest.raises(InvalidParams) as caught:
+        called(add, '{"x": "s3cr3t"}')
+    assert "s3cr3t" not in str(caught.value) + repr(caught.value.details)
+
+
+def test_a_validator_that_raises_something_else_refuses_the_parameters_and_tells_only_its_type() -> None:
+    def take(it: Picky) -> None: ...
+
+    with pytest.raises(InvalidParams, match=r"could not be validated: a validator raised KeyError") as caught:
+        called(take, '{"it": {"x": 13}}')
+    assert "secret" not in str(caught.value)
+
+
+def test_parameters_are_validated_as_they_are_annotated() -> None:
+    def take(item: Item, point: Point, key: UUID, price: Decimal, kind: Literal["a", "b"], tags: set[str]) -> Any:
+        return item.sku, point, key, price, kind, tags
+
+    body = """{"item": {"stockKeepingUnit": "k"}, "point": {"x": 1}, "key": "00000000-0000-0000-0000-000000000001",
+               "price": "1.10", "kind": "b", "tags": ["t", "t"]}"""
+    assert called(take, body) == ("k", Point(1.0), UUID(int=1), Decimal("1.10"), "b", {"t"})
+
+
+def test_constraints_of_annotations_hold() -> None:
+    def take(x: Annotated[int, annotated_types.Gt(0)], y: Annotated[str, Field(max_length=2)] = "") -> Any:
+        return x, y
+
+    assert called(take, '[1, "ab"]') == (1, "ab")
+    with pytest.raises(InvalidParams, match=r"x: Input should be greater than 0; y: String should have at most 2"):
+        called(take, '{"x": 0, "y": "abc"}')
+
+
+def test_what_is_not_annotated_is_taken_as_json_has_it() -> None:
+    assert called(lambda x, y: (x, y), '{"x": [1, {"a": null}], "y": 18446744073709551616}') == (
+        [1, {"a": None}],
+        2**64,
+    )
+
+
+def test_variable_parameters_take_the_rest() -> None:
+    def take(x: int, *rest: int, flag: bool = False, **others: str) -> Any:
+        return x, rest, flag, others
+
+    assert called(take, "[1, 2, 3]") == (1, (2, 3), False, {})
+    assert called(take, '{"x": 1, "flag": true, "a": "b"}') == (1, (), True, {"a": "b"})
+    with pytest.raises(InvalidParams, match=r"2: Input should be a valid integer"):
+        called(take, '[1, 2, "c"]')
+    with pytest.raises(InvalidParams, match=r"a: Input should be a valid string"):
+        called(take, '{"x": 1, "a": 5}')
+
+
+def test_keyword_only_parameters_come_by_name_alone() -> None:
+    def take(*, x: int) -> int:
+        return x
+
+    assert called(take, '{"x": 1}') == 1
+    with pytest.raises(InvalidParams, match="0: Unexpected positional argument"):
+        called(take, "[1]")
+
+
+def test_positional_only_parameters_come_by_position_alone() -> None:
+    def take(x: int, /, y: int = 2) -> Any:
+        return x, y
+
+    assert called(take, "[1, 3]") == (1, 3)
+    assert called(take, "1") == (1, 2)
+    with pytest.raises(InvalidParams, match="0: Missing required positional only argument"):
+        called(take, '{"x": 1}')
+
+
+def test_parameters_may_be_called_as_the_library_calls_its_own() -> None:
+    def take(self: int, args: int, kwargs: int, handler: int) -> Any:
+        return self, args, kwargs, handler
+
+    assert called(take, '{"self": 1, "args": 2, "kwargs": 3, "handler": 4}') == (1, 2, 3, 4)
+    assert called(take, "[1, 2, 3, 4]") == (1, 2, 3, 4)
+
+
+def test_a_default_that_a_handler_changes_is_fresh_in_the_next_call() -> None:
+    def take(seen: list[int] = []) -> list[int]:  # noqa: B006 - what is tested
+        seen.append(1)
+        return seen
+
+    assert called(take, "{}") == [1]
+    assert called(take, "{}") == [1]
+
+
+# Context.
+
+
+@pytest.mark.parametrize("body", ['{"x": 1, "y": 2}', "[1, 2]"])
+def test_the_context_may_stand_anywhere_and_callers_never_see_it(body: str) -> None:
+    def first(c: Ctx, x: int, y: int = 0) -> Any:
+        return c, x, y
+
+    def middle(x: int, c: Ctx, y: int = 0) -> Any:
+        return c, x, y
+
+    def last(x: int, y: int, c: Ctx) -> Any:
+        return c, x, y
+
+    def by_name(x: int, y: int, *, c: Ctx) -> Any:
+        return c, x, y
+
+    def optional(x: int, y: int, c: Ctx | None = None) -> Any:
+        return c, x, y
+
+    def annotated(x: int, y: int, c: Annotated[Ctx, "noted"]) -> Any:
+        return c, x, y
+
+    async def later(x: int, c: Ctx, y: int) -> Any:
+        return c, x, y
+
+    for handler in (first, middle, last, by_name, optional, annotated, later):
+        assert called(handler, body) == (CONTEXT, 1, 2)
+        assert "c" not in method(handler).signature.parameters
+
+
+def test_the_context_stands_among_variable_parameters() -> None:
+    def before(c: Ctx, *rest: int) -> Any:
+        return c, rest
+
+    def between(x: int, c: Ctx, *rest: int) -> Any:
+        return c, (x, *rest)
+
+    def after(*rest: int, c: Ctx) -> Any:
+        return c, rest
+
+    for handler in (before, between, after):
+        assert called(handler, "[1, 2, 3]") == (CONTEXT, (1, 2, 3))
+        assert called(handler, "[1]") == (CONTEXT, (1,))
+
+    def named(c: Ctx, **rest: int) -> Any:
+        return c, rest
+
+    assert called(named, '{"x": 1}') == (CONTEXT, {"x": 1})
+
+
+def test_a_caller_cannot_forge_the_context() -> None:
+    def take(x: int = 0, c: Ctx | None = None) -> Any:
+        return x, c
+
+    with pytest.raises(InvalidParams, match="c: Unexpected keyword argument"):
+        called(take, '{"c": {"service": "s"}}')
+
+
+def test_a_context_is_made_only_for_a_handler_that_wants_one() -> None:
+    def refuse() -> Ctx:
+        raise AssertionError
+
+    assert method(add).call((1,), {}, refuse) == (1, 10)
+
+
+def _two(a: Ctx, b: Ctx) -> None: ...
+def _positional(a: Ctx, /) -> None: ...
+def _variable(*a: Ctx) -> None: ...
+def _named(**a: Ctx) -> None: ...
+
+
+@pytest.mark.parametrize("handler", [_two, _positional, _variable, _named])
+def test_a_context_that_cannot_be_given_by_name_is_refused(handler: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"s\.m takes its Context in one parameter that can be given by name"):
+        method(handler)
+
+
+# Handlers.
+
+
+class Shop:
+    def __init__(self, price: int) -> None:
+        self.price = price
+
+    def total(self, count: int) -> int:
+        return self.price * count
+
+    async def total_later(self, count: int, c: Ctx) -> int:
+        assert c is CONTEXT
+        return self.price * count
+
+    @classmethod
+    def free(cls, count: int) -> int:
+        return 0 * count
+
+    @staticmethod
+    def full(count: int) -> int:
+        return 1 * count
+
+
+class Adder:
+    def __call__(self, x: int, c: Ctx) -> tuple[int, Any]:
+        return x + 1, c
+
+
+class LaterAdder:
+    async def __call__(self, x: int) -> int:
+        return x + 1
+
+
+class Counting:
+    def __call__(self) -> Iterator[int]:
+        yield 1
+
+
+async def later(x: int, y: int = 0, *, c: Ctx) -> int:
+    assert c is CONTEXT
+    return x + y
+
+
+def _logged(handler: Any) -> Any:
+    @functools.wraps(handler)
+    async def inner(*args: Any, **named: Any) -> Any:
+        return await handler(*args, **named)
+
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("handler", "is_async", "result"),
+    [
+        (Shop(5).total, False, 10),
+        (Shop(5).total_later, True, 10),
+        (Shop.free, False, 0),
+        (Shop.full, False, 2),
+        (Adder(), False, (3, CONTEXT)),
+        (LaterAdder(), True, 3),
+        (later, True, 2),
+        (_logged(later), True, 2),
+        (functools.partial(later, y=5), True, 7),
+        (functools.partial(later, 5), True, 7),
+        (functools.partial(functools.partial(later, y=4), 3), True, None),
+        (functools.partial(Shop(5).total), False, 10),
+        (functools.partial(LaterAdder()), True, 3),
+        (functools.partial(Adder()), False, (3, CONTEXT)),
+    ],
+)
+def test_a_handler_may_be_anything_that_can_be_called(handler: Any, is_async: bool, result: Any) -> None:
+    it = method(handler)
+    assert it.is_async is is_async
+    if result is None:  # everything is bound
+        assert called(handler, "[]") == 7
+    else:
+        assert called(handler, "2") == result
+        with pytest.raises(InvalidParams, match="valid integer"):
+            called(handler, '"a"')
+
+
+def test_what_a_partial_binds_is_not_the_callers_to_give() -> None:
+    def charge(amount: int, account: object = None, *, secret: Any) -> Any:
+        return amount, secret
+
+    bound = functools.partial(charge, secret=Service)  # which no annotation could describe
+    assert called(bound, '{"amount": 1}') == (1, Service)
+    with pytest.raises(InvalidParams, match="secret: Unexpected keyword argument"):
+        called(bound, '{"amount": 1, "secret": 2}')
+
+
+def test_a_handler_stays_an_ordinary_function() -> None:
+    service = Service("s")
+    assert service.method(add) is add
+    assert service.method(name="other")(add) is add
+    assert service.method(add, name="third") is add  # type: ignore[call-overload]
+    assert list(service.methods) == ["add", "other", "third"]
+    assert add(1) == (1, 10)
+
+
+def test_a_method_says_what_it_is() -> None:
+    service = Service("shop", errors=[OutOfStock])
+
+    @service.method(idempotent=True, errors=[CardDeclined], timeout=5)
+    async def pay(amount: int, c: Ctx) -> Item | None: ...
+
+    it = service.methods["pay"]
+    assert (it.service, it.name, it.label, it.handler) == ("shop", "pay", "shop.pay", pay)
+    assert (it.idempotent, it.errors, it.timeout, it.is_async) == (True, (OutOfStock, CardDeclined), 5, True)
+    assert it.context_parameter == (1, "c")
+    assert it.signature == inspect.Signature(
+        [inspect.Parameter("amount", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=int)],
+        return_annotation=Item | None,
+    )
+    service.method(add)
+    other = service.methods["add"]
+    assert (other.idempotent, other.errors, other.timeout, other.is_async) == (False, (OutOfStock,), None, False)
+
+
+def _counts() -> Iterator[int]:
+    yield 1
+
+
+async def _counts_later() -> AsyncIterator[int]:
+    yield 1
+
+
+def _unknown(x: Missing) -> None: ...  # noqa: F821 - what is tested
+def _unknown_result() -> Missing: ...  # noqa: F821 - what is tested
+def _missing_attribute(x: math.missing) -> None: ...
+def _no_type(x: 5) -> None: ...
+def _no_syntax(x: "a b") -> None: ...  # noqa: F722 - what is tested
+def _no_schema(x: Shop) -> None: ...
+def _no_schema_deep(x: list[dict[str, Shop]]) -> None: ...
+def _no_schema_result() -> Shop: ...
+
+
+@pytest.mark.parametrize(
+    ("handler", "said"),
+    [
+        (_counts, "is a generator"),
+        (_counts_later, "is a generator"),
+        (functools.partial(_counts), "is a generator"),
+        (Counting(), "is a generator"),
+        (_unknown, "has an annotation that cannot be resolved where it stands: name 'Missing'"),
+        (_unknown_result, "has an annotation that cannot be resolved where it stands: name 'Missing'"),
+        (_missing_attribute, "has an annotation that cannot be resolved where it stands: .*missing"),
+        (_no_type, "takes a parameter that pydantic cannot handle"),
+        (_no_syntax, "has an annotation that cannot be resolved where it stands"),
+        (_no_schema, "takes a parameter that pydantic cannot handle"),
+        (_no_schema_deep, "takes a parameter that pydantic cannot handle"),
+        (_no_schema_result, "returns .*Shop.*, which pydantic cannot handle"),
+        (iter, "does not say what parameters it takes"),
+        (5, "has an annotation that cannot be resolved where it stands"),
+    ],
+)
+def test_a_handler_that_cannot_be_served_is_refused_when_it_is_defined(handler: Any, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"^s\.m {said}"):
+        method(handler)
+
+
+# Results.
+
+ROUND_TRIPS = [
+    (int, 2**70),
+    (float, 1.5),
+    (str, "é\u2028"),
+    (bool, True),
+    (type(None), None),
+    (float | None, None),
+    (list[int], [1, 2]),
+    (tuple[int, str], (1, "a")),
+    (set[int], {1, 2}),
+    (dict[str, list[int]], {"a": [1]}),
+    (bytes, b"abc"),
+    (UUID, UUID(int=5)),
+    (Decimal, Decimal("1.10")),
+    (Literal["a"], "a"),
+    (Item, Item(stockKeepingUnit="a", price=1.5)),
+    (Item, Item(stockKeepingUnit="a")),
+    (list[Item], [Item(stockKeepingUnit="a")]),
+    (Item | None, Item(stockKeepingUnit="a")),
+    (Basket, {"items": [Item(stockKeepingUnit="a")], "note": None}),
+    (Point, Point(1.0, 2.0)),
+    (dict[str, Point], {"a": Point(1.0)}),
+    (Strict, Strict(x=1.0)),
+    (Rate, Rate(1.5)),
+    (Annotated[int, Field(gt=0)], 5),
+    (Any, {"a": [1, None]}),
+    (object, "a"),
+]
+
+
+@pytest.mark.parametrize(("returns", "value"), ROUND_TRIPS)
+def test_a_caller_reads_what_a_worker_writes(returns: Any, value: Any) -> None:
+    def handler() -> Any: ...
+
+    handler.__annotations__ = {"return": returns}
+    body = method(handler).write_result(value, 10_000)
+    assert result_adapter("s.m", returns).read(body) == value
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None)
+@given(
+    st.builds(
+        Item,
+        stockKeepingUnit=st.text(),
+        price=st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(),
+    )
+)
+def test_a_caller_reads_any_model_that_a_worker_writes(item: Item) -> None:
+    adapter = result_adapter("s.m", list[Item])
+    assert adapter.read(adapter.write([item])) == [item]
+
+
+def test_aliases_stand_on_the_wire() -> None:
+    def handler() -> list[Item]: ...
+
+    assert method(handler).write_result([{"stockKeepingUnit": "a", "price": 1}], 100) == (
+        b'[{"stockKeepingUnit":"a","price":1.0}]'
+    )
+
+
+def test_one_of_several_names_that_are_read_has_to_be_the_one_that_is_written() -> None:
+    class Renamed(BaseModel):
+        x: int = Field(validation_alias=AliasChoices("x", "old"), serialization_alias="x")
+
+    adapter = result_adapter("s.m", Renamed)
+    assert adapter.read(adapter.write(Renamed(old=1))) == Renamed(x=1)
+
+
+def test_a_result_is_validated_before_it_is_written() -> None:
+    def handler() -> list[int]: ...
+
+    assert method(handler).write_result(("1", 2.0), 100) == b"[1,2]"
+
+
+def test_what_is_not_annotated_is_written_as_it_is() -> None:
+    def anything() -> Any: ...
+
+    for handler in (lambda: None, anything):
+        assert method(handler).write_result({"a": Point(1.0), "b": {1}}, 100) == b'{"a":{"x":1.0,"y":0.0},"b":[1]}'
+
+
+@pytest.mark.parametrize(
+    ("returns", "value", "said"),
+    [
+        (int, "s3cr3t", "a str, which does not fit its annotation"),
+        (int, None, "a NoneType, which does not fit its annotation"),
+        (type(None), 5, "a int, which does not fit its annotation"),
+        (Item, {"price": 1}, "a dict, which does not fit its annotation"),
+        (Basket, {"items": []}, "a dict, which does not fit its annotation"),
+        (Any, object(), "a object that JSON cannot carry"),
+        (Any, "\ud800", "a str that JSON cannot carry"),
+        (bytes, b"\xff", "a bytes that JSON cannot carry"),
+        (Picky, {"x": 13}, "a dict that JSON cannot carry"),
+        (Any, asyncio.sleep, "a function that JSON cannot carry"),
+    ],
+)
+def test_a_result_that_cannot_be_sent_is_told_without_its_value(returns: Any, value: Any, said: str) -> None:
+    def handler() -> Any: ...
+
+    handler.__annotations__ = {"return": returns}
+    with pytest.raises(InvalidReply, match=rf"s\.m returned {said}") as caught:
+        method(handler).write_result(value, 100)
+    assert caught.value.executed == "yes"
+    assert "s3cr3t" not in str(caught.value)
+    assert caught.value.__cause__
+
+
+NESTED: list[Any] = []
+for _ in range(100_000):
+    NESTED = [NESTED]
+
+
+def test_a_result_nested_100_000_deep_is_refused() -> None:
+    with pytest.raises(InvalidReply, match="a list that JSON cannot carry"):
+        method(lambda: None).write_result(NESTED, 10**9)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("returns", "make"),
+    [
+        (float, float),
+        (Any, float),
+        (object, lambda it: [it]),
+        (list[float], lambda it: [1.0, it]),
+        (float | None, float),
+        (Item, lambda it: Item(stockKeepingUnit="a", price=it)),
+        (Item, lambda it: {"stockKeepingUnit": "a", "price": it}),
+        (list[Item], lambda it: [Item(stockKeepingUnit="null", price=it)]),
+        (Basket, lambda it: {"items": [Item(stockKeepingUnit="a", price=it)], "note": None}),
+        (Any, lambda it: Item(stockKeepingUnit="a", price=it)),
+        (Point, Point),
+        (dict[str, Point], lambda it: {"a": Point(it)}),
+        (Strict, lambda it: Strict(x=it)),
+        (Rate, Rate),
+    ],
+)
+def test_a_number_that_json_does_not_have_is_refused_in_every_type_and_never_becomes_null(
+    returns: Any, make: Callable[[float], Any], number: float
+) -> None:
+    def handler() -> Any: ...
+
+    handler.__annotations__ = {"return": returns}
+    with pytest.raises(InvalidReply, match="that JSON cannot carry"):
+        method(handler).write_result(make(number), 1000)
+
+
+def test_a_result_may_have_as_many_bytes_as_the_limit_and_no_more() -> None:
+    def handler() -> str: ...
+
+    assert len(method(handler).write_result("é" * 10, 22)) == 22
+    with pytest.raises(InvalidReply, match=r"s\.m returned 22 bytes of JSON; the limit is 21 \(max_body\)"):
+        method(handler).write_result("é" * 10, 21)
+
+
+@pytest.mark.parametrize("returns", [Shop, list[Shop], "Missing", dict[str, "Missing"]])  # noqa: F821 - as users err  # noqa: F821 - what is tested
+def test_a_result_type_that_pydantic_cannot_handle_is_refused(returns: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"s\.m returns .*, which pydantic cannot handle"):
+        result_adapter("s.m", returns)
+
+
+# Services.
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a/b", "é", "a" * 101, None])
+def test_a_service_has_a_name(name: Any) -> None:
+    with pytest.raises(ConfigurationError, match="the service is called"):
+        Service(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"queue_type": "stream"}, "'orders' has the queue type 'stream'"),
+        ({"queue": ""}, "queue is ''"),
+        ({"queue": "q" * 256}, "queue is"),
+        ({"queue": "orders"}, "'orders' has a queue of its own name"),
+        ({"timeout": 0}, "timeout is 0"),
+        ({"timeout": math.inf}, "timeout is inf"),
+        ({"errors": [ValueError]}, "errors holds"),
+        ({"errors": OutOfStock}, "errors is"),
+    ],
+)
+def test_an_option_of_a_service_that_cannot_be_is_named(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        Service("orders", **options)
+
+
+def test_a_service_keeps_its_options() -> None:
+    service = Service("a.b", queue_type="quorum", queue="q", timeout=5, errors=(it for it in [OutOfStock]))
+    assert (service.name, service.queue_type, service.queue) == ("a.b", "quorum", "q")
+    assert (service.timeout, service.errors, service.lifespan) == (5, (OutOfStock,), None)
+
+
+@pytest.mark.parametrize("name", ["a.b", "a b", "é", "a" * 101, "a\n"])
+def test_a_method_has_a_name_without_a_dot(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="'s' has a method called"):
+        Service("s").method(name=name)(add)
+
+
+@pytest.mark.parametrize("handler", [lambda: None, functools.partial(add), Adder(), 5, "add"])
+def test_a_method_without_a_name_of_its_own_has_to_be_given_one(handler: Any) -> None:
+    with pytest.raises(ConfigurationError, match="'s' has a method called"):
+        Service("s").method(handler)
+
+
+def test_two_methods_of_one_name_are_refused_and_the_first_stays() -> None:
+    service = Service("s")
+    service.method(add)
+    with pytest.raises(ConfigurationError, match=r"two methods called 'add'; give one of them name="):
+        service.method(name="add")(lambda: None)
+    assert service.methods["add"].handler is add
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"timeout": -1}, "timeout is -1"), ({"errors": OutOfStock}, "errors is"), ({"errors": [5]}, "errors holds 5")],
+)
+def test_an_option_of_a_method_that_cannot_be_is_named(options: dict[str, Any], said: str) -> None:
+    service = Service("s")
+    with pytest.raises(ConfigurationError, match=said):
+        service.method(**options)(add)
+    assert not service.methods
+
+
+def test_a_request_that_names_no_method_means_the_only_or_the_default_one() -> None:
+    service = Service("s")
+    assert service.find(None) is None
+    service.method(add)
+    assert service.find(None) is service.find("add") is service.methods["add"]
+    service.method(name="other")(add)
+    assert service.find(None) is None
+    assert service.find("third") is None
+    service.default_method = "other"
+    assert service.find(None) is service.methods["other"]
+    assert service.find("third") is None
+
+
+def test_a_service_that_cannot_be_served_says_why() -> None:
+    service = Service("s", default_method="other")
+    with pytest.raises(ConfigurationError, match=r"'s' has no methods; add one with @s\.method"):
+        service.check()
+    service.method(add)
+    with pytest.raises(ConfigurationError, match="'s' has no method 'other', its default"):
+        service.check()
+    service.method(name="other")(add)
+    service.check()
+
+
+def test_a_service_shows_its_methods() -> None:
+    service = Service("s")
+    assert repr(service) == "<Service 's': no methods>"
+    service.method(add)
+    service.method(name="other")(add)
+    assert repr(service) == "<Service 's': add, other>"
+
+
+# Contracts.
+
+
+def test_a_contract_says_which_service_a_protocol_describes() -> None:
+    @contract("orders", errors=[OutOfStock], idempotent=["total"])
+    class Orders(Protocol):
+        async def total(self) -> int: ...
+
+    assert Orders.__rpcq_contract__ == Contract("orders", (OutOfStock,), frozenset({"total"}))  # type: ignore[attr-defined]
+
+
+def test_a_contract_that_calls_what_is_no_method_idempotent_is_refused() -> None:
+    class Orders(Protocol):
+        limit: int
+
+        async def total(self) -> int: ...
+
+    with pytest.raises(ConfigurationError, match=r"'orders' calls \['limit', 'sum'\] idempotent"):
+        contract("orders", idempotent=["sum", "total", "limit"])(Orders)
+
+
+@pytest.mark.parametrize(
+    ("service", "options", "said"),
+    [
+        ("a b", {}, "the service is called"),
+        ("s", {"errors": OutOfStock}, "errors is"),
+        ("s", {"errors": [5]}, "errors holds"),
+    ],
+)
+def test_a_contract_that_cannot_be_is_refused_at_once(service: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        contract(service, **options)

@@ -1,0 +1,97 @@
+"""Names and arguments: they are part of the wire contract, and a queue's cannot be changed once it is declared."""
+
+from __future__ import annotations
+
+import pytest
+
+from rpcq.errors import ConfigurationError
+from rpcq.transport.topology import DIRECT_REPLY_TO, MAX_LENGTH, Exchange, Names, Queue
+
+ARGUMENTS = {"x-max-length": 100_000, "x-overflow": "reject-publish", "x-dead-letter-exchange": ""}
+
+
+def test_exchanges_are_direct_and_have_the_names_of_the_wire_contract() -> None:
+    assert Names().requests == Exchange("rpcq.requests", "direct")
+    assert Names().control == Exchange("rpcq.control", "direct")
+    assert MAX_LENGTH == 100_000
+
+
+def test_a_classic_request_queue_is_durable_bounded_and_tells_of_what_it_gives_up() -> None:
+    assert Names().request_queue("orders.eu", "classic") == Queue(
+        "rpcq.req.orders.eu", durable=True, arguments=ARGUMENTS, bindings=(("rpcq.requests", "orders.eu"),)
+    )
+
+
+def test_a_quorum_request_queue_delivers_once() -> None:
+    assert Names().request_queue("orders", "quorum") == Queue(
+        "rpcq.once.orders",
+        durable=True,
+        arguments=ARGUMENTS | {"x-queue-type": "quorum", "x-delivery-limit": 0},
+        bindings=(("rpcq.requests", "orders"),),
+    )
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_a_service_may_name_its_queue_and_is_bound_all_the_same(queue_type: str) -> None:
+    queue = Names().request_queue("orders", queue_type, "rpc_queue")  # type: ignore[arg-type]
+    assert (queue.name, queue.bindings) == ("rpc_queue", (("rpcq.requests", "orders"),))
+
+
+def test_a_classic_queue_may_not_pass_for_one_that_delivers_once() -> None:
+    with pytest.raises(ConfigurationError, match=r"'orders' is called 'rpcq\.once\.mine'; names in rpcq\.once\.\*"):
+        Names().request_queue("orders", "classic", "rpcq.once.mine")
+    assert Names().request_queue("orders", "quorum", "rpcq.once.mine").name == "rpcq.once.mine"
+    assert Names("other").request_queue("orders", "classic", "rpcq.once.mine").name == "rpcq.once.mine"
+
+
+def test_queues_of_one_session_are_exclusive_and_named_by_the_broker() -> None:
+    assert Names().reply_queue() == Queue("", exclusive=True, auto_delete=True)
+    assert Names().control_queue(("a", "b")) == Queue(
+        "", exclusive=True, auto_delete=True, bindings=(("rpcq.control", "a"), ("rpcq.control", "b"))
+    )
+
+
+def test_a_namespace_prefixes_every_name() -> None:
+    names = Names("staging")
+    assert names.requests.name == "staging.requests"
+    assert names.control.name == "staging.control"
+    assert names.request_queue("a", "classic").name == "staging.req.a"
+    assert names.request_queue("a", "classic").bindings == (("staging.requests", "a"),)
+    assert names.request_queue("a", "quorum").name == "staging.once.a"
+    assert names.control_queue(("a",)).bindings == (("staging.control", "a"),)
+
+
+@pytest.mark.parametrize(
+    ("queue", "once"),
+    [
+        ("rpcq.once.orders", True),
+        ("rpcq.req.orders", False),
+        ("rpcq.once", False),
+        ("rpc_queue", False),
+        ("other.once.orders", False),
+        ("x.rpcq.once.orders", False),
+        ("", False),
+    ],
+)
+def test_only_expiry_from_a_queue_that_delivers_once_proves_that_nothing_ran(queue: str, once: bool) -> None:
+    assert Names().delivers_once(queue) is once
+
+
+@pytest.mark.parametrize(
+    ("queue", "may"),
+    [
+        (b"amq.gen-AbC", True),
+        (b"rpcq.reply.4f", True),
+        (DIRECT_REPLY_TO + b".g2dkAA", True),
+        (DIRECT_REPLY_TO, False),
+        (b"rpcq.req.orders", False),
+        (b"rpcq.once.orders", False),
+        (b"other.reply.4f", False),
+        (b"amq.direct", False),
+        (b"orders", False),
+        (b"\xff", False),
+        (b"", False),
+    ],
+)
+def test_a_worker_replies_to_reply_queues_alone(queue: bytes, may: bool) -> None:
+    assert queue.startswith(Names().reply_prefixes()) is may
