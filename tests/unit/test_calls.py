@@ -180,6 +180,38 @@ def test_nothing_that_may_have_run_is_sent_again_for_certain() -> None:
             assert transition.executed == "maybe"
 
 
+def test_what_says_nothing_about_the_last_request_is_passed_over() -> None:
+    everything = {Event.REPLY, Event.DEADLINE, Event.DEADLINE_BLOCKED, Event.CANCEL, Event.CLOSE}
+    only_sent = {Event.TURNED_AWAY, Event.WORKER_LOST, Event.LOST, Event.EXPIRED, Event.EXPIRED_UNRUN}
+    only_unconfirmed = {Event.CONFIRM, Event.RETURNED, Event.REFUSED, Event.UNSENT}
+    assert {event for state, event in TRANSITIONS if state is State.CREATED} == everything | {Event.WRITE}
+    assert {
+        event for state, event in TRANSITIONS if state is State.WRITTEN
+    } == everything | only_sent | only_unconfirmed
+    assert {event for state, event in TRANSITIONS if state is State.CONFIRMED} == everything | only_sent
+    for state in EVERY:
+        for event in set(Event) - {of for at, of in TRANSITIONS if at is state}:
+            calls, call = begun(state, idempotent=True)
+            calls.happened(call, event)
+            assert (call.state, call.agains, call.outcomes, len(calls)) == (state, 0, [], 1)
+
+
+def test_a_late_answer_to_an_earlier_request_is_an_answer() -> None:
+    for event in (Event.TURNED_AWAY, Event.LOST):
+        calls, call = begun(State.WRITTEN, idempotent=True)
+        calls.happened(call, event)
+        calls.happened(call, Event.REPLY, REPLY)
+        assert call.outcomes == [REPLY]
+
+
+def test_who_is_told_is_for_subclasses_to_say() -> None:
+    call = Call(b"id", idempotent=False)
+    with pytest.raises(NotImplementedError):
+        call.settle(REPLY)
+    with pytest.raises(NotImplementedError):
+        call.again()
+
+
 class AnyOrder(RuleBasedStateMachine):
     """Whatever happens in whatever order, each call ends once, and honestly."""
 
