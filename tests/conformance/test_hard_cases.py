@@ -329,16 +329,15 @@ async def test_headers_over_the_limit_are_refused_before_anything_is_sent_and_ag
             assert caught.value.executed == "no"
             assert client.in_flight == 0
         await client.with_options(metadata={"x-large": "x" * 8_000}).call("things.work")
-        call = asyncio.create_task(client.call("things.work"))
-        # A client that is not rpcq's keeps to no limit of ours.
+        # A client that is not rpcq's keeps to no limit of ours. (RabbitMQ 4 keeps one of two headers of the same name.)
         encoder = client._encoder
         assert encoder is not None
-        original = encoder.encode
-        encoder.encode = (
-            lambda *args, **options: original(  # type: ignore[method-assign]
-                *args[:4], wire.encode_headers(key=None, attempt=1, metadata={"x-a": "x" * 8_000}) * 2, **options
-            )
+        encode = encoder.encode
+        large = b"".join(
+            wire.encode_headers(key=None, attempt=1, metadata={name: "x" * 8_000}) for name in ("x-a", "x-b")
         )
+        encoder.encode = lambda *args, **options: encode(*args[:4], large, **options)  # type: ignore[method-assign]
+        call = asyncio.create_task(client.call("things.work"))
         with pytest.raises(InvalidParams, match="the properties are"):
             await call
     assert runs == ["work"]
