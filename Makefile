@@ -36,7 +36,7 @@ demo: $(VENV)/.installed-uvloop
 test: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(VENV)/.installed-test $(VENV)/.installed-uvloop $(VENV)/.installed-check $(VENV)/.installed-bench
+check: $(VENV)/.installed-uvloop $(VENV)/.installed-check
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
