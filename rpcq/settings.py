@@ -128,6 +128,7 @@ class CallOptions:
         if not isinstance(self.metadata, Mapping):
             msg = f"metadata is {self.metadata!r}; it is a mapping of names to strings"
             raise ConfigurationError(msg)
+        object.__setattr__(self, "metadata", dict(self.metadata))  # what is checked is what is sent
         for name, value in self.metadata.items():
             if not 1 <= _size(name) <= 255 or not name.startswith("x-") or OWNED_HEADERS.match(name):
                 msg = f"metadata has {name!r}; names begin with 'x-', have at most 255 bytes and are not RabbitMQ's own"

@@ -220,3 +220,10 @@ def test_a_pattern_that_is_none_is_refused(value: Any) -> None:
 def test_patterns_that_are_not_in_a_tuple_are_refused(value: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"^reply_to is .* a tuple"):
         WorkerOptions(reply_to=value)
+
+
+def test_metadata_are_copied_so_that_what_is_checked_is_what_is_sent() -> None:
+    given = {"x-user": "ada"}
+    options = CallOptions(metadata=given)
+    given["x-death"] = "forged"
+    assert options.metadata == {"x-user": "ada"}
