@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, ParamSpec, TypeVar, overload
+from typing import Any, Final, Literal, TypeVar, overload
 
 import pydantic
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter
@@ -27,7 +27,6 @@ from rpcq.settings import CallOptions, check_errors, check_name
 METHOD_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,100}\Z")
 """A method's name has no dot: `a.b.c` is method `c` of service `a.b`."""
 
-P = ParamSpec("P")
 T = TypeVar("T")
 C = TypeVar("C")
 Handler = TypeVar("Handler", bound=Callable[..., Any])

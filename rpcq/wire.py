@@ -135,6 +135,18 @@ def encode_headers(*, key: str | None, attempt: int, metadata: Mapping[str, str]
     return entries
 
 
+_REQUEST_FLAGS: Final = (
+    amqp.CONTENT_TYPE
+    | amqp.HEADERS
+    | amqp.DELIVERY_MODE
+    | amqp.CORRELATION_ID
+    | amqp.REPLY_TO
+    | amqp.EXPIRATION
+    | amqp.APP_ID
+)
+"""The properties of every request of a client; the type comes on top where a method is named."""
+
+
 class RequestEncoder:
     """Encodes the properties of a client's requests; what is the same for all of them is encoded once.
 
@@ -148,17 +160,8 @@ class RequestEncoder:
         self.reply_to = reply_to.encode()
         address = _U32.pack(len(self.reply_to)) + self.reply_to
         self._cc = b"\x02CCA" + _U32.pack(len(address) + 1) + b"S" + address
-        flags = (
-            amqp.CONTENT_TYPE
-            | amqp.HEADERS
-            | amqp.DELIVERY_MODE
-            | amqp.CORRELATION_ID
-            | amqp.REPLY_TO
-            | amqp.EXPIRATION
-            | amqp.APP_ID
-        )
-        self._start = _U16.pack(flags) + short(JSON)
-        self._start_typed = _U16.pack(flags | amqp.TYPE) + short(JSON)
+        self._start = _U16.pack(_REQUEST_FLAGS) + short(JSON)
+        self._start_typed = _U16.pack(_REQUEST_FLAGS | amqp.TYPE) + short(JSON)
         self._reply_to = short(self.reply_to)
         self._app_id = short(app_id.encode())
 
@@ -246,17 +249,7 @@ class Request:
 
 
 _NO_HEADERS: Final[dict[str, Any]] = {}
-_FAST_REQUEST: Final = _U16.pack(
-    amqp.CONTENT_TYPE
-    | amqp.HEADERS
-    | amqp.DELIVERY_MODE
-    | amqp.CORRELATION_ID
-    | amqp.REPLY_TO
-    | amqp.EXPIRATION
-    | amqp.TYPE
-    | amqp.APP_ID
-)
-_FAST_START: Final = _FAST_REQUEST + short(JSON)
+_FAST_START: Final = _U16.pack(_REQUEST_FLAGS | amqp.TYPE) + short(JSON)
 
 
 def read_request(data: bytes) -> Request:
