@@ -24,29 +24,26 @@ class Job:
     Attributes:
         args: the arguments by position.
         params: the arguments by name.
-        limit: seconds that the handler may run.
-        deadline: when that ends; the handler's own calls inherit it.
+        deadline: when the handler has to have ended, on the monotonic clock; the handler's own calls inherit it.
         queue_ms: milliseconds since the caller sent it, by the wall clocks of both; None where the caller told none.
         state: what the service's lifespan gave.
 
     """
 
-    __slots__ = ("args", "deadline", "limit", "method", "params", "queue_ms", "request", "state")
+    __slots__ = ("args", "deadline", "method", "params", "queue_ms", "request", "state")
 
     def __init__(
         self,
         request: Request,
         method: Method,
         arguments: tuple[tuple[Any, ...], dict[str, Any]],
-        limit: float,
-        deadline: Deadline,
+        deadline: float,
         queue_ms: float | None,
         state: Any,
     ) -> None:
         self.request = request
         self.method = method
         self.args, self.params = arguments
-        self.limit = limit
         self.deadline = deadline
         self.queue_ms = queue_ms
         self.state = state
@@ -61,7 +58,7 @@ class Job:
             service=self.method.service,
             method=self.method.name,
             correlation_id=request.correlation_id.decode("utf-8", "replace"),
-            deadline=self.deadline,
+            deadline=Deadline(self.deadline),
             attempt=request.attempt,
             idempotency_key=request.idempotency_key,
             caller=request.app_id or None,
@@ -132,7 +129,7 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
     limit = left - min(MARGIN, left / 20)
     if method.timeout is not None and method.timeout < limit:
         limit = method.timeout
-    return Job(request, method, arguments, limit, Deadline(now + limit), queue_ms, state)
+    return Job(request, method, arguments, now + limit, queue_ms, state)
 
 
 def _time_left(service: Service, request: Request, wall_ms: float) -> tuple[float, float | None]:

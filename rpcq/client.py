@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, Unpack
 
@@ -19,7 +18,8 @@ from rpcq.errors import BrokerError, CallTimeout, ClosedError, ServiceUnavailabl
 from rpcq.properties import MalformedProperties
 from rpcq.proxy import CallMaker, ServiceProxy, Target
 from rpcq.settings import CallOptions, CallSettings, ClientOptions, ClientSettings, check_name
-from rpcq.transport.base import Delivery, Listener, Outgoing, Settled, Subscription, Transport
+from rpcq.timeouts import Bucket, Timeouts
+from rpcq.transport.base import Delivery, Listener, Message, Outgoing, Settled, Subscription, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.transport.topology import Names
 from rpcq.url import mask
@@ -47,7 +47,7 @@ _BY_SETTLED: Final = {
 class _Call(Call):
     """A call with the future that its caller waits for, and all that it takes to send it."""
 
-    __slots__ = ("body", "client", "deadline", "future", "options", "target")
+    __slots__ = ("body", "client", "deadline", "future", "options", "target", "timeout")
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class _Call(Call):
         target: Target,
         options: CallOptions,
         body: bytes,
-        deadline: Deadline,
+        deadline: float,
         future: asyncio.Future[Outcome],
     ) -> None:
         super().__init__(correlation_id, idempotent=options.idempotent)
@@ -66,6 +66,7 @@ class _Call(Call):
         self.body = body
         self.deadline = deadline
         self.future = future
+        self.timeout: Bucket | asyncio.TimerHandle | None = None
 
     def settle(self, outcome: Outcome) -> None:
         if not self.future.done():  # its task may have been cancelled, and not have run since
@@ -79,6 +80,27 @@ class _Call(Call):
         # The first request's ID names the call: every attempt has the same key, and no other call has it.
         key = self.correlation_id.decode() if options.idempotent else None
         return wire.encode_headers(key=key, attempt=attempt, metadata=options.metadata)
+
+
+class _Request(Outgoing):
+    """A request of a call; tells the client what became of it."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: _Call, request_id: bytes, properties: bytes) -> None:
+        target = call.target
+        self.exchange = target.exchange
+        self.routing_key = target.routing_key
+        self.correlation_id = request_id
+        self.properties = properties
+        self.body = call.body
+        self.mandatory = True
+        self.call = call
+
+    def on_settled(self, settled: Settled) -> None:
+        call = self.call
+        if call.request_id == self.correlation_id:  # else it is about an earlier request of the call
+            call.client._calls.happened(call, _BY_SETTLED[settled])  # noqa: SLF001
 
 
 class Client:
@@ -105,6 +127,7 @@ class Client:
         self._calls = PendingCalls(self.options.max_in_flight)
         self._answers = Answers()
         self._loop: asyncio.AbstractEventLoop
+        self._timeouts: Timeouts[_Call]
         self._generation = -1
         self._state = "new"
         self._closing: asyncio.Task[None] | None = None
@@ -129,6 +152,7 @@ class Client:
         if self._state != "new":
             raise UsageError(f"this client is {self._state}; a client is opened once")
         self._loop = asyncio.get_running_loop()
+        self._timeouts = Timeouts(self._loop, self._expire)
         self._generation = processes.generation
         self._state = "open"
         reply_queue = Subscription(self.names.reply_queue(), self._on_delivery, no_ack=True)
@@ -176,6 +200,7 @@ class Client:
         if self._pump is not None:
             self._pump.cancel()
             await asyncio.gather(self._pump, return_exceptions=True)
+        self._timeouts.close()
         await self._transport.close()
 
     async def __aenter__(self) -> Self:
@@ -242,16 +267,16 @@ class Client:
         now = time.monotonic()
         deadline = inherit(options.timeout, now)
         correlation_id = self._calls.next_id()
-        if deadline.at <= now:
+        if deadline <= now:
             raise CallTimeout(
                 "the deadline had passed before the call", executed="no", correlation_id=correlation_id.decode()
             )
-        loop = self._loop
-        call = _Call(self, correlation_id, target, options, body, deadline, loop.create_future())
+        call = _Call(self, correlation_id, target, options, body, deadline, self._loop.create_future())
+        del body, params, args  # the call may last
         if options.metadata:
             call.headers(MAX_ATTEMPTS)  # what is too large is told before anything is sent
         self._calls.add(call)
-        timer = loop.call_later(deadline.at - now, self._expire, call)
+        self._timeouts.set(call, deadline, now)
         try:
             self._send(call)
             outcome = await call.future
@@ -259,7 +284,7 @@ class Client:
             self._give_up(call)
             raise
         finally:
-            timer.cancel()
+            self._timeouts.cancel(call)
             if self._waiting:
                 self._waiting.pop(call, None)
         if type(outcome) is Reply:
@@ -302,7 +327,7 @@ class Client:
 
     def _publish(self, call: _Call, encoder: wire.RequestEncoder) -> None:
         target, options = call.target, call.options
-        left_ms = int((call.deadline.at - time.monotonic()) * 1000)
+        left_ms = int((call.deadline - time.monotonic()) * 1000)
         if left_ms < 1:
             return  # its timer is about to fire
         request_id = self._calls.write(call)
@@ -314,20 +339,7 @@ class Client:
             call.headers(call.attempt) if options.metadata or options.idempotent else b"",
             notify=target.is_ours,
         )
-        self._transport.publish(
-            Outgoing(
-                target.exchange,
-                target.routing_key,
-                request_id,
-                properties,
-                call.body,
-                partial(self._settled, call, request_id),
-            )
-        )
-
-    def _settled(self, call: _Call, request_id: bytes, settled: Settled) -> None:
-        if call.request_id == request_id:  # else it is about an earlier request of the call
-            self._calls.happened(call, _BY_SETTLED[settled])
+        self._transport.publish(_Request(call, request_id, properties))
 
     def _expire(self, call: _Call) -> None:
         if self._encoder is None or not self._publishing_up:
@@ -347,7 +359,7 @@ class Client:
                 call.target.routing_key,
                 call.request_id,
                 lambda _: None,
-                deadline_ms=int((time.time() + call.deadline.remaining()) * 1000),
+                deadline_ms=int((time.time() + call.deadline - time.monotonic()) * 1000),
             )
 
     def _control(
@@ -361,7 +373,7 @@ class Client:
         assert self._encoder is not None  # noqa: S101 - asked by the callers
         properties = wire.encode_control(kind, correlation_id, self._encoder.reply_to, deadline_ms)
         exchange = self.names.control.name.encode()
-        self._transport.publish(Outgoing(exchange, service, correlation_id, properties, b"", on_settled))
+        self._transport.publish(Message(exchange, service, correlation_id, properties, b"", on_settled))
 
     async def _ping(self, service: str, timeout: float) -> bool:  # noqa: ASYNC109 - an inner step of a bounded wait
         """Whether a worker of the service answers in time."""

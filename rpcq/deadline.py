@@ -31,12 +31,13 @@ class Deadline(NamedTuple):
         return self.at - time.monotonic()
 
 
-current: Final[ContextVar[Deadline | None]] = ContextVar("rpcq_deadline", default=None)
-"""The deadline of the call that is being handled, or None outside of a handler."""
+current: Final[ContextVar[float | None]] = ContextVar("rpcq_deadline", default=None)
+"""When the call that is being handled ends, on `time.monotonic()`; None outside of a handler. A plain number: it is set
+and read in every call."""
 
 
-def inherit(timeout: float, now: float) -> Deadline:
-    """The deadline of a new call: `timeout` seconds from `now`, or the handled call's where that is sooner."""
+def inherit(timeout: float, now: float) -> float:
+    """When a new call ends: `timeout` seconds from `now`, or with the handled call where that is sooner."""
     at = now + timeout
     inherited = current.get()
-    return inherited if inherited is not None and inherited.at < at else Deadline(at)
+    return at if inherited is None or inherited > at else inherited

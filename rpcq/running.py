@@ -9,13 +9,13 @@ import secrets
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, Final
 
 from rpcq import deadline as deadlines
 from rpcq import logs, wire
 from rpcq.admission import Job
 from rpcq.errors import CallError, CallTimeout, InvalidReply, RemoteError, to_wire
+from rpcq.timeouts import Bucket, Timeouts
 from rpcq.transport.base import Delivery, Outgoing, Settled, Transport
 from rpcq.transport.topology import DIRECT_REPLY_TO
 
@@ -28,46 +28,48 @@ Key = tuple[bytes, bytes]
 """reply_to and correlation ID: what names a call among all clients."""
 
 
-class Running:
-    """A request in hand.
+class Running(Outgoing):
+    """A request in hand; once its handler has ended, the reply to it.
 
     Attributes:
         delivery: what is acknowledged in the end.
         key: reply_to and correlation ID; an empty reply_to where no reply is wanted.
-        job: what runs; None where it was refused.
+        job: what runs; None where it was refused, and once it has ended.
         began: whether the handler was entered.
-        kind: RESULT or ERROR, once there is a reply.
-        body: the reply's.
 
     """
 
     __slots__ = (
         "began",
-        "body",
         "cancelled",
         "delivery",
         "handler_ms",
         "job",
         "key",
-        "kind",
+        "queue_ms",
         "result",
+        "runs",
         "started",
         "task",
         "thread",
         "timed_out",
-        "timer",
+        "timeout",
     )
 
-    def __init__(self, delivery: Delivery, key: Key) -> None:
+    def __init__(self, runs: Runs, delivery: Delivery, key: Key) -> None:
+        self.exchange = b""
+        self.routing_key, self.correlation_id = key
+        # RabbitMQ may return what goes by direct reply-to even when it delivers it.
+        self.mandatory = not self.routing_key.startswith(DIRECT_REPLY_TO)
+        self.runs = runs
         self.delivery = delivery
         self.key = key
         self.job: Job | None = None
-        self.kind = b""
-        self.body = b""
+        self.queue_ms: float | None = None
         self.started = 0.0  # on time.perf_counter(); 0 until its task has run
         self.handler_ms = 0.0
         self.task: asyncio.Task[None] | None = None
-        self.timer: asyncio.TimerHandle | None = None
+        self.timeout: Bucket | asyncio.TimerHandle | None = None
         self.thread: concurrent.futures.Future[tuple[Any, BaseException | None]] | None = None
         self.result: asyncio.Future[tuple[Any, BaseException | None]] | None = None
         self.began = False
@@ -75,9 +77,13 @@ class Running:
         self.cancelled = False
 
     @property
-    def correlation_id(self) -> str:
-        """For logs."""
-        return self.key[1].decode("utf-8", "replace")
+    def id(self) -> str:
+        """The correlation ID, for logs."""
+        return self.correlation_id.decode("utf-8", "replace")
+
+    def on_settled(self, settled: Settled) -> None:
+        """What became of the reply."""
+        self.runs.replied(self, settled)
 
 
 class Runs:
@@ -95,6 +101,8 @@ class Runs:
 
     def __init__(self, transport: Transport, *, max_body: int, threads: int) -> None:
         self._transport = transport
+        self._loop: asyncio.AbstractEventLoop
+        self._timeouts: Timeouts[Running]
         self._max_body = max_body
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
@@ -113,13 +121,18 @@ class Runs:
 
     # From outside.
 
-    def begin(self, run: Running, job: Job) -> None:
-        """Start the handler."""
-        loop = asyncio.get_running_loop()
+    def open(self) -> None:
+        """From now on, in this event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._timeouts = Timeouts(self._loop, self._time_out)
+
+    def begin(self, run: Running, job: Job, now: float) -> None:
+        """Start the handler; `now` on `time.monotonic()`."""
         run.job = job
+        run.queue_ms = job.queue_ms
         self._hold(run)
-        run.timer = loop.call_later(job.limit, self._time_out, run)
-        run.task = loop.create_task(self._run(run, job))
+        self._timeouts.set(run, job.deadline, now)
+        run.task = self._loop.create_task(self._run(run, job))
 
     def refuse(self, run: Running, error: CallError) -> None:
         """Answer with an error, and run nothing."""
@@ -152,15 +165,15 @@ class Runs:
         self._abandoned = True
         runs = [*self._by_key.values(), *self._others]
         if runs:
-            log.error("calls cut off", count=len(runs), correlation_ids=[run.correlation_id for run in runs[:20]])
+            log.error("calls cut off", count=len(runs), correlation_ids=[run.id for run in runs[:20]])
         tasks = [run.task for run in runs if run.task is not None]
         if self._pump is not None:
             tasks.append(self._pump)
         for task in tasks:
             task.cancel()
+        self._timeouts.close()
         for run in runs:
-            if run.timer is not None:
-                run.timer.cancel()
+            self._timeouts.cancel(run)
             if run.result is not None:
                 run.result.cancel()  # its thread may end after the loop
         if tasks:
@@ -218,19 +231,20 @@ class Runs:
     def _finished(self, run: Running) -> None:
         if run.started:
             run.handler_ms = (time.perf_counter() - run.started) * 1000
-        if run.timer is not None:
-            run.timer.cancel()
+        self._timeouts.cancel(run)
+        run.job = None  # it is not needed while the reply is on its way
 
     def _time_out(self, run: Running) -> None:
         run.timed_out = True
         self._interrupt(run)
 
     def _interrupt(self, run: Running) -> None:
-        if run.task is None or run.task.done():
+        task, job = run.task, run.job
+        if task is None or job is None or task.done():
             return
-        run.task.cancel()
-        if not run.started and run.job is not None:  # cancelled before its first step, a task never gets to say so
-            self._interrupted(run, run.job)
+        task.cancel()
+        if not run.started:  # cancelled before its first step, a task never gets to say so
+            self._interrupted(run, job)
 
     def _interrupted(self, run: Running, job: Job) -> None:
         """The handler was cancelled; by whom decides what is said."""
@@ -256,7 +270,7 @@ class Runs:
         log.error(
             "handler failed",
             method=job.method.label,
-            correlation_id=run.correlation_id,
+            correlation_id=run.id,
             incident=incident,
             duration_ms=round(run.handler_ms, 3),
             exc_info=error,
@@ -269,7 +283,7 @@ class Runs:
         try:
             body = job.method.write_result(value, self._max_body)
         except InvalidReply as error:
-            log.exception("result cannot be sent", method=job.method.label, correlation_id=run.correlation_id)
+            log.exception("result cannot be sent", method=job.method.label, correlation_id=run.id)
             self._reply_error(run, error)
         except Exception as error:  # noqa: BLE001 - of a serialiser of the handler's own type
             self._failed(run, job, error)
@@ -283,51 +297,38 @@ class Runs:
         except Exception:  # noqa: BLE001 - of a serialiser of the details' own type
             body = b""
         if not body or len(body) > self._max_body:
-            log.error("an error's details cannot be sent", correlation_id=run.correlation_id, code=error.code)
+            log.error("an error's details cannot be sent", correlation_id=run.id, code=error.code)
             body = wire.dumps(said | {"details": None, "message": str(said["message"])[:1000]})
         self._reply(run, wire.ERROR, body)
 
     def _reply(self, run: Running, kind: bytes, body: bytes) -> None:
-        if not run.key[0]:
+        run.task = None
+        if not run.routing_key:
             self._settle(run)
             return
-        run.kind = kind
+        run.properties = self._encoder.encode(kind, run.correlation_id, run.queue_ms, run.handler_ms)
         run.body = body
-        self._publish(run)
+        self._transport.publish(run)
 
-    def _publish(self, run: Running) -> None:
-        reply_to, correlation_id = run.key
-        queue_ms = run.job.queue_ms if run.job is not None else None
-        self._transport.publish(
-            Outgoing(
-                b"",
-                reply_to,
-                correlation_id,
-                self._encoder.encode(run.kind, correlation_id, queue_ms, run.handler_ms),
-                run.body,
-                partial(self._replied, run),
-                not reply_to.startswith(DIRECT_REPLY_TO),  # which RabbitMQ may return even when it delivers it
-            )
-        )
-
-    def _replied(self, run: Running, settled: Settled) -> None:
+    def replied(self, run: Running, settled: Settled) -> None:
+        """What became of a reply."""
         if settled is Settled.CONFIRMED:
             self._settle(run)
         elif settled in (Settled.UNSENT, Settled.UNKNOWN):
             if not self._abandoned:
                 self._unsent.append(run)  # published again once there is a way
                 if self._pump is None or self._pump.done():
-                    self._pump = asyncio.get_running_loop().create_task(self._publish_unsent())
+                    self._pump = self._loop.create_task(self._publish_unsent())
         else:
             self.unroutable_replies += 1
-            log.info("the caller is gone", correlation_id=run.correlation_id, reply=settled.value)
+            log.info("the caller is gone", correlation_id=run.id, reply=settled.value)
             self._settle(run)
 
     async def _publish_unsent(self) -> None:
         while self._unsent:
             await self._transport.writable()
             while self._unsent and self._transport.can_publish:
-                self._publish(self._unsent.popleft())
+                self._transport.publish(self._unsent.popleft())
 
     # Acknowledging.
 

@@ -31,7 +31,7 @@ from rpcq.errors import (
 from rpcq.properties import MalformedProperties, Properties, decode
 from rpcq.running import Running, Runs
 from rpcq.settings import MAX_PROPERTIES, MAX_TIMEOUT, WorkerOptions, WorkerSettings
-from rpcq.transport.base import Delivery, Listener, Outgoing, Subscription, Transport
+from rpcq.transport.base import Delivery, Listener, Message, Subscription, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.transport.topology import Names
 from rpcq.url import mask
@@ -109,6 +109,7 @@ class Worker:
         if self._state != "new":
             raise UsageError(f"this worker is {self._state}; a worker is started once")
         self._state = "serving"
+        self._runs.open()
         try:
             subscriptions = [await self._enter(service) for service in self.services]
             control = self._names.control_queue(tuple(service.name for service in self.services))
@@ -233,6 +234,7 @@ class Worker:
         if self._cancels and self._cancels.pop(key, None) is not None:
             delivery.ack()
             return
+        now = time.monotonic()
         try:
             if self._state == "stopping":
                 raise ServiceUnavailable("the worker shuts down, and did not begin")
@@ -246,14 +248,14 @@ class Worker:
                 redelivered=delivery.redelivered,
                 max_body=self.options.max_body,
                 wall_ms=time.time() * 1000,
-                now=time.monotonic(),
+                now=now,
                 state=served.state,
             )
         except CallError as error:
             self._refused(error, key)
-            self._runs.refuse(Running(delivery, key), error)
+            self._runs.refuse(Running(self._runs, delivery, key), error)
         else:
-            self._runs.begin(Running(delivery, key), job)
+            self._runs.begin(Running(self._runs, delivery, key), job, now)
 
     def _read(self, service: Service, delivery: Delivery) -> Request | None:
         """What the request says, or None where it cannot be answered, and so is not run."""
@@ -328,7 +330,7 @@ class Worker:
         elif found.type == wire.PING and reply_to.startswith(self._reply_prefixes):
             properties = wire.ReplyEncoder().encode(wire.RESULT, correlation_id, None, 0.0)
             body = wire.dumps({"services": [service.name for service in self.services], "name": self.options.name})
-            self._transport.publish(Outgoing(b"", reply_to, correlation_id, properties, body, lambda _: None))
+            self._transport.publish(Message(b"", reply_to, correlation_id, properties, body, lambda _: None))
 
     def _cancel(self, key: tuple[bytes, bytes], found: Properties) -> None:
         if self._runs.cancel(key):

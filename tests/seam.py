@@ -12,7 +12,7 @@ from typing import Any
 from rpcq.errors import BrokerError, BrokerUnreachable
 from rpcq.properties import Properties, encode
 from rpcq.settings import ConnectionOptions
-from rpcq.transport.base import Delivery, Listener, Outgoing, Settled, Subscription, Transport
+from rpcq.transport.base import Delivery, Listener, Message, Settled, Subscription, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.transport.topology import Exchange, Queue
 
@@ -103,7 +103,7 @@ class End:
 
         correlation_id = properties.setdefault("correlation_id", secrets.token_hex(6).encode())
         raw = encode(Properties(**properties))
-        self.transport.publish(Outgoing(exchange.encode(), key.encode(), correlation_id, raw, body, settled, mandatory))
+        self.transport.publish(Message(exchange.encode(), key.encode(), correlation_id, raw, body, settled, mandatory))
         return outcome
 
     async def sent(self, key: str, body: bytes = b"", **options: Any) -> Settled:

@@ -452,6 +452,9 @@ class Unsettled:
         self._accepted: set[int] = set()
         self._rejected: list[bytes] = []
 
+    def __len__(self) -> int:
+        return len(self._tags)
+
     def delivered(self, tag: int) -> None:
         """A delivery came."""
         self._tags[tag] = None

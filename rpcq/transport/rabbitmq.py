@@ -25,6 +25,9 @@ from rpcq.url import BrokerURL
 HIGH_WATER: Final = 256 * 1024
 """Bytes that may wait for the next write before publishers wait."""
 
+ACK_DELAY: Final = 0.005
+"""Seconds that an acknowledgement may wait for others, while the broker has no use for its slot."""
+
 log = logs.get_logger("rpcq.rabbitmq")
 for _name in logs.QUIET:
     logs.silence(_name)
@@ -41,13 +44,15 @@ async def _never(_: AbstractIncomingMessage) -> None:
 class _Consumed:
     """One subscription on its own channel of one session; takes its settlements."""
 
-    __slots__ = ("_lane", "_loop", "_no_ack", "_on_delivery", "_protocol", "_scheduled", "_unsettled")
+    __slots__ = ("_busy", "_flushing", "_lane", "_loop", "_no_ack", "_on_delivery", "_protocol", "_timer", "_unsettled")
 
     def __init__(self, link: Link, channel: int, subscription: Subscription, options: ConnectionOptions) -> None:
         self._loop = asyncio.get_running_loop()
         self._protocol = link.protocol
         self._unsettled = Unsettled(Encoder(channel, link.frame_max))
-        self._scheduled = False
+        self._flushing = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._busy = subscription.prefetch // 2
         self._on_delivery = subscription.on_delivery
         self._no_ack = subscription.no_ack
         self._lane = Lane(
@@ -63,13 +68,23 @@ class _Consumed:
         if self._protocol.lost is not None or self._no_ack:
             return
         self._unsettled.settle(tag, accept=accept, requeue=requeue)
-        if not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self._flush)
+        # Where few of the slots that prefetch gives are taken, nobody waits for this one: one write tells of many.
+        if self._flushing:
+            return
+        if len(self._unsettled) >= self._busy:
+            self._flushing = True
+            self._loop.call_soon(self.flush)
+        elif self._timer is None:
+            self._timer = self._loop.call_later(ACK_DELAY, self.flush)
 
-    def _flush(self) -> None:
-        self._scheduled = False
-        self._protocol.write(self._unsettled.frames())
+    def flush(self) -> None:
+        """Tell the broker now of all that is settled."""
+        self._flushing = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if frames := self._unsettled.frames():
+            self._protocol.write(frames)
 
     def _deliver(self, tag: int, redelivered: bool, properties: bytes, body: bytes | None, size: int) -> None:
         if not self._no_ack:
@@ -96,6 +111,7 @@ class _ConsumingSession(Session):
         self._subscriptions = subscriptions
         self._queues: list[str] = []
         self._consumers: list[tuple[AbstractChannel, str]] = []
+        self._consumed: list[_Consumed] = []
         self._stopped = False
 
     async def stop(self) -> None:
@@ -113,8 +129,13 @@ class _ConsumingSession(Session):
             if (link := self._link) is not None:
                 link.protocol.fail(BrokerUnreachable(f"the consumers could not be cancelled: {error!r}"))
 
+    async def close(self) -> None:
+        for consumed in self._consumed:
+            consumed.flush()
+        await super().close()
+
     async def _set_up(self, link: Link) -> None:
-        self._queues, self._consumers = [], []
+        self._queues, self._consumers, self._consumed = [], [], []
         admin, _ = await link.channel(confirms=False)
         for subscription in self._subscriptions:
             name = await self._declare(admin, subscription.queue)
@@ -125,7 +146,7 @@ class _ConsumingSession(Session):
             if subscription.prefetch:
                 await channel.set_qos(prefetch_count=subscription.prefetch)
             # Before it consumes: the first delivery may come with the answer.
-            _Consumed(link, number, subscription, self._options)
+            self._consumed.append(_Consumed(link, number, subscription, self._options))
             queue = await channel.get_queue(name, ensure=False)
             tag = await queue.consume(_never, no_ack=subscription.no_ack)
             self._consumers.append((channel, tag))
@@ -169,6 +190,7 @@ class _PublishingSession(Session):
         self._unconfirmed = Unconfirmed()
         self._queue: list[Outgoing] = []
         self._queued = 0
+        self._flushing = False
         self._room = asyncio.Event()  # set to wake those who wait for `ready`
         self._is_blocked = False
 
@@ -181,10 +203,14 @@ class _PublishingSession(Session):
         if not self._up:
             message.on_settled(Settled.UNSENT)
             return
-        if not self._queue:
-            self._loop.call_soon(self._flush)
-        self._queue.append(message)
-        self._queued += len(message.body) + len(message.properties)
+        if self._flushing:  # written with all else of this iteration of the loop
+            self._queue.append(message)
+            self._queued += len(message.body) + len(message.properties)
+            return
+        # The first one goes at once: with few calls under way, an iteration is a good part of their time.
+        self._flushing = True
+        self._loop.call_soon(self._flush)
+        self._write([message])
 
     async def writable(self) -> None:
         while not self.ready:
@@ -249,9 +275,13 @@ class _PublishingSession(Session):
             self._wake()
 
     def _flush(self) -> None:
+        self._flushing = False
         messages, self._queue, self._queued = self._queue, [], 0
-        if not messages:
-            return
+        if messages:
+            self._write(messages)
+            self._wake()
+
+    def _write(self, messages: list[Outgoing]) -> None:
         if self._link is None:
             for message in messages:
                 message.on_settled(Settled.UNSENT)
@@ -260,7 +290,6 @@ class _PublishingSession(Session):
         for message in messages:
             add(message)
         self._link.protocol.write(b"".join(self._encoder.publish(messages)))
-        self._wake()
 
     def _wake(self) -> None:
         if not self._room.is_set() and self.ready:

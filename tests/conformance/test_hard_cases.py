@@ -22,7 +22,7 @@ from rpcq import (
     wire,
 )
 from rpcq.settings import ConnectionOptions
-from rpcq.transport.base import Delivery, Listener, Outgoing, Subscription, Transport
+from rpcq.transport.base import Delivery, Listener, Message, Subscription, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.transport.topology import Names
 
@@ -241,9 +241,7 @@ class HandMade:
 
     def answer(self, request: wire.Request, kind: bytes, body: bytes) -> None:
         properties = wire.ReplyEncoder().encode(kind, request.correlation_id, None, 0.0)
-        self.transport.publish(
-            Outgoing(b"", request.reply_to, request.correlation_id, properties, body, lambda _: None)
-        )
+        self.transport.publish(Message(b"", request.reply_to, request.correlation_id, properties, body, lambda _: None))
 
 
 AWAY = b'{"code": "UNAVAILABLE", "message": "shuts down", "executed": "no", "retryable": true, "details": null}'

@@ -11,7 +11,7 @@ import pytest
 
 from rpcq.errors import BrokerError, TopologyMismatch
 from rpcq.properties import Properties, decode, encode
-from rpcq.transport.base import Delivery, Outgoing, Settled
+from rpcq.transport.base import Delivery, Message, Settled
 from rpcq.transport.topology import Queue
 from rpcq.wire import Notice, RequestEncoder, read_reply
 from seam import SECONDS, End, Seam, taken, until
@@ -339,7 +339,7 @@ async def test_a_request_that_expires_comes_back_to_its_caller_and_not_before(se
         outcome = asyncio.get_running_loop().create_future()
         began = time.monotonic()
         caller.transport.publish(
-            Outgoing(seam.requests.name.encode(), b"things", b"an id", raw, b"{}", outcome.set_result)
+            Message(seam.requests.name.encode(), b"things", b"an id", raw, b"{}", outcome.set_result)
         )
         async with asyncio.timeout(SECONDS):
             assert await outcome is Settled.CONFIRMED
@@ -658,7 +658,7 @@ async def test_what_is_acknowledged_because_its_reply_is_confirmed_while_closing
             held = [await end.inbox.next() for _ in range(20)]
             raw, to = encode(Properties(correlation_id=b"c")), other.names[0].encode()
             for delivery in held:  # as a worker does it: in the very call that tells of the confirm
-                reply = Outgoing(b"", to, b"c", raw, b"reply", lambda _, delivery=delivery: delivery.ack())
+                reply = Message(b"", to, b"c", raw, b"reply", lambda _, delivery=delivery: delivery.ack())
                 end.transport.publish(reply)
         await until(lambda: len(other.inbox.all) == 20)
         async with seam.opened(queue) as later:
@@ -683,7 +683,7 @@ async def test_properties_encoded_by_hand_are_what_arrives(seam: Seam) -> None:
     raw = encode(Properties(correlation_id=b"c", headers={"x-a": [1, "two", {"three": True}], "x-none": None}))
     async with seam.opened(seam.queue()) as end:
         outcome = asyncio.get_running_loop().create_future()
-        end.transport.publish(Outgoing(b"", end.names[0].encode(), b"c", raw, b"", outcome.set_result))
+        end.transport.publish(Message(b"", end.names[0].encode(), b"c", raw, b"", outcome.set_result))
         delivery = await end.inbox.next()
         assert decode(delivery.properties) == decode(raw)
         async with asyncio.timeout(SECONDS):

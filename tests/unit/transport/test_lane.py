@@ -22,7 +22,7 @@ from pamqp.heartbeat import Heartbeat
 
 from rpcq.errors import ProtocolError
 from rpcq.transport import lane as codec
-from rpcq.transport.base import Outgoing, Settled
+from rpcq.transport.base import Message, Outgoing, Settled
 from rpcq.transport.lane import HEARTBEAT_FRAME, MAX_FRAME, Encoder, FrameReader, Lane, Unconfirmed, Unsettled
 
 dozens = settings(
@@ -770,7 +770,7 @@ def message(
     correlation_id: bytes = b"",
     on_settled: Callable[[Settled], None] = lambda _: None,
 ) -> Outgoing:
-    return Outgoing(exchange, key, correlation_id, properties, body, on_settled, mandatory)
+    return Message(exchange, key, correlation_id, properties, body, on_settled, mandatory)
 
 
 def frames_of(raw: bytes, frame_max: int = MAX_FRAME) -> list[tuple[int, Any]]:

@@ -12,7 +12,7 @@ from rpcq.errors import BrokerError, BrokerUnreachable, ClosedError, ProtocolErr
 from rpcq.properties import Properties, decode, encode
 from rpcq.settings import ConnectionOptions
 from rpcq.transport import memory
-from rpcq.transport.base import Delivery, Listener, Outgoing, Settled, Subscription, Transport
+from rpcq.transport.base import Delivery, Listener, Message, Settled, Subscription, Transport
 from rpcq.transport.memory import HIGH_WATER, MemoryBroker, MemoryTransport
 from rpcq.transport.topology import Exchange, Names, Queue
 
@@ -76,7 +76,7 @@ class Peer:
     def publish(
         self, key: str, body: bytes = b"", properties: bytes = PLAIN, *, exchange: str = "", mandatory: bool = True
     ) -> None:
-        message = Outgoing(exchange.encode(), key.encode(), b"", properties, body, self.settled.append, mandatory)
+        message = Message(exchange.encode(), key.encode(), b"", properties, body, self.settled.append, mandatory)
         self.transport.publish(message)
 
     @property
@@ -173,7 +173,7 @@ async def test_what_a_callback_publishes_has_its_turn_in_the_next_iteration(peer
         nonlocal left
         left -= 1
         if left:
-            peer.transport.publish(Outgoing(b"", b"q", b"", PLAIN, b"", again))
+            peer.transport.publish(Message(b"", b"q", b"", PLAIN, b"", again))
 
     again(Settled.CONFIRMED)
     assert left == 2
@@ -191,7 +191,7 @@ async def test_a_callback_that_raises_costs_nobody_elses_messages(peer: Peer) ->
     def fail(_: Settled) -> None:
         raise ZeroDivisionError
 
-    peer.transport.publish(Outgoing(b"", b"q", b"", PLAIN, b"a", fail))
+    peer.transport.publish(Message(b"", b"q", b"", PLAIN, b"a", fail))
     peer.publish("q", b"b")
     await turn(3)
     asyncio.get_running_loop().set_exception_handler(None)
@@ -376,14 +376,14 @@ async def test_a_delivery_acknowledged_when_its_reply_is_confirmed_at_closing_is
     peer.publish("q")
     await turn()
     (delivery,) = peer.got
-    peer.transport.publish(Outgoing(b"", b"replies", b"", PLAIN, b"", lambda _: delivery.ack()))
+    peer.transport.publish(Message(b"", b"replies", b"", PLAIN, b"", lambda _: delivery.ack()))
     await peer.transport.close()
     assert (broker.depth("q"), broker.depth("replies")) == (0, 1)
 
 
 async def test_what_is_published_while_it_closes_is_unsent(peer: Peer) -> None:
     await peer.start("q")
-    peer.transport.publish(Outgoing(b"", b"q", b"", PLAIN, b"", lambda _: peer.publish("q")))
+    peer.transport.publish(Message(b"", b"q", b"", PLAIN, b"", lambda _: peer.publish("q")))
     await peer.transport.close()
     assert peer.settled == [Settled.UNSENT]
 
@@ -555,7 +555,7 @@ async def test_what_is_handed_out_when_the_connection_drops_is_not_lost(broker: 
         dropped = True
         broker.drop_connections()
 
-    peer.transport.publish(Outgoing(b"", b"q", b"", PLAIN, b"a", drop))
+    peer.transport.publish(Message(b"", b"q", b"", PLAIN, b"a", drop))
     await peer.until(1)
     assert dropped
     assert [(delivery.body, delivery.redelivered) for delivery in peer.got] == [(b"a", True)]
