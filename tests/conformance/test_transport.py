@@ -634,10 +634,11 @@ async def test_close_settles_what_a_lost_session_left_over(seam: Seam) -> None:
         assert end.of("consuming").count("up") == 1
 
 
-async def test_acknowledgements_just_before_close_reach_the_broker(seam: Seam) -> None:
+@pytest.mark.parametrize("prefetch", [0, 50, 1000])
+async def test_acknowledgements_just_before_close_reach_the_broker(seam: Seam, prefetch: int) -> None:
     queue = seam.queue(lasts=True)
     async with seam.opened() as other:
-        async with seam.opened(queue) as end:
+        async with seam.opened(taken(queue, prefetch=prefetch)) as end:
             for _ in range(50):
                 assert await other.sent(queue.name, b"x") is Settled.CONFIRMED
             for _ in range(50):
@@ -645,6 +646,20 @@ async def test_acknowledgements_just_before_close_reach_the_broker(seam: Seam) -
         async with seam.opened(queue) as later:
             await later.barrier()
             assert not later.inbox.all
+
+
+async def test_an_acknowledgement_that_waits_for_others_is_sent_when_none_come(seam: Seam) -> None:
+    queue = seam.queue(lasts=True)
+    async with seam.opened(taken(queue, prefetch=1000)) as end:
+        for body in (b"a", b"b", b"c"):
+            assert await end.sent(queue.name, body) is Settled.CONFIRMED
+        for _ in range(3):
+            (await end.inbox.next()).ack()
+        await asyncio.sleep(0.2)
+        end.cut_one("consuming")
+        await until(lambda: end.of("consuming").count("up") == 2)
+        await end.barrier()
+        assert len(end.inbox.all) == 3, "it came again"
 
 
 async def test_what_is_acknowledged_because_its_reply_is_confirmed_while_closing_reaches_the_broker(
