@@ -6,21 +6,23 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, Unpack
 
 from rpcq import logs, processes, wire
 from rpcq.answers import Answers, meaning
 from rpcq.calls import MAX_ATTEMPTS, Call, Event, Outcome, PendingCalls
+from rpcq.control import Control, WorkerInfo, WorkerStats, read
 from rpcq.deadline import Deadline, inherit
-from rpcq.environment import broker_url
+from rpcq.environment import broker_url, options_from
 from rpcq.errors import BrokerError, CallTimeout, ClosedError, ServiceUnavailable, UsageError
 from rpcq.properties import MalformedProperties
 from rpcq.proxy import CallMaker, ServiceProxy, Target
 from rpcq.settings import CallOptions, CallSettings, ClientOptions, ClientSettings, check_name
 from rpcq.timeouts import Bucket, Timeouts
-from rpcq.transport.base import Delivery, Listener, Message, Outgoing, Settled, Subscription, Transport
+from rpcq.transport.base import Delivery, Listener, Outgoing, Settled, Subscription, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.transport.topology import Names
 from rpcq.url import mask
@@ -112,7 +114,8 @@ class Client:
 
     Args:
         url: the broker: `amqp://user:password@host:port/vhost`, `amqps://...` or `memory://`; `RPCQ_URL` if None.
-        options: as in `ClientOptions`.
+        options: as in `ClientOptions`; what is not given comes from the environment (`RPCQ_TIMEOUT`, ...), if it is
+            there.
 
     Raises:
         ConfigurationError: the URL or an option cannot be used.
@@ -120,7 +123,7 @@ class Client:
     """
 
     def __init__(self, url: str | None = None, **options: Unpack[ClientSettings]) -> None:
-        self.options = ClientOptions(**options)
+        self.options = options_from(ClientOptions, options)
         self.names = Names(self.options.namespace)
         self._url = broker_url(url)
         self._transport: Transport = open_transport(self._url, self.options)
@@ -138,7 +141,7 @@ class Client:
         self._publishing_up = False
         self._waiting: OrderedDict[_Call, None] = OrderedDict()  # for a way to the broker, in order
         self._pump: asyncio.Task[None] | None = None
-        self._pings: dict[bytes, asyncio.Future[bool]] = {}
+        self._control = Control(self._transport, self.names, self._ready_to_ask, self._calls.next_id)
 
     # Opening and closing.
 
@@ -158,7 +161,8 @@ class Client:
         self._timeouts = Timeouts(self._loop, self._expire)
         self._generation = processes.generation
         self._state = "open"
-        reply_queue = Subscription(self.names.reply_queue(), self._on_delivery, no_ack=True)
+        own = self.names.reply_queue(self.options.reply_exchange)
+        reply_queue = Subscription(own, self._on_delivery, no_ack=True)
         listener = Listener(
             consuming=self._consuming,
             consuming_lost=self._consuming_lost,
@@ -167,7 +171,7 @@ class Client:
             publishing_blocked=self._publishing_blocked,
         )
         try:
-            await self._transport.start([self.names.requests, self.names.control], [reply_queue], listener)
+            await self._transport.start(self.names.exchanges(self.options.reply_exchange), [reply_queue], listener)
         except BaseException:
             self._state = "closed"
             raise
@@ -197,9 +201,7 @@ class Client:
         self._waiting.clear()
         if pending:
             log.warning("client closed with calls under way", count=pending)
-        for ping in self._pings.values():
-            if not ping.done():
-                ping.set_result(False)
+        self._control.close()
         if self._pump is not None:
             self._pump.cancel()
             await asyncio.gather(self._pump, return_exceptions=True)
@@ -254,12 +256,39 @@ class Client:
         pause = 0.05
         while (left := deadline.remaining()) > 0:
             self._check_usable()
-            if await self._ping(name, min(left, PING_TIMEOUT)):
-                return
+            async with aclosing(self._control.ask(wire.PING, name, min(left, PING_TIMEOUT))) as answers:
+                async for _ in answers:
+                    return
             await asyncio.sleep(max(0.0, min(pause, deadline.remaining())))
             pause = min(pause * 1.5, 0.5)
         where = f"in namespace {self.names.namespace!r}"
         raise ServiceUnavailable(f"no worker of {name!r} answered within {timeout:g} s; is one running {where}?")
+
+    def workers(self, service: str | None = None, *, wait: float = 1.0) -> AsyncGenerator[WorkerInfo, None]:
+        """The workers that are there, as they answer: `async for worker in client.workers("calculator")`.
+
+        Args:
+            service: of this service alone; None for every worker of the namespace.
+            wait: seconds to wait for answers; how many are to come, nobody knows. It ends at once where none is there.
+
+        Raises:
+            ClosedError: the client is not open.
+
+        """
+        return self._ask(wire.DESCRIBE, WorkerInfo, service, wait)
+
+    def stats(self, service: str | None = None, *, wait: float = 1.0) -> AsyncGenerator[WorkerStats, None]:
+        """How the workers fare; as `workers`."""
+        return self._ask(wire.STATS, WorkerStats, service, wait)
+
+    async def _ask(self, question: bytes, kind: type[T], service: str | None, wait: float) -> AsyncGenerator[T, None]:
+        self._check_usable()
+        if service is not None:
+            check_name("the service", service)
+        async with aclosing(self._control.ask(question, service, wait)) as answers:
+            async for answer in answers:
+                if (found := read(kind, answer)) is not None:
+                    yield found
 
     async def invoke(
         self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
@@ -357,49 +386,14 @@ class Client:
         may_run = call.sent and self._calls.is_pending(call)
         self._calls.happened(call, Event.CANCEL)
         if may_run and call.target.is_ours and self._encoder is not None and self._transport.can_publish:
-            self._control(
-                wire.CANCEL,
-                call.target.routing_key,
-                call.request_id,
-                lambda _: None,
-                deadline_ms=int((time.time() + call.deadline - time.monotonic()) * 1000),
-            )
+            deadline_ms = int((time.time() + call.deadline - time.monotonic()) * 1000)
+            self._control.cancel(call.target.routing_key, call.request_id, self._encoder.reply_to, deadline_ms)
 
-    def _control(
-        self,
-        kind: bytes,
-        service: bytes,
-        correlation_id: bytes,
-        on_settled: Callable[[Settled], None],
-        deadline_ms: int | None = None,
-    ) -> None:
-        assert self._encoder is not None  # noqa: S101 - asked by the callers
-        properties = wire.encode_control(kind, correlation_id, self._encoder.reply_to, deadline_ms)
-        exchange = self.names.control.name.encode()
-        self._transport.publish(Message(exchange, service, correlation_id, properties, b"", on_settled))
-
-    async def _ping(self, service: str, timeout: float) -> bool:  # noqa: ASYNC109 - an inner step of a bounded wait
-        """Whether a worker of the service answers in time."""
-        answer: asyncio.Future[bool] = self._loop.create_future()
-        correlation_id = self._calls.next_id()
-
-        def settled(outcome: Settled) -> None:
-            if outcome is not Settled.CONFIRMED and not answer.done():
-                answer.set_result(False)
-
-        self._pings[correlation_id] = answer
-        try:
-            async with asyncio.timeout(timeout):
-                await self._consuming_up.wait()
-                await self._transport.writable()
-                if self._encoder is None:
-                    return False
-                self._control(wire.PING, service.encode(), correlation_id, settled)
-                return await answer
-        except TimeoutError:
-            return False
-        finally:
-            del self._pings[correlation_id]
+    async def _ready_to_ask(self) -> bytes:
+        while self._encoder is None or not self._transport.can_publish:
+            await self._consuming_up.wait()
+            await self._transport.writable()
+        return self._encoder.reply_to
 
     # Receiving.
 
@@ -411,9 +405,7 @@ class Client:
             log.warning("reply dropped", cause=str(error))
             return
         request_id = came.correlation_id
-        if self._pings and (ping := self._pings.get(request_id)) is not None:
-            if not ping.done():
-                ping.set_result(True)
+        if self._control.answered(request_id, delivery.body):
             return
         call = self._calls.get(request_id)
         if call is None:

@@ -57,7 +57,7 @@ class Running(Outgoing):
     )
 
     def __init__(self, runs: Runs, delivery: Delivery, key: Key) -> None:
-        self.exchange = b""
+        self.exchange = runs.reply_exchange
         self.routing_key, self.correlation_id = key
         # RabbitMQ may return what goes by direct reply-to even when it delivers it.
         self.mandatory = not self.routing_key.startswith(DIRECT_REPLY_TO)
@@ -91,16 +91,19 @@ class Runs:
 
     Args:
         transport: where replies go.
+        reply_exchange: the exchange that they go through; None for the default one.
         max_body: bytes of a reply.
         threads: `def` handlers that may run at once.
 
     Attributes:
+        finished: requests that were in hand, and are no more.
         unroutable_replies: replies whose caller was gone.
 
     """
 
-    def __init__(self, transport: Transport, *, max_body: int, threads: int) -> None:
+    def __init__(self, transport: Transport, *, reply_exchange: str | None, max_body: int, threads: int) -> None:
         self._transport = transport
+        self.reply_exchange = (reply_exchange or "").encode()
         self._loop: asyncio.AbstractEventLoop
         self._timeouts: Timeouts[Running]
         self._max_body = max_body
@@ -114,6 +117,7 @@ class Runs:
         self._idle = asyncio.Event()
         self._idle.set()
         self._abandoned = False
+        self.finished = 0
         self.unroutable_replies = 0
 
     def __len__(self) -> int:
@@ -349,6 +353,7 @@ class Runs:
             del self._by_key[run.key]
         else:
             self._others.discard(run)
+        self.finished += 1
         run.delivery.ack()
         if not self._by_key and not self._others:
             self._idle.set()

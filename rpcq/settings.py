@@ -146,6 +146,7 @@ class ConnectionSettings(TypedDict, total=False):
     heartbeat: float
     connect_timeout: float
     max_body: int
+    reply_exchange: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +159,8 @@ class ConnectionOptions:
         heartbeat: seconds; a connection on which nothing arrives for two of them is given up. 5 to 20 is sensible.
         connect_timeout: seconds until an attempt to connect and declare is given up.
         max_body: bytes of a message; larger ones are refused before they are sent, and again where they arrive.
+        reply_exchange: the direct exchange that replies go through, for brokers whose users may not write to every
+            queue, the same for clients and workers; None for the default exchange.
 
     """
 
@@ -166,6 +169,7 @@ class ConnectionOptions:
     heartbeat: float = 10.0
     connect_timeout: float = 10.0
     max_body: int = 1024 * 1024
+    reply_exchange: str | None = None
 
     def __post_init__(self) -> None:
         check_name("the program", self.name)
@@ -176,6 +180,8 @@ class ConnectionOptions:
             raise ConfigurationError(msg)
         _check_seconds("connect_timeout", self.connect_timeout)
         _check_count("max_body", self.max_body, 1, 512 * 1024 * 1024)
+        if self.reply_exchange is not None:
+            check_name("the reply exchange", self.reply_exchange)
 
 
 class ClientSettings(ConnectionSettings, total=False):

@@ -29,6 +29,8 @@ RESULT: Final = b"result"
 ERROR: Final = b"error"
 CANCEL: Final = b"cancel"
 PING: Final = b"ping"
+DESCRIBE: Final = b"describe"
+STATS: Final = b"stats"
 
 _U16: Final = struct.Struct(">H")
 _U32: Final = struct.Struct(">I")

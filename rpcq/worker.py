@@ -18,7 +18,8 @@ from typing import Any, Final, Self, Unpack
 from rpcq import logs, wire
 from rpcq.admission import ExpiredOnArrival, Redelivered, admit
 from rpcq.contract import Service
-from rpcq.environment import broker_url
+from rpcq.control import Answerer, WorkerStats, describe
+from rpcq.environment import broker_url, options_from
 from rpcq.errors import (
     BrokerError,
     CallError,
@@ -31,7 +32,7 @@ from rpcq.errors import (
 from rpcq.properties import MalformedProperties, Properties, decode
 from rpcq.running import Running, Runs
 from rpcq.settings import MAX_PROPERTIES, MAX_TIMEOUT, WorkerOptions, WorkerSettings
-from rpcq.transport.base import Delivery, Listener, Message, Subscription, Transport
+from rpcq.transport.base import Delivery, Listener, Subscription, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.transport.topology import Names
 from rpcq.url import mask
@@ -61,7 +62,8 @@ class Worker:
     Args:
         services: at least one, each with at least one method.
         url: the broker, as for `Client`; `RPCQ_URL` if None.
-        options: as in `WorkerOptions`.
+        options: as in `WorkerOptions`; what is not given comes from the environment (`RPCQ_PREFETCH`, ...), if it is
+            there.
 
     Attributes:
         refused_redeliveries: requests answered and not run, because a worker that held them was lost.
@@ -74,16 +76,19 @@ class Worker:
 
     def __init__(self, *services: Service, url: str | None = None, **options: Unpack[WorkerSettings]) -> None:
         _check(services)
-        self.options = WorkerOptions(**options)
+        self.options = options_from(WorkerOptions, options)
         self.services = services
         self._url = broker_url(url)
         self._transport: Transport = open_transport(self._url, self.options)
         self._names = Names(self.options.namespace)
-        self._reply_prefixes = self._names.reply_prefixes()
+        self._reply_prefixes = self._names.reply_prefixes(self.options.reply_exchange)
         self._may_reply_to = [re.compile(pattern.encode()) for pattern in self.options.reply_to]
         self._lifespans = AsyncExitStack()
         self._runs = Runs(
-            self._transport, max_body=self.options.max_body, threads=self.options.prefetch * len(services)
+            self._transport,
+            reply_exchange=self.options.reply_exchange,
+            max_body=self.options.max_body,
+            threads=self.options.prefetch * len(services),
         )
         self._held: deque[tuple[_Served, Delivery]] = deque()
         self._pump: asyncio.Task[None] | None = None
@@ -92,6 +97,9 @@ class Worker:
         self._stopping = asyncio.Event()
         self._closing: asyncio.Task[bool] | None = None
         self._last_warning = 0.0
+        self._started = time.monotonic()
+        self._info = describe(self.options.name, self.options.prefetch, services, self._names)
+        self._answerer = Answerer(self._transport, self.options.reply_exchange, self._info, self._stats)
         self.refused_redeliveries = 0
         self.expired_on_arrival = 0
 
@@ -109,6 +117,7 @@ class Worker:
         if self._state != "new":
             raise UsageError(f"this worker is {self._state}; a worker is started once")
         self._state = "serving"
+        self._started = time.monotonic()
         self._runs.open()
         try:
             subscriptions = [await self._enter(service) for service in self.services]
@@ -121,7 +130,8 @@ class Worker:
                 publishing_lost=lambda _: None,
                 publishing_blocked=self._blocked,
             )
-            await self._transport.start([self._names.requests, self._names.control], subscriptions, listener)
+            exchanges = self._names.exchanges(self.options.reply_exchange)
+            await self._transport.start(exchanges, subscriptions, listener)
         except BaseException:
             self._state = "stopped"
             await self._transport.close()
@@ -275,6 +285,8 @@ class Worker:
             return request
         else:
             why = f"its reply_to is {reply_to!r}; the worker's option reply_to says what else is allowed"
+            if self.options.reply_exchange is not None:
+                why += ", and rpcq clients need the option reply_exchange as this worker has it"
         correlation_id = request.correlation_id.decode("utf-8", "replace")
         log.warning("request refused", service=service.name, correlation_id=correlation_id, cause=why)
         return None
@@ -327,10 +339,27 @@ class Worker:
             log.warning("control message dropped", cause="it has no reply_to or no correlation_id")
         elif found.type == wire.CANCEL:
             self._cancel((reply_to, correlation_id), found)
-        elif found.type == wire.PING and reply_to.startswith(self._reply_prefixes):
-            properties = wire.ReplyEncoder().encode(wire.RESULT, correlation_id, None, 0.0)
-            body = wire.dumps({"services": [service.name for service in self.services], "name": self.options.name})
-            self._transport.publish(Message(b"", reply_to, correlation_id, properties, body, lambda _: None))
+        elif not reply_to.startswith(self._reply_prefixes):
+            log.warning("control message dropped", cause=f"its reply_to is {reply_to!r}")
+        elif not self._answerer.answer(found.type or b"", reply_to, correlation_id):
+            log.warning(
+                "control message dropped", cause=f"its type is {found.type!r}, which this version does not know"
+            )
+
+    def _stats(self) -> WorkerStats:
+        info = self._info
+        return WorkerStats(
+            name=info.name,
+            host=info.host,
+            pid=info.pid,
+            time_ms=time.time() * 1000,
+            uptime=time.monotonic() - self._started,
+            in_flight=self.in_flight,
+            finished=self._runs.finished,
+            refused_redeliveries=self.refused_redeliveries,
+            expired_on_arrival=self.expired_on_arrival,
+            unroutable_replies=self._runs.unroutable_replies,
+        )
 
     def _cancel(self, key: tuple[bytes, bytes], found: Properties) -> None:
         if self._runs.cancel(key):

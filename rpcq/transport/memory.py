@@ -463,7 +463,9 @@ class MemoryTransport:
         try:
             for exchange in self._exchanges:
                 broker.vhost.declare_exchange(exchange)
-            queues = [broker.vhost.declare_queue(each.queue, session.connection) for each in self._subscriptions]
+            queues = [
+                broker.vhost.declare_queue(each.queue.for_session(), session.connection) for each in self._subscriptions
+            ]
             for subscription, queue in zip(self._subscriptions, queues, strict=True):
                 session.subscribe(subscription, queue)
         except BrokerError:

@@ -205,7 +205,7 @@ class Vhost:
         else:
             _check_owner(live, connection)
             check_equivalent(live.declared, queue)
-        for exchange, key in queue.bindings:
+        for exchange, key in (*queue.bindings, *((exchange, live.name) for exchange in queue.bound_by_name)):
             self._bind(live, exchange, key)
         return live.name
 

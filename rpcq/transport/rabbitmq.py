@@ -9,7 +9,7 @@ from typing import Any, Final
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 
 from rpcq import logs
-from rpcq.errors import BrokerError, BrokerUnreachable, ClosedError, TopologyMismatch
+from rpcq.errors import AccessRefused, BrokerError, BrokerUnreachable, ClosedError, TopologyMismatch
 from rpcq.settings import ConnectionOptions
 from rpcq.transport.base import Delivery, Listener, Outgoing, Settled, Subscription
 from rpcq.transport.connection import (
@@ -39,6 +39,32 @@ def _ignore(*_: Any) -> None:
 
 async def _never(_: AbstractIncomingMessage) -> None:
     """Aiormq's consumer: the lane takes its messages."""
+
+
+async def declare(channel: AbstractChannel, queue: Queue) -> str:
+    """Declare and bind a queue; its name. Where it fails, the broker closes the channel.
+
+    Raises:
+        TopologyMismatch: it exists with other arguments.
+
+    """
+    try:
+        declared = await channel.declare_queue(
+            queue.name or None,
+            durable=queue.durable,
+            exclusive=queue.exclusive,
+            auto_delete=queue.auto_delete,
+            arguments=dict(queue.arguments),
+        )
+        for exchange, key in (*queue.bindings, *((exchange, declared.name) for exchange in queue.bound_by_name)):
+            await declared.bind(exchange, key)
+    except Exception as error:
+        ours = translate(error, None)
+        if isinstance(ours, TopologyMismatch):
+            msg = f"the queue {queue.name!r} exists with other arguments than rpcq's; delete it or mend it: {ours}"
+            raise TopologyMismatch(msg) from error
+        raise
+    return declared.name
 
 
 class _Consumed:
@@ -112,6 +138,7 @@ class _ConsumingSession(Session):
         self._queues: list[str] = []
         self._consumers: list[tuple[AbstractChannel, str]] = []
         self._consumed: list[_Consumed] = []
+        self._admin: AbstractChannel
         self._stopped = False
 
     async def stop(self) -> None:
@@ -136,9 +163,9 @@ class _ConsumingSession(Session):
 
     async def _set_up(self, link: Link) -> None:
         self._queues, self._consumers, self._consumed = [], [], []
-        admin, _ = await link.channel(confirms=False)
+        self._admin, _ = await link.channel(confirms=False)
         for subscription in self._subscriptions:
-            name = await self._declare(admin, subscription.queue)
+            name = await self._declare(link, subscription.queue.for_session())
             self._queues.append(name)
             if self._stopped:
                 continue
@@ -153,24 +180,24 @@ class _ConsumingSession(Session):
         if self._stopped and self._consumers:
             raise BrokerUnreachable("the consumers were stopped while they were being started")
 
-    async def _declare(self, admin: AbstractChannel, queue: Queue) -> str:
+    async def _declare(self, link: Link, queue: Queue) -> str:
+        """Declare and bind a queue; one that this user may not declare is used as it is, if it is there."""
         try:
-            declared = await admin.declare_queue(
-                queue.name or None,
-                durable=queue.durable,
-                exclusive=queue.exclusive,
-                auto_delete=queue.auto_delete,
-                arguments=dict(queue.arguments),
-            )
-            for exchange, key in queue.bindings:
-                await declared.bind(exchange, key)
+            return await declare(self._admin, queue)
         except Exception as error:
-            ours = translate(error, None)
-            if isinstance(ours, TopologyMismatch):
-                msg = f"the queue {queue.name!r} exists with other arguments than rpcq's; delete it or mend it: {ours}"
-                raise TopologyMismatch(msg) from error
-            raise
-        return declared.name
+            refused = translate(error, link.protocol.lost)
+            if not isinstance(refused, AccessRefused) or queue.exclusive:
+                raise
+            self._admin, _ = await link.channel(confirms=False)  # the refusal closed the other one
+            try:
+                await self._admin.declare_queue(queue.name, passive=True)
+            except Exception as missing:
+                if not isinstance(translate(missing, link.protocol.lost), TopologyMismatch):
+                    raise
+                msg = f"{refused}; nor is it there: have it declared once by a user who may, with 'rpcq setup'"
+                raise AccessRefused(msg) from error
+            log.info("queue is used as it is: this user may not declare it", queue=queue.name)
+            return queue.name
 
     def _told_up(self) -> None:
         self._listener.consuming(self._queues)

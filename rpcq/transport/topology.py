@@ -6,8 +6,9 @@ changed once it is declared: those below are part of the wire contract.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 from rpcq.errors import ConfigurationError
@@ -16,6 +17,9 @@ QueueType = Literal["classic", "quorum"]
 
 MAX_LENGTH: Final = 100_000
 """Messages that a request queue holds; what is published beyond is refused (`Overloaded`)."""
+
+EVERY_SERVICE: Final = "*"
+"""The routing key of control messages for every worker of the namespace; no service can be called that."""
 
 DIRECT_REPLY_TO: Final = b"amq.rabbitmq.reply-to"
 
@@ -30,7 +34,15 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """A queue to declare, and how it is bound. An empty name lets the broker choose one for each session."""
+    """A queue to declare, and how it is bound.
+
+    Attributes:
+        name: empty for one that the broker chooses for each session.
+        prefix: begins a name that is made up for each session, where `name` is empty.
+        bindings: pairs of exchange and routing key.
+        bound_by_name: exchanges that it is bound to under its own name.
+
+    """
 
     name: str
     durable: bool = False
@@ -38,7 +50,12 @@ class Queue:
     auto_delete: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
     bindings: tuple[tuple[str, str], ...] = ()
-    """Pairs of exchange and routing key."""
+    prefix: str = ""
+    bound_by_name: tuple[str, ...] = ()
+
+    def for_session(self) -> Queue:
+        """The queue with the name that it has in a new session: a fresh one, since the last one may still be locked."""
+        return replace(self, name=self.prefix + secrets.token_urlsafe(16)) if self.prefix and not self.name else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +103,19 @@ class Names:
             bindings=((self.requests.name, service),),
         )
 
-    def reply_queue(self) -> Queue:
-        """A client's own: named by the broker, gone with its connection."""
-        return Queue(name="", exclusive=True, auto_delete=True)
+    def reply_queue(self, exchange: str | None = None) -> Queue:
+        """A client's own, gone with its connection: named by the broker, or reached through a reply exchange."""
+        if exchange is None:
+            return Queue(name="", exclusive=True, auto_delete=True)
+        return Queue(name="", prefix=self._reply, exclusive=True, auto_delete=True, bound_by_name=(exchange,))
 
     def control_queue(self, services: tuple[str, ...]) -> Queue:
-        """A worker's own, bound under every service that it runs."""
+        """A worker's own, bound under every service that it runs, and under `EVERY_SERVICE`."""
         return Queue(
             name="",
             exclusive=True,
             auto_delete=True,
-            bindings=tuple((self.control.name, service) for service in services),
+            bindings=tuple((self.control.name, key) for key in (*services, EVERY_SERVICE)),
         )
 
     @property
@@ -107,6 +126,20 @@ class Names:
         """Whether a queue is one whose expiry proves that the request never ran."""
         return queue.startswith(self._once)
 
-    def reply_prefixes(self) -> tuple[bytes, ...]:
-        """How the queues begin that a worker replies to: server-named ones, reply queues, and direct reply-to."""
-        return b"amq.gen-", DIRECT_REPLY_TO + b".", f"{self.namespace}.reply.".encode()
+    @property
+    def _reply(self) -> str:
+        return f"{self.namespace}.reply."
+
+    def reply_prefixes(self, exchange: str | None = None) -> tuple[bytes, ...]:
+        """How the queues begin that a worker replies to: server-named ones, reply queues, and direct reply-to.
+
+        Through a reply exchange, only those are reached that are bound to it.
+        """
+        if exchange is not None:
+            return (self._reply.encode(),)
+        return b"amq.gen-", DIRECT_REPLY_TO + b".", self._reply.encode()
+
+    def exchanges(self, reply_exchange: str | None = None) -> list[Exchange]:
+        """Those that clients and workers use, besides the default one."""
+        own = [self.requests, self.control]
+        return own if reply_exchange is None else [*own, Exchange(reply_exchange)]

@@ -340,7 +340,7 @@ async def test_a_service_that_nobody_serves_is_waited_for_and_told(things: Thing
         with pytest.raises(ServiceUnavailable, match=r"no worker of 'nobody' answered within 0\.1 s") as caught:
             await client.wait_for_service("nobody", timeout=0.1)
         assert things.namespace in str(caught.value)
-        assert not client._pings
+        assert not client._control._asked
 
 
 # Options and the URL.

@@ -1,11 +1,21 @@
-"""The broker's URL: as given, or from the environment."""
+"""Settings: as given, or from the environment, or the defaults."""
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 
-from rpcq.environment import broker_url
+from rpcq import Client, Service, Worker
+from rpcq.environment import broker_url, options_from, settings, variable
 from rpcq.errors import ConfigurationError
+from rpcq.settings import ClientOptions, WorkerOptions
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting in settings():
+        monkeypatch.delenv(setting.variable, raising=False)
 
 
 def test_a_url_that_is_given_comes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +36,98 @@ def test_with_neither_the_error_says_what_to_do(value: str | None, monkeypatch: 
         monkeypatch.setenv("RPCQ_URL", value)
     with pytest.raises(ConfigurationError, match="set RPCQ_URL"):
         broker_url(None)
+
+
+SET = {
+    "RPCQ_NAME": ("staging-web", "staging-web"),
+    "RPCQ_NAMESPACE": ("staging", "staging"),
+    "RPCQ_HEARTBEAT": ("20", 20.0),
+    "RPCQ_CONNECT_TIMEOUT": ("2.5", 2.5),
+    "RPCQ_MAX_BODY": ("2048", 2048),
+    "RPCQ_REPLY_EXCHANGE": ("staging.replies", "staging.replies"),
+    "RPCQ_TIMEOUT": ("0.5", 0.5),
+    "RPCQ_MAX_IN_FLIGHT": ("10", 10),
+    "RPCQ_PREFETCH": ("7", 7),
+    "RPCQ_GRACE": ("1", 1.0),
+    "RPCQ_REPLY_TO": ("orders\\..*  audit", ("orders\\..*", "audit")),
+}
+
+
+@pytest.mark.parametrize("kind", [ClientOptions, WorkerOptions])
+def test_every_option_has_a_variable(
+    kind: type[ClientOptions | WorkerOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert {variable(it.name) for it in fields(kind)} <= SET.keys()
+    for name, (text, _) in SET.items():
+        monkeypatch.setenv(name, text)
+    found = options_from(kind, {})
+    for it in fields(kind):
+        assert getattr(found, it.name) == SET[variable(it.name)][1], it.name
+
+
+@pytest.mark.parametrize("kind", [ClientOptions, WorkerOptions])
+def test_without_variables_the_defaults_count_and_an_empty_variable_is_none(
+    kind: type[ClientOptions | WorkerOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert options_from(kind, {}) == kind()
+    for name in SET:
+        monkeypatch.setenv(name, "")
+    assert options_from(kind, {}) == kind()
+
+
+def test_an_argument_beats_its_variable_even_one_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RPCQ_PREFETCH", "many")
+    monkeypatch.setenv("RPCQ_GRACE", "3")
+    assert options_from(WorkerOptions, {"prefetch": 5}) == WorkerOptions(prefetch=5, grace=3.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("RPCQ_PREFETCH", "many", r"RPCQ_PREFETCH is 'many': .*integer"),
+        ("RPCQ_PREFETCH", "0", "RPCQ_PREFETCH: prefetch is 0; it is a whole number from 1"),
+        ("RPCQ_NAMESPACE", "a b", "RPCQ_NAMESPACE: the namespace is called 'a b'"),
+        ("RPCQ_HEARTBEAT", "-1", "RPCQ_HEARTBEAT: heartbeat is -1.0"),
+        ("RPCQ_REPLY_TO", "(", r"RPCQ_REPLY_TO: reply_to holds '\('"),
+    ],
+)
+def test_a_variable_that_cannot_be_used_is_named(
+    name: str, text: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, text)
+    with pytest.raises(ConfigurationError, match=why):
+        options_from(WorkerOptions, {})
+
+
+def test_clients_and_workers_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RPCQ_NAMESPACE", "staging")
+    monkeypatch.setenv("RPCQ_PREFETCH", "7")
+    monkeypatch.setenv("RPCQ_TIMEOUT", "0.5")
+    service = Service("things")
+    service.method(_work)
+    assert Worker(service, url="memory://").options == WorkerOptions(namespace="staging", prefetch=7)
+    assert Client("memory://").options == ClientOptions(namespace="staging", timeout=0.5)
+    assert Client("memory://", namespace="other").options == ClientOptions(namespace="other", timeout=0.5)
+
+
+async def _work() -> None: ...
+
+
+def test_all_settings_are_documented_once_with_their_meaning() -> None:
+    found = settings()
+    assert [it.variable for it in found] == ["RPCQ_URL", *SET]
+    assert all(it.meaning and not it.meaning.endswith(" ") for it in found)
+    assert {it.variable for it in found if it.read_by == ("client", "worker")} == {
+        "RPCQ_URL",
+        "RPCQ_NAME",
+        "RPCQ_NAMESPACE",
+        "RPCQ_HEARTBEAT",
+        "RPCQ_CONNECT_TIMEOUT",
+        "RPCQ_MAX_BODY",
+        "RPCQ_REPLY_EXCHANGE",
+    }
+
+
+def test_an_option_that_is_none_is_refused() -> None:
+    with pytest.raises(TypeError, match="prefetsch"):
+        options_from(WorkerOptions, {"prefetsch": 1})

@@ -47,8 +47,32 @@ def test_a_classic_queue_may_not_pass_for_one_that_delivers_once() -> None:
 def test_queues_of_one_session_are_exclusive_and_named_by_the_broker() -> None:
     assert Names().reply_queue() == Queue("", exclusive=True, auto_delete=True)
     assert Names().control_queue(("a", "b")) == Queue(
-        "", exclusive=True, auto_delete=True, bindings=(("rpcq.control", "a"), ("rpcq.control", "b"))
+        "",
+        exclusive=True,
+        auto_delete=True,
+        bindings=(("rpcq.control", "a"), ("rpcq.control", "b"), ("rpcq.control", "*")),
     )
+
+
+def test_a_queue_that_is_reached_through_a_reply_exchange_has_a_name_of_its_own_in_each_session() -> None:
+    queue = Names("staging").reply_queue("replies")
+    assert (queue.name, queue.prefix, queue.bound_by_name) == ("", "staging.reply.", ("replies",))
+    names = {queue.for_session().name for _ in range(100)}
+    assert len(names) == 100
+    assert all(name.startswith("staging.reply.") and len(name) > 30 for name in names)
+    once = queue.for_session()
+    assert once.for_session() is once
+    assert Names().reply_queue().for_session() == Names().reply_queue()
+
+
+def test_with_a_reply_exchange_workers_reply_to_nothing_else() -> None:
+    assert Names("staging").reply_prefixes("replies") == (b"staging.reply.",)
+    assert [it.name for it in Names("staging").exchanges("replies")] == [
+        "staging.requests",
+        "staging.control",
+        "replies",
+    ]
+    assert [it.name for it in Names("staging").exchanges()] == ["staging.requests", "staging.control"]
 
 
 def test_a_namespace_prefixes_every_name() -> None:
@@ -58,7 +82,7 @@ def test_a_namespace_prefixes_every_name() -> None:
     assert names.request_queue("a", "classic").name == "staging.req.a"
     assert names.request_queue("a", "classic").bindings == (("staging.requests", "a"),)
     assert names.request_queue("a", "quorum").name == "staging.once.a"
-    assert names.control_queue(("a",)).bindings == (("staging.control", "a"),)
+    assert names.control_queue(("a",)).bindings == (("staging.control", "a"), ("staging.control", "*"))
 
 
 @pytest.mark.parametrize(

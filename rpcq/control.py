@@ -1,0 +1,279 @@
+"""What goes over the control exchange: who is there, what do they serve, how do they fare; and cancellations.
+
+`rpcq list`, `rpcq describe`, `rpcq ping` and `Client.wait_for_service` ask it. Each worker answers for itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import socket
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from rpcq import logs, wire
+from rpcq.contract import Method, Service
+from rpcq.transport.base import Message, Settled, Transport
+from rpcq.transport.topology import EVERY_SERVICE, Names
+
+T = TypeVar("T")
+
+log = logs.get_logger("rpcq.control")
+
+
+@dataclass(frozen=True, slots=True)
+class MethodInfo:
+    """A method, as its worker describes it.
+
+    Attributes:
+        name: what callers call it.
+        signature: its parameters and its result, with their types: "(x: int, y: int) -> int".
+        doc: its handler's docstring; empty where it has none.
+        idempotent: running it twice does no harm.
+        timeout: seconds that it may run; None for the caller's deadline alone.
+        errors: the codes of the domain errors that it declares.
+
+    """
+
+    name: str
+    signature: str
+    doc: str = ""
+    idempotent: bool = False
+    timeout: float | None = None
+    errors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceInfo:
+    """A service, as a worker of it describes it.
+
+    Attributes:
+        name: the service's.
+        queue: its request queue.
+        queue_type: "classic" or "quorum".
+        methods: what it offers.
+
+    """
+
+    name: str
+    queue: str
+    queue_type: str
+    methods: tuple[MethodInfo, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A worker, as it describes itself.
+
+    Attributes:
+        name: what it is called (its option `name`).
+        host: its machine's name.
+        pid: its process.
+        version: of rpcq.
+        prefetch: calls of each service that it runs at once.
+        services: what it serves.
+
+    """
+
+    name: str
+    host: str
+    pid: int
+    version: str
+    prefetch: int
+    services: tuple[ServiceInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """How a worker fares.
+
+    Attributes:
+        name: what it is called.
+        host: its machine's name.
+        pid: its process.
+        time_ms: its wall clock when it answered, milliseconds since the epoch.
+        uptime: seconds since it was started.
+        in_flight: requests that it holds.
+        finished: requests that it has answered or dropped since.
+        refused_redeliveries: requests answered and not run, because a worker that held them was lost.
+        expired_on_arrival: requests answered and not run, because their deadline had passed.
+        unroutable_replies: replies whose caller was gone.
+
+    """
+
+    name: str
+    host: str
+    pid: int
+    time_ms: float
+    uptime: float
+    in_flight: int
+    finished: int
+    refused_redeliveries: int
+    expired_on_arrival: int
+    unroutable_replies: int
+
+
+def describe(name: str, prefetch: int, services: Sequence[Service], names: Names) -> WorkerInfo:
+    """What this process says of itself as a worker of `services`."""
+    return WorkerInfo(
+        name=name,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        version=_version(),
+        prefetch=prefetch,
+        services=tuple(
+            ServiceInfo(
+                name=service.name,
+                queue=names.request_queue(service.name, service.queue_type, service.queue).name,
+                queue_type=service.queue_type,
+                methods=tuple(_describe_method(method) for method in service.methods.values()),
+            )
+            for service in services
+        ),
+    )
+
+
+def _describe_method(method: Method) -> MethodInfo:
+    return MethodInfo(
+        name=method.name,
+        signature=str(method.signature),
+        doc=inspect.getdoc(method.handler) or "",
+        idempotent=method.idempotent,
+        timeout=method.timeout,
+        errors=tuple(sorted({error.code for error in method.errors})),
+    )
+
+
+@cache
+def _version() -> str:
+    try:
+        return version("rpcq")
+    except PackageNotFoundError:  # run from its folder, uninstalled
+        return "unknown"
+
+
+class Answerer:
+    """A worker's side: answers what is asked of it.
+
+    Args:
+        transport: where answers go.
+        reply_exchange: the exchange that they go through; None for the default one.
+        info: what the worker says of itself.
+        stats: gives how it fares.
+
+    """
+
+    def __init__(
+        self, transport: Transport, reply_exchange: str | None, info: WorkerInfo, stats: Callable[[], WorkerStats]
+    ) -> None:
+        self._transport = transport
+        self._exchange = (reply_exchange or "").encode()
+        self._encoder = wire.ReplyEncoder()
+        services = [service.name for service in info.services]
+        self._answers: dict[bytes, Callable[[], Any]] = {
+            wire.PING: lambda: {"name": info.name, "services": services},
+            wire.DESCRIBE: lambda: asdict(info),
+            wire.STATS: lambda: asdict(stats()),
+        }
+
+    def answer(self, kind: bytes, reply_to: bytes, correlation_id: bytes) -> bool:
+        """Answer a question; False if it is of no kind that is known."""
+        found = self._answers.get(kind)
+        if found is None:
+            return False
+        properties = self._encoder.encode(wire.RESULT, correlation_id, None, 0.0)
+        body = wire.dumps(found())
+        self._transport.publish(Message(self._exchange, reply_to, correlation_id, properties, body, lambda _: None))
+        return True
+
+
+class Control:
+    """A client's side: sends control messages, and gathers the answers.
+
+    Args:
+        transport: where they go.
+        names: the exchange's.
+        ready: waits until the client has a reply queue and may publish; gives the queue's name.
+        next_id: gives correlation IDs.
+
+    """
+
+    def __init__(
+        self, transport: Transport, names: Names, ready: Callable[[], Awaitable[bytes]], next_id: Callable[[], bytes]
+    ) -> None:
+        self._transport = transport
+        self._exchange = names.control.name.encode()
+        self._ready = ready
+        self._next_id = next_id
+        self._asked: dict[bytes, asyncio.Queue[bytes | None]] = {}
+
+    def cancel(self, service: bytes, correlation_id: bytes, reply_to: bytes, deadline_ms: int) -> None:
+        """Tell all workers of a service that the caller of this request is gone."""
+        properties = wire.encode_control(wire.CANCEL, correlation_id, reply_to, deadline_ms)
+        self._transport.publish(Message(self._exchange, service, correlation_id, properties, b"", lambda _: None))
+
+    def answered(self, correlation_id: bytes, body: bytes | None) -> bool:
+        """Take what came to the reply queue; False if it is no answer to a question."""
+        found = self._asked.get(correlation_id) if self._asked else None
+        if found is None:
+            return False
+        found.put_nowait(body or b"")
+        return True
+
+    def close(self) -> None:
+        """Whoever waits for answers gets no more."""
+        for answers in self._asked.values():
+            answers.put_nowait(None)
+
+    async def ask(self, kind: bytes, service: str | None, wait: float) -> AsyncGenerator[bytes, None]:
+        """The answers of all workers of a service (None: of every worker), as they come within `wait` seconds.
+
+        It ends at once where no worker is there.
+        """
+        until = time.monotonic() + wait
+        correlation_id = self._next_id()
+        answers: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+        def settled(outcome: Settled) -> None:
+            if outcome is not Settled.CONFIRMED:
+                answers.put_nowait(None)
+
+        self._asked[correlation_id] = answers
+        try:
+            async with asyncio.timeout(wait):
+                reply_to = await self._ready()
+            key = EVERY_SERVICE if service is None else service
+            properties = wire.encode_control(kind, correlation_id, reply_to)
+            self._transport.publish(Message(self._exchange, key.encode(), correlation_id, properties, b"", settled))
+            while True:
+                async with asyncio.timeout(until - time.monotonic()):
+                    answer = await answers.get()
+                if answer is None:
+                    return
+                yield answer
+        except TimeoutError:
+            return
+        finally:
+            del self._asked[correlation_id]
+
+
+def read(kind: type[T], answer: bytes) -> T | None:
+    """An answer as what it should be; None if it is not, which is logged: another worker's may be."""
+    try:
+        found: T = _adapter(kind).validate_json(answer)  # type: ignore[arg-type]  # a class is hashable
+    except ValidationError as error:
+        log.warning("answer of a worker dropped", cause=error.errors()[0]["msg"], expected=kind.__name__)
+        return None
+    return found
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
