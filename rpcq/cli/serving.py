@@ -9,14 +9,78 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Annotated, Final, Unpack
 
+import typer
+
+from rpcq import logs
+from rpcq.cli.options import FAILED, WORKER, Level, LogLevel, Namespace, Url, given, run
+from rpcq.cli.supervising import supervise
 from rpcq.contract import Service
 from rpcq.errors import ConfigurationError
 from rpcq.settings import WorkerSettings
 from rpcq.worker import Worker
+
+SUPERVISED: Final = "RPCQ_SUPERVISED"
+"""In the environment of a process that a supervisor started, whose end is the end of its standard input."""
+
+
+def worker(
+    services: Annotated[list[str], typer.Argument(help="What to serve: module:service, once or more.")],
+    url: Url = None,
+    prefetch: Annotated[
+        int | None,
+        typer.Option(
+            envvar="RPCQ_PREFETCH", help="Calls of each service that run at once.", show_default=str(WORKER.prefetch)
+        ),
+    ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(
+            envvar="RPCQ_PROCESSES", min=1, max=1000, help="Worker processes. One that dies is started again."
+        ),
+    ] = 1,
+    grace: Annotated[
+        float | None,
+        typer.Option(
+            envvar="RPCQ_GRACE", help="Seconds that running calls have to end.", show_default=f"{WORKER.grace:g}"
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(envvar="RPCQ_NAME", help="What this worker is called.", show_default=WORKER.name),
+    ] = None,
+    namespace: Namespace = None,
+    reload: Annotated[
+        bool, typer.Option("--reload", help="Start again when a Python file here changes; for development.")
+    ] = False,
+    log_level: LogLevel = Level.INFO,
+) -> None:
+    """Serve services until SIGTERM or Ctrl-C, then let what runs end. A second signal ends it at once.
+
+    The exit code is 0 if everything that ran could end, and 1 if something was cut off.
+    """
+    logs.configure(log_level.upper())
+    if (processes > 1 or reload) and not os.environ.get(SUPERVISED):
+        # The settings go to the processes by the environment: there, others cannot read the URL's password.
+        settings = {
+            "RPCQ_URL": url,
+            "RPCQ_PREFETCH": prefetch,
+            "RPCQ_GRACE": grace,
+            "RPCQ_NAME": name,
+            "RPCQ_NAMESPACE": namespace,
+            "RPCQ_LOG_LEVEL": log_level.value,
+            SUPERVISED: 1,
+        }
+        environment = os.environ | {key: str(value) for key, value in given(**settings).items()}
+        command = [sys.executable, "-m", "rpcq", "worker", *services, "--processes", "1"]
+        sys.exit(
+            0 if run(supervise(command, environment, processes, reload=Path.cwd() if reload else None)) else FAILED
+        )
+    found = load_services(services)
+    run(serve(found, url, **given(prefetch=prefetch, grace=grace, name=name, namespace=namespace)))
 
 
 def load_services(paths: Sequence[str]) -> list[Service]:
@@ -78,6 +142,8 @@ async def serve(services: Sequence[Service], url: str | None, **options: Unpack[
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    if os.environ.get(SUPERVISED):
+        await loop.connect_read_pipe(lambda: _Pipe(on_signal), sys.stdin)
     try:
         clean = await worker.run()
     except asyncio.CancelledError:
@@ -85,4 +151,16 @@ async def serve(services: Sequence[Service], url: str | None, **options: Unpack[
     if not clean:
         logging.shutdown()
         sys.stdout.flush()
-        os._exit(1)
+        os._exit(FAILED)
+
+
+class _Pipe(asyncio.Protocol):
+    """The pipe from a supervisor: it closes when that is gone, however it went."""
+
+    def __init__(self, on_end: Callable[[], None]) -> None:
+        self._on_end = on_end
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The supervisor is gone."""
+        del exc
+        self._on_end()

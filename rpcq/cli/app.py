@@ -1,0 +1,41 @@
+"""The `rpcq` command and its entry point."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from rpcq.cli.calling import call
+from rpcq.cli.demo import demo
+from rpcq.cli.doctor import doctor, setup
+from rpcq.cli.looking import describe, list_services, ping
+from rpcq.cli.options import EXIT_CODES, USAGE, errors, exit_code
+from rpcq.cli.serving import worker
+from rpcq.errors import CallError, RpcqError
+
+app = typer.Typer(
+    name="rpcq",
+    help="Call remote functions as awaitables, over RabbitMQ.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command()(worker)
+app.command(epilog=EXIT_CODES)(call)
+app.command("list")(list_services)
+app.command()(describe)
+app.command()(ping)
+app.command()(doctor)
+app.command()(setup)
+app.command()(demo)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The `rpcq` command."""
+    try:
+        app(args=arguments, prog_name="rpcq")
+    except RpcqError as error:
+        code = exit_code(error)
+        who = type(error).__name__ if isinstance(error, CallError) or code != USAGE else "rpcq"
+        errors.print(f"[red]{who}:[/]", error, soft_wrap=True)
+        sys.exit(code)

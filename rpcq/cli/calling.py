@@ -1,0 +1,113 @@
+"""`rpcq call`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from rpcq import logs, wire
+from rpcq.cli.options import (
+    CLIENT,
+    Json,
+    Level,
+    LogLevel,
+    Namespace,
+    Url,
+    default_name,
+    exit_code,
+    given,
+    run,
+)
+from rpcq.client import Client
+from rpcq.errors import CallError, ConfigurationError, to_wire
+
+
+def call(
+    target: Annotated[str, typer.Argument(help="What to call: service.method.")],
+    parameters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="key=value for each parameter by name, or values by position; values are JSON, or else text. "
+            "A single - reads them from standard input: a JSON object by name, an array by position."
+        ),
+    ] = None,
+    url: Url = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            envvar="RPCQ_TIMEOUT", help="Seconds until the call has ended.", show_default=f"{CLIENT.timeout:g}"
+        ),
+    ] = None,
+    idempotent: Annotated[
+        bool, typer.Option("--idempotent", help="Send it again where an attempt may have been lost.")
+    ] = False,
+    queue: Annotated[str | None, typer.Option(help="Send to this queue, for servers that are not rpcq's.")] = None,
+    namespace: Namespace = None,
+    as_json: Json = False,
+    log_level: LogLevel = Level.WARNING,
+) -> None:
+    """Call a method and print its result as JSON. With --json, an error is printed as JSON too."""
+    logs.configure(log_level.upper())
+    args, params = read_parameters(parameters or [])
+
+    async def once() -> Any:
+        options = given(timeout=timeout, namespace=namespace, name=default_name("call"))
+        async with Client(url, **options) as client:
+            return await client.with_options(queue=queue, idempotent=idempotent).call(target, *args, **params)
+
+    try:
+        result = run(once())
+    except CallError as error:
+        if not as_json:
+            raise
+        told = {"type": type(error).__name__, **to_wire(error), "correlation_id": error.correlation_id}
+        print(wire.dumps({"error": told}).decode())
+        raise typer.Exit(exit_code(error)) from error
+    if as_json:
+        print(wire.dumps({"result": result}).decode())
+    else:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+
+
+def read_parameters(words: list[str]) -> tuple[list[Any], dict[str, Any]]:
+    """Parameters as they stand on the command line: `key=value` by name, all others by position.
+
+    Raises:
+        ConfigurationError: a name is given twice, or standard input is not JSON.
+
+    """
+    if words == ["-"]:
+        return _from_input(sys.stdin.buffer.read())
+    args: list[Any] = []
+    params: dict[str, Any] = {}
+    for text in words:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            args.append(_value(text))
+        elif name in params:
+            msg = f"the parameter {name!r} is given twice"
+            raise ConfigurationError(msg)
+        else:
+            params[name] = _value(value)
+    return args, params
+
+
+def _from_input(text: bytes) -> tuple[list[Any], dict[str, Any]]:
+    try:
+        value = wire.loads(text)
+    except ValueError as error:
+        msg = f"standard input is not JSON: {error}"
+        raise ConfigurationError(msg) from error
+    if isinstance(value, dict):
+        return [], value
+    return (value if isinstance(value, list) else [value]), {}
+
+
+def _value(text: str) -> Any:
+    try:
+        return wire.loads(text.encode())  # as a worker reads it: integers of any size
+    except ValueError:
+        return text

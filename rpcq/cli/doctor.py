@@ -1,0 +1,227 @@
+"""`rpcq doctor` and `rpcq setup`: whether a broker can be used as rpcq uses it, and making it so."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from rpcq import logs
+from rpcq.cli.options import FAILED, Level, LogLevel, Namespace, Url, given, run
+from rpcq.cli.serving import load_services
+from rpcq.client import Client
+from rpcq.contract import Service
+from rpcq.environment import broker_url, options_from, settings
+from rpcq.errors import (
+    AccessRefused,
+    AuthenticationFailed,
+    BrokerError,
+    BrokerUnreachable,
+    TopologyMismatch,
+    VhostNotFound,
+)
+from rpcq.settings import ClientOptions
+from rpcq.transport.opening import open_admin
+from rpcq.transport.topology import MAX_LENGTH, Names, Queue
+from rpcq.url import BrokerURL, mask, parse
+
+if TYPE_CHECKING:
+    from rpcq.transport.admin import Admin
+
+OLDEST: Final = (3, 10)
+"""The oldest RabbitMQ that is supported."""
+
+CLOCKS_APART: Final = 1.0
+"""Seconds that two clocks may differ without a word."""
+
+NEARLY_FULL: Final = 50_000
+"""Messages in a request queue, half of what it takes, that are worth a word."""
+
+MENDS: Final[dict[type[BrokerError], str]] = {
+    BrokerUnreachable: "is the broker running, is this its address, and may this machine reach it?",
+    AuthenticationFailed: "check user and password: rabbitmqctl authenticate_user USER PASSWORD",
+    VhostNotFound: "make it, and let the user in: rabbitmqctl add_vhost VHOST; rabbitmqctl set_permissions ...",
+    AccessRefused: "give the user what rpcq needs: see 'Least privilege' in the documentation on security",
+    TopologyMismatch: "delete the queue when it is empty, and let a worker or 'rpcq setup' declare it anew",
+}
+
+console = Console(highlight=False)
+
+Services = Annotated[
+    list[str] | None, typer.Argument(help="Services whose queues are meant: module:service, none or more.")
+]
+
+
+class Grade(Enum):
+    """How a check ended."""
+
+    GOOD = "[green]ok  [/]"
+    DOUBT = "[yellow]warn[/]"
+    BAD = "[red]bad [/]"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What one check found, and the mend where there is something to mend."""
+
+    grade: Grade
+    text: str
+    mend: str = ""
+
+
+Findings = AsyncIterator[Found]
+
+
+def doctor(
+    services: Services = None,
+    url: Url = None,
+    namespace: Namespace = None,
+    log_level: LogLevel = Level.ERROR,
+) -> None:
+    """Check that the broker can be reached and used, queues are as they should be, and clocks agree; say the mend.
+
+    The exit code is 1 if something is wrong.
+    """
+    logs.configure(log_level.upper())
+    options = options_from(ClientOptions, given(namespace=namespace))
+    broker = parse(broker_url(url))
+    found = load_services(services or [])
+
+    async def examine() -> bool:
+        good = True
+        async for finding in _examine(broker, broker_url(url), options, found):
+            good = good and finding.grade is not Grade.BAD
+            console.print(f"{finding.grade.value} {escape(finding.text)}", soft_wrap=True)
+            if finding.mend:
+                console.print(f"       {finding.mend}", style="dim", markup=False, soft_wrap=True)
+        return good
+
+    if not run(examine()):
+        raise typer.Exit(FAILED)
+
+
+async def _examine(broker: BrokerURL, url: str, options: ClientOptions, services: list[Service]) -> Findings:
+    yield _settings(url, options)
+    if broker.scheme == "memory":
+        yield Found(Grade.GOOD, "memory:// is a broker inside each process: there is nothing to reach")
+        return
+    reached = 0
+    for host, port in broker.hosts:
+        try:
+            async with open_admin(broker, options, host, port) as admin:
+                reached += 1
+                yield Found(Grade.GOOD, f"{host}:{port} answers{' over TLS' if admin.is_encrypted else ''}")
+                yield _version(admin)
+                for service in services if reached == 1 else ():
+                    queue = Names(options.namespace).request_queue(service.name, service.queue_type, service.queue)
+                    yield await _queue(admin, queue)
+        except BrokerError as error:
+            yield Found(Grade.BAD, f"{host}:{port}: {error}", MENDS.get(type(error), ""))
+    if reached:
+        async for finding in _as_client(url, options, services):
+            yield finding
+
+
+def _settings(url: str, options: ClientOptions) -> Found:
+    here = [it.variable for it in settings() if os.environ.get(it.variable)]
+    source = f"; from the environment: {', '.join(here)}" if here else ""
+    return Found(Grade.GOOD, f"settings: {mask(url)}, namespace {options.namespace!r}{source}")
+
+
+def _version(admin: Admin) -> Found:
+    told = f"{admin.product} {admin.version}"
+    if admin.product != "RabbitMQ":
+        return Found(Grade.DOUBT, told, "rpcq is tested with RabbitMQ alone")
+    numbers = re.match(r"(\d+)\.(\d+)", admin.version)
+    if numbers is None:
+        return Found(Grade.DOUBT, f"{told}: a version that says nothing")
+    if (int(numbers[1]), int(numbers[2])) < OLDEST:
+        return Found(Grade.BAD, f"{told} is too old", "use RabbitMQ 3.10 or later")
+    return Found(Grade.GOOD, told)
+
+
+async def _queue(admin: Admin, queue: Queue) -> Found:
+    """The state of a request queue, and whether its arguments are those that a worker declares."""
+    state = await admin.queue(queue.name)
+    if state is None:
+        return Found(Grade.DOUBT, f"queue {queue.name}: not there", "start a worker, or declare it with 'rpcq setup'")
+    told = f"queue {queue.name}: {state.messages} messages, {state.consumers} consumers"
+    try:
+        await admin.declare([], [replace(queue, bindings=())])
+    except TopologyMismatch as error:
+        return Found(Grade.BAD, str(error), MENDS[TopologyMismatch])
+    except AccessRefused:
+        told += "; its arguments cannot be checked by a user who may not declare it"
+    if not state.consumers:
+        return Found(Grade.BAD, told, "start a worker: until then, calls expire in the queue")
+    if state.messages > NEARLY_FULL:
+        return Found(Grade.DOUBT, told, f"it takes {MAX_LENGTH:,}; start more workers, or call less")
+    return Found(Grade.GOOD, told)
+
+
+async def _as_client(url: str, options: ClientOptions, services: list[Service]) -> Findings:
+    """Use the broker as a client does, and ask the workers."""
+    client = Client(url, **{it.name: getattr(options, it.name) for it in fields(options)})
+    try:
+        await client.connect()
+    except BrokerError as error:
+        yield Found(Grade.BAD, f"as a client: {error}", MENDS.get(type(error), ""))
+        return
+    try:
+        yield Found(Grade.GOOD, "as a client: may declare and consume a reply queue, and reach the exchanges")
+        began = time.time()
+        answers = [(stats, time.time()) async for stats in client.stats(wait=1.0)]
+        found = [worker async for worker in client.workers(wait=1.0)]
+    finally:
+        await client.close()
+    serving = {service.name for worker in found for service in worker.services}
+    yield Found(Grade.GOOD, f"workers: {len(found)}, of {', '.join(sorted(serving)) or 'no service'}")
+    for service in services:
+        if service.name not in serving:
+            yield Found(Grade.BAD, f"no worker of {service.name!r} answers", "start one: rpcq worker module:service")
+    for stats, came in answers:
+        # It was read somewhere between the question and the answer.
+        apart = max(began - stats.time_ms / 1000, stats.time_ms / 1000 - came, 0.0)
+        if apart > CLOCKS_APART:
+            told = f"the clocks of this machine and of {stats.host} (process {stats.pid}) are {apart:.1f} s apart"
+            yield Found(Grade.BAD, told, "synchronise them (NTP): deadlines travel as times of day")
+    if answers:
+        yield Found(Grade.GOOD, f"clocks: {len(answers)} workers compared, to {CLOCKS_APART:g} s")
+
+
+def setup(
+    services: Annotated[list[str], typer.Argument(help="Services whose queues are declared: module:service.")],
+    url: Url = None,
+    namespace: Namespace = None,
+    reply_exchange: Annotated[
+        str | None,
+        typer.Option(envvar="RPCQ_REPLY_EXCHANGE", help="Declare this exchange for replies as well."),
+    ] = None,
+    log_level: LogLevel = Level.WARNING,
+) -> None:
+    """Declare the exchanges and request queues of services, so that workers need not be allowed to. Changes nothing."""
+    logs.configure(log_level.upper())
+    options = options_from(ClientOptions, given(namespace=namespace, reply_exchange=reply_exchange))
+    broker = parse(broker_url(url))
+    found = load_services(services)
+    for service in found:
+        service.check()
+    names = Names(options.namespace)
+    exchanges = names.exchanges(options.reply_exchange)
+    queues = [names.request_queue(service.name, service.queue_type, service.queue) for service in found]
+
+    async def declare() -> list[str]:
+        host, port = broker.hosts[0]
+        async with open_admin(broker, options, host, port) as admin:
+            return await admin.declare(exchanges, queues)
+
+    declared = run(declare())
+    console.print(f"exchanges {', '.join(it.name for it in exchanges)}; queues {', '.join(declared)}", soft_wrap=True)

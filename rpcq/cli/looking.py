@@ -1,0 +1,159 @@
+"""`rpcq list`, `rpcq describe` and `rpcq ping`: who is there, asked of the workers themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import asdict
+from typing import Annotated, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rpcq import logs, wire
+from rpcq.cli.options import Json, Level, LogLevel, Namespace, Url, Wait, default_name, given, run
+from rpcq.client import Client
+from rpcq.control import MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
+from rpcq.errors import ServiceUnavailable
+
+T = TypeVar("T")
+
+console = Console(highlight=False)
+
+
+def list_services(
+    url: Url = None,
+    wait: Wait = 1.0,
+    namespace: Namespace = None,
+    as_json: Json = False,
+    log_level: LogLevel = Level.WARNING,
+) -> None:
+    """List the services that answer, with their workers and methods."""
+    logs.configure(log_level.upper())
+
+    async def ask() -> tuple[list[WorkerInfo], list[WorkerStats]]:
+        async with Client(url, **given(namespace=namespace, name=default_name("list"))) as client:
+            asked = asyncio.gather(_all(client.workers(wait=wait)), _all(client.stats(wait=wait)))
+            workers, stats = await asked
+            return workers, stats
+
+    workers, stats = run(ask())
+    if as_json:
+        print(wire.dumps({"workers": [asdict(it) for it in workers], "stats": [asdict(it) for it in stats]}).decode())
+    elif not workers:
+        console.print(f"no worker answered within {wait:g} s", style="yellow")
+    else:
+        console.print(_services_table(workers, stats))
+
+
+async def _all(answers: AsyncIterator[T]) -> list[T]:
+    return [answer async for answer in answers]
+
+
+def _services_table(workers: list[WorkerInfo], stats: list[WorkerStats]) -> Table:
+    in_flight = {(it.host, it.pid, it.name): it.in_flight for it in stats}
+    by_name: dict[str, list[tuple[WorkerInfo, ServiceInfo]]] = defaultdict(list)
+    for worker in workers:
+        for service in worker.services:
+            by_name[service.name].append((worker, service))
+    table = Table("service", "queue", "workers", "slots", "methods")
+    for name, found in sorted(by_name.items()):
+        methods = sorted({method.name for _, service in found for method in service.methods})
+        queues = sorted({service.queue for _, service in found})
+        slots = sum(worker.prefetch for worker, _ in found)
+        table.add_row(name, ", ".join(queues), str(len(found)), str(slots), ", ".join(methods))
+    total = sum(in_flight.values())
+    table.caption = f"{len(workers)} workers, {total} calls in hand"
+    return table
+
+
+def describe(
+    service: Annotated[str, typer.Argument(help="The service's name.")],
+    url: Url = None,
+    wait: Wait = 1.0,
+    namespace: Namespace = None,
+    as_json: Json = False,
+    log_level: LogLevel = Level.WARNING,
+) -> None:
+    """Describe a service: its methods with their types and docs, and its workers."""
+    logs.configure(log_level.upper())
+
+    async def ask() -> list[WorkerInfo]:
+        async with Client(url, **given(namespace=namespace, name=default_name("describe"))) as client:
+            return await _all(client.workers(service, wait=wait))
+
+    workers = run(ask())
+    if not workers:
+        raise ServiceUnavailable(f"no worker of {service!r} answered within {wait:g} s")
+    if as_json:
+        print(wire.dumps({"workers": [asdict(it) for it in workers]}).decode())
+        return
+    told: dict[ServiceInfo, list[WorkerInfo]] = defaultdict(list)
+    for worker in workers:
+        for info in worker.services:
+            if info.name == service:
+                told[info].append(worker)
+    if len(told) > 1:
+        console.print("its workers differ: they run versions of it that are not the same", style="yellow")
+    for info, its in told.items():
+        _print_service(info, its)
+
+
+def _print_service(service: ServiceInfo, workers: list[WorkerInfo]) -> None:
+    console.print(f"[bold]{service.name}[/]  {service.queue_type} queue {service.queue}")
+    for method in service.methods:
+        console.print(f"\n  [bold]{method.name}[/]{escape(method.signature)}", soft_wrap=True)
+        for line in method.doc.splitlines():
+            console.print(f"      {line}", markup=False, soft_wrap=True)
+        for line in _marks(method):
+            console.print(f"      {line}", style="dim", markup=False)
+    console.print()
+    for worker in workers:
+        where = f"{worker.name} on {worker.host}, process {worker.pid}"
+        console.print(f"  worker {where}: rpcq {worker.version}, prefetch {worker.prefetch}", soft_wrap=True)
+
+
+def _marks(method: MethodInfo) -> list[str]:
+    marks = []
+    if method.idempotent:
+        marks.append("idempotent")
+    if method.timeout is not None:
+        marks.append(f"runs at most {method.timeout:g} s")
+    if method.errors:
+        marks.append(f"errors: {', '.join(method.errors)}")
+    return marks
+
+
+def ping(
+    service: Annotated[str, typer.Argument(help="The service's name.")],
+    worker: Annotated[
+        str | None, typer.Option(help="Only a worker of this name will do; as a health check of one process.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 3.0,
+    url: Url = None,
+    namespace: Namespace = None,
+    log_level: LogLevel = Level.ERROR,
+) -> None:
+    """Ask whether a worker of a service is there. The exit code is 0 if one answers, and 5 if none does."""
+    logs.configure(log_level.upper())
+
+    async def ask() -> tuple[WorkerStats, float] | None:
+        async with Client(url, **given(namespace=namespace, name="rpcq-ping")) as client:
+            began = time.perf_counter()
+            async with aclosing(client.stats(service, wait=timeout)) as answers:
+                async for answer in answers:
+                    if worker in (None, answer.name):
+                        return answer, (time.perf_counter() - began) * 1000
+        return None
+
+    found = run(ask())
+    if found is None:
+        who = f"worker {worker!r} of {service!r}" if worker else f"worker of {service!r}"
+        raise ServiceUnavailable(f"no {who} answered within {timeout:g} s")
+    stats, ms = found
+    console.print(f"{stats.name} on {stats.host}, process {stats.pid}: {ms:.1f} ms, {stats.in_flight} calls in hand")
