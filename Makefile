@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := rpcq producer_service consumer_service tests benchmarks
+SOURCES := rpcq rpcq_pytest.py producer_service consumer_service tests benchmarks docs docker
 
 .PHONY: help demo test check fmt bench clean
 .DEFAULT_GOAL := help

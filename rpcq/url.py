@@ -5,7 +5,7 @@
     memory://                                       the in-process broker; memory://name is another one
 
 A missing vhost is "/", as in aio-pika; elsewhere in the vhost, "/" is written %2F. `amqps` takes the query parameters
-cafile, capath, certfile and keyfile.
+cafile, capath, certfile and keyfile; a certfile that holds its key as well needs no keyfile.
 """
 
 from __future__ import annotations
@@ -74,6 +74,11 @@ def parse(url: str) -> BrokerURL:
         if name not in TLS_PARAMETERS or scheme != "amqps":
             where = "amqps takes cafile, capath, certfile and keyfile" if scheme == "amqps" else "amqp takes none"
             raise _refuse(url, f"its query has {name!r}; {where}")
+    names = [name for name, _ in query]
+    if twice := next((name for name in names if names.count(name) > 1), ""):
+        raise _refuse(url, f"its query has {twice!r} twice; a file may hold several certificates")
+    if "keyfile" in names and "certfile" not in names:
+        raise _refuse(url, "its query has 'keyfile', the key of a certificate, and no 'certfile'")
     user, colon, password = (match["credentials"] or "guest:guest").partition(":")
     return BrokerURL(
         scheme,

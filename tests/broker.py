@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import io
 import json
 import os
 import secrets
@@ -29,6 +30,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import warnings
@@ -40,11 +42,16 @@ from types import FrameType
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-__all__ = ["Broker", "CtlFailed", "Facts", "Unavailable", "Way", "broker", "gather", "plan"]
+__all__ = ["Broker", "CtlFailed", "Facts", "Setup", "Unavailable", "Way", "broker", "gather", "plan"]
 
 IMAGE = "rabbitmq:4.0-management"
 VHOST = "rpcq-test"
 """Default vhost of a broker started here: `Broker.url` is a fresh vhost without a call of rabbitmqctl."""
+
+CONTAINER_FOLDER = "/tmp/rpcq-test"  # in the container, where nobody else is
+CONTAINER_PORT = 5680
+WAIT = f"until [ -e {CONTAINER_FOLDER}/ready ]; do sleep 0.1; done; exec docker-entrypoint.sh rabbitmq-server"
+"""The setup of a container: the folder of its files, the first of its further ports, and how it waits for the files."""
 
 START_SECONDS = 60.0
 CTL_SECONDS = 60.0
@@ -93,6 +100,8 @@ class Broker:
     """As the broker says it in its server properties, or "unknown"."""
     _ctl: Callable[[Sequence[str]], str] | None = field(default=None, repr=False)
     _stop: Callable[[], None] | None = field(default=None, repr=False)
+    ports: Mapping[int, int] = field(default_factory=dict)
+    """The further ports of a `Setup`, in order: what the broker listens on -> where that is to be reached."""
 
     @property
     def can_ctl(self) -> bool:
@@ -135,11 +144,33 @@ class Broker:
             stop()
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a broker has beyond its plain listener."""
+
+    config: str = ""
+    """Lines of rabbitmq.conf. In them {folder} stands for where the files are, and {ports[0]} for the first port."""
+    files: Callable[[str], Mapping[str, bytes]] = lambda _: {}
+    """The host by which the broker will be reached -> its files, name -> content."""
+    ports: int = 0
+    """How many further ports it is to have."""
+
+    def written(self, host: str, folder: str, ports: Sequence[int]) -> dict[str, bytes]:
+        """All files, the configuration with them, by their paths in the folder."""
+        return {"conf.d/setup.conf": self.config.format(folder=folder, ports=ports).encode(), **self.files(host)}
+
+
+PLAIN = Setup()
+
+
 @contextlib.contextmanager
-def broker(say: Say = _say) -> Iterator[Broker]:
-    """Find or start a broker, and take away at the end what was started. `say` gets what people should know."""
-    facts = gather(os.environ)
-    found = first(plan(facts), starters(facts, say), facts, say)
+def broker(say: Say = _say, setup: Setup = PLAIN) -> Iterator[Broker]:
+    """Find or start a broker, and take away at the end what was started. `say` gets what people should know.
+
+    One with a setup is always started: that of RPCQ_TEST_URL has another.
+    """
+    facts = gather(os.environ if setup is PLAIN else {**os.environ, "RPCQ_TEST_URL": ""})
+    found = first(plan(facts), starters(facts, say, setup), facts, say)
     try:
         yield found
     finally:
@@ -222,24 +253,24 @@ def gather(environ: Mapping[str, str]) -> Facts:
     )
 
 
-def starters(facts: Facts, say: Say) -> dict[Way, Callable[[], Broker]]:
+def starters(facts: Facts, say: Say, setup: Setup = PLAIN) -> dict[Way, Callable[[], Broker]]:
     """What to call for each way."""
 
     def node() -> Broker:
         if facts.server is None:
             raise Unavailable("no rabbitmq-server found")
-        return start_node(facts.server)
+        return start_node(facts.server, setup)
 
     def installed_node() -> Broker:
         install(say)
         server = find_server(os.environ.get("PATH", os.defpath))
         if server is None:
             raise Unavailable("apt-get installed rabbitmq-server, but there is no rabbitmq-server to be found")
-        return start_node(server)
+        return start_node(server, setup)
 
     return {
         Way.URL: lambda: use_url(facts.url),
-        Way.CONTAINER: lambda: start_container(say),
+        Way.CONTAINER: lambda: start_container(say, setup),
         Way.NODE: node,
         Way.INSTALL: installed_node,
     }
@@ -356,7 +387,7 @@ def _engine_problem() -> str:
     return ""
 
 
-def start_container(say: Say) -> Broker:
+def start_container(say: Say, setup: Setup = PLAIN) -> Broker:
     """A container of `IMAGE`. Whatever goes wrong on the way makes containers unavailable, no more than that."""
     from testcontainers.core.config import testcontainers_config
     from testcontainers.core.container import DockerContainer
@@ -365,8 +396,11 @@ def start_container(say: Say) -> Broker:
     testcontainers_config.ryuk_disabled = True
     label = f"rpcq-test-{secrets.token_hex(6)}"
     try:
-        container = DockerContainer(IMAGE).with_exposed_ports(5672)
+        inside = range(CONTAINER_PORT, CONTAINER_PORT + setup.ports)
+        container = DockerContainer(IMAGE).with_exposed_ports(5672, *inside)
         container = container.with_env("RABBITMQ_DEFAULT_VHOST", VHOST).with_kwargs(labels={"rpcq-test": label})
+        if setup is not PLAIN:
+            container.with_env("RABBITMQ_CONFIG_FILES", f"{CONTAINER_FOLDER}/conf.d").with_command(["sh", "-c", WAIT])
         client: Any = container.get_docker_client().client
         if not client.images.list(name=container.image):
             say(f"pulling the image {container.image}, which may take a minute")
@@ -378,8 +412,12 @@ def start_container(say: Say) -> Broker:
     try:
         container.start()
         host, port = container.get_container_host_ip(), int(container.get_exposed_port(5672))
+        ports = {one: int(container.get_exposed_port(one)) for one in inside}
 
         started: Any = container.get_wrapped_container()
+        if setup is not PLAIN:
+            files = {**setup.written(host, CONTAINER_FOLDER, inside), "ready": b""}
+            started.put_archive("/", _packed({f"{CONTAINER_FOLDER}/{path}": it for path, it in files.items()}))
 
         def gone() -> str | None:
             started.reload()
@@ -404,27 +442,42 @@ def start_container(say: Say) -> Broker:
         guard.stop()
         client.close()
 
-    return Broker(f"amqp://guest:guest@{host}:{port}/{VHOST}", f"container {IMAGE} ({version})", version, ctl, stop)
+    url = f"amqp://guest:guest@{host}:{port}/{VHOST}"
+    return Broker(url, f"container {IMAGE} ({version})", version, ctl, stop, ports)
+
+
+def _packed(files: Mapping[str, bytes]) -> bytes:
+    """A tar archive of the files, in their order."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for path, content in files.items():
+            member = tarfile.TarInfo(path)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return packed.getvalue()
 
 
 # --- 3. A node of our own --------------------------------------------------------------------------------------------
 
 
-def start_node(server: Path) -> Broker:
+def start_node(server: Path, setup: Setup = PLAIN) -> Broker:
     """A private node; a second try if another program took one of the ports that were free a moment before."""
     try:
-        return _start_node(server)
+        return _start_node(server, setup)
     except Unavailable as error:
         if not any(sign in str(error).lower() for sign in ("eaddrinuse", "already in use", "address in use")):
             raise
-        return _start_node(server)
+        return _start_node(server, setup)
 
 
-def _start_node(server: Path) -> Broker:
+def _start_node(server: Path, setup: Setup) -> Broker:
     folder = Path(tempfile.mkdtemp(prefix="rpcq-test-"))
-    port, dist_port, epmd_port = free_ports(3)
+    port, dist_port, epmd_port, *further = free_ports(3 + setup.ports)
     name = f"rpcq-test-{secrets.token_hex(4)}@localhost"
     environ = node_environment(folder, name, port, dist_port, epmd_port)
+    for path, content in setup.written("127.0.0.1", str(folder), further).items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(content)
     # From here on the folder is the guard's: it outlives us, whatever becomes of us.
     guard = Guard(
         {
@@ -470,7 +523,7 @@ def _start_node(server: Path) -> Broker:
         return _text(done.stdout)
 
     url = f"amqp://guest:guest@127.0.0.1:{port}/{VHOST}"
-    return Broker(url, f"node {name} ({version})", version, ctl, guard.stop)
+    return Broker(url, f"node {name} ({version})", version, ctl, guard.stop, {one: one for one in further})
 
 
 def node_environment(folder: Path, name: str, port: int, dist_port: int, epmd_port: int) -> dict[str, str]:

@@ -10,7 +10,8 @@ import asyncio
 import ssl
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import aiormq.exceptions
 from aio_pika.abc import ConnectionParameter
@@ -23,6 +24,7 @@ from rpcq.errors import (
     AuthenticationFailed,
     BrokerError,
     BrokerUnreachable,
+    ConfigurationError,
     ProtocolError,
     TopologyMismatch,
     VhostNotFound,
@@ -49,6 +51,15 @@ BY_CHANNEL_ERROR: dict[type[BaseException], type[BrokerError]] = {
     aiormq.exceptions.ChannelLockedResource: TopologyMismatch,
     aiormq.exceptions.ChannelPreconditionFailed: TopologyMismatch,
 }
+
+UNKNOWN_ISSUER: Final = frozenset({2, 18, 19, 20, 21})
+"""OpenSSL's codes for a certificate whose CA is not among those that are trusted."""
+
+OWN_CERTIFICATE: Final = ("CERTIFICATE", "UNKNOWN_CA", "HANDSHAKE_FAILURE", "ACCESS_DENIED", "DECRYPT_ERROR")
+"""What an alert has in its name where a broker wants another client certificate, or one at all."""
+
+NOT_TLS: Final = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "UNKNOWN_PROTOCOL")
+"""OpenSSL's reasons where the peer answers a handshake with something else."""
 
 
 class LaneProtocol(asyncio.StreamReaderProtocol):
@@ -79,10 +90,15 @@ class LaneProtocol(asyncio.StreamReaderProtocol):
         self._on_lost = on_lost
         self._frames = FrameReader(self._pass_on, self._broker_closes, on_blocked)
         self._transport_: asyncio.Transport | None = None
-        self._last_read = self._last_passed = time.monotonic()
+        self._last_read = self._last_passed = self._made = time.monotonic()
         self._watchdog = loop.call_later(heartbeat, self._watch)
 
     # What the owner asks.
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether the socket was opened, its TLS handshake included, and nothing came."""
+        return self._transport_ is not None and self._last_read == self._made
 
     def tuned(self, frame_max: int) -> None:
         """The handshake is over: frames have this limit."""
@@ -231,8 +247,11 @@ async def connect(
 
     Raises:
         BrokerError: it could not be opened; what was opened is closed.
+        ConfigurationError: a file that the URL names for TLS cannot be used.
 
     """
+    # Read anew each time: certificates are renewed while programs run.
+    context = await asyncio.to_thread(tls_context, url) if url.scheme == "amqps" else None
     factory = _Factory(options.heartbeat, on_lost, on_blocked)
     address = URL.build(
         scheme=url.scheme,
@@ -241,9 +260,9 @@ async def connect(
         host=host,
         port=port,
         path="/" + url.vhost,
-        query={**dict(url.tls), "heartbeat": str(int(options.heartbeat)), "name": f"{options.name} {role}"},
+        query={"heartbeat": str(int(options.heartbeat)), "name": f"{options.name} {role}"},
     )
-    connection = LaneConnection(address, transport_factory=factory)
+    connection = LaneConnection(address, ssl_context=context, transport_factory=factory)
     try:
         await connection.connect()
     except BaseException as error:
@@ -253,10 +272,65 @@ async def connect(
             protocol.fail(BrokerUnreachable("the connection could not be opened"))
             protocol.abort()
         if is_foreign(error):
-            raise _refused(error, told, url, host, port) from error
+            silent = protocol is not None and protocol.unanswered
+            raise _refused(error, told, url, host, port, silent=silent) from error
         raise
     assert factory.protocol is not None  # noqa: S101 - connect() made it
     return connection, factory.protocol
+
+
+def tls_context(url: BrokerURL) -> ssl.SSLContext:
+    """Whom to trust, and how to show who we are. Blocks: it reads files.
+
+    Raises:
+        ConfigurationError: one of the files cannot be used; the message names it.
+
+    """
+    files = dict(url.tls)
+    for name, path in files.items():
+        _check_readable(name, path)
+    cafile, certfile, keyfile = files.get("cafile"), files.get("certfile"), files.get("keyfile")
+    if cafile is not None:
+        _check_certificates("cafile", cafile)
+    context = ssl.create_default_context(cafile=cafile, capath=files.get("capath"))
+    if certfile is not None:
+        _check_certificates("certfile", certfile)
+        which = ("certfile", certfile) if keyfile is None else ("keyfile", keyfile)
+
+        def has_passphrase() -> str:  # OpenSSL would ask at the terminal, and wait
+            raise _unusable(*which, "its key has a passphrase, which nobody is here to type; give one without")
+
+        try:
+            context.load_cert_chain(certfile, keyfile, has_passphrase)
+        except ssl.SSLError as error:
+            why = f"it does not hold the private key, in PEM, of the certificate ({error.reason or error})"
+            if keyfile is None:
+                why += "; name the file that does with keyfile"
+            raise _unusable(*which, why) from error
+    return context
+
+
+def _check_readable(name: str, path: str) -> None:
+    if not path:
+        raise _unusable(name, path, "it is empty")
+    try:
+        if name == "capath":
+            next(Path(path).iterdir(), None)
+        else:
+            Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise _unusable(name, path, f"it cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _check_certificates(name: str, path: str) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except ssl.SSLError as error:
+        raise _unusable(name, path, f"it holds no certificate in PEM ({error.reason or error})") from error
+
+
+def _unusable(name: str, path: str, why: str) -> ConfigurationError:
+    return ConfigurationError(f"the broker's URL has {name}={path!r}, which cannot be used: {why}")
 
 
 def is_foreign(error: BaseException) -> bool:
@@ -288,7 +362,9 @@ def translate(error: BaseException, told: BrokerError | None) -> BrokerError:
     return BrokerUnreachable(f"the connection to the broker failed: {error!r}")
 
 
-def _refused(error: BaseException, told: BrokerError | None, url: BrokerURL, host: str, port: int) -> BrokerError:
+def _refused(
+    error: BaseException, told: BrokerError | None, url: BrokerURL, host: str, port: int, *, silent: bool
+) -> BrokerError:
     where = f"{url.scheme}://{host}:{port}"
     # Looked at as the frame passed: aiormq reports a missing vhost as an invalid frame.
     if isinstance(told, AccessRefused) or isinstance(error, aiormq.exceptions.AuthenticationError):
@@ -298,9 +374,30 @@ def _refused(error: BaseException, told: BrokerError | None, url: BrokerURL, hos
         return VhostNotFound(f"{where} has no vhost {url.vhost!r}, or {url.user!r} may not enter it: {told}")
     if isinstance(told, ProtocolError):
         return ProtocolError(f"{where} is not an AMQP 0-9-1 broker, or wants TLS: {told}")
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return BrokerUnreachable(f"the certificate of {where} was refused: {error.verify_message}")
-    if isinstance(error, ssl.SSLError):
-        return BrokerUnreachable(f"TLS with {where} failed: {error.reason or error}")
+    # In TLS 1.3 the client's handshake is over before the broker looks at the client's certificate. Its refusal comes
+    # with what is read next, or never, where its reset of the connection is seen first.
+    for cause in (error, error.__cause__):
+        if isinstance(cause, ssl.SSLError):
+            return _tls_refused(cause, url, where)
     why = str(told) if told is not None and not isinstance(error, OSError) else (str(error) or repr(error))
+    if url.scheme == "amqps" and (silent or isinstance(error, ConnectionResetError)):
+        why = f"it closed the connection at the TLS handshake; {_own_certificate(url)} ({why})"
     return BrokerUnreachable(f"cannot reach {where}: {why}")
+
+
+def _tls_refused(error: ssl.SSLError, url: BrokerURL, where: str) -> BrokerUnreachable:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        hint = "; name its CA with cafile" if error.verify_code in UNKNOWN_ISSUER else ""
+        return BrokerUnreachable(f"the certificate of {where} was refused: {error.verify_message}{hint}")
+    why = error.reason or str(error)
+    if "_ALERT_" in why and any(sign in why for sign in OWN_CERTIFICATE):
+        why = f"{why}; {_own_certificate(url)}"
+    elif any(sign in why for sign in NOT_TLS):
+        why = f"{why}; what listens there may not speak TLS"
+    return BrokerUnreachable(f"TLS with {where} failed: {why}")
+
+
+def _own_certificate(url: BrokerURL) -> str:
+    if certfile := dict(url.tls).get("certfile"):
+        return f"it may not accept the client certificate of certfile={certfile!r}"
+    return "it may want a client certificate: name one with certfile and keyfile"

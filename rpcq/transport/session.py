@@ -16,7 +16,7 @@ from typing import Final
 from aio_pika.abc import AbstractChannel
 
 from rpcq import logs
-from rpcq.errors import BrokerError, BrokerUnreachable, ClosedError, TopologyMismatch
+from rpcq.errors import BrokerError, BrokerUnreachable, ClosedError, ConfigurationError, TopologyMismatch
 from rpcq.settings import ConnectionOptions
 from rpcq.transport.base import Listener
 from rpcq.transport.connection import LaneConnection, LaneProtocol, connect, is_foreign, translate
@@ -206,9 +206,11 @@ class Session:
             await asyncio.sleep(random.uniform(0, most))  # noqa: S311 - full jitter, so that clients do not come in step
             try:
                 await self._establish()
-            except BrokerError as error:
-                most = PERMANENT_PAUSE if error.permanent else self._pause
-                say = log.error if error.permanent else log.warning
+            except (BrokerError, ConfigurationError) as error:
+                # The latter where a file for TLS is gone, or cannot be used any more.
+                permanent = not isinstance(error, BrokerError) or error.permanent
+                most = PERMANENT_PAUSE if permanent else self._pause
+                say = log.error if permanent else log.warning
                 say("cannot come back yet", role=self.role, cause=str(error), error=type(error).__name__)
             except Exception:
                 most = PERMANENT_PAUSE  # a fault of rpcq's own; giving up would be one more
