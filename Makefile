@@ -1,6 +1,7 @@
 # make demo    the main job, on the in-process broker; over RabbitMQ with RPCQ_URL=amqp://...
 # make test    all tests, on a real RabbitMQ too (tests/broker.py says where it comes from)
-# make check   format, lint, types, structure
+# make check   format, lint, types, structure, and the documentation
+# make docs    the documentation at http://127.0.0.1:8000, built again at every change
 # make fmt     mend what the checks can mend
 # make bench   against aio-pika's RPC and FastStream on the same broker; takes about 5 minutes
 
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := rpcq rpcq_pytest.py producer_service consumer_service tests benchmarks docs docker
 
-.PHONY: help demo test check fmt bench clean
+.PHONY: help demo test check docs fmt bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,11 +37,15 @@ demo: $(VENV)/.installed-uvloop
 test: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(VENV)/.installed-uvloop $(VENV)/.installed-check
+check: $(VENV)/.installed-uvloop $(VENV)/.installed-check $(VENV)/.installed-docs
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 fmt: $(VENV)/.installed-check
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -51,4 +56,4 @@ bench: $(VENV)/.installed-bench $(VENV)/.installed-test $(VENV)/.installed-uvloo
 	$(BIN)/python tests/broker.py -- $(BIN)/python -m benchmarks.peers $(ARGS)
 
 clean:
-	rm -rf $(VENV) .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

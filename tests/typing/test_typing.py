@@ -1,7 +1,8 @@
-"""What type checkers make of the public names: mypy --strict over `accepted.py` and `refused.py`."""
+"""What type checkers make of the public names: mypy --strict and pyright over `accepted.py` and `refused.py`."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -65,3 +66,40 @@ def test_mypy_finds_nothing_in_the_package_itself_that_users_would_see(
     found: dict[str, list[tuple[int, str, str]]],
 ) -> None:
     assert found.keys() <= {"accepted.py", "refused.py"}
+
+
+@pytest.fixture(scope="module")
+def by_pyright(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, str]]:
+    """What pyright says: file -> line -> message. basedpyright is pyright with its Node.js in the package."""
+    folder = tmp_path_factory.mktemp("pyright")
+    files = [str(HERE / name) for name in ("accepted.py", "refused.py")]
+    settings = {"include": files, "typeCheckingMode": "standard", "pythonVersion": "3.11", "extraPaths": [str(ROOT)]}
+    (folder / "pyrightconfig.json").write_text(json.dumps(settings))
+    ran = subprocess.run(
+        [sys.executable, "-m", "basedpyright", "-p", str(folder), "--pythonpath", sys.executable, "--outputjson"],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+        cwd=ROOT,
+    )
+    assert ran.returncode in (0, 1), ran.stdout + ran.stderr
+    said: dict[str, dict[int, str]] = {"accepted.py": {}, "refused.py": {}}
+    report = json.loads(ran.stdout)
+    assert report["summary"]["filesAnalyzed"] == 2
+    for it in report["generalDiagnostics"]:
+        if it["severity"] == "error":
+            said[Path(it["file"]).name][it["range"]["start"]["line"] + 1] = it["message"]
+    return said
+
+
+def test_pyright_accepts_what_users_may_write(by_pyright: dict[str, dict[int, str]]) -> None:
+    assert by_pyright["accepted.py"] == {}
+
+
+def test_pyright_refuses_what_users_may_not_write(by_pyright: dict[str, dict[int, str]]) -> None:
+    # Comparisons that are never true are for linters to tell, by pyright's lights.
+    wanted = {line for line, code in expected(HERE / "refused.py") if code != "comparison-overlap"}
+    refused = by_pyright["refused.py"]
+    assert {line: refused[line] for line in refused.keys() - wanted} == {}
+    assert wanted - refused.keys() == set(), "pyright accepts these lines"
