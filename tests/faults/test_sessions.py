@@ -37,7 +37,7 @@ async def test_a_reset_settles_pending_calls_at_once_and_the_next_call_succeeds(
 ) -> None:
     service, started = things()
     async with (
-        Worker(service, url=rabbitmq_url, namespace=namespace),
+        Worker(service, url=rabbitmq_url, namespace=namespace, grace=0.1),
         proxy(rabbitmq_url) as between,
         Client(between.url, namespace=namespace) as client,
     ):
@@ -59,7 +59,7 @@ async def test_a_peer_that_is_gone_without_a_word_is_noticed_within_two_heartbea
 ) -> None:
     service, started = things()
     async with (
-        Worker(service, url=rabbitmq_url, namespace=namespace),
+        Worker(service, url=rabbitmq_url, namespace=namespace, grace=0.1),
         proxy(rabbitmq_url) as between,
         Client(between.url, namespace=namespace, heartbeat=1) as client,
     ):

@@ -1,0 +1,142 @@
+# ruff: noqa: INP001 - no package: MkDocs loads it by its path
+"""What the pages have that nobody writes by hand; MkDocs calls `on_...` (its "hooks").
+
+A page says `<!-- generated: NAME -->`, and gets there what GENERATORS has under that name. A site that would load
+something from elsewhere is a warning, and so an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any, Final
+
+import typer
+
+from rpcq.cli import app
+from rpcq.environment import settings
+
+log = logging.getLogger("mkdocs.hooks.rpcq")
+
+ROOT: Final = Path(__file__).parents[1]
+PLACE: Final = re.compile(r"<!-- generated: (?P<name>[a-z-]+) -->")
+URL: Final = re.compile(r"\b(?:amqps?|memory)://[^\s,]*[^\s,.]|\b(?:amqps?|memory)://")
+FOREIGN: Final = re.compile(
+    r"<(?:script|img|iframe|link(?! rel=\"canonical\"))\b[^>]*(?:src|href)=\"(?:https?:)?//[^>]*>"
+)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Fill in what is generated."""
+    return PLACE.sub(lambda found: GENERATORS[found["name"]](), markdown)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """See that nothing is loaded from elsewhere."""
+    for found in FOREIGN.findall(output):
+        log.warning("%s would load something from elsewhere: %s", page.file.src_uri, found)
+    return output
+
+
+# The command line.
+
+
+def command_line() -> str:
+    """Every command of `rpcq`, with its arguments and options."""
+    return "\n\n".join(_commands("rpcq", typer.main.get_command(app)))
+
+
+def _commands(called: str, command: Any) -> Iterator[str]:
+    inner = getattr(command, "commands", None)
+    if inner is None:
+        yield f"## `{called}`\n\n{_help(command.help)}\n\n{_usage(called, command.params)}"
+        yield from _parameters("Argument", [it for it in command.params if it.param_type_name == "argument"])
+        yield from _parameters("Option", [it for it in command.params if it.param_type_name == "option"])
+        if command.epilog:
+            yield _help(command.epilog)
+        return
+    for name, each in inner.items():
+        if not each.hidden:
+            yield from _commands(f"{called} {name}", each)
+
+
+def _usage(called: str, params: list[Any]) -> str:
+    words = [called, "[options]"]
+    for it in params:
+        if it.param_type_name == "argument":
+            word = it.name + ("..." if it.nargs == -1 else "")
+            words.append(word if it.required else f"[{word}]")
+    return f"```text\n{' '.join(words)}\n```"
+
+
+def _parameters(kind: str, params: list[Any]) -> Iterator[str]:
+    shown = [it for it in params if not getattr(it, "hidden", False)]
+    if not shown:
+        return
+    rows = []
+    for it in shown:
+        names = [it.name] if kind == "Argument" else [*it.opts, *it.secondary_opts]
+        meaning = URL.sub(r"`\g<0>`", _help(it.help))
+        if isinstance(it.default, Enum):
+            meaning += f" One of {', '.join(f'`{choice.value}`' for choice in type(it.default))}."
+        if it.envvar:
+            meaning += f" From the environment: `{it.envvar}`."
+        default = it.show_default if isinstance(it.show_default, str) else it.default
+        rows.append((", ".join(f"`{name}`" for name in names), _value(default), meaning))
+    yield _table((kind, "Default", "Meaning"), rows)
+
+
+def _help(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Enum):
+        value = value.value
+    return "" if value is None or value in ((), "") or callable(value) else f"`{value}`"
+
+
+# Options and their variables.
+
+
+def settings_table() -> str:
+    """Every option of a client and of a worker, with its variable."""
+    rows = [
+        (
+            f"`{it.variable}`",
+            f"`{it.kind}`",
+            _value(it.default),
+            " and ".join(it.read_by),
+            URL.sub(r"`\g<0>`", f"{it.meaning[:1].upper()}{it.meaning[1:].rstrip('.')}."),
+        )
+        for it in settings()
+    ]
+    return _table(("Variable", "Type", "Default", "Read by", "Meaning"), rows)
+
+
+# What was measured.
+
+
+def figures() -> str:
+    """The part of the benchmarks' README that says what they showed."""
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    found = re.search(r"^## What they showed\n(.+?)(?=^## )", text, re.DOTALL | re.MULTILINE)
+    if found is None:
+        log.warning("benchmarks/README.md has no part 'What they showed'")
+        return ""
+    return found[1].strip()
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+GENERATORS: Final[dict[str, Callable[[], str]]] = {
+    "command-line": command_line,
+    "settings": settings_table,
+    "figures": figures,
+}

@@ -1,0 +1,137 @@
+"""What pages say of the code and of each other, where that can be checked without running them."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+
+import rpcq
+from rpcq.calls import TRANSITIONS, Act
+from rpcq.cli import app
+from rpcq.environment import settings
+
+ROOT: Final = Path(__file__).parents[2]
+PROJECT: Final = tomllib.loads((ROOT / "pyproject.toml").read_text())
+REFERENCE: Final = "\n".join(page.read_text() for page in sorted((ROOT / "docs" / "reference").glob("*.md")))
+CONTRIBUTING: Final = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def hooks() -> Any:
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# The reference.
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    documented = set(re.findall(r"^::: (\S+)", REFERENCE, re.MULTILINE))
+    errors = {name for name in rpcq.__all__ if f"rpcq.{name}" not in documented}
+    assert "rpcq.errors" in documented
+    assert all(issubclass(getattr(rpcq, name), rpcq.RpcqError) for name in errors), errors
+
+
+def test_every_command_and_all_its_options_are_in_the_reference(hooks: Any) -> None:
+    shown = hooks.on_page_markdown((ROOT / "docs" / "reference" / "cli.md").read_text())
+    for command in app.registered_commands:
+        assert f"`rpcq {command.name or command.callback.__name__}`" in shown
+    for option in ("--url", "--namespace", "--timeout", "--prefetch", "--processes", "--log-level", "`parameters`"):
+        assert option in shown
+    assert "Exit codes:" in shown
+
+
+def test_every_setting_is_in_the_reference(hooks: Any) -> None:
+    shown = hooks.on_page_markdown((ROOT / "docs" / "reference" / "settings.md").read_text())
+    for setting in settings():
+        assert f"| `{setting.variable}` |" in shown
+
+
+def test_every_place_for_something_generated_has_a_generator(hooks: Any) -> None:
+    for page in sorted((ROOT / "docs").glob("**/*.md")):
+        assert "<!-- generated" not in hooks.on_page_markdown(page.read_text()), page
+
+
+def test_the_figures_are_those_of_the_benchmarks(hooks: Any) -> None:
+    shown = hooks.on_page_markdown((ROOT / "docs" / "explanations" / "peers.md").read_text())
+    assert "| in flight |" in shown
+    assert shown.count("| in flight |") == (ROOT / "benchmarks" / "README.md").read_text().count("| in flight |")
+
+
+@pytest.mark.parametrize(
+    ("tag", "foreign"),
+    [
+        ('<script src="https://unpkg.com/mermaid.js">', True),
+        ('<link rel="stylesheet" href="//fonts.googleapis.com/css">', True),
+        ('<img src="http://shields.io/badge.svg">', True),
+        ('<script src="assets/bundle.js">', False),
+        ('<a href="https://www.rabbitmq.com/docs/ttl">', False),
+    ],
+)
+def test_a_page_that_would_load_something_from_elsewhere_is_told(hooks: Any, tag: str, foreign: bool) -> None:
+    assert bool(hooks.FOREIGN.search(tag)) is foreign
+
+
+# Explanations.
+
+
+def test_every_way_in_which_the_table_of_calls_ends_one_is_explained() -> None:
+    page = (ROOT / "docs" / "explanations" / "delivery.md").read_text()
+    rows = [re.split(r" \| ", line.strip("| ")) for line in page.splitlines() if line.startswith("| ")]
+    explained = {(name, row[2]) for row in rows if len(row) >= 3 for name in re.findall(r"`(\w+)`", row[1])}
+    for transition in TRANSITIONS.values():
+        if transition.act in (Act.FAIL, Act.AGAIN_OR_FAIL):
+            assert transition.error is not None
+            assert (transition.error.__name__, transition.executed) in explained, transition
+    for name, executed in explained:
+        kind = getattr(rpcq, name)
+        assert kind is rpcq.CallTimeout or kind.default_executed == executed
+
+
+# The house.
+
+
+def test_the_drawing_of_the_house_has_its_floors() -> None:
+    (layers,) = (it["layers"] for it in PROJECT["tool"]["importlinter"]["contracts"] if it["type"] == "layers")
+    (drawing,) = re.findall(r"^```drawing\n(.*?)^```$", CONTRIBUTING, re.DOTALL | re.MULTILINE)
+    floors = re.findall(r"^ *\| (\w.*?) +\|", drawing, re.MULTILINE)
+    assert [floor.split() for floor in floors] == [layer.split(" | ") for layer in layers]
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md", "README.md"])
+def test_every_path_that_a_page_names_exists(page: str) -> None:
+    text = (ROOT / page).read_text()
+    named = re.findall(r"(?:`|ARGS=\")((?:rpcq|tests|docs|benchmarks|\.ci|\.github)/[\w./-]*)", text)
+    linked = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text)
+    for path in (*(ROOT / name for name in named), *((ROOT / page).parent / name for name in linked)):
+        assert path.exists(), path
+
+
+# Continuous integration.
+
+
+def test_ci_runs_every_supported_python_with_old_and_new_brokers() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    prefix = "Programming Language :: Python :: 3."
+    supported = [it.rpartition(" ")[2] for it in PROJECT["project"]["classifiers"] if it.startswith(prefix)]
+    matrix, own = workflow["jobs"]["matrix"], workflow["jobs"]["own-broker"]
+    assert matrix["strategy"]["matrix"] == {"python": supported, "rabbitmq": ["3.10", "3.13", "4.0"]}
+    assert matrix["services"]["rabbitmq"]["image"] == "rabbitmq:${{ matrix.rabbitmq }}"
+    assert matrix["env"]["RPCQ_TEST_URL"] == "amqp://guest:guest@localhost:5672/"
+    assert "services" not in own
+    assert "RPCQ_TEST_URL" not in own["env"]
+    for job in (matrix, own):
+        assert job["env"]["PYTHON"] == "python"
+        assert job["steps"][-1] == {"run": ".ci/run"}
+    assert workflow[True]["pull_request"] is None  # YAML 1.1 reads `on` as true
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111

@@ -1,0 +1,295 @@
+"""The wire contract and the code, each held to the other: a change of one alone fails here."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from rpcq import wire
+from rpcq.answers import meaning
+from rpcq.calls import Event
+from rpcq.contract import METHOD_NAME
+from rpcq.control import MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
+from rpcq.errors import (
+    BY_CODE,
+    CallError,
+    ConfigurationError,
+    DomainError,
+    InvalidParams,
+    RemoteError,
+    TooLarge,
+    from_wire,
+    to_wire,
+)
+from rpcq.properties import Properties, decode, encode
+from rpcq.settings import MAX_HEADERS, NAME, CallOptions, ConnectionOptions
+from rpcq.transport.topology import EVERY_SERVICE, Exchange, Names, Queue
+from rpcq.wire import Notice, Reply
+
+DOCS: Final = Path(__file__).parents[2] / "docs"
+PAGE: Final = (DOCS / "wire.md").read_text()
+NAMES: Final = Names()
+
+
+# Reading pages.
+
+
+def section(page: str, heading: str) -> str:
+    """The text under a heading of the second level, up to the next one."""
+    text = (DOCS / page).read_text()
+    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
+    assert found, f"{page} has no part {heading!r}"
+    return found[1]
+
+
+def rows(text: str, *head: str) -> list[list[str]]:
+    """The cells of the table with this head, row by row."""
+    lines = text.splitlines()
+    at = next((at for at, line in enumerate(lines) if cells(line) == [*head]), None)
+    assert at is not None, f"there is no table with the head {head}"
+    found = []
+    for line in lines[at + 2 :]:
+        if not line.startswith("|"):
+            break
+        found.append(cells(line))
+    return found
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def quoted(text: str) -> list[str]:
+    """What stands in backticks."""
+    return re.findall(r"`([^`]+)`", text)
+
+
+# Requests.
+
+
+def request(*, method: bytes = b"add", key: str | None = "k", attempt: int = 2, notify: bool = True) -> bytes:
+    more = wire.encode_headers(key=key, attempt=attempt, metadata={"x-user": "ada"})
+    return wire.RequestEncoder("amq.gen-1", "app").encode(b"id-1", method, 5000, 1_700_000_005_000, more, notify=notify)
+
+
+def fields_of(text: str) -> tuple[set[str], set[str]]:
+    """The properties and the headers that the first column of a table of fields names."""
+    properties, headers = set(), set()
+    for field, *_ in rows(text, *next(table_heads(text))):
+        (headers if field.startswith("header") else properties).update(quoted(field))
+    return properties, headers
+
+
+def table_heads(text: str) -> Any:
+    return (tuple(cell.strip() for cell in line.strip("|").split("|")) for line in text.splitlines() if "field" in line)
+
+
+def test_a_client_sends_no_field_that_the_contract_does_not_have() -> None:
+    properties, headers = fields_of(section("wire.md", "Request"))
+    sent = decode(request())
+    set_here = {it.name for it in fields(Properties) if getattr(sent, it.name) is not None} - {"headers"}
+    assert set_here <= properties
+    assert {name for name in sent.headers or {} if not name.startswith("x-")} <= headers
+
+
+def test_every_header_of_rpcq_in_the_contract_is_one_that_is_sent_and_the_other_way_round() -> None:
+    requests, replies = section("wire.md", "Request"), section("wire.md", "Reply")
+    sent = decode(request()).headers or {}
+    replied = decode(wire.ReplyEncoder().encode(wire.RESULT, b"id-1", 1.0, 2.0)).headers or {}
+    assert {name for name in fields_of(requests)[1] if name.startswith("rpcq-")} == {
+        name for name in sent if name.startswith("rpcq-")
+    }
+    assert fields_of(replies)[1] == set(replied)
+    everywhere = set(re.findall(r"`(rpcq-[a-z-]+)`", PAGE))
+    assert everywhere == {name for name in {*sent, *replied} if name.startswith("rpcq-")}
+
+
+def test_a_request_asks_for_a_notice_in_the_way_of_the_contract() -> None:
+    assert (decode(request()).headers or {})["CC"] == ["amq.gen-1"]
+    assert "CC" not in (decode(request(notify=False)).headers or {})
+
+
+def test_what_the_contract_calls_optional_may_be_left_out() -> None:
+    optional = {name for row in rows(section("wire.md", "Request"), "AMQP field", "value", "needed") for name in
+                quoted(row[0]) if row[2] == "no"}  # fmt: skip
+    assert {"content_type", "expiration", "app_id", wire.DEADLINE, wire.TIMEOUT} <= optional
+    found = wire.read_request(encode(Properties(correlation_id=b"id-1", reply_to=b"amq.gen-1", type=b"add")))
+    assert not found.problem
+    assert (found.deadline_ms, found.timeout_ms, found.attempt, found.idempotency_key) == (None, None, 1, None)
+
+
+def test_another_content_type_is_refused() -> None:
+    assert "anything else that the worker has no codec for is refused" in PAGE
+    assert not wire.read_request(encode(Properties(content_type=b"application/json"))).problem
+    assert wire.read_request(encode(Properties(content_type=b"application/msgpack"))).problem
+
+
+def test_headers_that_the_contract_gives_to_rabbitmq_are_refused_and_not_shown() -> None:
+    (owned,) = re.findall(r"Names that RabbitMQ owns \(([^)]+)\)", PAGE)
+    for name in quoted(owned):
+        header = name.replace("*", "something")
+        with pytest.raises(ConfigurationError, match="metadata"):
+            CallOptions(metadata={header: "mine"})
+        seen = wire.read_request(encode(Properties(headers={header: "its", "x-user": "ada"})))
+        assert seen.metadata == {"x-user": "ada"}
+
+
+# Limits.
+
+
+def test_the_limits_are_those_of_the_contract() -> None:
+    (body,) = re.findall(r"body (\d+) MiB by default", PAGE)
+    (headers,) = re.findall(r"all headers together (\d+) KiB", PAGE)
+    assert ConnectionOptions().max_body == int(body) * 1024 * 1024
+    assert int(headers) * 1024 == MAX_HEADERS
+    with pytest.raises(TooLarge):
+        wire.encode_headers(key=None, attempt=1, metadata={"x-a": "a" * MAX_HEADERS})
+    with pytest.raises(TooLarge):
+        wire.encode_params((), {"x": "a" * 100}, 100)
+
+
+def test_names_are_those_of_the_contract() -> None:
+    least, most, characters = re.findall(r"Names are (\d+) to (\d+) of `([^`]+)`", PAGE)[0]
+    assert NAME.pattern == rf"[{characters}]{{{least},{most}}}\Z"
+    assert "a method's name has no dot" in PAGE
+    assert METHOD_NAME.pattern == NAME.pattern.replace(".", "")
+
+
+@pytest.mark.parametrize("size", [0, 1, 255, 256])
+def test_an_idempotency_key_has_the_size_of_the_contract(size: int) -> None:
+    (row,) = (row for row in rows(section("wire.md", "Request"), "AMQP field", "value", "needed") if wire.KEY in row[0])
+    least, most = map(int, re.findall(r"(\d+) to (\d+) bytes", row[1])[0])
+    found = wire.read_request(encode(Properties(headers={wire.KEY: "k" * size})))
+    assert (not found.problem) == (least <= size <= most)
+
+
+# Replies and errors.
+
+
+def test_the_types_of_a_reply_are_those_of_the_contract() -> None:
+    (row,) = (row for row in rows(section("wire.md", "Reply"), "AMQP field", "value") if row[0] == "`type`")
+    assert quoted(row[1].partition("(later")[0]) == [wire.RESULT.decode(), wire.ERROR.decode()]
+    for kind in quoted(row[1].partition("(later")[2]):
+        with pytest.raises(CallError, match="this client reads"):
+            wire.read_body(Reply(b"id-1", kind.encode(), b"1"))
+
+
+def test_the_body_of_an_error_has_the_fields_of_the_contract() -> None:
+    (row,) = (row for row in rows(section("wire.md", "Reply"), "AMQP field", "value") if "error" in row[0])
+    assert re.findall(r'"(\w+)": ', row[1]) == list(to_wire(InvalidParams(incident="1")))
+
+
+CODES: Final = rows(section("wire.md", "Reply"), "code", "exception", "executed", "retryable", "who says it")
+
+
+def test_the_table_of_codes_is_complete() -> None:
+    assert [quoted(row[0])[0] for row in CODES if row[0].startswith("`")] == [*BY_CODE, "UNKNOWN"]
+    assert [row[0] for row in CODES if not row[0].startswith("`")] == ["lower case", "any other"]
+
+
+@pytest.mark.parametrize("row", [row for row in CODES if row[0].startswith("`")], ids=lambda row: row[0])
+def test_a_code_means_what_the_contract_says(row: list[str]) -> None:
+    (code,), (name,) = quoted(row[0]), quoted(row[1])
+    for executed in re.findall(r"no|maybe|yes", row[2]):
+        retryable = executed == "no" if row[3] == "if no" else row[3] == "yes"
+        kind = BY_CODE.get(code, RemoteError)
+        made = kind("", executed=executed) if "or" in row[2] else kind("")
+        assert (made.executed, made.retryable) == (executed, retryable)
+        said = json.loads(json.dumps(to_wire(made)))
+        assert said["code"] == code
+        read = from_wire(said)
+        assert (type(read).__name__, read.executed, read.retryable) == (name, executed, retryable)
+
+
+def test_a_code_in_lower_case_is_a_domain_error_and_any_other_code_is_kept() -> None:
+    class Gone(DomainError):
+        pass
+
+    lower, other = CODES[-2:]
+    assert quoted(lower[1]) == ["DomainError", "RemoteError"]
+    assert (lower[2], lower[3]) == ("yes", "no")
+    said = to_wire(Gone("it is gone"))
+    assert (said["code"], said["executed"], said["retryable"]) == ("gone", "yes", False)
+    assert type(from_wire(said, (Gone,))) is Gone
+    assert type(from_wire(said)) is RemoteError
+    assert quoted(other[1]) == ["RemoteError"]
+    read = from_wire({"code": "DATA_LOSS", "message": "", "executed": "maybe", "retryable": True})
+    assert (type(read), read.code, read.executed, read.retryable) == (RemoteError, "DATA_LOSS", "maybe", True)
+
+
+def test_a_notice_means_what_the_contract_says() -> None:
+    (once,) = re.findall(r"`no` if the queue's name begins with `([^`]+)`, else `maybe`", PAGE)
+    assert meaning(Notice(b"1", "expired", f"{once}x"), NAMES)[0] is Event.EXPIRED_UNRUN
+    assert meaning(Notice(b"1", "expired", "rpcq.req.x"), NAMES)[0] is Event.EXPIRED
+    assert "Reason `delivery_limit`" in PAGE
+    assert meaning(Notice(b"1", "delivery_limit", f"{once}x"), NAMES)[0] is Event.WORKER_LOST
+
+
+# Names of queues and exchanges, and their arguments.
+
+
+def test_the_exchanges_are_those_of_the_contract() -> None:
+    today = re.sub(r"^## [^\n]*\(later.*?(?=^## )", "", PAGE, flags=re.DOTALL | re.MULTILINE)
+    said = set(re.findall(r"`(rpcq\.[a-z]+)`", today))
+    assert said == {exchange.name for exchange in NAMES.exchanges()}
+    assert all(exchange.type == "direct" for exchange in NAMES.exchanges())
+
+
+def test_a_worker_replies_where_the_contract_says() -> None:
+    (text,) = re.findall(r"\*\*Where a worker replies\*\*: (.+?)\n\n", PAGE, re.DOTALL)
+    assert {name for name in quoted(text) if name.endswith("*")} == {f"{it.decode()}*" for it in NAMES.reply_prefixes()}
+
+
+def test_control_messages_are_those_of_the_contract() -> None:
+    text = section("wire.md", "Control")
+    kinds = {quoted(kind)[0]: effect for kind, _, effect in rows(text, "`type`", "body", "effect")}
+    known = (wire.CANCEL, wire.PING, wire.DESCRIBE, wire.STATS)
+    assert [*kinds] == [kind.decode() for kind in known]
+    assert f"under `{EVERY_SERVICE}`" in text
+    words = {kind: set(re.findall(r'"(\w+)"', effect)) for kind, effect in kinds.items()}
+    assert words["describe"] == {it.name for kind in (WorkerInfo, ServiceInfo, MethodInfo) for it in fields(kind)}
+    assert words["stats"] == {it.name for it in fields(WorkerStats)}
+
+
+QUEUES: Final = rows(
+    section("explanations/queues.md", "Names and arguments"),
+    *("", "name", "durable", "exclusive", "arguments", "bound to"),
+)
+
+
+@pytest.mark.parametrize(
+    ("what", "queue"),
+    [
+        ("request queue, classic", NAMES.request_queue("x", "classic")),
+        ("request queue, quorum", NAMES.request_queue("x", "quorum")),
+        ("a client's replies", NAMES.reply_queue()),
+        ("the same, with a reply exchange", NAMES.reply_queue("replies")),
+        ("a worker's control messages", NAMES.control_queue(("x",))),
+    ],
+    ids=lambda it: it if isinstance(it, str) else "",
+)
+def test_queues_are_declared_as_the_page_on_queues_says(what: str, queue: Queue) -> None:
+    (row,) = (row for row in QUEUES if row[0] == what)
+    _, name, durable, exclusive, arguments, bound = row
+    assert (quoted(name) or [""])[0] == (queue.name or queue.prefix)
+    assert (durable, exclusive) == tuple("yes" if it else "no" for it in (queue.durable, queue.exclusive))
+    said = quoted(arguments)
+    if "the same" in arguments:
+        said = [*quoted(next(row for row in QUEUES if row[0] == "request queue, classic")[4]), *said]
+    assert dict(each.split(": ") for each in said) == {
+        key: '""' if value == "" else str(value) for key, value in queue.arguments.items()
+    }
+    bindings = [tuple(quoted(each)) for each in bound.split(";") if quoted(each)]
+    assert bindings == [*queue.bindings]
+    assert ("key: its name" in bound) == bool(queue.bound_by_name)
+
+
+def test_the_exchanges_of_the_page_on_queues_are_all_there_are() -> None:
+    text = section("explanations/queues.md", "Names and arguments")
+    (said,) = re.findall(r"The exchanges (.+?) are direct and durable", text)
+    assert [Exchange(name) for name in quoted(said)] == NAMES.exchanges()
