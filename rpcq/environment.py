@@ -1,7 +1,7 @@
 """Settings from the environment: every option of a client and of a worker has a variable, `RPCQ_` and its name.
 
 An explicit argument, in code or on the command line, beats the environment, which beats the default. Besides the
-command line, this is the one place that reads the environment.
+command line, and `rpcq.testing` with its `RPCQ_TEST_URL`, this is the one place that reads the environment.
 """
 
 from __future__ import annotations

@@ -63,6 +63,8 @@ class Timeouts(Generic[T]):
         where, timed.timeout = timed.timeout, None
         if type(where) is dict:
             del where[timed]
+            if not where:
+                where.clear()  # a dict keeps the room that it once needed, and there is one for each span to come
         elif where is not None:
             where.cancel()  # type: ignore[union-attr]  # the other kind of the two
 

@@ -108,6 +108,14 @@ def test_the_drawing_of_the_house_has_its_floors() -> None:
     assert [floor.split() for floor in floors] == [layer.split(" | ") for layer in layers]
 
 
+def test_the_table_of_the_house_has_its_floors() -> None:
+    (layers,) = (it["layers"] for it in PROJECT["tool"]["importlinter"]["contracts"] if it["type"] == "layers")
+    page = (ROOT / "docs" / "design.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", page, re.MULTILINE)
+    floors = [{name.rstrip("/") for name in re.findall(r"`([^`]+)`", modules)} for _, modules in rows]
+    assert floors == [set(layer.split(" | ")) for layer in layers if layer != "__main__"]
+
+
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md", "README.md"])
 def test_every_path_that_a_page_names_exists(page: str) -> None:
     text = (ROOT / page).read_text()

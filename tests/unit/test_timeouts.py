@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 
 import pytest
@@ -110,3 +111,19 @@ async def test_many_far_timeouts_cost_the_loop_one_timer_and_leave_nothing_behin
     timeouts.close()
     assert timers[0].cancelled()
     assert not came
+
+
+async def test_a_bucket_gives_its_room_back_once_nothing_waits_in_it(timeouts: Timeouts[Thing]) -> None:
+    now = time.monotonic()
+    at = (int(now / SPAN) + 100.5) * SPAN
+    things = [Thing() for _ in range(1000)]
+    for thing in things:
+        timeouts.set(thing, at, now)
+    (bucket,) = timeouts._buckets.values()
+    full = sys.getsizeof(bucket)
+    for thing in things:
+        timeouts.cancel(thing)
+    assert sys.getsizeof(bucket) < full / 100
+    timeouts.set(things[0], at, now)
+    assert things[0].timeout is bucket
+    timeouts.close()
