@@ -6,6 +6,7 @@ command line, and `rpcq.testing` with its `RPCQ_TEST_URL`, this is the one place
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import typing
@@ -19,7 +20,7 @@ from rpcq.settings import ClientOptions, ConnectionOptions, WorkerOptions
 Options = TypeVar("Options", bound=ConnectionOptions)
 
 _READERS: Final[dict[str, type[ConnectionOptions]]] = {"client": ClientOptions, "worker": WorkerOptions}
-_ATTRIBUTE: Final = re.compile(r"^ {8}(?P<name>\w+): (?P<meaning>.+(?:\n {12}.+)*)", re.MULTILINE)
+_ATTRIBUTE: Final = re.compile(r"^ {4}(?P<name>\w+): (?P<meaning>.+(?:\n {8}.+)*)", re.MULTILINE)
 
 
 def broker_url(url: str | None) -> str:
@@ -112,7 +113,7 @@ def settings() -> list[Setting]:
         meanings = {
             match["name"]: " ".join(match["meaning"].split())
             for base in kind.__mro__
-            for match in _ATTRIBUTE.finditer("    " + (base.__doc__ or ""))
+            for match in _ATTRIBUTE.finditer(inspect.cleandoc(base.__doc__ or ""))  # 3.13 removes indentation itself
         }
         for it in fields(kind):
             read_by = (*(found[it.name].read_by if it.name in found else ()), reader)
