@@ -96,7 +96,7 @@ def _help(text: str | None) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, Enum):
         value = value.value
-    return "" if value is None or value in ((), "") or callable(value) else f"`{value}`"
+    return "" if value is None or value is False or value in ((), "") or callable(value) else f"`{value}`"
 
 
 # Options and their variables.

@@ -190,6 +190,7 @@ class Session:
         log.warning("session down", role=self.role, cause=str(cause))
         self._told_down(cause)
         self._close_later(link)
+        self._hosts.rotate(-1)  # the next node first: this one may be gone
         self._keeper = self._loop.create_task(self._come_back())
 
     def _close_later(self, link: Link) -> None:

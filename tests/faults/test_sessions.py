@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 
@@ -52,6 +53,26 @@ async def test_a_reset_settles_pending_calls_at_once_and_the_next_call_succeeds(
         assert time.monotonic() - began < 5
         await come_back(client)
         assert client.in_flight == 0
+
+
+async def test_a_lost_session_comes_back_at_the_next_host(rabbitmq_url: str, namespace: str) -> None:
+    service, _ = things()
+    async with (
+        Worker(service, url=rabbitmq_url, namespace=namespace),
+        proxy(rabbitmq_url) as first,
+        proxy(rabbitmq_url) as second,
+    ):
+        at = urlsplit(second.url).netloc.rpartition("@")[2]
+        parts = urlsplit(first.url)
+        both = urlunsplit(parts._replace(netloc=f"{parts.netloc},{at}"))
+        async with Client(both, namespace=namespace) as client:
+            assert (len(first), len(second)) == (2, 0)
+            first.reset()
+            async with asyncio.timeout(15):
+                while len(second) < 2:  # noqa: ASYNC110 - what is waited for sets no event
+                    await asyncio.sleep(0.01)
+            assert len(first) == 0
+            await come_back(client)
 
 
 async def test_a_peer_that_is_gone_without_a_word_is_noticed_within_two_heartbeats(

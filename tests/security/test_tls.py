@@ -206,7 +206,7 @@ async def test_amqps_to_a_port_without_tls_fails_and_does_not_fall_back_to_plain
     url = with_tls(rabbitmq_url, parts.hostname or "", parts.port or 5672, cafile=authority.cafile)
     error = await refused(opening, url, namespace)
     assert isinstance(error, BrokerUnreachable)
-    assert f"TLS with amqps://{parts.hostname}:{parts.port} failed" in str(error)
+    assert f"TLS with amqps://{parts.hostname}:{parts.port or 5672} failed" in str(error)
     assert "what listens there may not speak TLS" in str(error)
 
 
