@@ -199,12 +199,13 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def delete_queues(url: str, namespace: str) -> None:
+def delete_queues(url: str, namespace: str, services: Iterable[str] = ("things", "others")) -> None:
     import pika
 
     with pika.BlockingConnection(pika.URLParameters(url)) as connection:
         channel = connection.channel()
-        for service in ("things", "others"):
-            channel.queue_delete(f"{namespace}.req.{service}")
+        for service in services:
+            for kind in ("req", "once"):
+                channel.queue_delete(f"{namespace}.{kind}.{service}")
         for exchange in ("requests", "control"):
             channel.exchange_delete(f"{namespace}.{exchange}")

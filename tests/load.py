@@ -1,0 +1,344 @@
+"""Load on real worker processes, and the oracle that every fault is held to.
+
+The oracle: each call ends in exactly one outcome, within its deadline plus one second; a result means that the handler
+ran, and is that of its own call; `executed` is never more certain than the facts; a call that is not idempotent ran at
+most once; at the end the tables, the tasks and the buffers are empty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from command import Process, delete_queues
+from rpcq import CallError, Client
+from rpcq.calls import MAX_ATTEMPTS
+
+TESTS = Path(__file__).resolve().parent
+SLACK = 1.0
+"""Seconds after its deadline by which a call has to have ended."""
+
+READY = 20.0
+"""Seconds that anything which is waited for may take: workers to start, calls to come through again."""
+
+
+async def until(condition: Callable[[], object], seconds: float = READY, what: str = "") -> None:
+    """Wait until it is so; nothing tells."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what or f"it was not so within {seconds:g} s"
+        await asyncio.sleep(0.01)
+
+
+class WorkerProcess(Process):
+    """`rpcq worker targets:target` as a process of its own."""
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def says(self, text: str) -> bool:
+        """Whether a line of its log has this in it."""
+        return any(text in line for line in list(self.lines))
+
+    async def started(self) -> Self:
+        await until(lambda: self.says("worker started") or not self.is_alive, what="the worker did not start")
+        assert self.is_alive, "\n".join(self.lines)
+        return self
+
+    async def exit_code(self, seconds: float = READY) -> int:
+        """Wait for its end."""
+        await until(lambda: not self.is_alive, seconds, "the worker did not end")
+        return await asyncio.to_thread(self.ended)
+
+    def freeze(self) -> None:
+        self.signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.signal(signal.SIGCONT)
+
+
+class Ledger:
+    """What callers were told, written to a file as they are told it: a long run would not fit into memory.
+
+    Attributes:
+        counts: calls by what they ended with: "result", or the name of the error and its `executed`.
+        violations: what broke the oracle, as far as a caller can see it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.counts: Counter[str] = Counter()
+        self.violations: list[str] = []
+        self.begun = 0
+        self._file = path.open("a", encoding="ascii")
+
+    @property
+    def ended(self) -> int:
+        return sum(self.counts.values())
+
+    def count(self, kind: str | type[CallError]) -> int:
+        """Calls that ended so: "result", an error class, or "Error/executed"."""
+        name = kind if isinstance(kind, str) else kind.__name__
+        return sum(n for told, n in self.counts.items() if told == name or told.split("/")[0] == name)
+
+    @property
+    def failed(self) -> int:
+        return self.ended - self.counts["result"] - self.counts["cancelled"]
+
+    def wrote(self, nonce: str, *, idempotent: bool, told: str) -> None:
+        self.counts[told] += 1
+        self._file.write(f"{nonce} {'idempotent' if idempotent else 'once'} {told}\n")
+
+    def check(self, runs: Path) -> None:
+        """Hold what callers were told against what ran.
+
+        Raises:
+            AssertionError: with the violations.
+        """
+        self._file.flush()
+        assert self.ended == self.begun, f"{self.begun - self.ended} calls have not ended"
+        ran = Counter(runs.read_text("ascii").split("\n")) if runs.exists() else Counter()
+        violations = self.violations
+        with self.path.open(encoding="ascii") as file:
+            for line in file:
+                nonce, kind, told = line.split()
+                times = ran[nonce]
+                executed = "yes" if told == "result" else told.partition("/")[2]
+                most = MAX_ATTEMPTS if kind == "idempotent" else 1
+                if times > most:
+                    violations.append(f"{nonce} ({kind}) ran {times} times; it ended as {told}")
+                if (executed == "no" and times) or (executed == "yes" and not times):
+                    violations.append(f"{nonce} ended as {told}, and ran {times} times")
+        assert not violations, f"{len(violations)} violations: {'; '.join(violations[:10])}"
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Load:
+    """Callers that call again and again until they are told to stop.
+
+    Args:
+        client: who calls.
+        ledger: where outcomes go.
+        callers: how many at once.
+        method: of the service "target"; it takes `nonce`, and what is in `params`.
+        idempotent: whether the caller says so.
+        timeout: seconds that each call has.
+        think: seconds between two calls of one caller.
+        params: further parameters of each call.
+        options: further options of each call.
+    """
+
+    _number = 0
+
+    def __init__(
+        self,
+        client: Client,
+        ledger: Ledger,
+        *,
+        callers: int = 50,
+        method: str = "once",
+        idempotent: bool = False,
+        timeout: float = 10.0,
+        think: float = 0.005,
+        params: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        Load._number += 1
+        self.client = client
+        self.ledger = ledger
+        self._prefix = f"{os.getpid()}-{Load._number}-"
+        self._count = 0
+        self._callers = callers
+        self._method = method
+        self._idempotent = idempotent
+        self._timeout = timeout
+        self._think = think
+        self._params = params or {}
+        self._maker = client.with_options(timeout=timeout, idempotent=idempotent, **options)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(self._call_on()) for _ in range(self._callers)]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopping = True
+        if kind is not None:
+            for task in self._tasks:
+                task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=kind is not None)
+
+    async def through(self, count: int = 200, seconds: float = READY) -> None:
+        """Wait until this many further calls have had results."""
+        counts = self.ledger.counts
+        wanted = counts["result"] + count
+        await until(lambda: counts["result"] >= wanted, seconds, f"no {count} calls came through: {counts}")
+
+    async def _call_on(self) -> None:
+        while not self._stopping:
+            await self.call()
+            await asyncio.sleep(self._think)
+
+    async def call(self, **params: Any) -> Any:
+        """One call, entered into the ledger: its result, or the error that it ended with."""
+        ledger, loop = self.ledger, asyncio.get_running_loop()
+        self._count += 1
+        nonce = f"{self._prefix}{self._count}"
+        ledger.begun += 1
+        began = loop.time()
+        told: Any = None
+        kind = "result"
+        try:
+            told = await self._maker.call(f"target.{self._method}", nonce=nonce, **self._params, **params)
+            if told != nonce:
+                ledger.violations.append(f"{nonce} got the answer {told!r}")
+        except CallError as error:
+            told, kind = error, f"{type(error).__name__}/{error.executed}"
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not task or not task.cancelling():
+                ledger.violations.append(f"{nonce} was told that it was cancelled, and nobody did")
+            kind = "cancelled"
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is none of the outcomes
+            told, kind = error, "foreign"
+            ledger.violations.append(f"{nonce} got {error!r}")
+        finally:
+            late = loop.time() - began - self._timeout
+            if late > SLACK:
+                ledger.violations.append(f"{nonce} ended as {kind} {late:.3f} s after its deadline")
+            ledger.wrote(nonce, idempotent=self._idempotent, told=kind)
+        return told
+
+
+@dataclass
+class Scene:
+    """A broker, worker processes, and a client in this process; ends with the oracle.
+
+    Attributes:
+        url: the broker's.
+        namespace: this test's own.
+        queue_type: of the request queue.
+        folder: where the processes run; each nonce that ran is a line of its file `runs`.
+    """
+
+    url: str
+    namespace: str
+    queue_type: Literal["classic", "quorum"]
+    folder: Path
+    workers: list[WorkerProcess] = field(default_factory=list)
+    ledgers: list[Ledger] = field(default_factory=list)
+    is_checked: bool = False
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    @property
+    def queue(self) -> str:
+        return f"{self.namespace}.{'once' if self.queue_type == 'quorum' else 'req'}.target"
+
+    def ran(self, nonce: str = "") -> list[str]:
+        """The lines of the file of runs that begin so."""
+        text = self.runs.read_text("ascii") if self.runs.exists() else ""
+        return [line for line in text.splitlines() if line.startswith(nonce)]
+
+    def start(self, *arguments: str, url: str | None = None, **environment: str) -> WorkerProcess:
+        """Start a worker, and do not wait for it."""
+        kept = {name: it for name, it in os.environ.items() if not name.startswith(("RPCQ_", "COV_"))}
+        environment = {
+            **kept,
+            "RPCQ_URL": url or self.url,
+            "RPCQ_NAMESPACE": self.namespace,
+            "RPCQ_HEARTBEAT": "5",
+            "RPCQ_TEST_RUNS": str(self.runs),
+            "RPCQ_TEST_QUEUE_TYPE": self.queue_type,
+            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+            **environment,
+        }
+        command = [sys.executable, "-m", "rpcq", "worker", "targets:target", *arguments]
+        process = WorkerProcess(command, self.folder, environment)
+        self.workers.append(process)
+        return process
+
+    async def worker(self, *arguments: str, url: str | None = None, **environment: str) -> WorkerProcess:
+        """A worker that serves."""
+        return await self.start(*arguments, url=url, **environment).started()
+
+    async def workers_of(self, count: int, *arguments: str, **environment: str) -> list[WorkerProcess]:
+        """Several, started side by side."""
+        started = [self.start(*arguments, **environment) for _ in range(count)]
+        for one in started:
+            await one.started()
+        return started
+
+    @asynccontextmanager
+    async def client(self, url: str | None = None, **options: Any) -> AsyncIterator[Client]:
+        """A client whose tables and tasks are empty at the end."""
+        before = asyncio.all_tasks()
+        async with Client(url or self.url, namespace=self.namespace, **{"heartbeat": 5, **options}) as client:
+            yield client
+            assert (client.in_flight, len(client._waiting), len(client._control._asked)) == (0, 0, 0)
+            assert not any(client._timeouts._buckets.values()), "timeouts of calls that have ended are left"
+        left = {task for task in asyncio.all_tasks() - before if not task.done()} - {asyncio.current_task()}
+        assert not left, f"tasks are left: {left}"
+
+    def ledger(self) -> Ledger:
+        made = Ledger(self.folder / f"told-{len(self.ledgers)}")
+        self.ledgers.append(made)
+        return made
+
+    def load(self, client: Client, **options: Any) -> Load:
+        """A load with a ledger of its own."""
+        return Load(client, self.ledger(), **options)
+
+    async def check(self) -> None:
+        """Let the workers that live drain and end, and hold what callers were told against what ran."""
+        self.is_checked = True
+        living = [it for it in self.workers if it.is_alive]
+        for worker in living:
+            worker.thaw()
+            worker.signal(signal.SIGTERM)
+        for worker in living:
+            assert await worker.exit_code() == 0, "\n".join(worker.lines[-20:])
+        assert self.ledgers, "nothing was called"
+        for ledger in self.ledgers:
+            assert ledger.ended, "nothing was called"
+            ledger.check(self.runs)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for worker in self.workers:
+            if worker.is_alive:
+                worker.thaw()
+            worker.kill()
+        for ledger in self.ledgers:
+            ledger.close()
+        with contextlib.suppress(ConnectionError):  # a broker that the test has ended
+            await asyncio.to_thread(delete_queues, self.url, self.namespace, ("target",))
+        assert kind is not None or self.is_checked, "the test has not held the calls to the oracle"

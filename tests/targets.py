@@ -1,0 +1,106 @@
+"""What the workers of the fault tests serve. Each handler first appends its nonce to a file, so that runs are counted.
+
+A worker process imports this as `rpcq worker targets:target`; RPCQ_TEST_RUNS names the file, RPCQ_TEST_QUEUE_TYPE the kind
+of the request queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from typing import Any
+
+from rpcq import DomainError, Service
+
+_runs = os.open(os.environ["RPCQ_TEST_RUNS"], os.O_APPEND | os.O_CREAT | os.O_WRONLY)
+
+target = Service("target", queue_type=os.environ.get("RPCQ_TEST_QUEUE_TYPE", "classic"))  # type: ignore[arg-type]
+
+
+class Refused(DomainError):
+    """What the service says no to."""
+
+
+def began(nonce: str) -> None:
+    """Say that the handler of this call was entered; one write, so that lines of several processes do not mix."""
+    os.write(_runs, f"{nonce}\n".encode())
+
+
+def cancelled(nonce: str) -> None:
+    os.write(_runs, f"cancelled {nonce}\n".encode())
+
+
+@target.method
+async def once(nonce: str, seconds: float = 0.0) -> str:
+    began(nonce)
+    if seconds:
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            cancelled(nonce)
+            raise
+    return nonce
+
+
+@target.method(idempotent=True)
+async def again(nonce: str, seconds: float = 0.0) -> str:
+    return await once(nonce, seconds)
+
+
+@target.method
+def thread(nonce: str, seconds: float = 0.0) -> str:
+    began(nonce)
+    time.sleep(seconds)
+    return nonce
+
+
+@target.method
+async def block(nonce: str, seconds: float) -> str:
+    """Blocks the event loop, as no handler should."""
+    began(nonce)
+    time.sleep(seconds)  # noqa: ASYNC251
+    return nonce
+
+
+@target.method
+async def stick(nonce: str) -> str:
+    """Does not let itself be cancelled."""
+    began(nonce)
+    while True:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            cancelled(nonce)
+
+
+@target.method
+async def die(nonce: str) -> None:
+    """A poison request: it kills its worker."""
+    began(nonce)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@target.method(idempotent=True)
+async def die_again(nonce: str) -> None:
+    await die(nonce)
+
+
+@target.method(errors=[Refused])
+async def refuse(nonce: str) -> None:
+    began(nonce)
+    raise Refused(f"not {nonce}")
+
+
+@target.method
+async def fail(nonce: str) -> None:
+    began(nonce)
+    raise ValueError(nonce)
+
+
+@target.method
+async def odd(nonce: str, kind: str) -> Any:
+    """Results that cannot be sent, or that their caller does not expect."""
+    began(nonce)
+    return {"object": object(), "nan": float("nan"), "large": "x" * (2 * 1024 * 1024), "text": nonce}[kind]
