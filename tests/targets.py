@@ -1,7 +1,7 @@
 """What the workers of the fault tests serve. Each handler first appends its nonce to a file, so that runs are counted.
 
-A worker process imports this as `rpcq worker targets:target`; RPCQ_TEST_RUNS names the file, RPCQ_TEST_QUEUE_TYPE the kind
-of the request queue.
+A worker process imports this as `rpcq worker targets:target`. RPCQ_TEST_RUNS names the file, and RPCQ_TEST_QUEUE_TYPE
+the kind of the request queue.
 """
 
 from __future__ import annotations
