@@ -21,6 +21,7 @@ from rpcq.errors import (
     TooLarge,
     UsageError,
 )
+from rpcq.settings import Retry
 from rpcq.worker import Worker
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "OutcomeUnknown",
     "Overloaded",
     "RemoteError",
+    "Retry",
     "RpcqError",
     "Service",
     "ServiceUnavailable",

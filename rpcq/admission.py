@@ -9,13 +9,34 @@ from typing import Any, Final
 
 from rpcq.contract import Context, Method, Service
 from rpcq.deadline import Deadline
-from rpcq.errors import CallTimeout, InvalidParams, MethodNotFound, OutcomeUnknown, TooLarge
+from rpcq.errors import CallError, CallTimeout, InvalidParams, MethodNotFound, OutcomeUnknown, TooLarge
+from rpcq.idempotency import AnswerStore, fingerprint
 from rpcq.settings import MAX_TIMEOUT
 from rpcq.wire import Request
 
 MARGIN: Final = 0.1
 """Seconds, at most a twentieth of what is left, that a handler ends before the caller's deadline: so that the word
 that it ran gets there in time."""
+
+
+class Once:
+    """What makes several requests one call.
+
+    Attributes:
+        key: the service's name, a slash, and the idempotency key.
+        fingerprint: of the method and the parameters: under the same key they have to be the same.
+        store: where the service remembers answers; None for where the worker does.
+        barred: why it may not run, where no answer is remembered; None if it may.
+
+    """
+
+    __slots__ = ("barred", "fingerprint", "key", "store")
+
+    def __init__(self, key: str, fingerprint: bytes, store: AnswerStore | None, barred: CallError | None) -> None:
+        self.key = key
+        self.fingerprint = fingerprint
+        self.store = store
+        self.barred = barred
 
 
 class Job:
@@ -27,10 +48,11 @@ class Job:
         deadline: when the handler has to have ended, on the monotonic clock; the handler's own calls inherit it.
         queue_ms: milliseconds since the caller sent it, by the wall clocks of both; None where the caller told none.
         state: what the service's lifespan gave.
+        once: where it has an idempotency key; else None.
 
     """
 
-    __slots__ = ("args", "deadline", "method", "params", "queue_ms", "request", "state")
+    __slots__ = ("args", "deadline", "method", "once", "params", "queue_ms", "request", "state")
 
     def __init__(
         self,
@@ -40,6 +62,7 @@ class Job:
         deadline: float,
         queue_ms: float | None,
         state: Any,
+        once: Once | None,
     ) -> None:
         self.request = request
         self.method = method
@@ -47,6 +70,7 @@ class Job:
         self.deadline = deadline
         self.queue_ms = queue_ms
         self.state = state
+        self.once = once
 
     def call(self) -> Any:
         """Call the handler; what it returns is a coroutine if it is an `async def`."""
@@ -97,6 +121,8 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
 ) -> Job:
     """Check everything that can be checked before the handler runs.
 
+    What may have run before is refused here, unless it has an idempotency key: then an answer may be remembered.
+
     Args:
         service: whose queue it came from.
         request: what its properties say.
@@ -114,22 +140,34 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
     """
     if request.problem:
         raise InvalidParams(request.problem)
-    if redelivered:
-        raise Redelivered
-    left, queue_ms = _time_left(service, request, wall_ms)
+    key = request.idempotency_key
+    barred: CallError | None = Redelivered() if redelivered else None
+    if barred is not None and key is None:
+        raise barred
+    try:
+        left, queue_ms = _time_left(service, request, wall_ms)
+    except CallTimeout:
+        if barred is not None:
+            raise barred from None  # it may have run before
+        raise
     method = service.find(request.method)
     if method is None:
         asked = f"no method {request.method!r}" if request.method else "several methods, and the request names none"
         raise MethodNotFound(f"service {service.name!r} has {asked}; it has {', '.join(sorted(service.methods))}")
-    if request.attempt > 1 and not method.idempotent:
-        raise OutcomeUnknown(f"{method.label} is not declared idempotent, and an earlier attempt may have run")
+    if request.attempt > 1 and not method.idempotent and barred is None:
+        barred = OutcomeUnknown(f"{method.label} is not declared idempotent, and an earlier attempt may have run")
+        if key is None:
+            raise barred
     if body is None or body_size > max_body:
         raise TooLarge(f"the parameters are {body_size} bytes of JSON; the worker's limit is {max_body} (max_body)")
     arguments = method.read_params(body)
     limit = left - min(MARGIN, left / 20)
     if method.timeout is not None and method.timeout < limit:
         limit = method.timeout
-    return Job(request, method, arguments, now + limit, queue_ms, state)
+    once = None
+    if key is not None:
+        once = Once(f"{service.name}/{key}", fingerprint(method.name, body), service.answer_store, barred)
+    return Job(request, method, arguments, now + limit, queue_ms, state, once)
 
 
 def _time_left(service: Service, request: Request, wall_ms: float) -> tuple[float, float | None]:

@@ -246,7 +246,7 @@ class PendingCalls:
         """
         if len(self._calls) >= self._limit:
             msg = f"{self._limit} calls are under way already (max_in_flight)"
-            raise Overloaded(msg, correlation_id=call.correlation_id.decode("utf-8", "replace"))
+            raise honest(call, Overloaded(msg))
         if self._calls.setdefault(call.correlation_id, call) is not call:
             msg = f"a call with the correlation ID {call.correlation_id!r} is under way already"
             raise ConfigurationError(msg)
@@ -309,6 +309,7 @@ def _error(call: Call, transition: Transition, why: str) -> CallError:
 def honest(call: Call, error: CallError) -> CallError:
     """The error with the call's ID, and with what is known of all its requests: an earlier one may have run."""
     error.correlation_id = call.correlation_id.decode("utf-8", "replace")
+    error.attempt = call.attempt
     if call.attempt > 1 and error.executed == "no":
         error.executed = "maybe"
         error.retryable = False

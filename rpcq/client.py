@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
 from collections import OrderedDict
@@ -17,10 +18,10 @@ from rpcq.calls import MAX_ATTEMPTS, Call, Event, Outcome, PendingCalls
 from rpcq.control import Control, WorkerInfo, WorkerStats, read
 from rpcq.deadline import Deadline, inherit
 from rpcq.environment import broker_url, options_from
-from rpcq.errors import BrokerError, CallTimeout, ClosedError, ServiceUnavailable, UsageError
+from rpcq.errors import BrokerError, CallError, CallTimeout, ClosedError, Executed, ServiceUnavailable, UsageError
 from rpcq.properties import MalformedProperties
 from rpcq.proxy import CallMaker, ServiceProxy, Target
-from rpcq.settings import CallOptions, CallSettings, ClientOptions, ClientSettings, check_name
+from rpcq.settings import CallOptions, CallSettings, ClientOptions, ClientSettings, Retry, check_name
 from rpcq.timeouts import Bucket, Timeouts
 from rpcq.transport.base import Delivery, Listener, Outgoing, Settled, Subscription, Transport
 from rpcq.transport.opening import open_transport
@@ -50,7 +51,7 @@ _BY_SETTLED: Final = {
 class _Call(Call):
     """A call with the future that its caller waits for, and all that it takes to send it."""
 
-    __slots__ = ("body", "client", "deadline", "future", "options", "target", "timeout")
+    __slots__ = ("body", "client", "deadline", "future", "key", "options", "target", "timeout")
 
     def __init__(
         self,
@@ -60,15 +61,18 @@ class _Call(Call):
         options: CallOptions,
         body: bytes,
         deadline: float,
-        future: asyncio.Future[Outcome],
+        key: str | None,
+        attempt: int,
     ) -> None:
         super().__init__(correlation_id, idempotent=options.idempotent)
+        self.attempt = attempt
+        self.key = key
         self.client = client
         self.target = target
         self.options = options
         self.body = body
         self.deadline = deadline
-        self.future = future
+        self.future: asyncio.Future[Outcome] = client._loop.create_future()  # noqa: SLF001
         self.timeout: Bucket | asyncio.TimerHandle | None = None
 
     def settle(self, outcome: Outcome) -> None:
@@ -79,10 +83,7 @@ class _Call(Call):
         self.client._send_again(self)  # noqa: SLF001
 
     def headers(self, attempt: int) -> bytes:
-        options = self.options
-        # The first request's ID names the call: every attempt has the same key, and no other call has it.
-        key = self.correlation_id.decode() if options.idempotent else None
-        return wire.encode_headers(key=key, attempt=attempt, metadata=options.metadata)
+        return wire.encode_headers(key=self.key, attempt=attempt, metadata=self.options.metadata)
 
 
 class _Request(Outgoing):
@@ -290,20 +291,67 @@ class Client:
                 if (found := read(kind, answer)) is not None:
                     yield found
 
-    async def invoke(
+    def invoke(
         self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
-    ) -> Any:
+    ) -> Coroutine[Any, Any, Any]:
         """One call, from its parameters to its result: where `CallMaker` and the proxies come."""
+        if options.retry is None:
+            return self._call(target, options, args, params)
+        return self._retry(target, options, options.retry, args, params)
+
+    async def _retry(
+        self, target: Target, options: CallOptions, retry: Retry, args: tuple[Any, ...], params: Mapping[str, Any]
+    ) -> Any:
+        """One call, made again where it fails as `retry` says, within the deadline of the first time."""
+        self._check_usable()
+        deadline = inherit(options.timeout, time.monotonic())
+        key = options.idempotency_key
+        if key is None and options.idempotent:
+            key = self._calls.next_id().decode()  # the same each time
+        attempt, retries = 1, 0
+        while True:
+            try:
+                return await self._call(target, options, args, params, deadline, key, attempt)
+            except CallError as error:
+                may_have_run = error.executed != "no"
+                pause = random.uniform(0, retry.longest_pause(retries))  # noqa: S311 - jitter
+                retries += 1
+                if (
+                    retries == retry.max_attempts
+                    or error.code not in retry.codes
+                    or (may_have_run and not options.idempotent)
+                    or time.monotonic() + pause >= deadline
+                ):
+                    raise
+                log.info("call is made again", correlation_id=error.correlation_id, code=error.code, retries=retries)
+                attempt = error.attempt + may_have_run
+            await asyncio.sleep(pause)
+
+    async def _call(
+        self,
+        target: Target,
+        options: CallOptions,
+        args: tuple[Any, ...],
+        params: Mapping[str, Any],
+        deadline: float | None = None,
+        key: str | None = None,
+        attempt: int = 1,
+    ) -> Any:
+        """One call; with `deadline`, `key` and `attempt` where it is made again, or may be."""
         self._check_usable()
         body = wire.encode_params(args, params, self.options.max_body)
         now = time.monotonic()
-        deadline = inherit(options.timeout, now)
+        if deadline is None:
+            deadline, key = inherit(options.timeout, now), options.idempotency_key
         correlation_id = self._calls.next_id()
+        if key is None and options.idempotent:
+            key = correlation_id.decode()  # the first request's ID: no other call has it
         if deadline <= now:
+            executed: Executed = "no" if attempt == 1 else "maybe"
             raise CallTimeout(
-                "the deadline had passed before the call", executed="no", correlation_id=correlation_id.decode()
+                "the deadline had passed before the call", executed=executed, correlation_id=correlation_id.decode()
             )
-        call = _Call(self, correlation_id, target, options, body, deadline, self._loop.create_future())
+        call = _Call(self, correlation_id, target, options, body, deadline, key, attempt)
         del body, params, args  # the call may last
         if options.metadata:
             call.headers(MAX_ATTEMPTS)  # what is too large is told before anything is sent
@@ -368,7 +416,7 @@ class Client:
             target.method,
             left_ms,
             int(time.time() * 1000) + left_ms,
-            call.headers(call.attempt) if options.metadata or options.idempotent else b"",
+            call.headers(call.attempt) if options.metadata or call.key is not None else b"",
             notify=target.is_ours,
         )
         self._transport.publish(_Request(call, request_id, properties))

@@ -22,6 +22,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter
 from rpcq import wire
 from rpcq.deadline import Deadline
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply
+from rpcq.idempotency import AnswerStore
 from rpcq.settings import CallOptions, check_errors, check_name
 
 METHOD_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,100}\Z")
@@ -213,6 +214,8 @@ class Service:
         errors: domain errors that every method may raise.
         lifespan: gives an async context manager that is entered before the first call and left after the last;
             what it yields is `Context.state`.
+        answer_store: where results are remembered by idempotency key, for workers that are to share them; None for the
+            memory of each worker.
 
     Raises:
         ConfigurationError: an argument cannot be; the message names it.
@@ -229,6 +232,7 @@ class Service:
         default_method: str | None = None,
         errors: Iterable[type[DomainError]] = (),
         lifespan: Lifespan | None = None,
+        answer_store: AnswerStore | None = None,
     ) -> None:
         self.name = check_name("the service", name)
         if queue_type not in ("classic", "quorum"):
@@ -244,6 +248,7 @@ class Service:
         self.default_method = default_method
         self.errors = options.errors
         self.lifespan = lifespan
+        self.answer_store = answer_store
         self.methods: dict[str, Method] = {}
 
     @overload

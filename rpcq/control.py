@@ -105,6 +105,7 @@ class WorkerStats:
         refused_redeliveries: requests answered and not run, because a worker that held them was lost.
         expired_on_arrival: requests answered and not run, because their deadline had passed.
         unroutable_replies: replies whose caller was gone.
+        replayed: requests that were answered with a remembered result.
 
     """
 
@@ -118,6 +119,7 @@ class WorkerStats:
     refused_redeliveries: int
     expired_on_arrival: int
     unroutable_replies: int
+    replayed: int = 0
 
 
 def describe(name: str, prefetch: int, services: Sequence[Service], names: Names) -> WorkerInfo:

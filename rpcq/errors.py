@@ -37,6 +37,26 @@ from typing import Any, ClassVar, Final, Literal, Self, get_args
 Executed = Literal["no", "maybe", "yes"]
 
 EXECUTED: Final = frozenset(get_args(Executed))
+STATUS_CODES: Final = (
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+)
+"""gRPC's, without OK: https://grpc.io/docs/guides/status-codes/"""
+
 DOMAIN_CODE: Final = re.compile(r"[a-z][a-z0-9_.-]{0,99}\Z")
 
 
@@ -101,6 +121,7 @@ class CallError(RpcqError):
         details: what the service attached, as JSON values, or None.
         incident: an ID that also stands in the worker's log, or None.
         correlation_id: the call's, or None where the call was never given one.
+        attempt: which attempt ended so: 1 + the number of earlier ones that may have run.
 
     """
 
@@ -125,6 +146,7 @@ class CallError(RpcqError):
         self.details = details
         self.incident = incident
         self.correlation_id = correlation_id
+        self.attempt = 1
 
     def __str__(self) -> str:
         marks = [f"executed={self.executed}"]

@@ -13,8 +13,9 @@ from typing import Any, Final
 
 from rpcq import deadline as deadlines
 from rpcq import logs, wire
-from rpcq.admission import Job
-from rpcq.errors import CallError, CallTimeout, InvalidReply, RemoteError, to_wire
+from rpcq.admission import Job, Once, Redelivered
+from rpcq.errors import CallError, CallTimeout, InvalidParams, InvalidReply, RemoteError, ServiceUnavailable, to_wire
+from rpcq.idempotency import Answer, AnswerStore
 from rpcq.timeouts import Bucket, Timeouts
 from rpcq.transport.base import Delivery, Outgoing, Settled, Transport
 from rpcq.transport.topology import DIRECT_REPLY_TO
@@ -26,6 +27,14 @@ CANCEL_TIMEOUT: Final = 1.0
 
 Key = tuple[bytes, bytes]
 """reply_to and correlation ID: what names a call among all clients."""
+
+
+class _Refused(Exception):
+    """A call with an idempotency key may not run: its caller gets `error`."""
+
+    def __init__(self, error: CallError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 class Running(Outgoing):
@@ -94,15 +103,22 @@ class Runs:
         reply_exchange: the exchange that they go through; None for the default one.
         max_body: bytes of a reply.
         threads: `def` handlers that may run at once.
+        answers: where results of calls with an idempotency key are remembered, unless their service says otherwise.
 
     Attributes:
         finished: requests that were in hand, and are no more.
+        replayed: requests that were answered with a remembered result.
+        refused_redeliveries: requests answered and not run, because a worker that held them was lost.
         unroutable_replies: replies whose caller was gone.
 
     """
 
-    def __init__(self, transport: Transport, *, reply_exchange: str | None, max_body: int, threads: int) -> None:
+    def __init__(
+        self, transport: Transport, *, reply_exchange: str | None, max_body: int, threads: int, answers: AnswerStore
+    ) -> None:
         self._transport = transport
+        self._answers = answers
+        self._turns: dict[str, asyncio.Event] = {}  # key of a call that runs -> set when it has ended
         self.reply_exchange = (reply_exchange or "").encode()
         self._loop: asyncio.AbstractEventLoop
         self._timeouts: Timeouts[Running]
@@ -118,6 +134,8 @@ class Runs:
         self._idle.set()
         self._abandoned = False
         self.finished = 0
+        self.replayed = 0
+        self.refused_redeliveries = 0
         self.unroutable_replies = 0
 
     def __len__(self) -> int:
@@ -141,7 +159,7 @@ class Runs:
     def refuse(self, run: Running, error: CallError) -> None:
         """Answer with an error, and run nothing."""
         self._hold(run)
-        self._reply_error(run, error)
+        self._refused(run, error)
 
     def adopt(self, key: Key, delivery: Delivery) -> bool:
         """Take a redelivery as that of a call that is still in hand; False if there is none."""
@@ -193,13 +211,18 @@ class Runs:
         run.started = time.perf_counter()
         deadlines.current.set(job.deadline)
         try:
-            if job.method.is_async:
+            if job.once is not None:
+                value = await self._run_once(run, job, job.once)
+            elif job.method.is_async:
                 run.began = True
                 value = await job.call()
             else:
                 value = await self._run_in_thread(run, job)
         except asyncio.CancelledError:
             self._interrupted(run, job)
+        except _Refused as refused:
+            self._finished(run)
+            self._refused(run, refused.error)
         except job.method.errors as error:
             self._finished(run)
             self._reply_error(run, error)
@@ -211,6 +234,55 @@ class Runs:
         else:
             self._finished(run)
             self._reply_value(run, job, value)
+
+    async def _run_once(self, run: Running, job: Job, once: Once) -> Any:
+        """The result of a call with an idempotency key: the one that is remembered, else that of its handler.
+
+        Raises:
+            _Refused: it may not run.
+
+        """
+        while (turn := self._turns.get(once.key)) is not None:  # an earlier attempt runs here: wait for its answer
+            await turn.wait()
+        turn = self._turns[once.key] = asyncio.Event()
+        store = self._answers if once.store is None else once.store
+        try:
+            found = await self._recall(run, once, store)
+            return await self._run_and_remember(run, job, once, store) if found is None else found
+        finally:
+            del self._turns[once.key]
+            turn.set()
+
+    async def _recall(self, run: Running, once: Once, store: AnswerStore) -> Answer | None:
+        try:
+            found = await store.get(once.key)
+        except Exception as error:
+            log.exception("answers cannot be recalled", key=once.key, correlation_id=run.id)
+            raise _Refused(ServiceUnavailable("the worker could not look for an earlier answer")) from error
+        if found is None:
+            if once.barred is not None:
+                raise _Refused(once.barred)
+            return None
+        if found.fingerprint != once.fingerprint:
+            raise _Refused(InvalidParams("its idempotency key was used for another method, or other parameters"))
+        self.replayed += 1
+        return found
+
+    async def _run_and_remember(self, run: Running, job: Job, once: Once, store: AnswerStore) -> Any:
+        if job.method.is_async:
+            run.began = True
+            value = await job.call()
+        else:
+            value = await self._run_in_thread(run, job)
+        try:
+            answer = Answer(once.fingerprint, job.method.write_result(value, self._max_body))
+        except Exception:  # noqa: BLE001 - told where the reply is made
+            return value
+        try:
+            await store.put(once.key, answer)
+        except Exception:
+            log.exception("an answer cannot be remembered", key=once.key, correlation_id=run.id)
+        return answer
 
     async def _run_in_thread(self, run: Running, job: Job) -> Any:
         if self._pool is None:
@@ -283,9 +355,14 @@ class Runs:
 
     # Replying.
 
+    def _refused(self, run: Running, error: CallError) -> None:
+        if isinstance(error, Redelivered):
+            self.refused_redeliveries += 1
+        self._reply_error(run, error)
+
     def _reply_value(self, run: Running, job: Job, value: Any) -> None:
         try:
-            body = job.method.write_result(value, self._max_body)
+            body = value.body if type(value) is Answer else job.method.write_result(value, self._max_body)
         except InvalidReply as error:
             log.exception("result cannot be sent", method=job.method.label, correlation_id=run.id)
             self._reply_error(run, error)

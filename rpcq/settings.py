@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypedDict
 
-from rpcq.errors import ConfigurationError, DomainError
+from rpcq.errors import DOMAIN_CODE, STATUS_CODES, ConfigurationError, DomainError
 
 NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,100}\Z")
 """What services, namespaces and clients may be called."""
@@ -87,11 +87,51 @@ def _size(value: Any) -> int:
         return -1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Retry:
+    """When a client makes a call again that has failed, and how long it waits before it does.
+
+    The pause before the n-th retry is drawn between 0 and `initial_backoff * 2 ** (n - 1)`, at most `max_backoff`: full
+    jitter, so that callers which failed together do not come back together. All is inside the one deadline: a retry
+    that would begin after it is not made.
+
+    A call that may have run is made again only if its caller declared it idempotent.
+
+    Attributes:
+        max_attempts: how often the call is made at most, the first time included.
+        initial_backoff: seconds.
+        max_backoff: seconds.
+        codes: which errors: gRPC's status names, or the codes of domain errors.
+
+    """
+
+    max_attempts: int = 3
+    initial_backoff: float = 0.1
+    max_backoff: float = 5.0
+    codes: tuple[str, ...] = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")
+
+    def __post_init__(self) -> None:
+        _check_count("max_attempts", self.max_attempts, 2, 1000)
+        _check_seconds("initial_backoff", self.initial_backoff)
+        _check_seconds("max_backoff", self.max_backoff)
+        object.__setattr__(self, "codes", _check_several("codes", self.codes))
+        for code in self.codes:
+            if not isinstance(code, str) or not (code in STATUS_CODES or DOMAIN_CODE.match(code)):
+                msg = f"codes holds {code!r}; it holds {', '.join(STATUS_CODES)}, or codes of domain errors"
+                raise ConfigurationError(msg)
+
+    def longest_pause(self, retries: int) -> float:
+        """Seconds that the pause before the next one is at most, after this many retries."""
+        return min(self.max_backoff, self.initial_backoff * 2.0 ** min(retries, 64))
+
+
 class CallSettings(TypedDict, total=False):
     """The keyword arguments of `with_options`; see `CallOptions`."""
 
     timeout: float
     idempotent: bool
+    idempotency_key: str | None
+    retry: Retry | None
     queue: str | None
     errors: tuple[type[DomainError], ...]
     returns: Any
@@ -105,6 +145,10 @@ class CallOptions:
     Attributes:
         timeout: seconds until the call has ended; a handler's own calls also inherit its deadline.
         idempotent: running it twice does no harm: it is sent again where it may have been lost.
+        idempotency_key: makes this call and an earlier one of the same key, method and parameters one: a worker that
+            remembers the result gives it again, and does not run it; 1 to 255 bytes. None for a new one for each
+            call, if it is idempotent.
+        retry: make it again where it failed; None for not.
         queue: send to this queue through the default exchange, past rpcq's own: for servers that are not rpcq's.
         errors: domain errors that the caller wants to catch by their class.
         returns: the type that results are validated as; None leaves them as JSON has them.
@@ -114,6 +158,8 @@ class CallOptions:
 
     timeout: float = 30.0
     idempotent: bool = False
+    idempotency_key: str | None = None
+    retry: Retry | None = None
     queue: str | None = None
     errors: tuple[type[DomainError], ...] = ()
     returns: Any = None
@@ -124,6 +170,12 @@ class CallOptions:
         object.__setattr__(self, "errors", check_errors(self.errors))
         if self.queue is not None and not 1 <= _size(self.queue) <= 255:
             msg = f"queue is {self.queue!r}; the name of a queue has 1 to 255 bytes"
+            raise ConfigurationError(msg)
+        if self.idempotency_key is not None and not 1 <= _size(self.idempotency_key) <= 255:
+            msg = f"idempotency_key is {self.idempotency_key!r}; it is a string of 1 to 255 bytes"
+            raise ConfigurationError(msg)
+        if self.retry is not None and not isinstance(self.retry, Retry):
+            msg = f"retry is {self.retry!r}; it is a Retry(...) or None"
             raise ConfigurationError(msg)
         if not isinstance(self.metadata, Mapping):
             msg = f"metadata is {self.metadata!r}; it is a mapping of names to strings"
@@ -216,6 +268,8 @@ class WorkerSettings(ConnectionSettings, total=False):
     prefetch: int
     grace: float
     reply_to: tuple[str, ...]
+    remember: int
+    blocked_after: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,17 +281,23 @@ class WorkerOptions(ConnectionOptions):
         grace: seconds that running handlers have to end when the worker stops.
         reply_to: regular expressions of further queues that it may reply to, whole names; server-named queues
             and direct reply-to are always allowed.
+        remember: bytes that remembered results of calls with an idempotency key may take, about; 0 remembers none.
+        blocked_after: seconds that a handler may block the event loop before the log names it.
 
     """
 
     prefetch: int = 100
     grace: float = 30.0
     reply_to: tuple[str, ...] = ()
+    remember: int = 64 * 1024 * 1024
+    blocked_after: float = 1.0
 
     def __post_init__(self) -> None:
         ConnectionOptions.__post_init__(self)
         _check_count("prefetch", self.prefetch, 1, 65_535)
         _check_seconds("grace", self.grace)
+        _check_count("remember", self.remember, 0, 1024**4)
+        _check_seconds("blocked_after", self.blocked_after)
         object.__setattr__(self, "reply_to", _check_several("reply_to", self.reply_to))
         for pattern in self.reply_to:
             try:

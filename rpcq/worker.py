@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Final, Self, Unpack
 
 from rpcq import logs, wire
-from rpcq.admission import ExpiredOnArrival, Redelivered, admit
+from rpcq.admission import ExpiredOnArrival, admit
 from rpcq.contract import Service
 from rpcq.control import Answerer, WorkerStats, describe
 from rpcq.environment import broker_url, options_from
@@ -29,6 +29,7 @@ from rpcq.errors import (
     TooLarge,
     UsageError,
 )
+from rpcq.idempotency import MemoryAnswers
 from rpcq.properties import MalformedProperties, Properties, decode
 from rpcq.running import Running, Runs
 from rpcq.settings import MAX_PROPERTIES, MAX_TIMEOUT, WorkerOptions, WorkerSettings
@@ -66,7 +67,6 @@ class Worker:
             there.
 
     Attributes:
-        refused_redeliveries: requests answered and not run, because a worker that held them was lost.
         expired_on_arrival: requests answered and not run, because their deadline had passed.
 
     Raises:
@@ -89,6 +89,7 @@ class Worker:
             reply_exchange=self.options.reply_exchange,
             max_body=self.options.max_body,
             threads=self.options.prefetch * len(services),
+            answers=MemoryAnswers(self.options.remember),
         )
         self._held: deque[tuple[_Served, Delivery]] = deque()
         self._pump: asyncio.Task[None] | None = None
@@ -100,7 +101,6 @@ class Worker:
         self._started = time.monotonic()
         self._info = describe(self.options.name, self.options.prefetch, services, self._names)
         self._answerer = Answerer(self._transport, self.options.reply_exchange, self._info, self._stats)
-        self.refused_redeliveries = 0
         self.expired_on_arrival = 0
 
     # Starting and stopping.
@@ -214,6 +214,11 @@ class Worker:
         """Requests that it holds: running, or answered and not yet acknowledged."""
         return len(self._runs) + len(self._held)
 
+    @property
+    def refused_redeliveries(self) -> int:
+        """Requests answered and not run, because a worker that held them was lost."""
+        return self._runs.refused_redeliveries
+
     async def _enter(self, service: Service) -> Subscription:
         served = _Served(service)
         if service.lifespan is not None:
@@ -293,9 +298,7 @@ class Worker:
 
     def _refused(self, error: CallError, key: tuple[bytes, bytes]) -> None:
         """Count what tells that something is wrong elsewhere."""
-        if isinstance(error, Redelivered):
-            self.refused_redeliveries += 1
-        elif isinstance(error, ExpiredOnArrival):
+        if isinstance(error, ExpiredOnArrival):
             self.expired_on_arrival += 1
             now = time.monotonic()
             if now - self._last_warning > 1.0:  # under overload there are thousands
@@ -359,6 +362,7 @@ class Worker:
             refused_redeliveries=self.refused_redeliveries,
             expired_on_arrival=self.expired_on_arrival,
             unroutable_replies=self._runs.unroutable_replies,
+            replayed=self._runs.replayed,
         )
 
     def _cancel(self, key: tuple[bytes, bytes], found: Properties) -> None:

@@ -17,10 +17,12 @@ from rpcq import (
     MethodNotFound,
     OutcomeUnknown,
     RemoteError,
+    Retry,
     ServiceUnavailable,
     TooLarge,
     wire,
 )
+from rpcq.calls import MAX_ATTEMPTS
 from rpcq.settings import ConnectionOptions
 from rpcq.transport.base import Delivery, Listener, Message, Subscription, Transport
 from rpcq.transport.opening import open_transport
@@ -281,6 +283,30 @@ async def test_an_error_of_a_later_attempt_does_not_say_that_the_call_did_not_ru
         with pytest.raises(MethodNotFound) as caught:
             await call
         assert (caught.value.executed, caught.value.retryable) == ("maybe", False)
+
+
+async def test_where_the_attempts_after_lost_workers_are_used_up_a_retry_goes_on(place: Place) -> None:
+    """Only where ABORTED is asked for, and the call is idempotent."""
+    retry = Retry(initial_backoff=0.01, codes=("ABORTED",))
+    async with HandMade(place) as worker, place.client() as client:
+        call = asyncio.create_task(client.with_options(idempotent=True, retry=retry).call("things.work"))
+        seen = []
+        for number in range(MAX_ATTEMPTS + 1):
+            request, delivery = await worker.requests.get()
+            delivery.ack()
+            seen.append((request.attempt, request.idempotency_key))
+            worker.answer(request, wire.ERROR, LOST if number < MAX_ATTEMPTS else UNKNOWN_METHOD)
+        with pytest.raises(MethodNotFound) as caught:
+            await call
+        assert caught.value.executed == "maybe"
+        assert [attempt for attempt, _ in seen] == [1, 2, 3, 4]
+        assert len({key for _, key in seen}) == 1
+        once = asyncio.create_task(client.with_options(retry=retry).call("things.work"))
+        request, delivery = await worker.requests.get()
+        delivery.ack()
+        worker.answer(request, wire.ERROR, LOST)
+        with pytest.raises(OutcomeUnknown):
+            await once
 
 
 async def test_a_late_result_of_an_earlier_request_answers_the_call(place: Place) -> None:

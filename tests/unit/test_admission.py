@@ -100,6 +100,38 @@ def test_a_further_attempt_runs_only_where_the_method_is_idempotent() -> None:
     assert admitted(ask("again", attempt=2), b"{}").request.attempt == 2
 
 
+def test_a_request_with_a_key_that_may_have_run_is_barred_and_not_refused_since_its_answer_may_be_remembered() -> None:
+    again = admitted(ask("again", idempotency_key="k", attempt=2), b"[]")
+    assert again.once is not None
+    assert (again.once.key, again.once.barred) == ("things/k", None)
+    attempt = admitted(ask("add", idempotency_key="k", attempt=2))
+    assert attempt.once is not None
+    assert isinstance(attempt.once.barred, OutcomeUnknown)
+    redelivered = admitted(ask("again", idempotency_key="k"), b"[]", redelivered=True)
+    assert redelivered.once is not None
+    assert isinstance(redelivered.once.barred, Redelivered)
+    assert admitted(ask("add")).once is None
+
+
+def test_a_redelivery_with_a_key_whose_deadline_has_passed_may_have_run() -> None:
+    with pytest.raises(Redelivered):
+        admitted(ask("again", idempotency_key="k", deadline_ms=WALL - 1, timeout_ms=5), b"[]", redelivered=True)
+
+
+def test_a_key_stands_for_one_method_and_the_same_parameters() -> None:
+    one = admitted(ask("add", idempotency_key="k"), b'{"x": 1}').once
+    for method, body in (("add", b'{"x": 2}'), ("again", b"[]")):
+        other = admitted(ask(method, idempotency_key="k"), body).once
+        assert one is not None
+        assert other is not None
+        assert one.key == other.key
+        assert one.fingerprint != other.fingerprint
+    same = admitted(ask("add", idempotency_key="k"), b'{"x": 1}').once
+    assert one is not None
+    assert same is not None
+    assert one.fingerprint == same.fingerprint
+
+
 def test_a_request_may_name_no_method_where_it_is_clear_which() -> None:
     with pytest.raises(MethodNotFound, match="several methods"):
         admitted(ask(None))

@@ -50,6 +50,8 @@ SET = {
     "RPCQ_PREFETCH": ("7", 7),
     "RPCQ_GRACE": ("1", 1.0),
     "RPCQ_REPLY_TO": ("orders\\..*  audit", ("orders\\..*", "audit")),
+    "RPCQ_REMEMBER": ("0", 0),
+    "RPCQ_BLOCKED_AFTER": ("0.25", 0.25),
 }
 
 
