@@ -178,6 +178,14 @@ class Runs:
         self._interrupt(run)
         return True
 
+    def name_of(self, task: asyncio.Task[Any]) -> dict[str, Any]:
+        """What a task runs, as fields for a log; may be called from another thread."""
+        for run in (*self._by_key.values(), *self._others):  # a copy: they change meanwhile
+            if run.task is task:
+                job = run.job  # gone once the handler has ended
+                return {"method": job.method.label if job else None, "correlation_id": run.id}
+        return {"task": task.get_name()}  # that a handler made, or rpcq
+
     async def all_done(self) -> None:
         """Wait until nothing is in hand."""
         await self._idle.wait()

@@ -37,6 +37,7 @@ from rpcq.transport.base import Delivery, Listener, Subscription, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.transport.topology import Names
 from rpcq.url import mask
+from rpcq.watchdog import Watchdog
 from rpcq.wire import Request
 
 REMEMBERED_CANCELS: Final = 10_000
@@ -97,6 +98,7 @@ class Worker:
         self._state = "new"
         self._stopping = asyncio.Event()
         self._closing: asyncio.Task[bool] | None = None
+        self._watchdog: Watchdog | None = None
         self._last_warning = 0.0
         self._started = time.monotonic()
         self._info = describe(self.options.name, self.options.prefetch, services, self._names)
@@ -119,6 +121,7 @@ class Worker:
         self._state = "serving"
         self._started = time.monotonic()
         self._runs.open()
+        self._watchdog = Watchdog(asyncio.get_running_loop(), self.options.blocked_after, self._runs.name_of)
         try:
             subscriptions = [await self._enter(service) for service in self.services]
             control = self._names.control_queue(tuple(service.name for service in self.services))
@@ -134,8 +137,7 @@ class Worker:
             await self._transport.start(exchanges, subscriptions, listener)
         except BaseException:
             self._state = "stopped"
-            await self._transport.close()
-            await self._lifespans.aclose()
+            await self._close()
             raise
         if self._closing is not None:
             raise ClosedError("the worker was stopped while it was being started")
@@ -177,10 +179,17 @@ class Worker:
         if self._pump is not None:
             self._pump.cancel()
         await self._runs.abandon()
-        await self._transport.close()
-        await self._lifespans.aclose()
+        await self._close()
         log.info("worker stopped", clean=clean)
         return clean
+
+    async def _close(self) -> None:
+        try:
+            await self._transport.close()
+            await self._lifespans.aclose()
+        finally:
+            if self._watchdog is not None:
+                self._watchdog.close()
 
     async def run(self) -> bool:
         """Start, serve until `request_stop` is called or this task is cancelled, and stop.

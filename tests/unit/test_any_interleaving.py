@@ -1,0 +1,351 @@
+"""A client over a transport and a clock that the test holds in its hand: whatever happens in whatever order, each call
+ends once, honestly and in time, and nothing of it is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import rpcq.client
+import rpcq.timeouts
+from rpcq import CallError, Client, Overloaded, Retry, properties, wire
+from rpcq.calls import MAX_ATTEMPTS
+from rpcq.errors import BrokerUnreachable
+from rpcq.transport.base import Delivery, Listener, Outgoing, Settled, Subscription
+from rpcq.transport.topology import Exchange
+
+CUT = BrokerUnreachable("cut by the test")
+LIMIT = 5
+"""Calls that the client may have under way."""
+
+
+class HeldLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time stands still until it is told to pass."""
+
+    now = 1_000.0
+
+    def time(self) -> float:
+        return self.now
+
+    def settle_down(self) -> None:
+        """Run what is due, and what follows from it, until nothing is left to do now."""
+        for _ in range(100):
+            self.call_soon(self.stop)
+            self.run_forever()
+            if not self._ready:  # type: ignore[attr-defined]
+                return
+        raise AssertionError("the client does not come to rest")
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass in small steps: a timer may set another."""
+        until = self.now + seconds
+        while self.now < until:
+            self.now = min(self.now + 0.05, until)
+            self.settle_down()
+
+
+class Sent:
+    """A request that was handed to the transport, and what the world knows of it."""
+
+    def __init__(self, message: Outgoing, generation: int) -> None:
+        self.message = message
+        self.generation = generation  # of the reply queue that it names
+        self.settled: Settled | None = None
+        self.may_run = True
+        self.attempt = wire.read_request(message.properties).attempt
+
+    def settle(self, settled: Settled) -> None:
+        self.settled = settled
+        if settled in (Settled.RETURNED, Settled.REFUSED, Settled.UNSENT):
+            self.may_run = False
+        self.message.on_settled(settled)
+
+
+class HeldTransport:
+    """Does what it is told to."""
+
+    def __init__(self) -> None:
+        self.sent: list[Sent] = []
+        self.generation = 1
+        self.consumes = self.publishes = False
+        self.is_blocked = False
+        self.room = asyncio.Event()
+        self.listener: Listener
+        self.on_delivery: Any
+
+    @property
+    def can_publish(self) -> bool:
+        return self.publishes and not self.is_blocked
+
+    async def start(self, _: Sequence[Exchange], subscriptions: Sequence[Subscription], listener: Listener) -> None:
+        self.listener = listener
+        self.on_delivery = subscriptions[0].on_delivery
+        self.publishing_up()
+        self.consuming_up()
+
+    def publish(self, message: Outgoing) -> None:
+        if not self.publishes:
+            message.on_settled(Settled.UNSENT)
+        elif message.exchange.endswith(b".control"):
+            message.on_settled(Settled.CONFIRMED)
+        else:
+            self.sent.append(Sent(message, self.generation if self.consumes else 0))
+
+    async def writable(self) -> None:
+        while not self.can_publish:
+            self.room.clear()
+            await self.room.wait()
+
+    async def close(self) -> None:
+        if self.publishes:
+            self.publishing_down(lost=0)
+
+    # What the test does.
+
+    def consuming_up(self) -> None:
+        self.consumes = True
+        self.listener.consuming([f"amq.gen-{self.generation}"])
+
+    def consuming_down(self) -> None:
+        self.consumes = False
+        self.generation += 1
+        self.listener.consuming_lost(CUT)
+
+    def publishing_up(self) -> None:
+        self.publishes, self.is_blocked = True, False
+        self.listener.publishing()
+        self.room.set()
+
+    def publishing_down(self, lost: int) -> None:
+        """The last `lost` of the unconfirmed messages never reached the socket."""
+        self.publishes = False
+        unconfirmed = [it for it in self.sent if it.settled is None]
+        for number, it in enumerate(unconfirmed):
+            it.settle(Settled.UNSENT if number >= len(unconfirmed) - lost else Settled.UNKNOWN)
+        self.listener.publishing_lost(CUT)
+
+    def block(self) -> None:
+        self.is_blocked = True
+        self.listener.publishing_blocked("memory")
+
+    def unblock(self) -> None:
+        self.is_blocked = False
+        self.listener.publishing()
+        self.room.set()
+
+    def deliver(self, data: bytes, body: bytes) -> None:
+        self.on_delivery(Delivery(None, 1, False, data, body, len(body)))  # type: ignore[arg-type]  # never settled
+
+
+class Caller:
+    """A call, with the task that waits for it."""
+
+    def __init__(self, nonce: int, task: asyncio.Task[Any], ends_by: float, *, idempotent: bool, retries: bool) -> None:
+        self.nonce = nonce
+        self.task = task
+        self.ends_by = ends_by
+        self.idempotent = idempotent
+        self.retries = retries
+        self.is_cancelled = False
+
+
+INDEX = st.integers(0, 10_000)
+
+
+class AnyInterleaving(RuleBasedStateMachine):
+    @initialize()
+    def open(self) -> None:
+        self.loop = HeldLoop()
+        asyncio.set_event_loop(self.loop)
+        clock = SimpleNamespace(monotonic=lambda: self.loop.now, time=lambda: 1.8e9 + self.loop.now)
+        self.transport = HeldTransport()
+        self.patches = [
+            mock.patch.object(rpcq.client, "time", clock),
+            mock.patch.object(rpcq.timeouts, "time", clock),
+            mock.patch.object(rpcq.client, "open_transport", return_value=self.transport),
+            mock.patch("rpcq.deadline.time", clock),
+        ]
+        for patch in self.patches:
+            patch.start()
+        self.client = Client("memory://", max_in_flight=LIMIT)
+        self.loop.run_until_complete(self.client.connect())
+        self.callers: list[Caller] = []
+
+    def pick(self, index: int, *, unconfirmed: bool = False) -> Sent | None:
+        choice = [it for it in self.transport.sent if not unconfirmed or it.settled is None]
+        return choice[index % len(choice)] if choice else None
+
+    # What a program does.
+
+    @rule(idempotent=st.booleans(), retries=st.booleans(), timeout=st.sampled_from([0.3, 1.0, 5.0]))
+    def call(self, idempotent: bool, retries: bool, timeout: float) -> None:
+        nonce = len(self.callers)
+        retry = Retry(max_attempts=4, initial_backoff=0.1, codes=("UNAVAILABLE", "ABORTED", "UNKNOWN", "busy"))
+        options: dict[str, Any] = {"timeout": timeout, "idempotent": idempotent, "retry": retry if retries else None}
+        task = self.loop.create_task(self.client.with_options(**options).call("things.work", nonce=nonce))
+        ends_by = self.loop.now + timeout
+        self.callers.append(Caller(nonce, task, ends_by, idempotent=idempotent, retries=retries))
+        self.loop.settle_down()
+
+    @rule(index=INDEX)
+    def cancel(self, index: int) -> None:
+        waiting = [it for it in self.callers if not it.task.done()]
+        if waiting:
+            caller = waiting[index % len(waiting)]
+            caller.is_cancelled = True
+            caller.task.cancel()
+            self.loop.settle_down()
+
+    @rule(seconds=st.sampled_from([0.0, 0.02, 0.3, 2.0]))
+    def wait(self, seconds: float) -> None:
+        self.loop.pass_time(seconds)
+
+    # What a broker does.
+
+    @rule(index=INDEX, settled=st.sampled_from([Settled.CONFIRMED, Settled.RETURNED, Settled.REFUSED]))
+    def settle(self, index: int, settled: Settled) -> None:
+        it = self.pick(index, unconfirmed=True)
+        if it is not None and self.transport.publishes:
+            it.settle(settled)
+            self.loop.settle_down()
+
+    @rule(index=INDEX, reason=st.sampled_from(["expired", "delivery_limit"]), once=st.booleans())
+    def notice(self, index: int, reason: str, once: bool) -> None:
+        it = self.pick(index)
+        if it is None or it.settled in (Settled.RETURNED, Settled.REFUSED, Settled.UNSENT):
+            return
+        queue = self.client.names.namespace + (".once.things" if once else ".req.things")
+        if reason == "expired" and once:
+            it.may_run = False
+        table = {"x-death": [{"reason": reason, "queue": queue}]}
+        data = properties.encode(properties.Properties(headers=table, correlation_id=it.message.correlation_id))
+        self.deliver(it, data, it.message.body)
+
+    # What a worker does; also twice, late, and for what is long over.
+
+    @rule(
+        index=INDEX, said=st.sampled_from(["result", "busy", "UNKNOWN", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED"])
+    )
+    def reply(self, index: int, said: str) -> None:
+        it = self.pick(index)
+        if it is None or it.settled in (Settled.RETURNED, Settled.REFUSED, Settled.UNSENT):
+            return
+        executed = {"busy": "yes", "UNKNOWN": "yes", "ABORTED": "maybe"}.get(said, "no")
+        if said == "result" or executed == "yes":
+            it.may_run = True
+            body = json.dumps({"ran": json.loads(it.message.body)["nonce"]}).encode()
+        elif executed == "no":
+            it.may_run = False
+        if said != "result":
+            body = json.dumps({"code": said, "message": said, "executed": executed, "retryable": False}).encode()
+        kind = wire.RESULT if said == "result" else wire.ERROR
+        self.deliver(it, wire.ReplyEncoder().encode(kind, it.message.correlation_id, 0.1, 0.1), body)
+
+    @rule(stray=st.sampled_from([b"", b"nobody", b"nobody.2", b"\xff" * 255]))
+    def stray_reply(self, stray: bytes) -> None:
+        if self.transport.consumes:
+            self.transport.deliver(wire.ReplyEncoder().encode(wire.RESULT, stray, None, 0.0), b'"stray"')
+            self.loop.settle_down()
+
+    def deliver(self, it: Sent, data: bytes, body: bytes) -> None:
+        if self.transport.consumes and it.generation == self.transport.generation:  # else its queue is gone
+            self.transport.deliver(data, body)
+            self.loop.settle_down()
+
+    # What a network does.
+
+    @precondition(lambda self: self.transport.consumes)
+    @rule()
+    def consuming_down(self) -> None:
+        self.transport.consuming_down()
+        self.loop.settle_down()
+
+    @precondition(lambda self: not self.transport.consumes)
+    @rule()
+    def consuming_up(self) -> None:
+        self.transport.consuming_up()
+        self.loop.settle_down()
+
+    @precondition(lambda self: self.transport.publishes)
+    @rule(lost=st.integers(0, 3))
+    def publishing_down(self, lost: int) -> None:
+        self.transport.publishing_down(lost)
+        self.loop.settle_down()
+
+    @precondition(lambda self: not self.transport.publishes)
+    @rule()
+    def publishing_up(self) -> None:
+        self.transport.publishing_up()
+        self.loop.settle_down()
+
+    @precondition(lambda self: self.transport.publishes)
+    @rule()
+    def block_or_unblock(self) -> None:
+        (self.transport.unblock if self.transport.is_blocked else self.transport.block)()
+        self.loop.settle_down()
+
+    # What must hold.
+
+    @invariant()
+    def each_outcome_is_honest(self) -> None:
+        for caller in getattr(self, "callers", []):
+            sent = [it for it in self.transport.sent if json.loads(it.message.body) == {"nonce": caller.nonce}]
+            if not caller.idempotent:
+                assert not any(it.may_run for it in sent[:-1]), "sent again, and an earlier one may have run"
+                assert all(it.attempt == 1 for it in sent)
+            elif not caller.retries:
+                assert all(it.attempt <= MAX_ATTEMPTS for it in sent)
+            assert all(a.attempt <= b.attempt for a, b in pairwise(sent))
+            if not caller.task.done():
+                assert self.loop.now <= caller.ends_by + 0.1, "it has not ended at its deadline"
+                continue
+            if caller.task.cancelled():
+                assert caller.is_cancelled
+            elif (error := caller.task.exception()) is None:
+                assert caller.task.result() == {"ran": caller.nonce}
+            else:
+                assert isinstance(error, CallError)
+                if error.executed == "no" and not hasattr(caller, "checked"):
+                    assert not any(it.may_run for it in sent), f"{error!r}, and a request of it may run"
+                if isinstance(error, Overloaded) and "max_in_flight" in str(error):
+                    assert not sent
+            caller.checked = True  # type: ignore[attr-defined]  # what the world says later changes nothing
+
+    @invariant()
+    def the_table_has_what_is_under_way(self) -> None:
+        if hasattr(self, "client"):
+            assert self.client.in_flight <= min(LIMIT, sum(not it.task.done() for it in self.callers))
+
+    def teardown(self) -> None:
+        if not hasattr(self, "client"):
+            return
+        try:
+            self.loop.pass_time(6.0)
+            self.each_outcome_is_honest()
+            assert all(it.task.done() for it in self.callers)
+            client = self.client
+            assert (client.in_flight, len(client._waiting)) == (0, 0)
+            assert not any(client._timeouts._buckets.values())
+            closing = self.loop.create_task(client.close())
+            self.loop.settle_down()
+            assert closing.done()
+            assert not asyncio.all_tasks(self.loop)
+        finally:
+            for patch in self.patches:
+                patch.stop()
+            self.loop.close()
+            asyncio.set_event_loop(None)
+
+
+TestAnyInterleaving = AnyInterleaving.TestCase
+TestAnyInterleaving.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
