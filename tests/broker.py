@@ -12,6 +12,8 @@ What is started belongs to a *guard*: this same file run as a small process in a
 for its standard input to close, and then kills and deletes what it guards. A normal end closes that pipe, and so
 does the kernel when the test process is killed, so that there is one way of cleaning up and every run uses it.
 
+A fault test takes down a broker of its own, never that of the session: ``with broker(setup=Setup()) as own``.
+
 ``python tests/broker.py -- command args…`` runs a command with ``RPCQ_URL`` and ``RPCQ_TEST_URL`` set.
 """
 
@@ -23,6 +25,7 @@ import gc
 import io
 import json
 import os
+import random
 import secrets
 import select
 import shutil
@@ -34,15 +37,31 @@ import tarfile
 import tempfile
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
-__all__ = ["Broker", "CtlFailed", "Facts", "Setup", "Unavailable", "Way", "broker", "gather", "plan"]
+__all__ = [
+    "Broker",
+    "Container",
+    "CtlFailed",
+    "Facts",
+    "Node",
+    "Server",
+    "Setup",
+    "Unavailable",
+    "Way",
+    "broker",
+    "first",
+    "gather",
+    "install",
+    "plan",
+]
 
 IMAGE = "rabbitmq:4.0-management"
 VHOST = "rpcq-test"
@@ -58,7 +77,16 @@ CTL_SECONDS = 60.0
 ENGINE_SECONDS = 3
 URL_SECONDS = 10.0
 STOP_SECONDS = 30.0
+PORT_TAKEN = ("eaddrinuse", "already in use", "address in use", "already allocated")
 APT_SECONDS = 900.0
+
+PORTS = range(20000, 32000)
+"""Where free ports are looked for.
+
+Below those that the kernel gives to outgoing connections, on any system: a client that tries a port of that range
+while nobody listens there may be given the same one as its own, is then connected to itself, and the broker that
+was taken down cannot come back.
+"""
 
 SERVER_FOLDERS = ("/usr/lib/rabbitmq/bin", "/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")
 """Where a server may be that is not on PATH: the sbin folders are not on an ordinary user's PATH on Debian."""
@@ -90,7 +118,7 @@ def _say(text: str) -> None:
 
 @dataclass
 class Broker:
-    """A running RabbitMQ."""
+    """A running RabbitMQ. All its methods block, for a second or more."""
 
     url: str
     """AMQP URL of the vhost given out: one of its own, unless the URL came from RPCQ_TEST_URL."""
@@ -102,6 +130,7 @@ class Broker:
     _stop: Callable[[], None] | None = field(default=None, repr=False)
     ports: Mapping[int, int] = field(default_factory=dict)
     """The further ports of a `Setup`, in order: what the broker listens on -> where that is to be reached."""
+    _server: Server | None = field(default=None, repr=False)
 
     @property
     def can_ctl(self) -> bool:
@@ -137,6 +166,32 @@ class Broker:
         """Have the broker close every client connection of the vhost of `url`."""
         self.ctl("close_all_connections", "--vhost", vhost_of(url), reason)
 
+    def restart(self) -> None:
+        """Stop in an orderly way, start again on the same ports with all data, and wait until AMQP answers.
+
+        Clients are told, with `connection.close` and 320. Raises `Unavailable` for a broker not started here.
+        """
+        server = self._to_be_broken()
+        server.down(kill=False)
+        server.up()
+
+    def kill(self) -> None:
+        """End the broker with SIGKILL: clients are told nothing. Raises `Unavailable` for one not started here.
+
+        RabbitMQ 3.10 writes down which quorum queues it has half a second after the last was declared: one that is
+        newer than that is empty afterwards, and has no leader, whatever was confirmed.
+        """
+        self._to_be_broken().down(kill=True)
+
+    def start(self) -> None:
+        """Start what was killed, on the same ports with its data, and wait until AMQP answers."""
+        self._to_be_broken().up()
+
+    def _to_be_broken(self) -> Server:
+        if self._server is None:
+            raise Unavailable(f"the broker of {self.origin} is not ours to take down: use one started by the tests")
+        return self._server
+
     def stop(self) -> None:
         """Take away what was started, if anything was; calling again does nothing."""
         stop, self._stop = self._stop, None
@@ -163,11 +218,50 @@ class Setup:
 PLAIN = Setup()
 
 
+class Server(ABC):
+    """A RabbitMQ that was started here: what `Broker` and a cluster are made of."""
+
+    name: str
+    """Of the Erlang node."""
+    host: str
+    port: int
+    """Where it is reached, which a restart does not change."""
+
+    @abstractmethod
+    def ctl(self, args: Sequence[str]) -> str:
+        """Run its rabbitmqctl."""
+
+    @abstractmethod
+    def down(self, *, kill: bool) -> None:
+        """End it, with SIGKILL or else in an orderly way, and wait until it is gone."""
+
+    def up(self) -> None:
+        """Start it again, and wait until AMQP answers; nothing happens if it runs."""
+        self.up_soon()
+        self.wait()
+
+    @abstractmethod
+    def up_soon(self) -> None:
+        """Start it again, without waiting."""
+
+    def wait(self) -> str:
+        """Wait until AMQP answers, and return the version."""
+        return wait_for_amqp(self.host, self.port, START_SECONDS, self._gone)
+
+    @abstractmethod
+    def _gone(self) -> str | None:
+        """Why there is no point in waiting, if there is none."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Take it away, and its data."""
+
+
 @contextlib.contextmanager
 def broker(say: Say = _say, setup: Setup = PLAIN) -> Iterator[Broker]:
     """Find or start a broker, and take away at the end what was started. `say` gets what people should know.
 
-    One with a setup is always started: that of RPCQ_TEST_URL has another.
+    One with a setup is always started, even if that is `Setup()`: that of RPCQ_TEST_URL has another.
     """
     facts = gather(os.environ if setup is PLAIN else {**os.environ, "RPCQ_TEST_URL": ""})
     found = first(plan(facts), starters(facts, say, setup), facts, say)
@@ -227,8 +321,17 @@ def plan(facts: Facts) -> tuple[Way, ...]:
     return tuple(ways)
 
 
-def first(ways: Sequence[Way], starters: Mapping[Way, Callable[[], Broker]], facts: Facts, say: Say = _say) -> Broker:
-    """The broker of the first way that gives one; `Unavailable` with every reason and the advice otherwise."""
+Found = TypeVar("Found")
+
+
+def first(
+    ways: Sequence[Way],
+    starters: Mapping[Way, Callable[[], Found]],
+    facts: Facts,
+    say: Say = _say,
+    advice: str = ADVICE,
+) -> Found:
+    """What the first way that works gives; `Unavailable` with every reason and the advice otherwise."""
     reasons = [] if facts.url or not facts.engine_problem else [f"{Way.CONTAINER.value}: {facts.engine_problem}"]
     if facts.server is None and not facts.url:
         reasons.append("rabbitmq-server: not on PATH, nor in " + ", ".join(SERVER_FOLDERS))
@@ -239,7 +342,7 @@ def first(ways: Sequence[Way], starters: Mapping[Way, Callable[[], Broker]], fac
             reasons.append(f"{way.value}: {error}")
             if number < len(ways):
                 say(f"{way.value}: {error}; going on to: {ways[number].value}")
-    raise Unavailable("\n".join([ADVICE, "What was tried:", *(f"  - {reason}" for reason in reasons)]))
+    raise Unavailable("\n".join([advice, "What was tried:", *(f"  - {reason}" for reason in reasons)]))
 
 
 def gather(environ: Mapping[str, str]) -> Facts:
@@ -256,23 +359,16 @@ def gather(environ: Mapping[str, str]) -> Facts:
 def starters(facts: Facts, say: Say, setup: Setup = PLAIN) -> dict[Way, Callable[[], Broker]]:
     """What to call for each way."""
 
-    def node() -> Broker:
-        if facts.server is None:
-            raise Unavailable("no rabbitmq-server found")
-        return start_node(facts.server, setup)
-
-    def installed_node() -> Broker:
-        install(say)
-        server = find_server(os.environ.get("PATH", os.defpath))
+    def node(server: Path | None) -> Broker:
         if server is None:
-            raise Unavailable("apt-get installed rabbitmq-server, but there is no rabbitmq-server to be found")
+            raise Unavailable("no rabbitmq-server found")
         return start_node(server, setup)
 
     return {
         Way.URL: lambda: use_url(facts.url),
         Way.CONTAINER: lambda: start_container(say, setup),
-        Way.NODE: node,
-        Way.INSTALL: installed_node,
+        Way.NODE: lambda: node(facts.server),
+        Way.INSTALL: lambda: node(install(say)),
     }
 
 
@@ -354,6 +450,16 @@ def wait_for_amqp(host: str, port: int, seconds: float, gone: Callable[[], str |
         time.sleep(0.05)
 
 
+def unless_a_port_is_taken(start: Callable[[], Found]) -> Found:
+    """A second try if another program took one of the ports that were free a moment before."""
+    try:
+        return start()
+    except Unavailable as error:
+        if not any(sign in str(error).lower() for sign in PORT_TAKEN):
+            raise
+        return start()
+
+
 # --- 2. A container --------------------------------------------------------------------------------------------------
 
 
@@ -389,61 +495,127 @@ def _engine_problem() -> str:
 
 def start_container(say: Say, setup: Setup = PLAIN) -> Broker:
     """A container of `IMAGE`. Whatever goes wrong on the way makes containers unavailable, no more than that."""
-    from testcontainers.core.config import testcontainers_config
-    from testcontainers.core.container import DockerContainer
+    return unless_a_port_is_taken(lambda: _start_container(say, setup))
 
-    # The guard does what Ryuk would do, without a second image to pull and the engine's socket to mount.
-    testcontainers_config.ryuk_disabled = True
-    label = f"rpcq-test-{secrets.token_hex(6)}"
-    try:
-        inside = range(CONTAINER_PORT, CONTAINER_PORT + setup.ports)
-        container = DockerContainer(IMAGE).with_exposed_ports(5672, *inside)
-        container = container.with_env("RABBITMQ_DEFAULT_VHOST", VHOST).with_kwargs(labels={"rpcq-test": label})
-        if setup is not PLAIN:
-            container.with_env("RABBITMQ_CONFIG_FILES", f"{CONTAINER_FOLDER}/conf.d").with_command(["sh", "-c", WAIT])
-        client: Any = container.get_docker_client().client
-        if not client.images.list(name=container.image):
-            say(f"pulling the image {container.image}, which may take a minute")
-            client.images.pull(container.image)
-    except Exception as error:
-        raise Unavailable(f"the image {IMAGE} cannot be had ({_brief(error)})") from error
 
+def _start_container(say: Say, setup: Setup) -> Broker:
+    pull_image(say)
+    label = new_label()
     guard = Guard({"label": label})
     try:
-        container.start()
-        host, port = container.get_container_host_ip(), int(container.get_exposed_port(5672))
-        ports = {one: int(container.get_exposed_port(one)) for one in inside}
-
-        started: Any = container.get_wrapped_container()
-        if setup is not PLAIN:
-            files = {**setup.written(host, CONTAINER_FOLDER, inside), "ready": b""}
-            started.put_archive("/", _packed({f"{CONTAINER_FOLDER}/{path}": it for path, it in files.items()}))
-
-        def gone() -> str | None:
-            started.reload()
-            if started.status == "running":
-                return None
-            return f"the container ended while starting:\n{_tail(_text(started.logs()))}"
-
-        version = wait_for_amqp(host, port, START_SECONDS, gone)
+        container = Container(label, setup)
+        version = container.wait()
     except BaseException as error:
         guard.stop()
         if isinstance(error, Unavailable) or not isinstance(error, Exception):
             raise
         raise Unavailable(f"the container could not be started ({_brief(error)})") from error
 
-    def ctl(args: Sequence[str]) -> str:
-        code, (out, err) = started.exec_run(["rabbitmqctl", "-q", *args], demux=True)
+    def stop() -> None:
+        guard.stop()
+        container.stop()
+
+    url = f"amqp://guest:guest@{container.host}:{container.port}/{VHOST}"
+    return Broker(
+        url, f"container {IMAGE} ({version})", version, container.ctl, stop, container.ports, _server=container
+    )
+
+
+def pull_image(say: Say) -> None:
+    """Have `IMAGE` there."""
+    try:
+        from testcontainers.core.docker_client import DockerClient
+
+        with contextlib.closing(DockerClient().client) as client:
+            if not client.images.list(name=IMAGE):
+                say(f"pulling the image {IMAGE}, which may take a minute")
+                client.images.pull(IMAGE)
+    except Exception as error:
+        raise Unavailable(f"the image {IMAGE} cannot be had ({_brief(error)})") from error
+
+
+def new_label() -> str:
+    """What a guard of containers knows them by."""
+    return f"rpcq-test-{secrets.token_hex(6)}"
+
+
+class Container(Server):
+    """A container of `IMAGE`, which the guard of `label` takes away.
+
+    Its ports are chosen here: those that Docker chooses are others after a restart. With a name, it is known by that
+    in a network of its kin, which share a cookie.
+    """
+
+    def __init__(
+        self, label: str, setup: Setup = PLAIN, *, name: str = "", network: str = "", cookie: str = ""
+    ) -> None:
+        from testcontainers.core.config import testcontainers_config
+        from testcontainers.core.container import DockerContainer
+
+        # The guard does what Ryuk would do, without a second image to pull and the engine's socket to mount.
+        testcontainers_config.ryuk_disabled = True
+        inside = range(CONTAINER_PORT, CONTAINER_PORT + setup.ports)
+        container = DockerContainer(IMAGE).with_env("RABBITMQ_DEFAULT_VHOST", VHOST)
+        for one, port in zip((5672, *inside), free_ports(1 + setup.ports), strict=True):
+            container.with_bind_ports(one, port)
+        kwargs: dict[str, Any] = {"labels": {"rpcq-test": label}}
+        if name:
+            kwargs |= {"hostname": name, "network": network}
+            container.with_name(name).with_env("RABBITMQ_ERLANG_COOKIE", cookie)
+        container.with_kwargs(**kwargs)
+        if setup != PLAIN:
+            container.with_env("RABBITMQ_CONFIG_FILES", f"{CONTAINER_FOLDER}/conf.d").with_command(["sh", "-c", WAIT])
+        self._client: Any = container.get_docker_client().client
+        container.start()
+        self._container: Any = container.get_wrapped_container()
+        self.name = f"rabbit@{name or self._container.id[:12]}"
+        self.host, self.port = container.get_container_host_ip(), int(container.get_exposed_port(5672))
+        self.ports = {one: int(container.get_exposed_port(one)) for one in inside}
+        if setup != PLAIN:
+            files = {**setup.written(self.host, CONTAINER_FOLDER, inside), "ready": b""}
+            packed = _packed({f"{CONTAINER_FOLDER}/{path}": it for path, it in files.items()})
+            self._container.put_archive("/", packed)
+
+    def ctl(self, args: Sequence[str]) -> str:
+        """Run its rabbitmqctl."""
+        if not self._running():
+            raise CtlFailed(f"rabbitmqctl {' '.join(args)}: the container does not run")
+        code, (out, err) = self._container.exec_run(["rabbitmqctl", "-q", *args], demux=True)
         if code != 0:
             raise CtlFailed(f"rabbitmqctl {' '.join(args)}: exit code {code}\n{_text(out)}{_text(err)}")
         return _text(out)
 
-    def stop() -> None:
-        guard.stop()
-        client.close()
+    def down(self, *, kill: bool) -> None:
+        """End it, and wait until it is gone."""
+        if not self._running():
+            return
+        if not kill:
+            # Not a signal: it depends on the image whether one gets through to the node. This command's own exit code
+            # says nothing, as it may end with the container.
+            self._container.exec_run(["rabbitmqctl", "-q", "stop"])
+            deadline = time.monotonic() + STOP_SECONDS
+            while time.monotonic() < deadline and self._running():
+                time.sleep(0.1)
+        if self._running():
+            self._container.kill()
+        self._container.wait()
 
-    url = f"amqp://guest:guest@{host}:{port}/{VHOST}"
-    return Broker(url, f"container {IMAGE} ({version})", version, ctl, stop, ports)
+    def up_soon(self) -> None:
+        """Start it again, without waiting."""
+        self._container.start()
+
+    def _running(self) -> bool:
+        self._container.reload()
+        return bool(self._container.status == "running")
+
+    def _gone(self) -> str | None:
+        if self._running():
+            return None
+        return f"the container ended while starting:\n{_tail(_text(self._container.logs()))}"
+
+    def stop(self) -> None:
+        """Let go of it: it is the guard that takes it away."""
+        self._client.close()
 
 
 def _packed(files: Mapping[str, bytes]) -> bytes:
@@ -461,54 +633,82 @@ def _packed(files: Mapping[str, bytes]) -> bytes:
 
 
 def start_node(server: Path, setup: Setup = PLAIN) -> Broker:
-    """A private node; a second try if another program took one of the ports that were free a moment before."""
-    try:
-        return _start_node(server, setup)
-    except Unavailable as error:
-        if not any(sign in str(error).lower() for sign in ("eaddrinuse", "already in use", "address in use")):
-            raise
-        return _start_node(server, setup)
+    """A private node."""
+    return unless_a_port_is_taken(lambda: _start_node(server, setup))
 
 
 def _start_node(server: Path, setup: Setup) -> Broker:
-    folder = Path(tempfile.mkdtemp(prefix="rpcq-test-"))
-    port, dist_port, epmd_port, *further = free_ports(3 + setup.ports)
-    name = f"rpcq-test-{secrets.token_hex(4)}@localhost"
-    environ = node_environment(folder, name, port, dist_port, epmd_port)
-    for path, content in setup.written("127.0.0.1", str(folder), further).items():
-        (folder / path).parent.mkdir(exist_ok=True)
-        (folder / path).write_bytes(content)
-    # From here on the folder is the guard's: it outlives us, whatever becomes of us.
-    guard = Guard(
-        {
-            "folder": str(folder),
-            "environ": environ,
-            "command": [str(server)],
-            "epmd": shutil.which("epmd", path=environ["PATH"]),
-        }
+    node = Node(server, setup)
+    with stopped_if_it_fails([node]):
+        version = node.wait()
+    url = f"amqp://guest:guest@{node.host}:{node.port}/{VHOST}"
+    return Broker(
+        url, f"node {node.name} ({version})", version, node.ctl, node.stop, {one: one for one in node.ports}, node
     )
 
-    def gone() -> str | None:
-        if (folder / "exited").exists():
-            return "the node ended while starting"
-        return None
 
+@contextlib.contextmanager
+def stopped_if_it_fails(servers: Sequence[Server]) -> Iterator[None]:
+    """Stop all of them if anything goes wrong meanwhile."""
     try:
-        version = wait_for_amqp("127.0.0.1", port, START_SECONDS, gone)
-    except BaseException as error:
-        tail = "\n".join(_tail(_read(path)) for path in [folder / "output", *sorted(folder.glob("log/*.log"))])
-        guard.stop()
-        if isinstance(error, Unavailable):
-            raise Unavailable(f"{server}: {error}\n{tail}") from error
+        yield
+    except BaseException:
+        for one in servers:
+            one.stop()
         raise
 
-    def ctl(args: Sequence[str]) -> str:
-        command = [str(server.with_name("rabbitmqctl")), "-q", *args]
+
+@dataclass(frozen=True)
+class Kin:
+    """What the nodes of one cluster have in common."""
+
+    epmd_port: int
+    cookie: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+
+
+def node_name() -> str:
+    """A name for a node that no other has."""
+    return f"rpcq-test-{secrets.token_hex(4)}@localhost"
+
+
+class Node(Server):
+    """A rabbitmq-server in a folder of its own, under a guard of its own; starting, once this returns.
+
+    Without `kin` it has a port mapper and a secret of its own. With `kin` it uses theirs, and starts the port mapper
+    if nobody has.
+    """
+
+    host = "127.0.0.1"
+
+    def __init__(self, server: Path, setup: Setup = PLAIN, *, name: str = "", kin: Kin | None = None) -> None:
+        self.name = name or node_name()
+        self.port, dist_port, epmd_port, *self.ports = free_ports(3 + setup.ports)
+        kin = kin or Kin(epmd_port)
+        self._program = server
+        self._folder = Path(tempfile.mkdtemp(prefix="rpcq-test-"))
+        self._exited = self._folder / "exited"
+        self._environ = node_environment(self._folder, self.name, self.port, dist_port, kin.epmd_port, kin.cookie)
+        for path, content in setup.written(self.host, str(self._folder), self.ports).items():
+            (self._folder / path).parent.mkdir(exist_ok=True)
+            (self._folder / path).write_bytes(content)
+        # From here on the folder is the guard's: it outlives us, whatever becomes of us.
+        self._guard = Guard(
+            {
+                "folder": str(self._folder),
+                "environ": self._environ,
+                "command": [str(server)],
+                "epmd": shutil.which("epmd", path=self._environ["PATH"]),
+            }
+        )
+
+    def ctl(self, args: Sequence[str]) -> str:
+        """Run its rabbitmqctl."""
+        command = [str(self._program.with_name("rabbitmqctl")), "-q", *args]
         try:
             done = subprocess.run(
                 command,
-                env=environ,
-                cwd=folder,
+                env=self._environ,
+                cwd=self._folder,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 timeout=CTL_SECONDS,
@@ -522,11 +722,44 @@ def _start_node(server: Path, setup: Setup) -> Broker:
             )
         return _text(done.stdout)
 
-    url = f"amqp://guest:guest@127.0.0.1:{port}/{VHOST}"
-    return Broker(url, f"node {name} ({version})", version, ctl, guard.stop, {one: one for one in further})
+    def down(self, *, kill: bool) -> None:
+        """End it, and wait until it is gone; what does not end in an orderly way in time is killed."""
+        self._guard.tell("kill" if kill else "terminate")
+        deadline = time.monotonic() + STOP_SECONDS
+        while not self._exited.exists():
+            if time.monotonic() > deadline:
+                if kill:
+                    raise Unavailable(f"node {self.name} did not end within {STOP_SECONDS:.0f} s")
+                self.down(kill=True)
+            time.sleep(0.02)
+
+    def up_soon(self) -> None:
+        """Start it again, without waiting."""
+        if self._exited.exists():
+            # Before the guard starts it, and by us, so that the file is there again only if this start fails.
+            self._exited.unlink()
+            self._guard.tell("start")
+
+    def wait(self) -> str:
+        """Wait until AMQP answers, and return the version."""
+        try:
+            return super().wait()
+        except Unavailable as error:
+            logs = [self._folder / "output", *sorted(self._folder.glob("log/*.log"))]
+            tail = "\n".join(_tail(_read(path)) for path in logs)
+            raise Unavailable(f"{self._program}: {error}\n{tail}") from error
+
+    def _gone(self) -> str | None:
+        return "the node ended while starting" if self._exited.exists() else None
+
+    def stop(self) -> None:
+        """Take it away, and its folder."""
+        self._guard.stop()
 
 
-def node_environment(folder: Path, name: str, port: int, dist_port: int, epmd_port: int) -> dict[str, str]:
+def node_environment(
+    folder: Path, name: str, port: int, dist_port: int, epmd_port: int, cookie: str = ""
+) -> dict[str, str]:
     """Write a node's files into `folder`, and return the environment that the node and its rabbitmqctl run in.
 
     Every path that would otherwise come from /etc/rabbitmq or /var/lib/rabbitmq is set: the node must neither read
@@ -534,7 +767,7 @@ def node_environment(folder: Path, name: str, port: int, dist_port: int, epmd_po
     """
     files = {
         # Both the node and rabbitmqctl find the shared secret of Erlang in their HOME, and insist on mode 0400.
-        ".erlang.cookie": secrets.token_hex(16),
+        ".erlang.cookie": cookie or secrets.token_hex(16),
         "rabbitmq-env.conf": "",
         "rabbitmq.conf": f"default_vhost = {VHOST}\nlog.file.level = warning\nlog.console = false\n",
         "advanced.config": "[].\n",
@@ -576,18 +809,20 @@ def node_environment(folder: Path, name: str, port: int, dist_port: int, epmd_po
 
 def free_ports(count: int) -> list[int]:
     """Ports of the loopback address that are free now, all different."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = random.SystemRandom().choice(PORTS)
+        with contextlib.suppress(OSError), socket.socket() as one:
+            one.bind(("127.0.0.1", port))
+            ports.add(port)
+    return list(ports)
 
 
 # --- 4. Installing ---------------------------------------------------------------------------------------------------
 
 
-def install(say: Say) -> None:
-    """apt-get install rabbitmq-server, without a system node coming up."""
+def install(say: Say) -> Path:
+    """apt-get install rabbitmq-server, without a system node coming up; the server to run."""
     say("installing rabbitmq-server with apt-get, which takes a minute (root on Debian or Ubuntu, no Docker engine)")
     environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     deadline = time.monotonic() + APT_SECONDS
@@ -611,6 +846,10 @@ def install(say: Say) -> None:
             output += _text(done.stdout)
     if done.returncode != 0:
         raise Unavailable(f"apt-get install rabbitmq-server failed:\n{_tail(output)}")
+    server = find_server(os.environ.get("PATH", os.defpath))
+    if server is None:
+        raise Unavailable("apt-get installed rabbitmq-server, but there is no rabbitmq-server to be found")
+    return server
 
 
 @contextlib.contextmanager
@@ -635,7 +874,11 @@ def no_services_started(policy: Path) -> Iterator[None]:
 
 
 class Guard:
-    """Our end of a guard process: it takes away what `spec` describes once its standard input closes."""
+    """Our end of a guard process: it takes away what `spec` describes once its standard input closes.
+
+    The first line it is sent is `spec`. The guard of a node takes further ones: `kill`, `terminate` and `start`. What
+    became of them is seen in the node's folder: the guard makes the file `exited` whenever the node has ended.
+    """
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
         # A session of its own: Ctrl-C goes to every process of the terminal's group, and must not go to this one.
@@ -649,6 +892,14 @@ class Guard:
         self._input = self._process.stdin
         self._input.write(json.dumps({**spec, "parent": os.getpid()}).encode() + b"\n")
         self._input.flush()
+
+    def tell(self, command: str) -> None:
+        """Send the guard a command."""
+        try:
+            self._input.write(command.encode() + b"\n")
+            self._input.flush()
+        except (OSError, ValueError) as error:
+            raise Unavailable("what guards the broker has ended, and the broker with it") from error
 
     def stop(self) -> None:
         """Have the guard clean up, and wait for it."""
@@ -667,7 +918,7 @@ class _Ended(Exception):
 
 
 def guard_main() -> int:
-    """The guard process: start the node if one is asked for, wait for the end of our input, clean up."""
+    """The guard process: start the node if one is asked for, do as told until our input ends, clean up."""
 
     def end(_number: int, _frame: FrameType | None) -> None:
         raise _Ended
@@ -675,13 +926,15 @@ def guard_main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    line = sys.stdin.buffer.readline()
+    # Unbuffered, octet by octet: what follows the line is read with select.
+    line = io.FileIO(0, closefd=False).readline()
     if not line.endswith(b"\n"):
         return 0
     spec: dict[str, Any] = json.loads(line)
     if "label" in spec:
         with contextlib.suppress(_Ended):
-            _wait_for_end(spec["parent"], lambda: None)
+            for _ in _commands(spec["parent"], lambda: None):
+                pass
         remove_containers(spec["label"])
         return 0
     folder = Path(spec["folder"])
@@ -700,9 +953,9 @@ def guard_main() -> int:
 def _run_node(spec: Mapping[str, Any], folder: Path) -> None:
     if sys.platform == "linux":
         adopt_orphans()
-    with (folder / "output").open("wb") as output:
 
-        def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    def start(command: Sequence[str]) -> int:
+        with (folder / "output").open("ab") as output:
             child = subprocess.Popen(
                 command,
                 env=spec["environ"],
@@ -712,28 +965,44 @@ def _run_node(spec: Mapping[str, Any], folder: Path) -> None:
                 stderr=subprocess.STDOUT,
                 preexec_fn=die_with_parent(),  # noqa: PLW1509 - the guard has one thread
             )
-            _children.append(child)
-            return child
+        _children.append(child)
+        return child.pid
 
-        if spec["epmd"]:
-            # Otherwise the node starts one, as a daemon, which on other systems than Linux would get away.
-            start([spec["epmd"]])
-        node = start(spec["command"])
+    if spec["epmd"]:
+        # Otherwise the node starts one, as a daemon, which on other systems than Linux would get away. It stays when
+        # the node goes, and in a cluster it is that of the others too; where there is one, this one ends at once.
+        start([spec["epmd"]])
+    node: int | None = start(spec["command"])
 
     def check() -> None:
+        nonlocal node
         for pid in reap():
-            if pid == node.pid:
+            if pid == node:
+                node = None
                 (folder / "exited").touch()
 
-    _wait_for_end(spec["parent"], check)
+    for command in _commands(spec["parent"], check):
+        # Until `check` has reaped it, the pid is that of the node and of nothing else.
+        if command == "start" and node is None:
+            node = start(spec["command"])
+        elif command in _SIGNALS and node is not None:
+            os.kill(node, _SIGNALS[command])
 
 
-def _wait_for_end(parent: int, check: Callable[[], None]) -> None:
-    """Wait until standard input closes. The parent is looked at as well: a fork of it may hold the pipe open."""
+_SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}
+
+
+def _commands(parent: int, check: Callable[[], None]) -> Iterator[str]:
+    """The lines that come until standard input closes. The parent is looked at too: a fork may hold the pipe open."""
+    rest = b""
     while os.getppid() == parent:
         check()
-        if select.select([sys.stdin], [], [], 0.2)[0]:
-            return
+        if select.select([0], [], [], 0.2)[0]:
+            data = os.read(0, 4096)
+            if not data:
+                return
+            *lines, rest = (rest + data).split(b"\n")
+            yield from (line.decode() for line in lines)
 
 
 _children: list[subprocess.Popen[bytes]] = []
@@ -782,12 +1051,15 @@ def reap() -> Iterator[int]:
 
 
 def remove_containers(label: str) -> None:
-    """Remove the containers with a label, running or not, and their volumes."""
+    """Remove the containers with a label, running or not, their volumes, and the networks with that label."""
     from testcontainers.core.docker_client import DockerClient
 
     client: Any = DockerClient().client
-    for container in client.containers.list(all=True, filters={"label": f"rpcq-test={label}"}):
+    labelled = {"label": f"rpcq-test={label}"}
+    for container in client.containers.list(all=True, filters=labelled):
         container.remove(force=True, v=True)
+    for network in client.networks.list(filters=labelled):
+        network.remove()
 
 
 # --- Small things ----------------------------------------------------------------------------------------------------

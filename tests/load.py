@@ -144,6 +144,9 @@ class Load:
         think: seconds between two calls of one caller.
         params: further parameters of each call.
         options: further options of each call.
+
+    Attributes:
+        prefix: what the nonces of its calls begin with.
     """
 
     _number = 0
@@ -164,7 +167,7 @@ class Load:
         Load._number += 1
         self.client = client
         self.ledger = ledger
-        self._prefix = f"{os.getpid()}-{Load._number}-"
+        self.prefix = f"{os.getpid()}-{Load._number}-"
         self._count = 0
         self._callers = callers
         self._method = method
@@ -204,7 +207,7 @@ class Load:
         """One call, entered into the ledger: its result, or the error that it ended with."""
         ledger, loop = self.ledger, asyncio.get_running_loop()
         self._count += 1
-        nonce = f"{self._prefix}{self._count}"
+        nonce = f"{self.prefix}{self._count}"
         ledger.begun += 1
         began = loop.time()
         told: Any = None
@@ -264,7 +267,9 @@ class Scene:
         text = self.runs.read_text("ascii") if self.runs.exists() else ""
         return [line for line in text.splitlines() if line.startswith(nonce)]
 
-    def start(self, *arguments: str, url: str | None = None, **environment: str) -> WorkerProcess:
+    def start(
+        self, *arguments: str, url: str | None = None, service: str = "targets:target", **environment: str
+    ) -> WorkerProcess:
         """Start a worker, and do not wait for it."""
         kept = {name: it for name, it in os.environ.items() if not name.startswith(("RPCQ_", "COV_"))}
         environment = {
@@ -277,7 +282,7 @@ class Scene:
             "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
             **environment,
         }
-        command = [sys.executable, "-m", "rpcq", "worker", "targets:target", *arguments]
+        command = [sys.executable, "-m", "rpcq", "worker", service, *arguments]
         process = WorkerProcess(command, self.folder, environment)
         self.workers.append(process)
         return process

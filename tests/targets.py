@@ -12,7 +12,7 @@ import signal
 import time
 from typing import Any
 
-from rpcq import DomainError, Service
+from rpcq import Context, DomainError, Service
 
 _runs = os.open(os.environ["RPCQ_TEST_RUNS"], os.O_APPEND | os.O_CREAT | os.O_WRONLY)
 
@@ -76,15 +76,17 @@ async def stick(nonce: str) -> str:
 
 
 @target.method
-async def die(nonce: str) -> None:
-    """A poison request: it kills its worker."""
+async def die(nonce: str) -> str:
+    """A poison request: it kills its worker, but for one that is told to live."""
     began(nonce)
-    os.kill(os.getpid(), signal.SIGKILL)
+    if not os.environ.get("RPCQ_TEST_LIVES"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return nonce
 
 
 @target.method(idempotent=True)
-async def die_again(nonce: str) -> None:
-    await die(nonce)
+async def die_again(nonce: str) -> str:
+    return await die(nonce)
 
 
 @target.method(errors=[Refused])
@@ -104,3 +106,19 @@ async def odd(nonce: str, kind: str) -> Any:
     """Results that cannot be sent, or that their caller does not expect."""
     began(nonce)
     return {"object": object(), "nan": float("nan"), "large": "x" * (2 * 1024 * 1024), "text": nonce}[kind]
+
+
+@target.method
+async def hold(nonce: str, until: str) -> str:
+    """Runs until there is a file of that name."""
+    began(nonce)
+    while not os.path.exists(until):  # noqa: ASYNC110, ASYNC240, PTH110 - nothing tells, and the file is local
+        await asyncio.sleep(0.01)
+    return nonce
+
+
+@target.method
+async def left(nonce: str, context: Context) -> float:
+    """Seconds until the deadline, as the worker counts them."""
+    began(nonce)
+    return context.deadline.remaining()

@@ -236,6 +236,9 @@ class LaneConnection(Connection):
 
     PARAMETERS = (*Connection.PARAMETERS, ConnectionParameter("transport_factory", is_kwarg=True, parser=lambda it: it))
 
+    def __del__(self) -> None:
+        """Nothing: what was opened is closed. aio-pika would start a task, in whatever thread collects the garbage."""
+
 
 async def connect(
     url: BrokerURL,

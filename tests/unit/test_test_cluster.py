@@ -1,0 +1,163 @@
+"""The harness that takes brokers down: the guard's part in it, and what a cluster writes and reads off rabbitmqctl."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+import broker as harness
+import cluster
+from broker import Broker, Facts, Unavailable
+from cluster import Cluster, Connection, Member
+from rpcq import url
+
+
+class Stub(harness.Server):
+    """A server whose rabbitmqctl says what it is told to."""
+
+    def __init__(self, number: int, says: str = "") -> None:
+        self.name, self.host, self.port = f"n{number}@localhost", "127.0.0.1", 20000 + number
+        self.says = says
+        self.asked: list[Sequence[str]] = []
+
+    def ctl(self, args: Sequence[str]) -> str:
+        self.asked.append(args)
+        return self.says
+
+    def down(self, *, kill: bool) -> None:
+        assert kill
+
+    def up_soon(self) -> None:
+        pass
+
+    def wait(self) -> str:
+        return "4.0.5"
+
+    def _gone(self) -> str | None:
+        return None
+
+    def stop(self) -> None:
+        pass
+
+
+def stubs(says: str = "") -> tuple[Cluster, list[Stub]]:
+    servers = [Stub(number, says) for number in (1, 2, 3)]
+    found = Cluster()
+    found.nodes = [Member(f"amqp://guest:guest@{it.host}:{it.port}/v", it, found) for it in servers]
+    return found, servers
+
+
+def test_the_url_of_a_cluster_has_all_hosts_in_their_order() -> None:
+    found, servers = stubs()
+    assert found.url == "amqp://guest:guest@127.0.0.1:20001,127.0.0.1:20002,127.0.0.1:20003/v"
+    parsed = url.parse(found.url)
+    assert parsed.hosts == tuple((it.host, it.port) for it in servers)
+    assert parsed.vhost == "v"
+
+
+def test_nodes_that_join_are_told_of_all() -> None:
+    assert cluster.joining(["a@localhost", "b@localhost"]).splitlines() == [
+        "cluster_formation.peer_discovery_backend = classic_config",
+        "cluster_formation.classic_config.nodes.1 = a@localhost",
+        "cluster_formation.classic_config.nodes.2 = b@localhost",
+    ]
+
+
+@pytest.mark.parametrize("node", ["rpcq-test-1@localhost", "rabbit@rpcq-test-1", "rabbit@one.example.com"])
+def test_a_connection_is_read_off_its_line(node: str) -> None:
+    properties = '[{"product","rpcq"},{"capabilities",[{"basic.nack",true}]},{"connection_name","me consume"}]'
+    assert Connection.of(f"<{node}.1795562240.680.0>\t55490\t{properties}") == Connection(node, 55490, "me consume")
+    assert Connection.of(f"<{node}.1.2.3>\t55490\t[]") == Connection(node, 55490, "")
+
+
+def test_a_connection_is_found_by_its_name_or_its_port() -> None:
+    found, _ = stubs('<n2@localhost.1.2.3>\t4000\t[{"connection_name","me"}]\n<n3@localhost.1.2.3>\t4001\t[]\n')
+    assert found.node_of_connection("me") is found.nodes[1]
+    assert found.node_of_connection(4001) is found.nodes[2]
+
+
+def test_what_is_on_two_nodes_or_on_none_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "FIND_SECONDS", 0.0)
+    found, _ = stubs("".join(f'<n{it}@localhost.1.2.3>\t4000\t[{{"connection_name","me"}}]\n' for it in (1, 2)))
+    for connection in ("me", "other", 4002):
+        with pytest.raises(LookupError, match="no single node has the connection"):
+            found.node_of_connection(connection)
+
+
+def test_a_node_that_was_killed_leads_nothing_and_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "FIND_SECONDS", 0.0)
+    found, servers = stubs('[{"name":"q","leader":"n1@localhost"},{"name":"p","leader":"n2@localhost"}]')
+    assert found.leader_of("q") is found.nodes[0]
+    found.nodes[0].kill()
+    del servers[0].asked[:]
+    with pytest.raises(LookupError, match="no node that is up leads the queue 'q'"):
+        found.leader_of("q")
+    assert found.leader_of("p") is found.nodes[1]
+    assert not servers[0].asked
+
+
+def test_a_node_that_comes_back_waits_for_those_that_are_up() -> None:
+    found, servers = stubs()
+    one, two, _ = found.nodes
+    one.kill()
+    two.kill()
+    one.start()
+    assert servers[0].asked[-1][:2] == ("await_online_nodes", "2")
+    two.start()
+    assert servers[1].asked[-1][:2] == ("await_online_nodes", "3")
+
+
+def test_with_nothing_to_make_one_of_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "gather", lambda _: Facts(engine_problem="no Docker engine answers"))
+    with pytest.raises(Unavailable, match="apt-get install rabbitmq-server") as error, cluster.cluster():
+        pass
+    assert "no Docker engine answers" in str(error.value)
+    assert "RPCQ_TEST_URL" not in str(error.value)
+
+
+def test_a_broker_that_is_not_ours_is_not_taken_down() -> None:
+    found = Broker("amqp://there/x", "RPCQ_TEST_URL", "unknown")
+    for break_it in (found.restart, found.kill, found.start):
+        with pytest.raises(Unavailable, match="RPCQ_TEST_URL is not ours"):
+            break_it()
+
+
+def until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("command", ["kill", "terminate"])
+def test_a_guard_ends_what_it_started_and_starts_it_again(tmp_path: Path, command: str) -> None:
+    folder, started = tmp_path / "folder", tmp_path / "pids"
+    folder.mkdir()
+    started.touch()
+    script = tmp_path / "command"
+    script.write_text(f"#!/bin/sh\necho $$ >> {started}\nexec sleep 600\n", "utf-8")
+    script.chmod(0o755)
+    guard = harness.Guard({"folder": str(folder), "environ": dict(os.environ), "command": [str(script)], "epmd": None})
+    try:
+        for times in (1, 2, 3):
+            until(lambda: started.read_text("utf-8").count("\n") == times)  # noqa: B023 - used at once
+            guard.tell("start")  # nothing happens: it runs
+            guard.tell(command)
+            until((folder / "exited").exists)
+            pid = int(started.read_text("utf-8").splitlines()[-1])
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+            (folder / "exited").unlink()
+            guard.tell("start")
+        until(lambda: started.read_text("utf-8").count("\n") == 4)
+    finally:
+        guard.stop()
+    assert not folder.exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text("utf-8").splitlines()[-1]), 0)
+    with pytest.raises(Unavailable, match="what guards the broker has ended"):
+        guard.tell("start")
