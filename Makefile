@@ -1,6 +1,7 @@
 # make demo    the main job, on the in-process broker; over RabbitMQ with RPCQ_URL=amqp://...
 # make test    all tests, on a real RabbitMQ too (tests/broker.py says where it comes from)
 # make test-faults  every fault of docs/reliability.md, those too that take long
+# make soak    mixed load for 10 minutes while faults strike at random; ARGS='--minutes 1 --seed 7'
 # make check   format, lint, types, structure, and the documentation
 # make docs    the documentation at http://127.0.0.1:8000, built again at every change
 # make fmt     mend what the checks can mend
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := rpcq rpcq_pytest.py producer_service consumer_service tests benchmarks docs docker
 
-.PHONY: help demo test test-faults check docs fmt bench clean
+.PHONY: help demo test test-faults soak check docs fmt bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -40,6 +41,9 @@ test: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 
 test-faults: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	$(BIN)/python -m pytest tests/faults tests/security -m '' $(ARGS)
+
+soak: $(VENV)/.installed-test $(VENV)/.installed-uvloop
+	$(BIN)/python tests/soak.py $(ARGS)
 
 check: $(VENV)/.installed-uvloop $(VENV)/.installed-check $(VENV)/.installed-docs
 	$(BIN)/ruff format --check $(SOURCES)

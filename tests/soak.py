@@ -43,6 +43,11 @@ CALM = 15.0
 
 HEARTBEAT = 2
 
+UNDERWAY: Counter[str] = Counter()
+
+YOUNG = asyncio.Lock()
+"""Held while a request queue may be new: see `Broker.kill`."""
+
 
 @dataclass
 class Stage:
@@ -246,21 +251,20 @@ class Stage:
     # The broker, but only this scene's part of it.
 
     async def request_queue_deleted(self) -> None:
-        await self.delete_queue(self.scene.queue)
+        async with YOUNG:
+            await self.ctl("delete_queue", self.scene.queue, "--vhost", brokers.vhost_of(self.scene.url))
+            await asyncio.sleep(8)
 
     async def reply_queue_deleted(self) -> None:
         if (encoder := self.client._encoder) is not None:
             await self.ctl("delete_queue", encoder.reply_to.decode(), "--vhost", brokers.vhost_of(self.scene.url))
 
-    async def delete_queue(self, name: str) -> None:
-        await self.ctl("delete_queue", name, "--vhost", brokers.vhost_of(self.scene.url))
-        await asyncio.sleep(1)
-
     async def queue_full(self) -> None:
         vhost = ("--vhost", brokers.vhost_of(self.scene.url))
         pattern = "^" + self.scene.queue.replace(".", "[.]") + "$"
         name = f"full-{self.scene.namespace}"
-        await self.ctl("set_policy", *vhost, name, pattern, '{"max-length":1}', "--apply-to", "queues")
+        if not await self.ctl("set_policy", *vhost, name, pattern, '{"max-length":1}', "--apply-to", "queues"):
+            return
         await asyncio.sleep(0.5)
         while not await self.ctl("clear_policy", *vhost, name):  # noqa: ASYNC110 - until the broker is there again
             await asyncio.sleep(1)
@@ -308,8 +312,9 @@ async def broker_restarted(broker: brokers.Broker) -> None:
 
 
 async def broker_killed(broker: brokers.Broker) -> None:
-    await asyncio.to_thread(broker.kill)
-    await asyncio.to_thread(broker.start)
+    async with YOUNG:
+        await asyncio.to_thread(broker.kill)
+        await asyncio.to_thread(broker.start)
 
 
 async def memory_alarm(broker: brokers.Broker) -> None:
@@ -337,8 +342,11 @@ async def strike(faults: Any, at: Any, dice: random.Random, struck: Counter[str]
         for fault in dice.sample(faults, len(faults)):
             if time.monotonic() > until:
                 return
+            name = fault.__name__
+            UNDERWAY[name] += 1
             await fault(at)
-            struck[fault.__name__] += 1
+            UNDERWAY[name] -= 1
+            struck[name] += 1
             await asyncio.sleep(dice.uniform(0, rest))
 
 
@@ -475,7 +483,8 @@ class Soak:
             failed = sum(load.ledger.failed for load in self.loads)
             violations = sum(len(load.ledger.violations) for load in self.loads)
             after, faults = time.monotonic() - began, sum(self.struck.values())
-            say(f"{after:4.0f} s: {ended} calls, {failed} failed, {faults} faults, {violations} violations")
+            now = ", ".join(name.replace("_", " ") for name in +UNDERWAY)
+            say(f"{after:4.0f} s: {ended} calls, {failed} failed, {faults} faults, {violations} violations; now {now}")
             for stage in self.stages:
                 for worker in stage.scene.workers:
                     del worker.lines[:-20]  # their logs would be this process's memory
