@@ -260,7 +260,7 @@ class Worker:
             return
         now = time.monotonic()
         try:
-            if self._state == "stopping":
+            if self._state == "stopping" and not delivery.redelivered:  # else it may have run, as `admit` says
                 raise ServiceUnavailable("the worker shuts down, and did not begin")
             if len(delivery.properties) > MAX_PROPERTIES:
                 raise TooLarge(f"the properties are {len(delivery.properties)} bytes; the limit is {MAX_PROPERTIES}")

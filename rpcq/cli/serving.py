@@ -11,15 +11,16 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Final, Unpack
+from typing import Annotated, Final, NoReturn, Unpack
 
 import typer
 
 from rpcq import logs
-from rpcq.cli.options import FAILED, WORKER, Level, LogLevel, Namespace, Url, given, run
+from rpcq.cli.options import FAILED, WORKER, Level, LogLevel, Namespace, Url, given
 from rpcq.cli.supervising import supervise
 from rpcq.contract import Service
 from rpcq.errors import ConfigurationError
+from rpcq.processes import run
 from rpcq.settings import WorkerSettings
 from rpcq.worker import Worker
 
@@ -130,13 +131,12 @@ async def serve(services: Sequence[Service], url: str | None, **options: Unpack[
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     loop = asyncio.get_running_loop()
-    serving = asyncio.current_task()
     stopping = False
 
     def on_signal() -> None:
         nonlocal stopping
-        if stopping and serving is not None:
-            serving.cancel()
+        if stopping:
+            _cut_off()  # not by cancelling: it may not have come to its stop yet, and would then take its time
         stopping = True
         worker.request_stop()
 
@@ -144,14 +144,14 @@ async def serve(services: Sequence[Service], url: str | None, **options: Unpack[
         loop.add_signal_handler(number, on_signal)
     if os.environ.get(SUPERVISED):
         await loop.connect_read_pipe(lambda: _Pipe(on_signal), sys.stdin)
-    try:
-        clean = await worker.run()
-    except asyncio.CancelledError:
-        clean = False
-    if not clean:
-        logging.shutdown()
-        sys.stdout.flush()
-        os._exit(FAILED)
+    if not await worker.run():
+        _cut_off()
+
+
+def _cut_off() -> NoReturn:
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(FAILED)
 
 
 class _Pipe(asyncio.Protocol):

@@ -28,6 +28,12 @@ HIGH_WATER: Final = 256 * 1024
 ACK_DELAY: Final = 0.005
 """Seconds that an acknowledgement may wait for others, while the broker has no use for its slot."""
 
+QUIET: Final = 0.5
+"""Seconds without a delivery after which none is taken to be on its way."""
+
+FILL_TIMEOUT: Final = 5.0
+"""Seconds that a consumer waits for that at most, before it is cancelled."""
+
 log = logs.get_logger("rpcq.rabbitmq")
 for _name in logs.QUIET:
     logs.silence(_name)
@@ -70,7 +76,21 @@ async def declare(channel: AbstractChannel, queue: Queue) -> str:
 class _Consumed:
     """One subscription on its own channel of one session; takes its settlements."""
 
-    __slots__ = ("_busy", "_flushing", "_lane", "_loop", "_no_ack", "_on_delivery", "_protocol", "_timer", "_unsettled")
+    __slots__ = (
+        "_busy",
+        "_flushing",
+        "_holds",
+        "_lane",
+        "_last",
+        "_loop",
+        "_no_ack",
+        "_on_delivery",
+        "_prefetch",
+        "_protocol",
+        "_timer",
+        "_unsettled",
+        "is_quorum",
+    )
 
     def __init__(self, link: Link, channel: int, subscription: Subscription, options: ConnectionOptions) -> None:
         self._loop = asyncio.get_running_loop()
@@ -78,7 +98,11 @@ class _Consumed:
         self._unsettled = Unsettled(Encoder(channel, link.frame_max))
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
+        self._holds = False
+        self._last = 0.0  # delivery, where it holds
+        self._prefetch = subscription.prefetch
         self._busy = subscription.prefetch // 2
+        self.is_quorum = subscription.queue.arguments.get("x-queue-type") == "quorum"
         self._on_delivery = subscription.on_delivery
         self._no_ack = subscription.no_ack
         self._lane = Lane(
@@ -95,7 +119,7 @@ class _Consumed:
             return
         self._unsettled.settle(tag, accept=accept, requeue=requeue)
         # Where few of the slots that prefetch gives are taken, nobody waits for this one: one write tells of many.
-        if self._flushing:
+        if self._flushing or self._holds:
             return
         if len(self._unsettled) >= self._busy:
             self._flushing = True
@@ -112,9 +136,29 @@ class _Consumed:
         if frames := self._unsettled.frames():
             self._protocol.write(frames)
 
+    async def fill(self) -> None:
+        """Acknowledge nothing, until all that prefetch allows has come or nothing comes: then nothing is on its way.
+
+        A consumer of a quorum queue that is cancelled gives back what is on its way to it, and that counts as a
+        delivery (rabbitmq-server #3729): where one is all that there may be, the broker would give it up.
+        """
+        self._holds = True
+        self._last = self._loop.time()
+        until = self._last + FILL_TIMEOUT
+        # Rare and short: no event is worth setting for each delivery.
+        while len(self._unsettled) < self._prefetch and self._loop.time() < min(until, self._last + QUIET):  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+    def release(self) -> None:
+        """Acknowledge again."""
+        self._holds = False
+        self.flush()
+
     def _deliver(self, tag: int, redelivered: bool, properties: bytes, body: bytes | None, size: int) -> None:
         if not self._no_ack:
             self._unsettled.delivered(tag)
+            if self._holds:
+                self._last = self._loop.time()
         self._on_delivery(Delivery(self, tag, redelivered, properties, body, size))
 
     def _end(self, code: int, text: str) -> None:
@@ -145,7 +189,9 @@ class _ConsumingSession(Session):
         """Cancel the consumers; later sessions have none."""
         self._stopped = True
         consumers, self._consumers = self._consumers, []
+        once = [consumed for consumed in self._consumed if consumed.is_quorum]
         try:
+            await asyncio.gather(*(consumed.fill() for consumed in once))
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 for channel, tag in consumers:
                     await (await channel.get_underlay_channel()).basic_cancel(tag)
@@ -155,6 +201,9 @@ class _ConsumingSession(Session):
             # Gone or unwilling: what it still delivers would not be answered, so the session goes as well.
             if (link := self._link) is not None:
                 link.protocol.fail(BrokerUnreachable(f"the consumers could not be cancelled: {error!r}"))
+        finally:
+            for consumed in once:
+                consumed.release()
 
     async def close(self) -> None:
         for consumed in self._consumed:
