@@ -33,7 +33,7 @@ $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	@touch $@
 
-demo: $(VENV)/.installed-uvloop
+demo: $(VENV)/.installed-bench $(VENV)/.installed-uvloop
 	@$(BIN)/python -m producer_service --requests 10000 --concurrency 10000 --with-worker
 
 test: $(VENV)/.installed-test $(VENV)/.installed-uvloop
@@ -59,7 +59,7 @@ fmt: $(VENV)/.installed-check
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: $(VENV)/.installed-bench $(VENV)/.installed-test $(VENV)/.installed-uvloop
+bench: $(VENV)/.installed-peers $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python tests/broker.py -- $(BIN)/python -m benchmarks.peers $(ARGS)
 

@@ -18,8 +18,9 @@ from rich.table import Table
 
 from consumer_service.calculator import calculator
 from consumer_service.echo import echo
-from producer_service.load import Summary, send
+from producer_service.load import send
 from rpcq import Client, RpcqError, Worker
+from rpcq.bench import Measured
 
 console = Console()
 
@@ -63,7 +64,7 @@ async def worker(asked: argparse.Namespace) -> AsyncIterator[str]:
         yield "running elsewhere"
 
 
-async def run(asked: argparse.Namespace) -> Summary:
+async def run(asked: argparse.Namespace) -> Measured:
     """Connect, wait for a consumer, send, and say what came back."""
     async with (
         worker(asked) as where,
@@ -81,34 +82,34 @@ async def run(asked: argparse.Namespace) -> Summary:
                 concurrency=asked.concurrency,
                 delay=asked.delay,
                 timeout=asked.timeout,
-                on_answer=lambda: progress.advance(bar),
+                on_answers=lambda count: progress.advance(bar, count),
             )
 
 
-def show(summary: Summary) -> None:
+def show(found: Measured) -> None:
     """The summary as a table."""
     table = Table(show_header=False)
-    table.add_row("sent", f"{summary.sent:,}")
-    table.add_row("matched", f"{summary.matched:,}")
-    table.add_row("mismatched", f"{summary.mismatched:,}")
-    table.add_row("errors", ", ".join(f"{count} {name}" for name, count in summary.errors.items()) or "0")
-    table.add_row("calls/s", f"{summary.calls_per_second:,.0f}")
-    table.add_row("p50", f"{summary.percentile(50) * 1000:.1f} ms")
-    table.add_row("p99", f"{summary.percentile(99) * 1000:.1f} ms")
+    table.add_row("sent", f"{found.sent:,}")
+    table.add_row("matched", f"{found.ok - found.mismatched:,}")
+    table.add_row("mismatched", f"{found.mismatched:,}")
+    table.add_row("errors", ", ".join(f"{count} {name}" for name, count in found.errors.items()) or "0")
+    table.add_row("calls/s", f"{found.ended / found.seconds if found.seconds else 0:,.0f}")
+    for percent in (50, 99):
+        table.add_row(f"p{percent}", f"{found.percentile('latency', percent):.1f} ms")
     console.print(table)
 
 
 def main() -> int:
     """0 only if every request got its own answer."""
     try:
-        summary = asyncio.run(run(arguments()))
+        found = asyncio.run(run(arguments()))
     except RpcqError as error:
         console.print(f"[red]producer_service:[/] {error}", highlight=False)
         return 2
     except KeyboardInterrupt:
         return 130
-    show(summary)
-    return 0 if summary.ok else 1
+    show(found)
+    return 0 if found.sent and found.sent == found.ok - found.mismatched else 1
 
 
 if __name__ == "__main__":

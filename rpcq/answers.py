@@ -39,10 +39,16 @@ def meaning(came: Reply | Notice, names: Names) -> tuple[Event, str]:
 
 
 class Answers:
-    """Reads replies; remembers the types that it reads."""
+    """Reads replies; remembers the types that it reads.
+
+    Attributes:
+        on_reply: called with each reply that ends a call, before it is read; None for nobody.
+
+    """
 
     def __init__(self) -> None:
         self._results: dict[Any, Result] = {}
+        self.on_reply: Callable[[Reply], None] | None = None
 
     def read(self, call: Call, reply: Reply, label: str, options: CallOptions) -> Any:
         """The value in a reply.
@@ -51,6 +57,8 @@ class Answers:
             CallError: it is an error, or cannot be read as what the caller expects.
 
         """
+        if self.on_reply is not None:
+            self.on_reply(reply)
         try:
             if reply.kind == wire.RESULT and reply.body is not None and options.returns is not None:
                 return self._typed(options.returns, label)(reply.body)

@@ -222,6 +222,15 @@ class Client:
         """Calls under way."""
         return len(self._calls)
 
+    @property
+    def unmatched_replies(self) -> int:
+        """Replies and notices that were for no call under way: late, twice, or for nobody. Each was dropped."""
+        return self._calls.unmatched
+
+    def on_reply(self, told: Callable[[Reply], None] | None) -> None:
+        """Have a function called with each reply that ends a call: in the task of its caller, before that goes on."""
+        self._answers.on_reply = told
+
     # Calling.
 
     def call(self, target: str, /, *args: Any, **params: Any) -> Coroutine[Any, Any, Any]:

@@ -1,9 +1,14 @@
-"""Which process this is: sockets and event loops do not survive a fork."""
+"""Which process this is, since sockets and event loops do not survive a fork; and how rpcq's own are run."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Coroutine
 from itertools import count
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _forks = count(1)
 generation = 0
@@ -17,3 +22,12 @@ def _forked() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run on uvloop where it is installed."""
+    try:
+        import uvloop  # noqa: PLC0415 - an extra
+    except ImportError:
+        return asyncio.run(main)
+    return uvloop.run(main)

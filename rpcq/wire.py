@@ -376,6 +376,7 @@ class Reply:
 
     Attributes:
         kind: RESULT or ERROR, or what else the `type` says; a reply with none counts as a result.
+        properties: all of them, as they came.
 
     """
 
@@ -383,6 +384,7 @@ class Reply:
     kind: bytes
     body: bytes | None
     content_type: bytes = JSON
+    properties: bytes = b""
 
 
 _FAST_REPLY: Final = amqp.CONTENT_TYPE | amqp.HEADERS | amqp.DELIVERY_MODE | amqp.CORRELATION_ID | amqp.TYPE
@@ -406,7 +408,7 @@ def read_reply(data: bytes, body: bytes | None) -> Reply | Notice:
                 kind = data[end + 1 : end + 1 + data[end]]
                 if end + 1 + len(kind) != len(data) or len(kind) != data[end]:
                     raise MalformedProperties("the properties of a reply are malformed")
-                return Reply(data[at + 1 : end], kind or RESULT, body, content_type or JSON)
+                return Reply(data[at + 1 : end], kind or RESULT, body, content_type or JSON, data)
     except (IndexError, struct.error) as error:
         raise MalformedProperties("the properties of a reply end early") from error
     found = amqp.decode(data)
@@ -415,7 +417,19 @@ def read_reply(data: bytes, body: bytes | None) -> Reply | Notice:
     match headers.get("x-death"):
         case [{"reason": str(reason), "queue": str(queue)}, *_]:
             return Notice(correlation_id, reason, queue)
-    return Reply(correlation_id, found.type or RESULT, body, found.content_type or JSON)
+    return Reply(correlation_id, found.type or RESULT, body, found.content_type or JSON, data)
+
+
+def read_times(reply: Reply) -> tuple[float | None, float] | None:
+    """Milliseconds from the client to the handler, where told, and in the handler; None where neither is told."""
+    data = reply.properties
+    at = 3 + data[2] + 4  # where the headers of a reply of rpcq's workers begin
+    if data[at : at + 15] == _QUEUE_MS and data[at + 23 : at + 40] == _HANDLER_MS:
+        _, queue_ms, _, handler_ms = _REPLY_TIMES.unpack_from(data, at)
+        return queue_ms, handler_ms
+    headers = amqp.decode(data).headers or _NO_HEADERS
+    queue_ms, handler_ms = headers.get("rpcq-queue-ms"), headers.get("rpcq-handler-ms")
+    return (queue_ms if isinstance(queue_ms, float) else None, handler_ms) if isinstance(handler_ms, float) else None
 
 
 def read_body(reply: Reply) -> Any:

@@ -352,7 +352,7 @@ def gather(environ: Mapping[str, str]) -> Facts:
     return Facts(
         engine_problem=engine_problem(),
         server=find_server(environ.get("PATH", os.defpath)),
-        can_install=os.geteuid() == 0 and shutil.which("apt-get") is not None and is_debian(Path("/etc/os-release")),
+        can_install=can_apt_install(),
     )
 
 
@@ -824,13 +824,27 @@ def free_ports(count: int) -> list[int]:
 def install(say: Say) -> Path:
     """apt-get install rabbitmq-server, without a system node coming up; the server to run."""
     say("installing rabbitmq-server with apt-get, which takes a minute (root on Debian or Ubuntu, no Docker engine)")
+    apt_install("rabbitmq-server")
+    server = find_server(os.environ.get("PATH", os.defpath))
+    if server is None:
+        raise Unavailable("apt-get installed rabbitmq-server, but there is no rabbitmq-server to be found")
+    return server
+
+
+def can_apt_install() -> bool:
+    """Root, on a system with apt and Debian's packages."""
+    return os.geteuid() == 0 and shutil.which("apt-get") is not None and is_debian(Path("/etc/os-release"))
+
+
+def apt_install(package: str) -> None:
+    """apt-get install a package, without a service of it coming up."""
     environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     deadline = time.monotonic() + APT_SECONDS
     options = ("-q", "-o", "DPkg::Lock::Timeout=120")
     output = ""
     with no_services_started(Path("/usr/sbin/policy-rc.d")):
         # A failed update (one dead third-party source is enough) need not keep the package from being installed.
-        for action in (("update",), ("install", "-y", "--no-install-recommends", "rabbitmq-server")):
+        for action in (("update",), ("install", "-y", "--no-install-recommends", package)):
             try:
                 done = subprocess.run(
                     ["apt-get", *options, *action],
@@ -845,11 +859,7 @@ def install(say: Say) -> Path:
                 raise Unavailable(f"apt-get {action[0]} did not end within {APT_SECONDS:.0f} s") from error
             output += _text(done.stdout)
     if done.returncode != 0:
-        raise Unavailable(f"apt-get install rabbitmq-server failed:\n{_tail(output)}")
-    server = find_server(os.environ.get("PATH", os.defpath))
-    if server is None:
-        raise Unavailable("apt-get installed rabbitmq-server, but there is no rabbitmq-server to be found")
-    return server
+        raise Unavailable(f"apt-get install {package} failed:\n{_tail(output)}")
 
 
 @contextlib.contextmanager

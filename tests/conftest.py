@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import pytest
 
@@ -15,36 +15,57 @@ from broker import broker as a_broker
 _in_use = pytest.StashKey[Broker | str]()
 """The broker of this session, or why there is none; not there before a test has asked."""
 
+_browser = pytest.StashKey[str | Unavailable]()
+"""The path of a browser, or why there is none; the same."""
+
 
 def _broker_of(config: pytest.Config) -> Broker | str:
     """Start the broker at the first call, to be stopped at the end of the session; the same at every other."""
     if _in_use in config.stash:
         return config.stash[_in_use]
-    capture = config.pluginmanager.getplugin("capturemanager")
-
-    def say(text: str) -> None:
-        # Now, and not in the report of a test: it is about something that takes a while.
-        with contextlib.nullcontext() if capture is None else capture.global_and_fixture_disabled():
-            sys.stderr.write(f"\nbroker: {text}\n")
-            sys.stderr.flush()
-
     stack = contextlib.ExitStack()
     config.add_cleanup(stack.close)
     try:
-        config.stash[_in_use] = stack.enter_context(a_broker(say))
+        config.stash[_in_use] = stack.enter_context(a_broker(_teller(config, "broker")))
     except Unavailable as error:
         config.stash[_in_use] = str(error)
     return config.stash[_in_use]
 
 
+def _teller(config: pytest.Config, who: str) -> Callable[[str], None]:
+    capture = config.pluginmanager.getplugin("capturemanager")
+
+    def say(text: str) -> None:
+        # Now, and not in the report of a test: it is about something that takes a while.
+        with contextlib.nullcontext() if capture is None else capture.global_and_fixture_disabled():
+            sys.stderr.write(f"\n{who}: {text}\n")
+            sys.stderr.flush()
+
+    return say
+
+
+def _browser_of(config: pytest.Config) -> str | Unavailable:
+    if _browser not in config.stash:
+        from browser import find  # not every run has tests of pages
+
+        try:
+            config.stash[_browser] = find(_teller(config, "browser"))
+        except Unavailable as error:
+            config.stash[_browser] = error
+    return config.stash[_browser]
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Start the broker before the clock of the test that asks first is started.
+    """Have the broker, or the browser, before the clock of the test that asks first is started.
 
     A test's timeout is for the test, where pulling an image or installing a package has bounds of its own.
     """
-    if "broker" in getattr(item, "fixturenames", ()):
+    names = getattr(item, "fixturenames", ())
+    if "broker" in names:
         _broker_of(item.config)
+    if "chromium" in names:
+        _browser_of(item.config)
     return (yield)
 
 
@@ -55,6 +76,15 @@ def broker(pytestconfig: pytest.Config) -> Broker:
     if isinstance(found, str):
         # The message is all there is to know; a traceback through the harness would bury it.
         pytest.fail(found, pytrace=False)
+    return found
+
+
+@pytest.fixture(scope="session")
+def chromium(pytestconfig: pytest.Config) -> str:
+    """The path of a real browser. There is no skipping."""
+    found = _browser_of(pytestconfig)
+    if isinstance(found, Unavailable):
+        pytest.fail(str(found), pytrace=False)
     return found
 
 

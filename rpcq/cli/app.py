@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from rpcq.cli.bench import bench
 from rpcq.cli.calling import call
 from rpcq.cli.demo import demo
 from rpcq.cli.doctor import doctor, setup
@@ -27,6 +28,7 @@ app.command()(describe)
 app.command()(ping)
 app.command()(doctor)
 app.command()(setup)
+app.command()(bench)
 app.command()(demo)
 
 

@@ -19,10 +19,10 @@ from rpcq.cli.options import (
     default_name,
     exit_code,
     given,
-    run,
 )
 from rpcq.client import Client
 from rpcq.errors import CallError, ConfigurationError, to_wire
+from rpcq.processes import run
 
 
 def call(

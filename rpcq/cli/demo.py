@@ -12,10 +12,11 @@ from rich.progress import Progress
 from rich.syntax import Syntax
 
 from rpcq import logs
-from rpcq.cli.options import Level, LogLevel, given, run
+from rpcq.cli.options import Level, LogLevel, given
 from rpcq.client import Client
 from rpcq.contract import Service
 from rpcq.errors import CallError, DomainError
+from rpcq.processes import run
 from rpcq.worker import Worker
 
 SHOWN = """\

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from rpcq import logs
-from rpcq.cli.options import FAILED, Level, LogLevel, Namespace, Url, given, run
+from rpcq.cli.options import FAILED, Level, LogLevel, Namespace, Url, given
 from rpcq.cli.serving import load_services
 from rpcq.client import Client
 from rpcq.contract import Service
@@ -28,6 +28,7 @@ from rpcq.errors import (
     TopologyMismatch,
     VhostNotFound,
 )
+from rpcq.processes import run
 from rpcq.settings import ClientOptions
 from rpcq.transport.opening import open_admin
 from rpcq.transport.topology import MAX_LENGTH, Names, Queue

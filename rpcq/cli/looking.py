@@ -16,10 +16,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from rpcq import logs, wire
-from rpcq.cli.options import Json, Level, LogLevel, Namespace, Url, Wait, default_name, given, run
+from rpcq.cli.options import Json, Level, LogLevel, Namespace, Url, Wait, default_name, given
 from rpcq.client import Client
 from rpcq.control import MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
 from rpcq.errors import ServiceUnavailable
+from rpcq.processes import run
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""What the commands share: options, exit codes, consoles, and how a coroutine is run.
+"""What the commands share: options, exit codes, consoles.
 
 An option that is not given is left to the library, which takes it from the environment or from its defaults: so the
 same program finds the same settings however it is started.
@@ -6,11 +6,9 @@ same program finds the same settings however it is started.
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import Coroutine
 from enum import StrEnum
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,8 +26,6 @@ from rpcq.errors import (
     ServiceUnavailable,
 )
 from rpcq.settings import ClientOptions, WorkerOptions
-
-T = TypeVar("T")
 
 CLIENT, WORKER = ClientOptions(), WorkerOptions()
 """The defaults."""
@@ -89,15 +85,6 @@ def given(**options: Any) -> Any:
 def exit_code(error: RpcqError) -> int:
     """What the command ends with over an error."""
     return next((code for kinds, code in _BY_ERROR if isinstance(error, kinds)), USAGE)
-
-
-def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run on uvloop where it is installed."""
-    try:
-        import uvloop  # noqa: PLC0415 - an extra
-    except ImportError:
-        return asyncio.run(main)
-    return uvloop.run(main)
 
 
 def default_name(command: str) -> str | None:

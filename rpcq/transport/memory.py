@@ -59,6 +59,12 @@ class MemoryBroker:
         """How many messages of a queue are ready: neither handed out nor, as far as the head is concerned, expired."""
         return len(self._vhost.queues[queue].ready)
 
+    @classmethod
+    def named(cls, name: str) -> MemoryBroker | None:
+        """The one that transports of this name share in the running event loop, if any is open."""
+        named = _shared.get(asyncio.get_running_loop())
+        return None if named is None else named.get(name)
+
     def consumers(self, queue: str) -> int:
         """How many consumers a queue has."""
         return len(self._vhost.queues[queue].consumers)

@@ -10,7 +10,8 @@ import pytest
 from load import Scene
 
 
-@pytest.fixture(params=["classic", "quorum"])
+# Both kinds with `make test-faults`; on a quorum queue all takes longer, and `make test` has its time.
+@pytest.fixture(params=["classic", pytest.param("quorum", marks=pytest.mark.long)])
 def queue_type(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -18,7 +18,7 @@ import pytest
 
 from consumer_service import calculator, echo
 from consumer_service.contracts import CalculatorApi, DivisionByZero, EchoApi
-from producer_service.load import Summary, send
+from producer_service.load import send
 from rpcq import Client, Service, Worker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,20 +83,20 @@ async def test_the_producer_counts_answers_that_are_not_its_own(namespace: str) 
         return f"Consumer processed: {'request 0' if message == 'request 1' else message}"
 
     async with Worker(impostor, url=url), Client(url) as client:
-        answered: list[None] = []
-        summary = await send(client, requests=10, concurrency=4, on_answer=lambda: answered.append(None))
-    assert (summary.sent, summary.matched, summary.mismatched, summary.ok) == (10, 8, 1, False)
-    assert summary.errors == {"RemoteError": 1}
-    assert len(summary.latencies) == 9
-    assert len(answered) == 10
+        found = await send(client, requests=10, concurrency=4)
+    assert (found.sent, found.ok, found.mismatched, found.ended) == (10, 9, 1, 10)
+    assert found.errors == {"RemoteError": 1}
+    assert found.executed == {"yes": 1}
+    assert 0 < found.percentile("latency", 50) <= found.percentile("latency", 100)
 
 
-def test_a_percentile_is_the_nearest_rank() -> None:
-    summary = Summary(latencies=[float(it) for it in range(100, 0, -1)], seconds=2.0)
-    assert (summary.percentile(50), summary.percentile(99), summary.percentile(100)) == (51.0, 100.0, 100.0)
-    assert summary.calls_per_second == 50
-    empty = Summary()
-    assert (empty.percentile(50), empty.calls_per_second, empty.ok) == (0.0, 0.0, False)
+async def test_the_producer_tells_each_second_how_many_have_ended(namespace: str) -> None:
+    url = f"memory://{namespace}"
+    told: list[int] = []
+    async with Worker(echo.echo, url=url), Client(url) as client:
+        found = await send(client, requests=60, concurrency=4, delay=0.1, on_answers=told.append)
+    assert found.ok == 60
+    assert 0 < sum(told) <= 60
 
 
 # End to end.

@@ -1,0 +1,9 @@
+"""The load generator behind `rpcq bench`, and its report; needs the extra `bench`.
+
+A program that measures its own calls makes a `Plan` and runs it with a `Generator`.
+"""
+
+from rpcq.bench.generator import Generator, Measured, Tally
+from rpcq.bench.plan import Phase, Plan
+
+__all__ = ["Generator", "Measured", "Phase", "Plan", "Tally"]

@@ -1,0 +1,67 @@
+"""A generator as a process of its own: `python -m rpcq.bench.generating`.
+
+It reads its plan from standard input, says "ready" once it is connected, and begins at the line "go". Each second it
+says how it goes, and in the end what it found. "stop", and the end of its input, end it before its time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import sys
+from dataclasses import asdict
+
+from rpcq import logs
+from rpcq.bench.generator import Generator, Tally
+from rpcq.bench.plan import Plan, read_plan
+from rpcq.client import Client
+from rpcq.errors import RpcqError
+from rpcq.processes import run
+
+
+def _say(kind: str, text: str = "") -> None:
+    print(kind, text, flush=True)  # noqa: T201 - to whoever started this
+
+
+async def generate(plan: Plan) -> None:
+    """Connect, wait for the word to go, and do it."""
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    # A generator makes and drops thousands of small objects a second, few of which are cycles.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    try:
+        async with Client(
+            plan.url, namespace=plan.namespace, name="rpcq-bench", max_in_flight=plan.in_flight + 1
+        ) as client:
+            _say("ready")
+            if await reader.readline() != b"go\n":
+                return
+            generator = Generator(plan, client, _second)
+            stopping = asyncio.create_task(_stop(reader, generator))
+            found = await generator.run()
+            stopping.cancel()
+    except RpcqError as error:
+        _say("error", f"{type(error).__name__}: {error}".replace("\n", " "))
+    else:
+        _say("measured", found.to_json().decode())
+
+
+def _second(second: int, tally: Tally) -> None:
+    _say("second", json.dumps([second, asdict(tally)]))
+
+
+async def _stop(reader: asyncio.StreamReader, generator: Generator) -> None:
+    await reader.readline()
+    generator.stop()
+
+
+def main() -> None:
+    """Run as a process."""
+    logs.configure("ERROR")
+    run(generate(read_plan(sys.stdin.buffer.readline())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,399 @@
+"""A report for the terminal, as CSV and as HdrHistogram's text, and the conditions that make a test fail. Pure."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TextIO
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rpcq.bench.result import PERCENTILES, Distribution, Report, Run
+from rpcq.errors import ConfigurationError
+
+COLUMNS: Final[Mapping[str, str]] = {
+    "at": "seconds since measuring began",
+    "offered": "calls that were due in this second; empty in the closed model",
+    "sent": "calls that were sent in it",
+    "ok": "calls that ended in it with a result",
+    "failed": "calls that ended in it with an error",
+    "p50_ms": "median latency of those that ended in it, in milliseconds; empty where none did",
+    "p99_ms": "99th percentile of the same",
+    "max_ms": "the longest of the same",
+    "depth": "requests that waited in the queue at its end; empty where that is not known",
+    "lag_ms": "the longest that the generator's event loop was late in it, in milliseconds",
+}
+"""The columns of `write_csv`, in their order, and what each has."""
+
+PARTS: Final = ("queue", "handler", "transport")
+"""What the service time is made of: names of attributes of `Run`."""
+
+OPEN: Final = (
+    "Open model: calls are sent when they are due, whatever became of earlier ones. Latency counts from when a call "
+    "was due, so whoever would have waited is counted."
+)
+
+CLOSED: Final = (
+    "Closed model: it hides stalls. Each caller waits for its answer before it calls again, so a stall holds up the "
+    "very calls that would have shown it: the percentiles look better than what independent callers would meet. "
+    "To see stalls, offer a rate."
+)
+
+
+def time_text(milliseconds: float | None) -> str:
+    """A time for people: three digits, in µs, ms or s; a dash for None."""
+    if milliseconds is None:
+        return "-"
+    rounded = _three_digits(milliseconds)
+    size = abs(rounded)
+    if size == 0:
+        return "0 ms"
+    if size < 1:
+        return f"{_digits(_three_digits(rounded * 1000))} µs"
+    return f"{_digits(rounded)} ms" if size < 1000 else f"{_digits(rounded / 1000)} s"
+
+
+def number_text(number: float | None) -> str:
+    """A number for people, with separators of thousands; of what is behind the point, three digits are enough."""
+    if number is None:
+        return "-"
+    return (
+        f"{number:,}" if isinstance(number, int) else _digits(_three_digits(number) if abs(number) < 1000 else number)
+    )
+
+
+def share_text(part: float, whole: float) -> str:
+    """How much of the whole a part is, in percent. What is not all never reads 100%, what is something never 0%."""
+    if not whole:
+        return "-"
+    percent = 100 * part / whole
+    text = f"{percent:.2f}" if percent < 10 else f"{percent:.1f}"
+    if part and float(text) == 0:
+        return "<0.01%"
+    if part != whole and float(text) == 100:
+        return ">99.9%"
+    return f"{text.rstrip('0').rstrip('.') if '.' in text else text}%"
+
+
+def _three_digits(number: float) -> float:
+    return float(f"{number:.3g}")
+
+
+def _digits(number: float) -> str:
+    """The whole number with separators, and behind the point as much as makes three digits."""
+    size = abs(number)
+    places = 0 if size >= 100 or number == int(number) else 1 if size >= 10 else 2 if size >= 1 else 3
+    text = f"{number:,.{places}f}"
+    return text.rstrip("0").rstrip(".") if places else text
+
+
+def subject(report: Report) -> str:
+    """What was tested, in one line: the target, and the load."""
+    target = str(report.settings.get("target") or "calls")
+    return f"{target} {load(report)}" if report.runs else target
+
+
+def load(report: Report) -> str:
+    """How it was loaded, in a few words."""
+    run = report.runs[0]
+    if len(run.steps) > 1:
+        rates = [step.rate for step in run.steps]
+        return f"at {number_text(min(rates))} to {number_text(max(rates))} calls/s in {len(rates)} steps"
+    if run.model == "open":
+        return f"at {number_text(run.offered)} calls/s"
+    callers = report.settings.get("concurrency")
+    if isinstance(callers, int):
+        return f"with {number_text(callers)} {'callers' if callers != 1 else 'caller'} in a closed loop"
+    return "with callers in a closed loop"
+
+
+def checks(run: Run) -> str:
+    """What became of the correctness of results, in one line."""
+    if not run.checked:
+        return "not checked: only calls of the built-in echo carry a nonce"
+    return f"lost {run.lost:,}, duplicated {run.duplicated:,}, mismatched {run.mismatched:,}"
+
+
+def by_count(counts: Mapping[str, int]) -> str:
+    """Names and how often each was, the most frequent first."""
+    return ", ".join(
+        f"{name} {count:,}" for name, count in sorted(counts.items(), key=lambda it: (-it[1], it[0])) if count
+    )
+
+
+# The terminal
+
+
+def summary(run: Run, report: Report) -> RenderableType:
+    """A run for the terminal."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column()
+    for name, text, style in _facts(run, report):
+        facts.add_row(name, Text(text, style=style))
+    parts: list[RenderableType] = [Text(subject(report), style="bold"), facts, _percentiles(run)]
+    if any(getattr(run, name) for name in PARTS):
+        parts.append(_parts(run))
+    parts += [
+        Text(f"the generator itself may be what was measured: {why}", style="bold yellow") for why in run.bottleneck
+    ]
+    if report.interrupted:
+        parts.append(Text("interrupted: this is what was measured until then", style="bold yellow"))
+    return Group(*parts)
+
+
+def _facts(run: Run, report: Report) -> list[tuple[str, str, str]]:
+    ended = run.ok + run.failed
+    offered = "" if run.offered is None else f" of {number_text(run.offered)} offered"
+    facts = [
+        ("model", OPEN if run.model == "open" else CLOSED, "" if run.model == "open" else "bold yellow"),
+        ("rate", f"{number_text(run.achieved)} calls/s achieved{offered}", ""),
+        ("calls", f"{run.sent:,} in {number_text(run.seconds)} s, after {run.warm_up:,} to warm up", ""),
+        ("ok", f"{run.ok:,} ({share_text(run.ok, ended)})", ""),
+    ]
+    if run.failed:
+        facts.append(
+            ("errors", f"{run.failed:,} ({share_text(run.failed, ended)}): {by_count(run.errors)}", "bold red")
+        )
+        facts.append(("did they run", by_count(run.executed) or "not known", ""))
+    else:
+        facts.append(("errors", "0", ""))
+    facts.append(("results", checks(run), "" if run.correct else "bold red"))
+    if run.handled is not None:
+        facts.append(("handled", f"{run.handled:,} calls, warm-up included", ""))
+    if run.late or run.dropped:
+        facts.append(("late", f"{run.late:,} sent late, {run.dropped:,} not sent at all", "yellow"))
+    lag = f"event loop late by {time_text(run.lag_p99)} (p99), {time_text(run.lag_max)} (max)"
+    facts.append(("generator", f"{share_text(run.cpu, 1.0)} of a core; {lag}", ""))
+    if len(report.runs) > 1 and run in report.runs:
+        facts.insert(0, ("run", f"{report.runs.index(run) + 1} of {len(report.runs)}", ""))
+    return facts
+
+
+def rows(distribution: Distribution) -> list[tuple[str, float | None]]:
+    """Names of percentiles, the greatest and the mean, with milliseconds; None where there were no values."""
+    values: list[tuple[str, float | None]] = [
+        (f"p{it:g}", distribution.percentiles.get(f"{it:g}") if distribution.count else None) for it in PERCENTILES
+    ]
+    some = distribution.count > 0
+    return [*values, ("max", distribution.max if some else None), ("mean", distribution.mean if some else None)]
+
+
+def _percentiles(run: Run) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2), title_justify="left")
+    table.add_column("", style="dim")
+    latency = "latency, from when due" if run.model == "open" else "latency (stalls hidden)"
+    table.add_column(latency, justify="right", style="bold")
+    table.add_column("service time, from when sent", justify="right")
+    for (name, latency_ms), (_, service_ms) in zip(rows(run.latency), rows(run.service_time), strict=True):
+        table.add_row(name, time_text(latency_ms), time_text(service_ms))
+    return table
+
+
+def _parts(run: Run) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    table.add_column("where the time goes", style="dim")
+    for name in ("mean", "share", "p50", "p99", "max"):
+        table.add_column(name, justify="right")
+    whole = sum(getattr(run, name).mean for name in PARTS if getattr(run, name))
+    for name in PARTS:
+        part: Distribution | None = getattr(run, name)
+        if part is not None and part.count:
+            of = part.percentiles
+            table.add_row(
+                name,
+                time_text(part.mean),
+                share_text(part.mean, whole),
+                time_text(of.get("50")),
+                time_text(of.get("99")),
+                time_text(part.max),
+            )
+    return table
+
+
+# Files
+
+
+def write_csv(run: Run, file: TextIO) -> None:
+    """The run second by second, one line each under a header; `COLUMNS` says what each column has."""
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for it in run.series:
+        writer.writerow((it.at, it.offered, it.sent, it.ok, it.failed, it.p50, it.p99, it.max, it.depth, it.lag))
+
+
+def write_hgrm(run: Run, file: TextIO) -> None:
+    """The latency, in milliseconds, as HdrHistogram's percentile distribution: a text that its plotters read."""
+    histogram = run.latency.histogram()
+    text = io.BytesIO()
+    histogram.output_percentile_distribution(text, 1000.0)
+    # The library scales all values but the standard deviation, which is still in microseconds.
+    deviation = f"StdDeviation   = {histogram.get_stddev() / 1000:12.3f}]"
+    file.write(re.sub(r"StdDeviation +=[^\]]*\]", deviation, text.getvalue().decode()))
+
+
+# Conditions
+
+Kind = Literal["time", "rate", "percent", "count"]
+
+DISTRIBUTIONS: Final[Mapping[str, str]] = {
+    "": "latency",
+    "service_": "service_time",
+    "queue_": "queue",
+    "handler_": "handler",
+    "transport_": "transport",
+}
+"""What stands before the name of a percentile -> the attribute of `Run`."""
+
+COUNTS: Final = ("errors", "lost", "duplicated", "mismatched", "late", "dropped")
+POINTS: Final = (*(f"p{it:g}" for it in PERCENTILES), "max", "mean")
+UNITS: Final[Mapping[Kind, Mapping[str, float]]] = {
+    "time": {"us": 0.001, "µs": 0.001, "ms": 1.0, "s": 1000.0},
+    "rate": {"": 1.0, "/s": 1.0},
+    "percent": {"": 1.0, "%": 1.0},
+    "count": {"": 1.0},
+}
+OPERATORS: Final[Mapping[str, Callable[[float, float], bool]]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_MEASURES: Final[Mapping[str, Kind]] = {
+    **{prefix + point: "time" for prefix in DISTRIBUTIONS for point in POINTS},
+    **dict.fromkeys(COUNTS, "count"),
+    **dict.fromkeys(("errors%", "error_rate"), "percent"),
+    **dict.fromkeys(("achieved", "offered"), "rate"),
+}
+_SPLIT: Final = re.compile(r"([^<>=!]*)([<>=!]+)(.*)", re.DOTALL)
+_NUMBER: Final = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(\S*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What makes a test fail, such as `p99 > 50 ms`.
+
+    Attributes:
+        measure: what is looked at. `p50`, `p75`, `p90`, `p95`, `p99`, `p99.9`, `p99.99`, `max` and `mean` are of the
+            latency; with `service_`, `queue_`, `handler_` or `transport_` before them, of these. `errors`, `lost`,
+            `duplicated`, `mismatched`, `late` and `dropped` are calls; `errors%` (or `error_rate`) is the share of the
+            calls that ended; `achieved` and `offered` are calls a second.
+        operator: `>`, `>=`, `<`, `<=`, `==` or `!=`.
+        limit: in milliseconds, percent, calls a second, or calls.
+
+    """
+
+    measure: str
+    operator: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Condition:
+        """A condition from its text: a measure, an operator, and a number with its unit, as in `p99>50ms`.
+
+        Raises:
+            ConfigurationError: one of these is not what it can be.
+
+        """
+        found = _SPLIT.fullmatch(text)
+        if not found:
+            raise ConfigurationError(
+                f"{text!r} compares nothing; a condition is like 'p99>50ms', with {_list(OPERATORS)}"
+            )
+        measure, sign, right = found[1].strip(), found[2], found[3].strip()
+        if sign not in OPERATORS:
+            raise ConfigurationError(f"{text!r} compares with {sign!r}; that is one of {_list(OPERATORS)}")
+        if measure not in _MEASURES:
+            close = difflib.get_close_matches(measure, _MEASURES, 1)
+            hint = f"did you mean {close[0]!r}? It" if close else "it"
+            known = _list([*POINTS, *COUNTS, "errors%", "achieved", "offered", "service_p99"])
+            raise ConfigurationError(f"{text!r} is about {measure!r}, which is no measure; {hint} can be {known}, ...")
+        number = _NUMBER.fullmatch(right)
+        if not number:
+            raise ConfigurationError(
+                f"{text!r} compares with {right!r}, which is no number; it is like '{_example(measure)}'"
+            )
+        if measure == "errors" and number[2] == "%":
+            measure = "errors%"
+        units = UNITS[_MEASURES[measure]]
+        unit = number[2]
+        if unit not in units and float(number[1]) == 0 and not unit:
+            unit = next(iter(units))  # no unit makes a difference to 0
+        if unit not in units:
+            wrong = f"has the unit {unit!r}" if unit else "has no unit"
+            raise ConfigurationError(
+                f"{text!r}: {right!r} {wrong}; {measure} is {_kind(measure)}, like '{_example(measure)}'"
+            )
+        return cls(measure, sign, float(number[1]) * units[unit])
+
+    def __str__(self) -> str:
+        return f"{self.measure} {self.operator} {self.text(self.limit)}"
+
+    def text(self, value: float | None) -> str:
+        """A value of this measure, with its unit."""
+        if value is None:
+            return "not known"
+        match _MEASURES[self.measure]:
+            case "time":
+                unit, size = (
+                    ("s", 1000.0) if value >= 1000 else ("ms", 1.0) if value >= 1 or not value else ("µs", 0.001)
+                )
+                return f"{value / size:.10g} {unit}"
+            case "percent":
+                return f"{value:.6g}%"
+            case "rate":
+                return f"{value:.10g} /s"
+            case _:
+                return f"{value:.15g}"
+
+    def value(self, run: Run) -> float | None:
+        """What the run has there, in the unit of `limit`.
+
+        None where it is not known: a percentile of no calls, the rate that the closed model does not offer, what was
+        lost where nothing was checked.
+        """
+        ended = run.ok + run.failed
+        if self.measure in {"errors%", "error_rate"}:
+            return 100 * run.failed / ended if ended else None
+        if self.measure in {"lost", "duplicated", "mismatched"} and not run.checked:
+            return None
+        if self.measure in COUNTS or self.measure in {"achieved", "offered"}:
+            value: float | None = getattr(run, "failed" if self.measure == "errors" else self.measure)
+            return value
+        prefix, point = re.fullmatch(r"([a-z]+_|)(.+)", self.measure).groups()  # type: ignore[union-attr]  # was parsed
+        distribution: Distribution | None = getattr(run, DISTRIBUTIONS[prefix])
+        return None if distribution is None else dict(rows(distribution)).get(point)
+
+    def holds(self, run: Run) -> bool:
+        """Whether it is so; also where the value is not known, since a test does not pass for want of a value."""
+        value = self.value(run)
+        if value is None or math.isnan(value):
+            return True
+        return OPERATORS[self.operator](value, self.limit)
+
+
+def _kind(measure: str) -> str:
+    return {
+        "time": "a time in us, ms or s",
+        "rate": "a rate in calls a second",
+        "percent": "a share in %",
+        "count": "a number of calls",
+    }[_MEASURES[measure]]
+
+
+def _example(measure: str) -> str:
+    return measure + {"time": ">50ms", "rate": "<1000/s", "percent": ">1%", "count": ">0"}[_MEASURES[measure]]
+
+
+def _list(names: Any) -> str:
+    return ", ".join(names)
