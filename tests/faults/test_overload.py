@@ -1,0 +1,215 @@
+"""More than workers, queues or the broker can take: every caller is told, in time, and told the truth."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import aio_pika
+import psutil
+import pytest
+
+from broker import Broker, vhost_of
+from load import Load, Scene, until
+from rpcq import CallError, CallTimeout, Client, Overloaded
+
+SERVED = 100
+"""Calls that the worker of the test of overload can serve in a second: ten at once, of 0.1 s each."""
+
+OFFERED = 10 * SERVED
+MEGABYTE = 1024 * 1024
+
+
+def needs_ctl(broker: Broker, what: str) -> None:
+    if not broker.can_ctl:
+        pytest.skip(f"RPCQ_TEST_URL gives no rabbitmqctl, without which {what}")
+
+
+async def test_what_slow_workers_do_not_get_to_expires_before_its_deadline(scene: Scene) -> None:
+    await scene.workers_of(2, "--prefetch", "2")
+    async with scene.client() as client:
+        # Five a second are served, of 40 a second. Those that expire are told 0.25 s before their deadline, and not all
+        # at the same time: this machine may be too busy to hear of some.
+        load = scene.load(client, timeout=2.5, params={"seconds": 0.8})
+
+        async def call(after: float) -> object:
+            await asyncio.sleep(after)
+            return await load.call()
+
+        told = await asyncio.gather(*(call(number / 40) for number in range(80)))
+        expired = [it for it in told if isinstance(it, CallTimeout) and "expired in the queue" in str(it)]
+        counts = load.ledger.counts
+        # What began too late is cancelled by its worker, whose word may come too late on a busy machine.
+        assert set(counts) <= {"result", "CallTimeout/no", "CallTimeout/maybe", "CallTimeout/yes"}, counts
+        assert counts["result"] >= 4
+        assert len(expired) > 5, "it is the broker's word that tells, before the deadline"
+        assert {error.executed for error in expired} == {"no" if scene.queue_type == "quorum" else "maybe"}
+        async with scene.load(client) as afterwards:
+            await afterwards.through()
+        assert afterwards.ledger.failed == 0
+    await scene.check()
+
+
+@asynccontextmanager
+async def at_most(broker: Broker, scene: Scene, length: int) -> AsyncIterator[None]:
+    """Let the request queue hold no more than so many: of rpcq's own limit and a policy's, the smaller counts."""
+    where = "-p", vhost_of(scene.url)
+    policy = json.dumps({"max-length": length})
+    pattern = f"^{re.escape(scene.queue)}$"
+    await asyncio.to_thread(
+        broker.ctl, "set_policy", *where, scene.namespace, pattern, policy, "--apply-to", "queues", "--priority", "9"
+    )
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(broker.ctl, "clear_policy", *where, scene.namespace)
+
+
+@pytest.mark.long
+async def test_a_full_request_queue_is_told_at_once_and_what_is_in_it_is_served(broker: Broker, scene: Scene) -> None:
+    needs_ctl(broker, "no queue can be made smaller")
+    worker = await scene.worker()
+    worker.signal(signal.SIGTERM)
+    assert await worker.exit_code() == 0
+    async with scene.client() as client, at_most(broker, scene, 100):
+        load = scene.load(client, timeout=20)
+        took: list[float] = []
+
+        async def call() -> None:
+            began = time.monotonic()
+            if isinstance(await load.call(), Overloaded):
+                took.append(time.monotonic() - began)
+
+        # A quorum queue says so a moment after it is full, and a burst may be in by then.
+        calls: list[asyncio.Task[None]] = []
+        for _ in range(6):
+            calls += [asyncio.create_task(call()) for _ in range(100)]
+            await asyncio.sleep(0.3)
+        waiting = client.in_flight
+        assert 100 <= waiting <= 400
+        await asyncio.gather(*(call() for _ in range(200)))
+        assert load.ledger.counts == {"Overloaded/no": 800 - waiting}
+        assert max(took) < 5  # of the 20 s that they have
+
+        await scene.worker("--prefetch", "10")
+        await asyncio.gather(*calls)
+        assert load.ledger.counts == {"Overloaded/no": 800 - waiting, "result": waiting}
+        # With a worker there, what finds room is served.
+        async with scene.load(client, callers=200, timeout=20, params={"seconds": 0.05}) as through:
+            await through.through()
+        assert set(through.ledger.counts) <= {"result", "Overloaded/no"}
+        assert through.ledger.count(Overloaded)
+    await scene.check()
+
+
+@pytest.mark.long
+async def test_while_the_broker_takes_nothing_callers_are_told_and_workers_begin_nothing(
+    broker: Broker, scene: Scene
+) -> None:
+    needs_ctl(broker, "no alarm can be raised")
+    worker = await scene.worker("--prefetch", "10")
+    let_go = scene.folder / "let-go"
+    async with scene.client() as client, scene.client() as blocked:
+        # One slot is left. What gets no reply is done with without the broker's leave: so slots become free later,
+        # while the broker takes no replies.
+        await ask_for_no_reply(scene, [f"held-{number}" for number in range(9)], str(let_go))
+        await until(lambda: len(scene.ran("held-")) == 9)
+        patient = scene.load(client, timeout=45, params={"seconds": 0.2})
+        waiting = [asyncio.create_task(patient.call()) for _ in range(80)]
+        await patient_begun(patient)
+        await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "absolute", "1MB")
+        try:
+            await until(lambda: worker.says("the broker takes no replies"))
+            async with scene.load(blocked, timeout=1) as load:
+                await until(lambda: load.ledger.count("Overloaded/no") >= 50)
+            # Those that were written before the broker said so may yet run.
+            assert set(load.ledger.counts) <= {"Overloaded/no", "CallTimeout/maybe"}, load.ledger.counts
+            assert load.ledger.count("CallTimeout/maybe") <= 100
+
+            began, answered = len(scene.ran()), patient.ledger.ended
+            assert answered < 70, "the backlog was gone before the alarm"
+            let_go.touch()
+            await until(lambda: unacknowledged(broker, scene) == 10, what="nothing new was delivered to the worker")
+            await asyncio.sleep(1)
+            assert unacknowledged(broker, scene) == 10
+            assert (len(scene.ran()), patient.ledger.ended) == (began, answered)
+        finally:
+            await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "0.6")
+        await asyncio.gather(*waiting)
+        assert patient.ledger.counts == {"result": 80}
+        async with scene.load(blocked) as afterwards:
+            await afterwards.through()
+        assert afterwards.ledger.failed == 0
+    await scene.check()
+
+
+async def ask_for_no_reply(scene: Scene, nonces: list[str], let_go: str) -> None:
+    async with await aio_pika.connect(scene.url) as connection:
+        channel = await connection.channel()
+        exchange = await channel.get_exchange(f"{scene.namespace}.requests", ensure=False)
+        for nonce in nonces:
+            body = json.dumps({"nonce": nonce, "until": let_go}).encode()
+            headers = {"rpcq-timeout": 60_000}
+            await exchange.publish(aio_pika.Message(body, type="hold", headers=headers), "target")
+
+
+async def patient_begun(load: Load) -> None:
+    await until(lambda: load.ledger.count("result"))
+
+
+def unacknowledged(broker: Broker, scene: Scene) -> int:
+    """Requests that workers hold."""
+    told = broker.ctl("list_queues", "-p", vhost_of(scene.url), "name", "messages_unacknowledged")
+    return int(next(line.split()[1] for line in told.splitlines() if line.startswith(scene.queue)))
+
+
+@pytest.mark.long
+async def test_ten_times_what_workers_can_serve_ends_in_time_and_in_bounded_memory(scene: Scene) -> None:
+    asyncio.get_running_loop().set_debug(False)  # the memory of the debug mode is not what is measured
+    worker = await scene.worker("--prefetch", "10")
+    processes = [psutil.Process(), psutil.Process(worker.pid)]
+    limit = 1250
+    async with scene.client(max_in_flight=limit) as client:
+        load = scene.load(client, timeout=2, params={"seconds": 0.1})
+        before = sizes(processes)
+        await offer(load, seconds=4)
+        first = sizes(processes)
+        await offer(load, seconds=4)
+        second = sizes(processes)
+        counts = load.ledger.counts
+        assert load.ledger.ended > 5 * SERVED * 8, counts
+        assert set(counts) <= {"result", "Overloaded/no", "CallTimeout/no", "CallTimeout/maybe", "CallTimeout/yes"}
+        assert counts["result"] > SERVED * 2, counts  # goodput: they do not only work on what is given up
+        assert counts["Overloaded/no"] > 100, counts
+        assert load.ledger.count("CallTimeout") > 100, counts
+        # Room for all calls at once, and then no more, however many come and go.
+        assert all(it - at < 64 * MEGABYTE for it, at in zip(first, before, strict=True)), (before, first)
+        assert all(it - at < 16 * MEGABYTE for it, at in zip(second, first, strict=True)), (first, second)
+        async with scene.load(client, callers=20) as afterwards:
+            await afterwards.through()
+        assert afterwards.ledger.failed == 0
+    await scene.check()
+
+
+def sizes(processes: list[psutil.Process]) -> list[int]:
+    return [it.memory_info().rss for it in processes]
+
+
+async def offer(load: Load, seconds: float) -> None:
+    """Calls at a rate that takes no notice of how they end; ends when all have."""
+    client: Client = load.client
+    began, offered = time.monotonic(), 0
+    calls: set[asyncio.Task[CallError | str]] = set()
+    while (passed := time.monotonic() - began) < seconds:
+        for _ in range(min(int(passed * OFFERED) - offered, 100)):  # what this machine cannot offer is left out
+            calls.add(task := asyncio.create_task(load.call()))
+            task.add_done_callback(calls.discard)
+        offered = int(passed * OFFERED)
+        assert client.in_flight <= client.options.max_in_flight
+        await asyncio.sleep(0.01)
+    await asyncio.gather(*calls)
