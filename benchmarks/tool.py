@@ -1,0 +1,84 @@
+"""What `rpcq bench` itself costs: its closed model against the bare loop of `benchmarks.peers`, 1000 calls in flight.
+
+    RPCQ_URL=amqp://guest:guest@localhost/ python -m benchmarks.tool
+
+Both have one client and one worker process on the same broker, and take turns. Also prints what the open model achieves
+of 5 000 calls a second, and how its rate agrees with a stopwatch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.peers import PREFETCH, contender
+from rpcq.bench.result import Run, read_report
+
+IN_FLIGHT = 1000
+
+
+def bench(*arguments: str) -> tuple[Run, float]:
+    """A run of the tool, and the seconds that its process took."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "report.json"
+        began = time.monotonic()
+        subprocess.run(
+            [sys.executable, "-m", "rpcq", "bench", *arguments, "--json", str(path)],
+            check=True,
+            capture_output=True,
+        )
+        seconds = time.monotonic() - began
+        (run,) = read_report(path.read_bytes(), path.name).runs
+    assert run.correct, run
+    return run, seconds
+
+
+async def compare(rounds: int, seconds: float) -> None:
+    """The bare loop and the tool by turns."""
+    ratios = []
+    async with contender("rpcq", f"bench-{secrets.token_hex(4)}") as bare:
+        for number in range(1, rounds + 1):
+            loop = await bare.measure(None, IN_FLIGHT, seconds)
+            arguments = ("--concurrency", str(IN_FLIGHT), "--duration", f"{seconds}s", "--prefetch", str(PREFETCH))
+            tool, _ = await asyncio.to_thread(bench, *arguments)
+            ratios.append(tool.achieved / loop.calls_per_second)
+            print(f"round {number}: {loop.calls_per_second:,.0f} and {tool.achieved:,.0f} calls/s: {ratios[-1]:.2f}x")
+    print(
+        f"the tool makes {statistics.median(ratios):.2f}x the calls of the bare loop ({min(ratios):.2f} to {max(ratios):.2f})"
+    )
+
+
+def agree(rounds: int) -> None:
+    """What is achieved of what is offered, and what a stopwatch says."""
+    for _ in range(rounds):
+        run, _ = bench("--rate", "5000", "--duration", "5s")
+        print(
+            f"offered {run.offered:,.0f}, achieved {run.achieved:,.0f} calls/s; {run.late} late, {run.dropped} dropped"
+        )
+    calls = 100_000
+    for _ in range(rounds):
+        run, whole = bench("--concurrency", "200", "-n", str(calls), "--warmup", "0s")
+        _, start = bench("--concurrency", "200", "-n", "1", "--warmup", "0s")  # processes that start and end
+        by_watch = calls / (whole - start)
+        print(f"the tool says {run.achieved:,.0f} calls/s, a stopwatch {by_watch:,.0f}: {run.achieved / by_watch:.3f}x")
+
+
+def main() -> None:
+    """Run all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    asked = parser.parse_args()
+    asyncio.run(compare(asked.rounds, asked.seconds))
+    agree(3)
+
+
+if __name__ == "__main__":
+    main()
