@@ -1,6 +1,6 @@
 """What the two models of load see of a stall: a worker that stands still for two seconds of ten.
 
-    RPCQ_URL=amqp://guest:guest@localhost/ python -m benchmarks.stall --svg docs/assets/open-and-closed.svg
+    RPCQ_URL=amqp://guest:guest@localhost/ python -m benchmarks.stall --folder docs/assets
 
 The open model makes 500 calls a second of the built-in echo, which takes 10 ms each; the closed one has 5 callers,
 who make nearly as many where nothing stalls. Prints what each found, and draws both.
@@ -21,10 +21,12 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
 
-from rpcq.bench.plots import Line, curve, figure, percentile_axis, time_axis
+from rpcq.bench.plots import Line, count_axis, curve, figure, percentile_axis, second_axis, time_axis
 from rpcq.bench.result import Run, read_report
 
 MODELS = {"open": ("--rate", "500"), "closed": ("--concurrency", "5")}
+NAMES = {"open": "open model: 500 calls a second", "closed": "closed model: 5 callers"}
+STYLES = (("closed", "b"), ("open", "a"))
 STALL = 2.0
 STYLE = """
 text{fill:#57606a;font:13px system-ui,sans-serif}.y{text-anchor:end}.x{text-anchor:middle}
@@ -54,40 +56,56 @@ def measure(model: str, folder: Path) -> Run:
     return run
 
 
-def drawn(runs: dict[str, Run]) -> str:
-    """Both distributions, as an SVG that stands alone."""
-    lines = [
-        Line("closed model: 5 callers", "b", curve(runs["closed"].latency)),
-        Line("open model: 500 calls a second", "a", curve(runs["open"].latency)),
-    ]
+def by_percentile(runs: dict[str, Run]) -> str:
+    """How long calls took, by percentile."""
+    lines = [Line(NAMES[model], style, curve(runs[model].latency)) for model, style in STYLES]
     axis = percentile_axis(max(it.latency.count for it in runs.values()))
-    page = figure("Latency by percentile", "", axis, time_axis(lines), lines)
+    return alone(figure("Latency by percentile", "", axis, time_axis(lines), lines), lines)
+
+
+def over_time(runs: dict[str, Run]) -> str:
+    """How many calls ended in each second."""
+    lines = [
+        Line(
+            NAMES[model],
+            style,
+            [(second.at + 0.5, float(second.ok)) for second in runs[model].series if second.at < 10],
+        )
+        for model, style in STYLES
+    ]
+    axis = second_axis([second for second in runs["open"].series if second.at < 10])
+    return alone(figure("Calls that ended in each second", "", axis, count_axis(lines), lines), lines)
+
+
+def alone(page: str, lines: list[Line]) -> str:
+    """A plot as an SVG that needs no page."""
     inside = re.search(r'<svg class="plot" viewBox="0 0 (\d+) (\d+)" role="img" (aria-label="[^"]*")>(.*)</svg>', page)
     assert inside is not None
     wide, high, label, content = inside.groups()
+    high = int(high) + 36
     key = "".join(
         f'<path class="{line.style}" d="M{at} -14h30"/><text x="{at + 38}" y="-10">{line.name}</text>'
         for line, at in zip(reversed(lines), (84, 350), strict=True)
     )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -36 {wide} {int(high) + 36}" role="img" {label}>'
-        f'<style>{STYLE}</style><rect y="-36" width="{wide}" height="{int(high) + 36}" fill="#fff"/>'
-        f"{key}{content}</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -36 {wide} {high}" role="img" {label}>'
+        f'<style>{STYLE}</style><rect y="-36" width="{wide}" height="{high}" fill="#fff"/>{key}{content}</svg>\n'
     )
 
 
 def main() -> None:
     """Measure both, print, and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--svg", type=Path)
+    parser.add_argument("--folder", type=Path, help="where two plots go, as SVG")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         runs = {model: measure(model, Path(folder)) for model in MODELS}
     for model, run in runs.items():
         found = {"sent": run.sent, "ok": run.ok, **run.latency.percentiles, "max": run.latency.max}
         print(model, json.dumps({name: round(value, 1) for name, value in found.items()}))
-    if asked.svg is not None:
-        asked.svg.write_text(drawn(runs), encoding="utf-8")
+    if asked.folder is not None:
+        for name, draw in (("stall-by-percentile", by_percentile), ("stall-over-time", over_time)):
+            (asked.folder / f"{name}.svg").write_text(draw(runs), encoding="utf-8")
 
 
 if __name__ == "__main__":

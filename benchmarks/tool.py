@@ -50,9 +50,8 @@ async def compare(rounds: int, seconds: float) -> None:
             tool, _ = await asyncio.to_thread(bench, *arguments)
             ratios.append(tool.achieved / loop.calls_per_second)
             print(f"round {number}: {loop.calls_per_second:,.0f} and {tool.achieved:,.0f} calls/s: {ratios[-1]:.2f}x")
-    print(
-        f"the tool makes {statistics.median(ratios):.2f}x the calls of the bare loop ({min(ratios):.2f} to {max(ratios):.2f})"
-    )
+    middle, least, most = statistics.median(ratios), min(ratios), max(ratios)
+    print(f"the tool makes {middle:.2f}x the calls of the bare loop ({least:.2f} to {most:.2f})")
 
 
 def agree(rounds: int) -> None:
