@@ -75,16 +75,19 @@ class Stage:
 
     async def replace(self, number: int) -> None:
         """Another worker for one that has ended."""
-        gone = self.victims[number]
-        await asyncio.to_thread(gone.kill)  # closes its pipes
-        self.scene.workers.remove(gone)
+        await self.bury(self.victims[number])
         while True:
             try:
                 self.victims[number] = await self.start_victim(number)
             except AssertionError:  # the broker was away
+                await self.bury(self.scene.workers[-1])
                 await asyncio.sleep(0.5)
             else:
                 return
+
+    async def bury(self, gone: WorkerProcess) -> None:
+        await asyncio.to_thread(gone.kill)  # closes its pipes
+        self.scene.workers.remove(gone)
 
     async def worker_killed(self) -> None:
         number = self.dice.randrange(len(self.victims))
@@ -359,7 +362,8 @@ async def set_stage(
     await stack.enter_async_context(scene)
     proxies = [await stack.enter_async_context(proxy(broker.url)) for _ in range(3)]
     client = await stack.enter_async_context(Client(proxies[0].url, namespace=namespace, heartbeat=HEARTBEAT))
-    steady = await scene.worker(RPCQ_TEST_LIVES="yes")
+    # With little room for remembered results, which else would be most of what it comes to hold.
+    steady = await scene.worker(RPCQ_TEST_LIVES="yes", RPCQ_REMEMBER="1000000")
     stage = Stage(scene, client, proxies[0], proxies[1:], broker, dice, steady)
     stage.victims = [await stage.start_victim(number) for number in range(2)]
     quick = {"seconds": 0.01}

@@ -27,11 +27,7 @@ from rpcq import Client, OutcomeUnknown, Service, Worker
 from rpcq.calls import State
 from rpcq.transport import session as sessions
 
-whatever_the_queue = pytest.mark.parametrize("queue_type", ["classic", pytest.param("quorum", marks=pytest.mark.long)])
-"""For what happens far from the request queue: one kind each time, both in the long run."""
-
-
-NARROW = 20_000
+NARROW = 40_000
 """Bytes per second, of which a call takes several hundreds each way."""
 
 
@@ -242,7 +238,6 @@ async def test_a_worker_cut_off_for_a_while_costs_what_it_held_and_its_late_word
 # Connections on which nothing comes any more, and that nobody closes.
 
 
-@whatever_the_queue
 @pytest.mark.parametrize(
     "roles",
     [("consuming", "publishing"), *(pytest.param((it,), marks=pytest.mark.long) for it in ("consuming", "publishing"))],
@@ -310,7 +305,6 @@ async def two_hosts(url: str) -> AsyncIterator[tuple[str, Proxy, Proxy]]:
         yield f"{credentials}@{host},{second.url.rpartition('@')[2].partition('/')[0]}/{vhost}", first, second
 
 
-@whatever_the_queue
 async def test_a_host_that_is_gone_for_good_is_left_for_the_next_one_of_the_url(scene: Scene) -> None:
     async with (
         two_hosts(scene.url) as (of_client, *client_side),
@@ -340,7 +334,6 @@ async def test_a_host_that_is_gone_for_good_is_left_for_the_next_one_of_the_url(
 # Connections that are slow.
 
 
-@whatever_the_queue
 async def test_delays_and_narrow_lines_cost_no_call(scene: Scene) -> None:
     async with proxy(scene.url) as of_client, proxy(scene.url) as of_worker:
         await scene.worker(url=of_worker.url)
@@ -352,8 +345,8 @@ async def test_delays_and_narrow_lines_cost_no_call(scene: Scene) -> None:
                 await plain.through(100)
                 for between in (of_worker, of_client):
                     between.both(delay=0.05)
-                await plain.through(50)
-                await idempotent.through(50)
+                await plain.through(40)
+                await idempotent.through(40)
                 began = time.monotonic()
                 await plain.call()
                 assert time.monotonic() - began >= 4 * 0.05, "to the worker and back, each time through a proxy"
@@ -363,7 +356,6 @@ async def test_delays_and_narrow_lines_cost_no_call(scene: Scene) -> None:
                 await plain.through(20)
                 began, before = time.monotonic(), stream.passed
                 await plain.through(50)
-                await idempotent.through(50)
                 rate = (stream.passed - before) / (time.monotonic() - began)
                 assert NARROW / 2 < rate < NARROW * 1.5, "it was not what calls waited for"
             only_results(plain, idempotent)
@@ -437,7 +429,6 @@ def held_by_this_process() -> tuple[int, int]:
     return len(asyncio.all_tasks()), psutil.Process().num_fds()
 
 
-@whatever_the_queue
 @pytest.mark.parametrize(
     ("first", "more"),
     [(10, 30), pytest.param(100, 900, marks=[pytest.mark.long, pytest.mark.timeout(900)])],
@@ -476,7 +467,6 @@ async def test_reconnects_one_after_another_leave_nothing_behind(
             await until(lambda: held_by_this_process() <= before, 5, f"{held_by_this_process()} tasks and files")
             gc.collect()
             grown = psutil.Process().memory_info().rss - memory
-            print(f"GROWN {grown}", before)
             assert grown < 8_000_000, f"{grown / 1e6:.1f} MB more"
             assert not sides[0].end.in_flight
             assert not sides[1].end.in_flight
@@ -488,7 +478,6 @@ async def test_reconnects_one_after_another_leave_nothing_behind(
     await scene.check()
 
 
-@whatever_the_queue
 @pytest.mark.parametrize("count", [6, pytest.param(40, marks=[pytest.mark.long, pytest.mark.timeout(300)])])
 async def test_connections_cut_at_any_byte_cost_only_what_was_under_way(scene: Scene, hasty: None, count: int) -> None:
     dice = random.Random(45)
@@ -569,7 +558,6 @@ async def spoil_one(way: Faults, how: str, dice: random.Random) -> None:
         await done.wait()
 
 
-@whatever_the_queue
 async def test_frames_that_are_none_end_the_session_and_nothing_is_misread(scene: Scene, hasty: None) -> None:
     dice = random.Random(45)
     await scene.worker()
@@ -593,7 +581,6 @@ async def test_frames_that_are_none_end_the_session_and_nothing_is_misread(scene
         await scene.check()
 
 
-@whatever_the_queue
 async def test_frames_that_come_byte_by_byte_are_read_as_any(scene: Scene) -> None:
     async with proxy(scene.url) as of_client, proxy(scene.url) as of_worker:
         await scene.worker(url=of_worker.url)
@@ -640,12 +627,12 @@ async def test_two_hundred_clients_that_lost_their_broker_do_not_come_back_in_st
         between.refuse()
         between.reset()
         waiting = [asyncio.create_task(load.call()) for load in (*loads, *again)]
-        await asyncio.sleep(12)  # so long that the pauses have grown to their longest
-        times = [at for at in came if at > came[-1] - 6]
+        await asyncio.sleep(16)  # so long that the pauses have grown to their longest
+        times = [at for at in came if at > came[-1] - 0.9 * sessions.LONGEST_PAUSE]
         busiest = max(bisect.bisect(times, at + 1) - number for number, at in enumerate(times))
-        # In step, 400 would come in the same second, and nobody in the next ones.
-        assert busiest < 300, f"{busiest} of {len(times)} attempts came in one second"
-        assert len(times) > 400
+        # In step, all would come in the same second, and nobody in the next ones.
+        assert len(times) > 200
+        assert busiest < len(times) / 2, f"{busiest} of {len(times)} attempts came in one second"
 
         between.allow()
         await asyncio.gather(*waiting)
