@@ -8,6 +8,7 @@ calls again.
 from __future__ import annotations
 
 import asyncio
+import math
 import resource
 import time
 from collections import Counter, defaultdict
@@ -151,6 +152,8 @@ class Generator:
         for phase in plan.phases:
             ends += phase.seconds
             self._step_ends.append(ends)
+        planned = ends or plan.own_seconds
+        self._last = int(planned) - 1 if planned != math.inf else -1
 
     def stop(self) -> None:
         """Send no more; what is under way has a moment to end."""
@@ -299,7 +302,7 @@ class Generator:
         self._counts["service"][service] += 1
         if reply is not None:
             self._parts(reply, service)
-        self._second[int(now - self._began)][latency] += 1
+        self._second[self._second_of(now)][latency] += 1
         if error is None:
             found.ok += 1
             tally.ok += 1
@@ -330,11 +333,16 @@ class Generator:
             self._counts["transport"][max(0, service_us - int((queue_ms + handler_ms) * 1000))] += 1
 
     def _tally(self, at: float) -> Tally:
-        second = int(at - self._began) if at >= self._began else 0
+        second = self._second_of(at)
         tally = self._found.series.get(second)
         if tally is None:
             tally = self._found.series[second] = Tally()
         return tally
+
+    def _second_of(self, at: float) -> int:
+        """Which second of the run; what ends a moment after the last one counts there, and not as one of few calls."""
+        second = int(at - self._began) if at >= self._began else 0
+        return second - 1 if 0 <= self._last == second - 1 else second
 
     def _step(self, at: float) -> int:
         after = at - self._began
@@ -356,7 +364,7 @@ class Generator:
             self._counts["lag"][int(max(0.0, lag) * 1e6)] += 1
             tally = self._tally(now)
             tally.lag = max(tally.lag, lag)
-            second = int(now - self._began) - 1
+            second = self._second_of(now) - 1
             if second > told:
                 told = second
                 self._flush(second)
