@@ -1,6 +1,6 @@
 # make demo    the main job, on the in-process broker; over RabbitMQ with RPCQ_URL=amqp://...
 # make test    all tests, on a real RabbitMQ too (tests/broker.py says where it comes from)
-# make test-faults  every fault of docs/reliability.md, those too that take long
+# make test-faults  every fault of docs/reliability.md, and all else that takes long
 # make soak    mixed load for 10 minutes while faults strike at random; ARGS='--minutes 1 --seed 7'
 # make check   format, lint, types, structure, and the documentation
 # make docs    the documentation at http://127.0.0.1:8000, built again at every change
@@ -40,7 +40,7 @@ test: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	$(BIN)/python -m pytest $(ARGS)
 
 test-faults: $(VENV)/.installed-test $(VENV)/.installed-uvloop
-	$(BIN)/python -m pytest tests/faults tests/security -m '' $(ARGS)
+	$(BIN)/python -m pytest tests/faults tests/security tests/unit/test_cli_bench.py -m '' $(ARGS)
 
 soak: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	$(BIN)/python tests/soak.py $(ARGS)

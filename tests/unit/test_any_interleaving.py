@@ -62,6 +62,7 @@ class Sent:
         self.generation = generation  # of the reply queue that it names
         self.settled: Settled | None = None
         self.may_run = True
+        self.has_run = False
         self.attempt = wire.read_request(message.properties).attempt
 
     def settle(self, settled: Settled) -> None:
@@ -226,6 +227,8 @@ class AnyInterleaving(RuleBasedStateMachine):
             return
         queue = self.client.names.namespace + (".once.things" if once else ".req.things")
         if reason == "expired" and once:
+            if it.has_run:
+                return  # such a queue delivers once
             it.may_run = False
         table = {"x-death": [{"reason": reason, "queue": queue}]}
         data = properties.encode(properties.Properties(headers=table, correlation_id=it.message.correlation_id))
@@ -241,8 +244,11 @@ class AnyInterleaving(RuleBasedStateMachine):
         if it is None or it.settled in (Settled.RETURNED, Settled.REFUSED, Settled.UNSENT):
             return
         executed = {"busy": "yes", "UNKNOWN": "yes", "ABORTED": "maybe"}.get(said, "no")
-        if said == "result" or executed == "yes":
-            it.may_run = True
+        ran = said == "result" or executed == "yes"
+        if (ran and not it.may_run) or (it.has_run and not ran and executed == "no"):
+            return  # no worker says both
+        it.has_run |= ran
+        if ran:
             body = json.dumps({"ran": json.loads(it.message.body)["nonce"]}).encode()
         elif executed == "no":
             it.may_run = False
@@ -317,7 +323,7 @@ class AnyInterleaving(RuleBasedStateMachine):
                 assert isinstance(error, CallError)
                 if error.executed == "no" and not hasattr(caller, "checked"):
                     assert not any(it.may_run for it in sent), f"{error!r}, and a request of it may run"
-                if isinstance(error, Overloaded) and "max_in_flight" in str(error):
+                if isinstance(error, Overloaded) and "max_in_flight" in str(error) and not caller.retries:
                     assert not sent
             caller.checked = True  # type: ignore[attr-defined]  # what the world says later changes nothing
 

@@ -67,6 +67,7 @@ def test_the_closed_model_makes_so_many_calls_and_is_labelled_as_hiding_stalls(r
     assert "hides stalls" in re.sub(r"\s+", " ", ran.stdout)
 
 
+@pytest.mark.long
 def test_several_generators_and_workers_are_one_test(rpcq: Rpcq) -> None:
     arguments = ("--processes", "2", "--workers", "2", "--queue-type", "quorum", "--arrivals", "poisson", "--seed", "5")
     _, report = run(rpcq, "--rate", "200", "--duration", "2s", *arguments)
@@ -150,6 +151,7 @@ def test_ctrl_c_ends_it_with_the_report_of_what_was_done_and_leaves_nothing(rpcq
     assert "Open model" in bench.output()
 
 
+@pytest.mark.long
 def test_steps_are_told_one_by_one(rpcq: Rpcq) -> None:
     _, report = run(rpcq, "--step", "100:300:100", "--duration", "500ms", "--ramp", "500ms", memory=True)
     (one,) = report.runs
@@ -158,6 +160,7 @@ def test_steps_are_told_one_by_one(rpcq: Rpcq) -> None:
     assert one.sent == 325
 
 
+@pytest.mark.long
 def test_what_is_slower_than_its_rate_is_told_and_dropped_beyond_the_limit(rpcq: Rpcq) -> None:
     arguments = ("--simulate", "500ms", "--in-flight", "20", "--rate", "200", "--duration", "1s")
     _, report = run(rpcq, *arguments, memory=True)
@@ -185,6 +188,7 @@ def test_it_writes_what_it_is_asked_for(rpcq: Rpcq) -> None:
     assert "p99" in compared.stdout
 
 
+@pytest.mark.long
 def test_conditions_decide_the_exit_code(rpcq: Rpcq) -> None:
     common = ("--rate", "100", "--duration", "1s", "--simulate", "30ms")
     run(rpcq, *common, "--fail-if", "p50<20ms", "--fail-if", "errors>0", memory=True)
@@ -194,6 +198,7 @@ def test_conditions_decide_the_exit_code(rpcq: Rpcq) -> None:
     assert "errors" not in ran.stderr.partition("failed: ")[2]
 
 
+@pytest.mark.long
 def test_errors_of_the_target_are_counted_by_kind(rpcq: Rpcq) -> None:
     rpcq.worker()
     _, report = run(rpcq, "things.fail", "secret=x", "--rate", "50", "--duration", "1s")
