@@ -143,3 +143,14 @@ def test_ci_runs_every_supported_python_with_old_and_new_brokers() -> None:
         assert job["steps"][-1] == {"run": ".ci/run"}
     assert workflow[True]["pull_request"] is None  # YAML 1.1 reads `on` as true
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_every_test_that_the_page_on_reliability_names_is_there() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+    rows = [line for line in page.splitlines() if re.match(r"\| \d+", line)]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[-2]) if len(name) > 20}
+    files = [path.read_text("utf-8") for path in (ROOT / "tests").glob("*/test_*.py")]
+    assert len(named) > 40
+    assert not {name for name in named if not any(f"def test_{name}(" in text for text in files)}
+    numbers = {int(number) for row in rows for number in re.findall(r"\d+", row.split("|")[1])}
+    assert numbers | set(range(23, 28)) == set(range(1, 47))
