@@ -40,7 +40,7 @@ test: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	$(BIN)/python -m pytest $(ARGS)
 
 test-faults: $(VENV)/.installed-test $(VENV)/.installed-uvloop
-	$(BIN)/python -m pytest tests/faults tests/security tests/unit/test_cli_bench.py -m '' $(ARGS)
+	$(BIN)/python -m pytest tests/faults tests/security tests/unit/test_cli_bench.py tests/docs -m '' $(ARGS)
 
 soak: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	$(BIN)/python tests/soak.py $(ARGS)

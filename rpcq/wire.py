@@ -384,7 +384,7 @@ class Reply:
     kind: bytes
     body: bytes | None
     content_type: bytes = JSON
-    properties: bytes = b""
+    properties: bytes = field(default=b"", compare=False, repr=False)
 
 
 _FAST_REPLY: Final = amqp.CONTENT_TYPE | amqp.HEADERS | amqp.DELIVERY_MODE | amqp.CORRELATION_ID | amqp.TYPE

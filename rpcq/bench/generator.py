@@ -268,7 +268,8 @@ class Generator:
             found.warm_up += 1
         error: CallError | None = None
         try:
-            found.mismatched += not await self._ask(number)
+            own = await self._ask(number)
+            found.mismatched += not own  # not in one: what was there before the wait would be added to
         except CallError as failed:
             error = failed
         except asyncio.CancelledError:

@@ -180,7 +180,15 @@ def environment(rabbitmq_url: str, namespace: str, tmp_path: Path) -> dict[str, 
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("path", [pytest.param(path, id=str(path.relative_to(ROOT))) for path in PAGES])
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path, id=str(path.relative_to(ROOT)), marks=[pytest.mark.long] if path.stem == "load-testing" else []
+        )
+        for path in PAGES
+    ],
+)
 def test_the_blocks_of_a_page_do_what_it_says(path: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     blocks = blocks_of(path.read_text())
     for block in blocks:

@@ -37,6 +37,9 @@ async def not_in_debug_mode() -> None:
     asyncio.get_running_loop().set_debug(False)
 
 
+BOTH = {"consuming", "publishing"}
+
+
 def logged(worker: WorkerProcess, event: str) -> list[dict[str, Any]]:
     """Its log's lines about an event."""
     lines = [json.loads(line) for line in list(worker.lines) if line.startswith("{")]
@@ -693,6 +696,9 @@ async def test_a_broker_that_is_away_for_a_while_costs_what_was_under_way_and_al
             only_unknown(plain, 100)
             assert plain.ledger.failed, "nothing was under way"
             only_results(idempotent)
-        for worker in workers:
-            assert {line["role"] for line in logged(worker, "session up again")} == {"consuming", "publishing"}
+            for worker in workers:
+                await until(
+                    lambda worker=worker: {line["role"] for line in logged(worker, "session up again")} >= BOTH,
+                    what="a worker does not come back",
+                )
         await scene.check()

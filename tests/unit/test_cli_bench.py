@@ -173,6 +173,7 @@ def test_what_is_slower_than_its_rate_is_told_and_dropped_beyond_the_limit(rpcq:
 # What comes out.
 
 
+@pytest.mark.long
 def test_it_writes_what_it_is_asked_for(rpcq: Rpcq) -> None:
     files = {kind: rpcq.folder / f"out.{kind}" for kind in ("csv", "hgrm", "html")}
     arguments = [it for kind, path in files.items() for it in (f"--{kind}", str(path))]
@@ -237,6 +238,7 @@ def test_a_time_that_is_none_is_named(rpcq: Rpcq) -> None:
     assert "soon" in ran.stderr
 
 
+@pytest.mark.long
 def test_a_service_that_nobody_serves_is_told_at_once(rpcq: Rpcq) -> None:
     assert "no worker of 'nobody'" in rpcq.refused(
         "bench", "nobody.there", "--rate", "5", "--namespace", rpcq.namespace, code=5
