@@ -74,7 +74,7 @@ def test_two_services_of_one_name_are_refused_by_name() -> None:
         Worker(Served().service, Served("others").service, Served().service, url="memory://")
 
 
-@pytest.mark.parametrize("thing", [None, "things", Service, 5, lambda: None], ids=str)
+@pytest.mark.parametrize("thing", [None, "things", Service, 5, lambda: None], ids=["None", "str", "type", "int", "def"])
 def test_what_is_no_service_is_refused_by_its_repr(thing: Any) -> None:
     with pytest.raises(ConfigurationError) as caught:
         Worker(thing, url="memory://")
