@@ -568,7 +568,11 @@ async def spoil_one(way: Faults, how: str, dice: random.Random) -> None:
 
 
 @pytest.mark.parametrize(
-    "hows", [[how for how in SPOILERS if how != "another channel"], ["another channel"]], ids=["none", "misplaced"]
+    "hows",
+    [
+        pytest.param([how for how in SPOILERS if how != "another channel"], id="none"),
+        pytest.param(["another channel"], id="misplaced", marks=pytest.mark.long),
+    ],
 )
 async def test_frames_that_are_none_end_the_session_and_nothing_is_misread(
     scene: Scene, hasty: None, hows: list[str]
