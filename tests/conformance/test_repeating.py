@@ -123,7 +123,7 @@ async def test_a_def_handler_is_remembered_and_one_who_waits_for_it_has_a_deadli
     @service.method
     def work() -> int:
         runs.append(1)
-        time.sleep(0.6)
+        time.sleep(1.5)
         return len(runs)
 
     async with place.worker(service), place.client() as client:
@@ -132,7 +132,7 @@ async def test_a_def_handler_is_remembered_and_one_who_waits_for_it_has_a_deadli
         while not runs:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0.005)
         with pytest.raises(CallTimeout) as caught:
-            await caller.with_options(timeout=0.2).call("things.work")
+            await caller.with_options(timeout=1.0).call("things.work")
         assert caught.value.executed == "no"
         assert [await first, await caller.call("things.work")] == [1, 1]
 
