@@ -37,7 +37,7 @@ demo: $(VENV)/.installed-bench $(VENV)/.installed-uvloop
 	@$(BIN)/python -m producer_service --requests 10000 --concurrency 10000 --with-worker
 
 test: $(VENV)/.installed-test $(VENV)/.installed-uvloop
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-faults: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	$(BIN)/python -m pytest tests/faults tests/security tests/unit/test_cli_bench.py tests/docs -m '' $(ARGS)

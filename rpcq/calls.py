@@ -54,7 +54,7 @@ class Event(IntEnum):
     RETURNED = auto()
     """No queue is bound for the service."""
     REFUSED = auto()
-    """The request queue is full."""
+    """The broker did not take it: the request queue is full, or a cluster has no leader for it now."""
     UNSENT = auto()
     """The request never reached the socket."""
     LOST = auto()
@@ -110,7 +110,7 @@ _FORGET: Final = Transition(State.DONE, Act.FORGET)
 _NO_SERVICE: Final = _fail(ServiceUnavailable, "no", "no worker serves it: no queue is bound for it")
 _NOT_CONNECTED: Final = _fail(ServiceUnavailable, "no", "it could not be sent until the deadline")
 _BLOCKED: Final = _fail(Overloaded, "no", "the broker took no messages until the deadline")
-_FULL: Final = _fail(Overloaded, "no", "the request queue is full")
+_FULL: Final = _fail(Overloaded, "no", "the broker refused it: the request queue is full, or has no leader")
 _NO_WORD: Final = _fail(CallTimeout, "maybe", "no reply until the deadline")
 _EXPIRED: Final = _fail(CallTimeout, "maybe", "the request expired in the queue")
 _EXPIRED_UNRUN: Final = _fail(CallTimeout, "no", "the request expired in the queue, and was never delivered")

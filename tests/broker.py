@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import io
 import json
@@ -837,12 +838,12 @@ def can_apt_install() -> bool:
 
 
 def apt_install(package: str) -> None:
-    """apt-get install a package, without a service of it coming up."""
+    """apt-get install a package, without a service of it coming up; one at a time on this machine."""
     environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     deadline = time.monotonic() + APT_SECONDS
     options = ("-q", "-o", "DPkg::Lock::Timeout=120")
     output = ""
-    with no_services_started(Path("/usr/sbin/policy-rc.d")):
+    with locked(Path(tempfile.gettempdir(), "rpcq-apt.lock")), no_services_started(Path("/usr/sbin/policy-rc.d")):
         # A failed update (one dead third-party source is enough) need not keep the package from being installed.
         for action in (("update",), ("install", "-y", "--no-install-recommends", package)):
             try:
@@ -860,6 +861,14 @@ def apt_install(package: str) -> None:
             output += _text(done.stdout)
     if done.returncode != 0:
         raise Unavailable(f"apt-get install {package} failed:\n{_tail(output)}")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for, and have, a lock among processes: each process of a test run may be the one that installs."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # given up when the file is closed
+        yield
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""Fixtures that every test may ask for. RabbitMQ is started when the first test asks for it, and once."""
+"""Fixtures that every test may ask for.
+
+RabbitMQ is started when the first test asks for it, once in each process that runs tests.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import secrets
 import sys
 from collections.abc import Callable, Generator
+from typing import Any
 
 import pytest
 
@@ -14,6 +18,9 @@ from broker import broker as a_broker
 
 _in_use = pytest.StashKey[Broker | str]()
 """The broker of this session, or why there is none; not there before a test has asked."""
+
+_told = pytest.StashKey[set[str]]()
+"""What the processes that ran tests, if they were others, tell of theirs."""
 
 _browser = pytest.StashKey[str | Unavailable]()
 """The path of a browser, or why there is none; the same."""
@@ -104,10 +111,27 @@ def namespace() -> str:
     return f"t{secrets.token_hex(8)}"
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say what was tested against. Not in the header: at that time nobody has asked for a broker."""
+def _tested_against(config: pytest.Config) -> str:
     found = config.stash.get(_in_use, "")
     if isinstance(found, Broker):
-        terminalreporter.write_line(f"RabbitMQ: {found.origin}, version {found.version}")
-    else:
-        terminalreporter.write_line("RabbitMQ: none could be had" if found else "RabbitMQ: no test asked for it")
+        return f"{found.origin}, version {found.version}"
+    return "none could be had" if found else "no test asked for it"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Of a process that pytest-xdist started: tell the one that prints."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["broker"] = _tested_against(session.config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Of pytest-xdist: a process that ran tests has ended."""
+    if (told := getattr(node, "workeroutput", {}).get("broker")) is not None:
+        node.config.stash.setdefault(_told, set()).add(told)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was tested against. Not in the header: at that time nobody has asked for a broker."""
+    for told in sorted(config.stash.get(_told, {_tested_against(config)})):
+        terminalreporter.write_line(f"RabbitMQ: {told}")

@@ -31,7 +31,19 @@ from rpcq.errors import (
     VhostNotFound,
 )
 from rpcq.settings import ConnectionOptions
-from rpcq.transport.lane import FRAME_OVERHEAD, HEARTBEAT_FRAME, MAX_FRAME, FrameReader, Lane
+from rpcq.transport.lane import (
+    ACK,
+    BODY,
+    DELIVER,
+    FRAME_OVERHEAD,
+    HEADER,
+    HEARTBEAT_FRAME,
+    MAX_FRAME,
+    NACK,
+    RETURN,
+    FrameReader,
+    Lane,
+)
 from rpcq.url import BrokerURL
 
 BY_REPLY_CODE: dict[int, type[BrokerError]] = {
@@ -52,6 +64,9 @@ BY_CHANNEL_ERROR: dict[type[BaseException], type[BrokerError]] = {
     aiormq.exceptions.ChannelLockedResource: TopologyMismatch,
     aiormq.exceptions.ChannelPreconditionFailed: TopologyMismatch,
 }
+
+OF_LANES: Final = frozenset({DELIVER, RETURN, ACK, NACK})
+"""Methods that only a channel with a lane is sent."""
 
 UNKNOWN_ISSUER: Final = frozenset({2, 18, 19, 20, 21})
 """OpenSSL's codes for a certificate whose CA is not among those that are trusted."""
@@ -173,6 +188,9 @@ class LaneProtocol(asyncio.StreamReaderProtocol):
     # Inside.
 
     def _pass_on(self, frame: bytes) -> None:
+        # aiormq drops what is for a channel that it does not know: a message would be lost without a word.
+        if self._frames.lanes and (frame[0] in (HEADER, BODY) or frame[7:11] in OF_LANES):
+            raise ProtocolError(f"a message or a confirm came where none is to come: {frame[:16]!r}")
         self._last_passed = self._last_read
         super().data_received(frame)
 

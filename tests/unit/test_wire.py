@@ -207,7 +207,7 @@ def test_parameters_are_an_object_by_name_an_array_by_position_and_a_lone_scalar
         (frozenset({7}), [7]),
         ((1, 2), [1, 2]),
         ({1: "a"}, {"1": "a"}),
-        ((it for it in (1, 2)), [1, 2]),
+        pytest.param((it for it in (1, 2)), [1, 2], id="generator"),
     ],
     ids=repr,
 )
