@@ -10,7 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := rpcq rpcq_pytest.py producer_service consumer_service tests benchmarks docs docker
+SOURCES := rpcq rpcq_pytest.py producer_service consumer_service tests benchmarks docs docker examples
 
 .PHONY: help demo test test-faults soak check docs fmt bench clean
 .DEFAULT_GOAL := help

@@ -25,7 +25,7 @@ import psutil  # type: ignore[import-untyped]  # it ships no types
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.participants import MODULES
+from benchmarks.participants import MODULES, PEERS
 from benchmarks.processes import (
     Process,
     broker_channel,
@@ -162,14 +162,14 @@ async def main(given: argparse.Namespace) -> int:
     async with broker_channel(url) as (connection, _):
         properties = connection.server_properties
     broker = broker_process(url)
-    namespace = f"rpcq-bench-{secrets.token_hex(4)}"
+    namespaces = {name: f"rpcq-bench-{secrets.token_hex(4)}" for name in given.only}
     results: Results = {in_flight: {name: [] for name in given.only} for in_flight in given.in_flight}
     versions = {"uvloop": version("uvloop")}
     machine_before = psutil.cpu_times()
     try:
         async with contextlib.AsyncExitStack() as stack:
             with console.status("starting"):
-                contenders = [await stack.enter_async_context(contender(name, namespace)) for name in given.only]
+                contenders = [await stack.enter_async_context(contender(*each)) for each in namespaces.items()]
             with console.status("measuring") as status:
                 for number in range(given.rounds):
                     for in_flight in given.in_flight:
@@ -181,7 +181,8 @@ async def main(given: argparse.Namespace) -> int:
                 versions |= one.versions
             machine_after = psutil.cpu_times()
     finally:
-        await remove_leftovers(url, namespace, ["calculator"])
+        for each in namespaces.values():
+            await remove_leftovers(url, each, ["calculator"])
 
     for in_flight, by_name in results.items():
         console.print(table(in_flight, by_name))
@@ -243,7 +244,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument("--seconds", type=float, default=1.75, help="measured time of a round, default 1.75")
     parser.add_argument("--in-flight", type=numbers, default=[1, 100, 1000], help="default 1,100,1000")
-    parser.add_argument("--only", type=names, default=list(MODULES), help=f"default {','.join(MODULES)}")
+    parser.add_argument("--only", type=names, default=list(PEERS), help=f"default {','.join(PEERS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rounds to FILE as well")
     return parser.parse_args()
 

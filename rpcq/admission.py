@@ -76,6 +76,15 @@ class Job:
         """Call the handler; what it returns is a coroutine if it is an `async def`."""
         return self.method.call(self.args, self.params, self._context)
 
+    def names(self) -> dict[str, Any]:
+        """What tells the call apart, for logs."""
+        request = self.request
+        return {
+            "method": self.method.label,
+            "correlation_id": request.correlation_id.decode("utf-8", "replace"),
+            "attempt": request.attempt,
+        }
+
     def _context(self) -> Context:
         request = self.request
         return Context(

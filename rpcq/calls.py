@@ -29,6 +29,10 @@ MAX_ATTEMPTS: Final = 3
 """Times that an idempotent call is sent where each may have run."""
 
 
+REMEMBERED_CALLS: Final = 10_000
+"""Calls that ended without a reply, by which a late one is told from one that came twice."""
+
+
 class State(IntEnum):
     """How far a call is."""
 
@@ -209,7 +213,9 @@ class PendingCalls:
         limit: calls that it holds; one more is `Overloaded`.
 
     Attributes:
-        unmatched: replies and notices that were for no call under way: late, twice, or for nobody.
+        late: replies and notices for a call that had ended without one.
+        duplicate: for a call that had its reply already.
+        stray: for no call of this client.
 
     """
 
@@ -219,13 +225,21 @@ class PendingCalls:
         # 64 random bits keep the IDs of clients apart, a counter those of one client.
         self._prefix = secrets.token_hex(8).encode() + b"-"
         self._count = 0
-        self.unmatched = 0
+        self._unanswered: dict[bytes, None] = {}  # sent, and ended without a reply: the last of them, in order
+        self.late = 0
+        self.duplicate = 0
+        self.stray = 0
 
     def __len__(self) -> int:
         return len(self._calls)
 
     def __iter__(self) -> Iterator[Call]:
         return iter(list(self._calls.values()))
+
+    @property
+    def unmatched(self) -> int:
+        """Replies and notices that were for no call under way."""
+        return self.late + self.duplicate + self.stray
 
     def is_pending(self, call: Call) -> bool:
         """Whether the call is under way."""
@@ -255,8 +269,17 @@ class PendingCalls:
         """The call under way that a request with this ID belongs to, or None, which is counted."""
         call = self._calls.get(request_id) or self._calls.get(request_id.rpartition(b".")[0])
         if call is None:
-            self.unmatched += 1
+            self._count_unmatched(request_id)
         return call
+
+    def _count_unmatched(self, request_id: bytes) -> None:
+        if not request_id.startswith(self._prefix):
+            self.stray += 1
+        elif request_id.partition(b".")[0] in self._unanswered:
+            self.late += 1
+            del self._unanswered[request_id.partition(b".")[0]]
+        else:
+            self.duplicate += 1
 
     def write(self, call: Call) -> bytes:
         """A request of the call is about to be handed to the transport; gives its ID.
@@ -283,7 +306,7 @@ class PendingCalls:
             self._end(call)
             call.settle(reply)
         elif act is Act.FORGET:
-            self._end(call)
+            self._end_unanswered(call)
         elif act is Act.AGAIN:
             call.state = State.CREATED
             call.again()
@@ -292,12 +315,19 @@ class PendingCalls:
             call.attempt += 1
             call.again()
         else:
-            self._end(call)
+            self._end_unanswered(call)
             call.settle(_error(call, transition, why))
 
     def _end(self, call: Call) -> None:
         call.state = State.DONE
         del self._calls[call.correlation_id]
+
+    def _end_unanswered(self, call: Call) -> None:
+        self._end(call)
+        if call.sent:
+            self._unanswered[call.correlation_id] = None
+            if len(self._unanswered) > REMEMBERED_CALLS:
+                del self._unanswered[next(iter(self._unanswered))]
 
 
 def _error(call: Call, transition: Transition, why: str) -> CallError:

@@ -7,18 +7,19 @@ import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, Unpack
 
-from rpcq import logs, processes, wire
+from rpcq import logs, observer, processes, wire
 from rpcq.answers import Answers, meaning
 from rpcq.calls import MAX_ATTEMPTS, Call, Event, Outcome, PendingCalls
 from rpcq.control import Control, WorkerInfo, WorkerStats, read
 from rpcq.deadline import Deadline, inherit
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import BrokerError, CallError, CallTimeout, ClosedError, Executed, ServiceUnavailable, UsageError
+from rpcq.observer import Observer, Observers, SeenCall
 from rpcq.properties import MalformedProperties
 from rpcq.proxy import CallMaker, ServiceProxy, Target
 from rpcq.settings import CallOptions, CallSettings, ClientOptions, ClientSettings, Retry, check_name
@@ -27,7 +28,7 @@ from rpcq.transport.base import Delivery, Listener, Outgoing, Settled, Subscript
 from rpcq.transport.opening import open_transport
 from rpcq.transport.topology import Names
 from rpcq.url import mask
-from rpcq.wire import Reply
+from rpcq.wire import Notice, Reply
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ _BY_SETTLED: Final = {
 class _Call(Call):
     """A call with the future that its caller waits for, and all that it takes to send it."""
 
-    __slots__ = ("body", "client", "deadline", "future", "key", "options", "target", "timeout")
+    __slots__ = ("body", "client", "deadline", "future", "key", "options", "target", "timeout", "trace")
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class _Call(Call):
         self.deadline = deadline
         self.future: asyncio.Future[Outcome] = client._loop.create_future()  # noqa: SLF001
         self.timeout: Bucket | asyncio.TimerHandle | None = None
+        self.trace: Mapping[str, str] | None = None
 
     def settle(self, outcome: Outcome) -> None:
         if not self.future.done():  # its task may have been cancelled, and not have run since
@@ -83,7 +85,7 @@ class _Call(Call):
         self.client._send_again(self)  # noqa: SLF001
 
     def headers(self, attempt: int) -> bytes:
-        return wire.encode_headers(key=self.key, attempt=attempt, metadata=self.options.metadata)
+        return wire.encode_headers(key=self.key, attempt=attempt, metadata=self.options.metadata, trace=self.trace)
 
 
 class _Request(Outgoing):
@@ -117,13 +119,20 @@ class Client:
         url: the broker: `amqp://user:password@host:port/vhost`, `amqps://...` or `memory://`; `RPCQ_URL` if None.
         options: as in `ClientOptions`; what is not given comes from the environment (`RPCQ_TIMEOUT`, ...), if it is
             there.
+        observers: who is told of its calls and sessions: metrics, traces, logs; see `rpcq.observer`.
+
+    Attributes:
+        resent: requests that were sent again, because a session was lost or a worker turned the call away.
+        retried: calls that were made again, as their `retry` asks.
 
     Raises:
         ConfigurationError: the URL or an option cannot be used.
 
     """
 
-    def __init__(self, url: str | None = None, **options: Unpack[ClientSettings]) -> None:
+    def __init__(
+        self, url: str | None = None, *, observers: Iterable[Observer] = (), **options: Unpack[ClientSettings]
+    ) -> None:
         self.options = options_from(ClientOptions, options)
         self.names = Names(self.options.namespace)
         self._url = broker_url(url)
@@ -131,6 +140,8 @@ class Client:
         self._maker = CallMaker(self, CallOptions(timeout=self.options.timeout))
         self._calls = PendingCalls(self.options.max_in_flight)
         self._answers = Answers()
+        self._observers = Observers(observers, self)
+        self._on_call = self._observers.calls
         self._loop: asyncio.AbstractEventLoop
         self._thread = 0
         self._timeouts: Timeouts[_Call]
@@ -140,6 +151,8 @@ class Client:
         self._encoder: wire.RequestEncoder | None = None  # there while the consuming session is up
         self._consuming_up = asyncio.Event()
         self._publishing_up = False
+        self.resent = 0
+        self.retried = 0
         self._waiting: OrderedDict[_Call, None] = OrderedDict()  # for a way to the broker, in order
         self._pump: asyncio.Task[None] | None = None
         self._control = Control(self._transport, self.names, self._ready_to_ask, self._calls.next_id)
@@ -171,10 +184,12 @@ class Client:
             publishing_lost=self._publishing_lost,
             publishing_blocked=self._publishing_blocked,
         )
+        self._observers.opened()
         try:
             await self._transport.start(self.names.exchanges(self.options.reply_exchange), [reply_queue], listener)
         except BaseException:
             self._state = "closed"
+            self._observers.closed()
             raise
         if self._closing is not None:
             raise ClosedError("the client was closed while it was being opened")
@@ -207,7 +222,10 @@ class Client:
             self._pump.cancel()
             await asyncio.gather(self._pump, return_exceptions=True)
         self._timeouts.close()
-        await self._transport.close()
+        try:
+            await self._transport.close()
+        finally:
+            self._observers.closed()
 
     async def __aenter__(self) -> Self:
         return await self.connect()
@@ -221,6 +239,23 @@ class Client:
     def in_flight(self) -> int:
         """Calls under way."""
         return len(self._calls)
+
+    @property
+    def connected(self) -> bool:
+        """Whether both sessions are up: a call that is made now is sent at once."""
+        return self._state == "open" and self._encoder is not None and self._publishing_up
+
+    def counts(self) -> Mapping[str, float]:
+        """What it counts, for observers: calls under way, replies for none of them, and what was sent again."""
+        calls = self._calls
+        return {
+            "pending_replies": len(calls),
+            "late_replies": calls.late,
+            "duplicate_replies": calls.duplicate,
+            "stray_replies": calls.stray,
+            "resent": self.resent,
+            "retried": self.retried,
+        }
 
     @property
     def unmatched_replies(self) -> int:
@@ -304,12 +339,44 @@ class Client:
         self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
     ) -> Coroutine[Any, Any, Any]:
         """One call, from its parameters to its result: where `CallMaker` and the proxies come."""
+        if self._on_call:
+            return self._observed(target, options, args, params)
         if options.retry is None:
             return self._call(target, options, args, params)
         return self._retry(target, options, options.retry, args, params)
 
+    async def _observed(
+        self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
+    ) -> Any:
+        """One call, with its attempts, of which the observers are told."""
+        seen = SeenCall(target.exchange, target.routing_key.decode(), target.method.decode(), target.label)
+        seen.correlation_id = self._calls.next_id().decode()
+        began = time.perf_counter()
+        endings = observer.begin(self._on_call, seen)
+        try:
+            if options.retry is None:
+                value = await self._call(target, options, args, params, seen=seen)
+            else:
+                value = await self._retry(target, options, options.retry, args, params, seen)
+        except BaseException as error:
+            seen.error, seen.code = error, observer.code_of(error)
+            raise
+        else:
+            seen.code = observer.OK
+            return value
+        finally:
+            seen.seconds = time.perf_counter() - began
+            observer.end(endings, seen)
+            del seen, endings  # an error's traceback holds this frame
+
     async def _retry(
-        self, target: Target, options: CallOptions, retry: Retry, args: tuple[Any, ...], params: Mapping[str, Any]
+        self,
+        target: Target,
+        options: CallOptions,
+        retry: Retry,
+        args: tuple[Any, ...],
+        params: Mapping[str, Any],
+        seen: SeenCall | None = None,
     ) -> Any:
         """One call, made again where it fails as `retry` says, within the deadline of the first time."""
         self._check_usable()
@@ -320,7 +387,7 @@ class Client:
         attempt, retries = 1, 0
         while True:
             try:
-                return await self._call(target, options, args, params, deadline, key, attempt)
+                return await self._call(target, options, args, params, deadline, key, attempt, seen)
             except CallError as error:
                 may_have_run = error.executed != "no"
                 pause = random.uniform(0, retry.longest_pause(retries))  # noqa: S311 - jitter
@@ -334,7 +401,10 @@ class Client:
                     raise
                 log.info("call is made again", correlation_id=error.correlation_id, code=error.code, retries=retries)
                 attempt = error.attempt + may_have_run
+                self.retried += 1
             await asyncio.sleep(pause)
+            if seen is not None:
+                seen.correlation_id, seen.attempt = self._calls.next_id().decode(), attempt
 
     async def _call(
         self,
@@ -345,6 +415,7 @@ class Client:
         deadline: float | None = None,
         key: str | None = None,
         attempt: int = 1,
+        seen: SeenCall | None = None,
     ) -> Any:
         """One call; with `deadline`, `key` and `attempt` where it is made again, or may be."""
         self._check_usable()
@@ -352,7 +423,7 @@ class Client:
         now = time.monotonic()
         if deadline is None:
             deadline, key = inherit(options.timeout, now), options.idempotency_key
-        correlation_id = self._calls.next_id()
+        correlation_id = self._calls.next_id() if seen is None else seen.correlation_id.encode()
         if key is None and options.idempotent:
             key = correlation_id.decode()  # the first request's ID: no other call has it
         if deadline <= now:
@@ -361,6 +432,8 @@ class Client:
                 "the deadline had passed before the call", executed=executed, correlation_id=correlation_id.decode()
             )
         call = _Call(self, correlation_id, target, options, body, deadline, key, attempt)
+        if seen is not None:
+            call.trace = seen.headers
         del body, params, args  # the call may last
         if options.metadata:
             call.headers(MAX_ATTEMPTS)  # what is too large is told before anything is sent
@@ -395,6 +468,7 @@ class Client:
 
     def _send_again(self, call: _Call) -> None:
         """A session was lost, or a worker turned the call away."""
+        self.resent += 1
         log.info("call is sent again", correlation_id=call.correlation_id.decode(), attempt=call.attempt)
         # Not at once: whoever told of it may be about to tell of more.
         pause = TURNED_AWAY_PAUSE * 2 ** min(call.sent - 1, 6) if call.sent > 1 else 0
@@ -425,7 +499,7 @@ class Client:
             target.method,
             left_ms,
             int(time.time() * 1000) + left_ms,
-            call.headers(call.attempt) if options.metadata or call.key is not None else b"",
+            call.headers(call.attempt) if options.metadata or call.key is not None or call.trace is not None else b"",
             notify=target.is_ours,
         )
         self._transport.publish(_Request(call, request_id, properties))
@@ -458,17 +532,20 @@ class Client:
         try:
             came = wire.read_reply(delivery.properties, delivery.body)
         except MalformedProperties as error:
-            self._calls.unmatched += 1
+            self._calls.stray += 1
             log.warning("reply dropped", cause=str(error))
             return
         request_id = came.correlation_id
         if self._control.answered(request_id, delivery.body):
             return
         call = self._calls.get(request_id)
+        if call is not None and isinstance(came, Reply) and came.kind == wire.RESULT:
+            self._calls.happened(call, Event.REPLY, came)  # to whichever of its requests: it ran
+            return
+        if isinstance(came, Notice):
+            self._observers.notice(came.reason)
         if call is None:
             log.debug("reply for no call under way", correlation_id=request_id.decode("utf-8", "replace"))
-        elif isinstance(came, Reply) and came.kind == wire.RESULT:
-            self._calls.happened(call, Event.REPLY, came)  # to whichever of its requests: it ran
         elif call.request_id == request_id:  # else it is about an earlier request of the call
             event, why = meaning(came, self.names)
             self._calls.happened(call, event, came if isinstance(came, Reply) else None, why)
@@ -478,19 +555,24 @@ class Client:
     def _consuming(self, queues: Sequence[str]) -> None:
         self._encoder = wire.RequestEncoder(queues[0], self.options.name)
         self._consuming_up.set()
+        self._observers.session("consuming")
 
     def _consuming_lost(self, cause: BrokerError) -> None:
         """No reply to any call under way will come."""
         self._encoder = None
         self._consuming_up.clear()
+        self._observers.session("consuming", cause)
         for call in self._calls:
             self._calls.happened(call, Event.LOST, why=str(cause))
 
     def _publishing(self) -> None:
-        self._publishing_up = True
+        if not self._publishing_up:  # else it was blocked
+            self._publishing_up = True
+            self._observers.session("publishing")
 
-    def _publishing_lost(self, _cause: BrokerError) -> None:
+    def _publishing_lost(self, cause: BrokerError) -> None:
         self._publishing_up = False  # each call was told by its own message
+        self._observers.session("publishing", cause)
 
     def _publishing_blocked(self, reason: str) -> None:
         log.warning("the broker takes no messages", reason=reason)

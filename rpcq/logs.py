@@ -8,12 +8,24 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any, Final
+from contextvars import ContextVar
+from typing import Any, Final, Protocol
 
 import orjson
 import structlog
 
 from rpcq.url import mask
+
+
+class Named(Protocol):
+    """A call that a handler runs for."""
+
+    def names(self) -> dict[str, Any]:
+        """What tells it apart."""
+
+
+current: Final[ContextVar[Named | None]] = ContextVar("rpcq_call", default=None)
+"""The call that the handler of this context runs for. Setting it is all that a call pays: `add_call` reads it."""
 
 QUIET: Final = ("aio_pika", "aiormq")
 """At DEBUG they log bodies and headers; what they log above that, rpcq reports itself, by name."""
@@ -33,6 +45,19 @@ def _step_aside(_logger: Any, _method: str, event: structlog.typing.EventDict) -
     """Rename what logging refuses as `extra`: an application may have bound any name with `structlog.contextvars`."""
     for key in event.keys() & _RECORD:
         event[f"{key}_"] = event.pop(key)
+    return event
+
+
+def add_call(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """A structlog processor: lines that a handler logs carry its call's service, method, correlation ID and attempt.
+
+    `rpcq worker` has it. In a configuration of your own, put it in the list of processors, beside
+    `structlog.contextvars.merge_contextvars`, or in `foreign_pre_chain` for the standard library's loggers.
+    """
+    call = current.get()
+    if call is not None and "correlation_id" not in event:  # else it is about another one, that this one makes
+        for key, value in call.names().items():
+            event.setdefault(key, value)
     return event
 
 
@@ -64,6 +89,7 @@ def configure(level: str = "INFO") -> None:
     """Show this program's logs on standard error: for people on a terminal, a line of JSON each elsewhere."""
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.ExtraAdder(),
+        add_call,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

@@ -8,14 +8,16 @@ import contextvars
 import secrets
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from rpcq import deadline as deadlines
-from rpcq import logs, wire
+from rpcq import logs, observer, wire
 from rpcq.admission import Job, Once, Redelivered
 from rpcq.errors import CallError, CallTimeout, InvalidParams, InvalidReply, RemoteError, ServiceUnavailable, to_wire
 from rpcq.idempotency import Answer, AnswerStore
+from rpcq.observer import ABORTED, CANCELLED, OK, Endings, SeenRequest
 from rpcq.timeouts import Bucket, Timeouts
 from rpcq.transport.base import Delivery, Outgoing, Settled, Transport
 from rpcq.transport.topology import DIRECT_REPLY_TO
@@ -45,6 +47,8 @@ class Running(Outgoing):
         key: reply_to and correlation ID; an empty reply_to where no reply is wanted.
         job: what runs; None where it was refused, and once it has ended.
         began: whether the handler was entered.
+        seen: what observers are told of it; None where there are none.
+        endings: who of them wants to be told of its end; None until they were told that it begins.
 
     """
 
@@ -52,12 +56,14 @@ class Running(Outgoing):
         "began",
         "cancelled",
         "delivery",
+        "endings",
         "handler_ms",
         "job",
         "key",
         "queue_ms",
         "result",
         "runs",
+        "seen",
         "started",
         "task",
         "thread",
@@ -84,6 +90,8 @@ class Running(Outgoing):
         self.began = False
         self.timed_out = False
         self.cancelled = False
+        self.seen: SeenRequest | None = None
+        self.endings: Endings[SeenRequest] | None = None
 
     @property
     def id(self) -> str:
@@ -104,6 +112,7 @@ class Runs:
         max_body: bytes of a reply.
         threads: `def` handlers that may run at once.
         answers: where results of calls with an idempotency key are remembered, unless their service says otherwise.
+        observers: of requests, as `Observers.requests` has them.
 
     Attributes:
         finished: requests that were in hand, and are no more.
@@ -114,9 +123,17 @@ class Runs:
     """
 
     def __init__(
-        self, transport: Transport, *, reply_exchange: str | None, max_body: int, threads: int, answers: AnswerStore
+        self,
+        transport: Transport,
+        *,
+        reply_exchange: str | None,
+        max_body: int,
+        threads: int,
+        answers: AnswerStore,
+        observers: Sequence[Callable[[SeenRequest], Callable[[SeenRequest], None] | None]],
     ) -> None:
         self._transport = transport
+        self._observers = observers
         self._answers = answers
         self._turns: dict[str, asyncio.Event] = {}  # key of a call that runs -> set when it has ended
         self.reply_exchange = (reply_exchange or "").encode()
@@ -218,6 +235,9 @@ class Runs:
     async def _run(self, run: Running, job: Job) -> None:
         run.started = time.perf_counter()
         deadlines.current.set(job.deadline)
+        logs.current.set(job)
+        if run.seen is not None:
+            run.endings = self._tell_begin(run, run.seen)
         try:
             if job.once is not None:
                 value = await self._run_once(run, job, job.once)
@@ -335,6 +355,8 @@ class Runs:
         self._finished(run)
         if run.thread is not None and not run.thread.cancel():
             run.began = True  # else it still waited for a free thread, and never begins
+        if run.seen is not None and (self._abandoned or run.cancelled):
+            self._tell_end(run, run.seen, ABORTED if self._abandoned else CANCELLED)
         if self._abandoned:
             return
         if run.cancelled:
@@ -355,6 +377,7 @@ class Runs:
             "handler failed",
             method=job.method.label,
             correlation_id=run.id,
+            attempt=job.request.attempt,
             incident=incident,
             duration_ms=round(run.handler_ms, 3),
             exc_info=error,
@@ -377,6 +400,8 @@ class Runs:
         except Exception as error:  # noqa: BLE001 - of a serialiser of the handler's own type
             self._failed(run, job, error)
         else:
+            if run.seen is not None:
+                self._tell_end(run, run.seen, OK)
             self._reply(run, wire.RESULT, body)
 
     def _reply_error(self, run: Running, error: CallError) -> None:
@@ -388,7 +413,22 @@ class Runs:
         if not body or len(body) > self._max_body:
             log.error("an error's details cannot be sent", correlation_id=run.id, code=error.code)
             body = wire.dumps(said | {"details": None, "message": str(said["message"])[:1000]})
+        if run.seen is not None:
+            self._tell_end(run, run.seen, error.code, error)
         self._reply(run, wire.ERROR, body)
+
+    def _tell_begin(self, run: Running, seen: SeenRequest) -> Endings[SeenRequest]:
+        seen.queue_seconds = None if run.queue_ms is None else run.queue_ms / 1000
+        return observer.begin(self._observers, seen)
+
+    def _tell_end(self, run: Running, seen: SeenRequest, code: str, error: CallError | None = None) -> None:
+        if run.endings is None:  # it never began
+            seen.ran = False
+            run.endings = self._tell_begin(run, seen)
+        endings = run.endings
+        seen.code, seen.error, seen.seconds = code, error, run.handler_ms / 1000
+        run.seen = run.endings = None
+        observer.end(endings, seen)
 
     def _reply(self, run: Running, kind: bytes, body: bytes) -> None:
         run.task = None

@@ -118,8 +118,12 @@ def _name_culprit(args: tuple[Any, ...], params: Mapping[str, Any], error: Excep
     return NotSerializable(f"JSON cannot carry the parameters: {error}")
 
 
-def encode_headers(*, key: str | None, attempt: int, metadata: Mapping[str, str]) -> bytes:
+def encode_headers(
+    *, key: str | None, attempt: int, metadata: Mapping[str, str], trace: Mapping[str, str] | None = None
+) -> bytes:
     """The headers of a request besides its times and its `CC`, as entries of a field table.
+
+    `trace` is left out where there is no room for it: a call does not fail over that.
 
     Raises:
         TooLarge: they are over 8 KiB.
@@ -134,6 +138,10 @@ def encode_headers(*, key: str | None, attempt: int, metadata: Mapping[str, str]
     if len(entries) > MAX_HEADERS:
         msg = f"the headers are {len(entries)} bytes; the limit is {MAX_HEADERS}"
         raise TooLarge(msg)
+    if trace is not None:
+        further = amqp.encode_table(dict(trace))[4:]
+        if len(entries) + len(further) <= MAX_HEADERS:
+            entries += further
     return entries
 
 

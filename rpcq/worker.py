@@ -10,6 +10,7 @@ import asyncio
 import re
 import time
 from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
@@ -30,6 +31,7 @@ from rpcq.errors import (
     UsageError,
 )
 from rpcq.idempotency import MemoryAnswers
+from rpcq.observer import Observer, Observers, SeenRequest
 from rpcq.properties import MalformedProperties, Properties, decode
 from rpcq.running import Running, Runs
 from rpcq.settings import MAX_PROPERTIES, MAX_TIMEOUT, WorkerOptions, WorkerSettings
@@ -66,6 +68,7 @@ class Worker:
         url: the broker, as for `Client`; `RPCQ_URL` if None.
         options: as in `WorkerOptions`; what is not given comes from the environment (`RPCQ_PREFETCH`, ...), if it is
             there.
+        observers: who is told of its requests and sessions: metrics, traces, logs; see `rpcq.observer`.
 
     Attributes:
         expired_on_arrival: requests answered and not run, because their deadline had passed.
@@ -75,22 +78,31 @@ class Worker:
 
     """
 
-    def __init__(self, *services: Service, url: str | None = None, **options: Unpack[WorkerSettings]) -> None:
+    def __init__(
+        self,
+        *services: Service,
+        url: str | None = None,
+        observers: Iterable[Observer] = (),
+        **options: Unpack[WorkerSettings],
+    ) -> None:
         _check(services)
         self.options = options_from(WorkerOptions, options)
         self.services = services
         self._url = broker_url(url)
         self._transport: Transport = open_transport(self._url, self.options)
         self._names = Names(self.options.namespace)
+        self._requests = self._names.requests.name.encode()
         self._reply_prefixes = self._names.reply_prefixes(self.options.reply_exchange)
         self._may_reply_to = [re.compile(pattern.encode()) for pattern in self.options.reply_to]
         self._lifespans = AsyncExitStack()
+        self._observers = Observers(observers, self)
         self._runs = Runs(
             self._transport,
             reply_exchange=self.options.reply_exchange,
             max_body=self.options.max_body,
             threads=self.options.prefetch * len(services),
             answers=MemoryAnswers(self.options.remember),
+            observers=self._observers.requests,
         )
         self._held: deque[tuple[_Served, Delivery]] = deque()
         self._pump: asyncio.Task[None] | None = None
@@ -100,6 +112,8 @@ class Worker:
         self._closing: asyncio.Task[bool] | None = None
         self._watchdog: Watchdog | None = None
         self._last_warning = 0.0
+        self._consuming_up = False
+        self._publishing_up = False
         self._started = time.monotonic()
         self._info = describe(self.options.name, self.options.prefetch, services, self._names)
         self._answerer = Answerer(self._transport, self.options.reply_exchange, self._info, self._stats)
@@ -120,6 +134,7 @@ class Worker:
             raise UsageError(f"this worker is {self._state}; a worker is started once")
         self._state = "serving"
         self._started = time.monotonic()
+        self._observers.opened()
         self._runs.open()
         self._watchdog = Watchdog(asyncio.get_running_loop(), self.options.blocked_after, self._runs.name_of)
         try:
@@ -127,10 +142,10 @@ class Worker:
             control = self._names.control_queue(tuple(service.name for service in self.services))
             subscriptions.append(Subscription(control, self._on_control, no_ack=True))
             listener = Listener(
-                consuming=lambda _: None,
+                consuming=self._consuming,
                 consuming_lost=self._consuming_lost,
-                publishing=lambda: None,
-                publishing_lost=lambda _: None,
+                publishing=self._publishing,
+                publishing_lost=self._publishing_lost,
                 publishing_blocked=self._blocked,
             )
             exchanges = self._names.exchanges(self.options.reply_exchange)
@@ -190,6 +205,8 @@ class Worker:
         finally:
             if self._watchdog is not None:
                 self._watchdog.close()
+            self._consuming_up = self._publishing_up = False
+            self._observers.closed()
 
     async def run(self) -> bool:
         """Start, serve until `request_stop` is called or this task is cancelled, and stop.
@@ -222,6 +239,31 @@ class Worker:
     def in_flight(self) -> int:
         """Requests that it holds: running, or answered and not yet acknowledged."""
         return len(self._runs) + len(self._held)
+
+    @property
+    def connected(self) -> bool:
+        """Whether both sessions are up and it takes requests: not before `start`, and no longer once it stops."""
+        return not self.why_not_ready()
+
+    def why_not_ready(self) -> str:
+        """Why it takes no requests now, for people; empty where it does. May be called from another thread."""
+        if self._state != "serving":
+            return f"the worker is {self._state}"
+        down = [name for name, up in (("consuming", self._consuming_up), ("publishing", self._publishing_up)) if not up]
+        return f"the {' and the '.join(down)} session to the broker is down" if down else ""
+
+    def counts(self) -> Mapping[str, float]:
+        """What it counts, for observers: the numbers of `WorkerStats`, and how often its loop was blocked."""
+        watchdog = self._watchdog
+        return {
+            "in_flight": self.in_flight,
+            "finished": self._runs.finished,
+            "refused_redeliveries": self.refused_redeliveries,
+            "expired_on_arrival": self.expired_on_arrival,
+            "unroutable_replies": self._runs.unroutable_replies,
+            "replayed": self._runs.replayed,
+            "loop_blocks": 0 if watchdog is None else watchdog.blocks,
+        }
 
     @property
     def refused_redeliveries(self) -> int:
@@ -277,9 +319,28 @@ class Worker:
             )
         except CallError as error:
             self._refused(error, key)
-            self._runs.refuse(Running(self._runs, delivery, key), error)
+            run = Running(self._runs, delivery, key)
+            if self._observers.requests:
+                run.seen = self._seen(served.service, request, delivery)
+            self._runs.refuse(run, error)
         else:
-            self._runs.begin(Running(self._runs, delivery, key), job, now)
+            run = Running(self._runs, delivery, key)
+            if self._observers.requests:
+                run.seen = self._seen(served.service, request, delivery)
+                run.seen.ran = True
+            self._runs.begin(run, job, now)
+
+    def _seen(self, service: Service, request: Request, delivery: Delivery) -> SeenRequest:
+        """A request, as observers see it. It may name any method: only those that there are count."""
+        method = service.find(request.method)
+        name, label = ("", service.name) if method is None else (method.name, method.label)
+        seen = SeenRequest(self._requests, service.name, name, label)
+        seen.correlation_id = request.correlation_id.decode("utf-8", "replace")
+        seen.attempt = request.attempt if type(request.attempt) is int else 1
+        seen.caller = request.app_id
+        seen.headers = request.headers
+        seen.body_size = delivery.body_size
+        return seen
 
     def _read(self, service: Service, delivery: Delivery) -> Request | None:
         """What the request says, or None where it cannot be answered, and so is not run."""
@@ -332,8 +393,23 @@ class Worker:
 
     # What the transport tells.
 
-    def _consuming_lost(self, _cause: BrokerError) -> None:
+    def _consuming(self, _queues: Sequence[str]) -> None:
+        self._consuming_up = True
+        self._observers.session("consuming")
+
+    def _consuming_lost(self, cause: BrokerError) -> None:
         self._held.clear()  # the broker delivers it again
+        self._consuming_up = False
+        self._observers.session("consuming", cause)
+
+    def _publishing(self) -> None:
+        if not self._publishing_up:  # else it was blocked
+            self._publishing_up = True
+            self._observers.session("publishing")
+
+    def _publishing_lost(self, cause: BrokerError) -> None:
+        self._publishing_up = False
+        self._observers.session("publishing", cause)
 
     def _blocked(self, reason: str) -> None:
         log.warning("the broker takes no replies; nothing new is begun", reason=reason)

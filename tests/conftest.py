@@ -22,8 +22,11 @@ _in_use = pytest.StashKey[Broker | str]()
 _told = pytest.StashKey[set[str]]()
 """What the processes that ran tests, if they were others, tell of theirs."""
 
-_browser = pytest.StashKey[str | Unavailable]()
-"""The path of a browser, or why there is none; the same."""
+_programs = pytest.StashKey[dict[str, str | Unavailable]]()
+"""Fixture -> the path of the program that it gives, or why there is none; the same."""
+
+PROGRAMS = {"chromium": "CHROMIUM", "promtool": "PROMTOOL"}
+"""Fixture -> what it gives, in `programs.py`."""
 
 
 def _broker_of(config: pytest.Config) -> Broker | str:
@@ -51,28 +54,30 @@ def _teller(config: pytest.Config, who: str) -> Callable[[str], None]:
     return say
 
 
-def _browser_of(config: pytest.Config) -> str | Unavailable:
-    if _browser not in config.stash:
-        from browser import find  # not every run has tests of pages
+def _program_of(config: pytest.Config, fixture: str) -> str | Unavailable:
+    found = config.stash.setdefault(_programs, {})
+    if fixture not in found:
+        import programs  # not every run has tests that need one
 
         try:
-            config.stash[_browser] = find(_teller(config, "browser"))
+            found[fixture] = getattr(programs, PROGRAMS[fixture]).find(_teller(config, fixture))
         except Unavailable as error:
-            config.stash[_browser] = error
-    return config.stash[_browser]
+            found[fixture] = error
+    return found[fixture]
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Have the broker, or the browser, before the clock of the test that asks first is started.
+    """Have the broker, or a program, before the clock of the test that asks first is started.
 
     A test's timeout is for the test, where pulling an image or installing a package has bounds of its own.
     """
     names = getattr(item, "fixturenames", ())
     if "broker" in names:
         _broker_of(item.config)
-    if "chromium" in names:
-        _browser_of(item.config)
+    for fixture in PROGRAMS:
+        if fixture in names:
+            _program_of(item.config, fixture)
     return (yield)
 
 
@@ -89,7 +94,17 @@ def broker(pytestconfig: pytest.Config) -> Broker:
 @pytest.fixture(scope="session")
 def chromium(pytestconfig: pytest.Config) -> str:
     """The path of a real browser. There is no skipping."""
-    found = _browser_of(pytestconfig)
+    return _path(pytestconfig, "chromium")
+
+
+@pytest.fixture(scope="session")
+def promtool(pytestconfig: pytest.Config) -> str:
+    """The path of Prometheus' promtool. There is no skipping."""
+    return _path(pytestconfig, "promtool")
+
+
+def _path(config: pytest.Config, fixture: str) -> str:
+    found = _program_of(config, fixture)
     if isinstance(found, Unavailable):
         pytest.fail(str(found), pytrace=False)
     return found

@@ -39,9 +39,18 @@ class Participant(Protocol):
         """Be connected while inside."""
 
 
-MODULES = {"rpcq": "with_rpcq", "aio-pika": "with_aio_pika", "faststream": "with_faststream"}
+PEERS = {"rpcq": "with_rpcq", "aio-pika": "with_aio_pika", "faststream": "with_faststream"}
+WATCHED = {
+    "rpcq+metrics": "with_rpcq_watched:metrics",
+    "rpcq+sampled": "with_rpcq_watched:sampled",
+    "rpcq+everything": "with_rpcq_watched:everything",
+}
+MODULES = PEERS | WATCHED
+"""Name -> module, or what in it is the contender."""
 
 
 def load(name: str) -> Participant:
     """Import a contender, and nothing of the others: a process pays for what it uses."""
-    return cast("Participant", importlib.import_module(f"{__name__}.{MODULES[name]}"))
+    module, _, attribute = MODULES[name].partition(":")
+    found = importlib.import_module(f"{__name__}.{module}")
+    return cast("Participant", getattr(found, attribute) if attribute else found)

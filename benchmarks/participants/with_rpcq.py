@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from benchmarks.participants import Call, Options
+
+if TYPE_CHECKING:
+    from rpcq.observer import Observer
 
 PACKAGES = ("rpcq", "aio-pika", "aiormq")
 
 
 @asynccontextmanager
-async def worker(options: Options) -> AsyncIterator[None]:
+async def worker(options: Options, observers: Sequence[Observer] = ()) -> AsyncIterator[None]:
     """Serve while inside."""
     from rpcq import Service, Worker
 
@@ -22,16 +25,18 @@ async def worker(options: Options) -> AsyncIterator[None]:
     async def add(x: int, y: int) -> int:
         return x + y
 
-    async with Worker(calculator, url=options.url, prefetch=options.prefetch, namespace=options.namespace):
+    async with Worker(
+        calculator, url=options.url, prefetch=options.prefetch, namespace=options.namespace, observers=observers
+    ):
         yield
 
 
 @asynccontextmanager
-async def client(options: Options) -> AsyncIterator[Call]:
+async def client(options: Options, observers: Sequence[Observer] = ()) -> AsyncIterator[Call]:
     """Be connected while inside."""
     from rpcq import Client
 
-    async with Client(options.url, namespace=options.namespace) as client:
+    async with Client(options.url, namespace=options.namespace, observers=observers) as client:
         await client.wait_for_service("calculator", timeout=30)
         calculator = client.service("calculator")
 

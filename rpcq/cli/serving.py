@@ -11,21 +11,19 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Final, NoReturn, Unpack
+from typing import Annotated, NoReturn, Unpack
 
 import typer
 
 from rpcq import logs
 from rpcq.cli.options import FAILED, WORKER, Level, LogLevel, Namespace, Url, given
-from rpcq.cli.supervising import supervise
+from rpcq.cli.supervising import SUPERVISED, supervise
+from rpcq.cli.watching import Watching
 from rpcq.contract import Service
 from rpcq.errors import ConfigurationError
 from rpcq.processes import run
 from rpcq.settings import WorkerSettings
 from rpcq.worker import Worker
-
-SUPERVISED: Final = "RPCQ_SUPERVISED"
-"""In the environment of a process that a supervisor started, whose end is the end of its standard input."""
 
 
 def worker(
@@ -57,6 +55,29 @@ def worker(
     reload: Annotated[
         bool, typer.Option("--reload", help="Start again when a Python file here changes; for development.")
     ] = False,
+    http: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RPCQ_HTTP",
+            metavar="HOST:PORT",
+            help="Serve /metrics, /livez and /readyz, as in ':9100' (all interfaces). Further processes take the ports "
+            "after it. Needs 'rpcq[metrics]'.",
+        ),
+    ] = None,
+    log_calls: Annotated[
+        float,
+        typer.Option(envvar="RPCQ_LOG_CALLS", min=0, max=1, help="The share of requests that is logged, from 0 to 1."),
+    ] = 0.0,
+    trace_calls: Annotated[
+        float | None,
+        typer.Option(
+            envvar="RPCQ_TRACE_CALLS",
+            min=0,
+            max=1,
+            help="Trace requests with OpenTelemetry: the share of those outside a trace that begins one. Needs "
+            "'rpcq[tracing]', and an SDK, as `opentelemetry-instrument` sets it up.",
+        ),
+    ] = None,
     log_level: LogLevel = Level.INFO,
 ) -> None:
     """Serve services until SIGTERM or Ctrl-C, then let what runs end. A second signal ends it at once.
@@ -72,16 +93,19 @@ def worker(
             "RPCQ_GRACE": grace,
             "RPCQ_NAME": name,
             "RPCQ_NAMESPACE": namespace,
+            "RPCQ_HTTP": http,
+            "RPCQ_LOG_CALLS": log_calls,
+            "RPCQ_TRACE_CALLS": trace_calls,
             "RPCQ_LOG_LEVEL": log_level.value,
-            SUPERVISED: 1,
         }
         environment = os.environ | {key: str(value) for key, value in given(**settings).items()}
         command = [sys.executable, "-m", "rpcq", "worker", *services, "--processes", "1"]
         sys.exit(
             0 if run(supervise(command, environment, processes, reload=Path.cwd() if reload else None)) else FAILED
         )
+    watching = Watching(http, log_calls, trace_calls).nth(int(os.environ.get(SUPERVISED) or 1))
     found = load_services(services)
-    run(serve(found, url, **given(prefetch=prefetch, grace=grace, name=name, namespace=namespace)))
+    run(serve(found, url, watching, **given(prefetch=prefetch, grace=grace, name=name, namespace=namespace)))
 
 
 def load_services(paths: Sequence[str]) -> list[Service]:
@@ -119,13 +143,21 @@ def _load(path: str) -> Service:
     return service
 
 
-async def serve(services: Sequence[Service], url: str | None, **options: Unpack[WorkerSettings]) -> None:
+async def serve(
+    services: Sequence[Service], url: str | None, watching: Watching, **options: Unpack[WorkerSettings]
+) -> None:
     """Serve until SIGTERM or Ctrl-C; a second one ends it at once.
 
     Returns only if everything that ran could end. Otherwise the process ends here, with exit code 1: a thread or a
     handler that does not let itself be stopped would hold it up for as long as it likes.
     """
-    worker = Worker(*services, url=url, **options)
+    async with watching.worker(services, url, **options) as worker:
+        clean = await _serve(worker)
+    if not clean:
+        _cut_off()
+
+
+async def _serve(worker: Worker) -> bool:
     # A worker makes and drops thousands of small objects a second, few of which are cycles: by default the garbage
     # collector looks for them after each 700 more, and at all that was imported, which costs more than it finds.
     gc.freeze()
@@ -144,8 +176,7 @@ async def serve(services: Sequence[Service], url: str | None, **options: Unpack[
         loop.add_signal_handler(number, on_signal)
     if os.environ.get(SUPERVISED):
         await loop.connect_read_pipe(lambda: _Pipe(on_signal), sys.stdin)
-    if not await worker.run():
-        _cut_off()
+    return await worker.run()
 
 
 def _cut_off() -> NoReturn:

@@ -21,6 +21,9 @@ LONGEST_PAUSE: Final = 30.0
 AT_ONCE: Final = 10.0
 """Seconds: a process that lived longer is started again without a pause."""
 
+SUPERVISED: Final = "RPCQ_SUPERVISED"
+"""In the environment of a process that a supervisor started: its number, from 1. It ends when its input does."""
+
 log = logs.get_logger("rpcq.supervisor")
 
 
@@ -106,7 +109,10 @@ class _Supervisor:
     async def _run(self, number: int) -> int:
         # In a session of its own: Ctrl-C in a terminal comes here alone, and what follows is ours to say.
         process = await asyncio.create_subprocess_exec(
-            *self._command, env=self._environment, stdin=asyncio.subprocess.PIPE, start_new_session=True
+            *self._command,
+            env={**self._environment, SUPERVISED: str(number)},
+            stdin=asyncio.subprocess.PIPE,
+            start_new_session=True,
         )
         self._running.add(process)
         log.info("worker process started", number=number, pid=process.pid)

@@ -16,7 +16,7 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 import bench_reports
-from browser import launched
+from programs import launched
 from rpcq.bench.page import page
 from rpcq.bench.plots import CHUNKS, Line, curve, percentile_axis, second_axis, thin, time_axis
 from rpcq.bench.result import Report, Second

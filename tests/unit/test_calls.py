@@ -7,7 +7,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from rpcq.calls import MAX_ATTEMPTS, TRANSITIONS, Act, Call, Event, Outcome, PendingCalls, State, honest
+from rpcq.calls import (
+    MAX_ATTEMPTS,
+    REMEMBERED_CALLS,
+    TRANSITIONS,
+    Act,
+    Call,
+    Event,
+    Outcome,
+    PendingCalls,
+    State,
+    honest,
+)
 from rpcq.errors import (
     CallError,
     CallTimeout,
@@ -133,6 +144,37 @@ def test_every_request_has_an_id_of_its_own_and_each_finds_its_call() -> None:
     assert first != second
     assert calls.get(first) is calls.get(second) is call
     assert (calls.get(b"another"), calls.get(b"another.2"), calls.unmatched) == (None, None, 2)
+
+
+def test_replies_for_no_call_under_way_are_told_apart_as_late_duplicate_and_stray() -> None:
+    calls, answered = begun(State.WRITTEN)
+    calls.happened(answered, Event.REPLY, Reply(answered.correlation_id, b"result", b"1"))
+    assert calls.get(answered.request_id) is None
+    assert (calls.late, calls.duplicate, calls.stray) == (0, 1, 0)
+    for event in (Event.DEADLINE, Event.CANCEL):
+        call = Waiting(calls.next_id(), idempotent=True)
+        calls.add(call)
+        calls.write(call)
+        calls.happened(call, Event.LOST)
+        calls.write(call)
+        calls.happened(call, event)
+        assert calls.get(call.request_id) is None  # that of the second request
+    assert (calls.late, calls.duplicate, calls.stray) == (2, 1, 0)
+    assert calls.get(call.correlation_id) is None  # and that of the first
+    assert (calls.late, calls.duplicate, calls.stray) == (2, 2, 0)
+    assert calls.get(b"another") is None
+    assert (calls.stray, calls.unmatched) == (1, 5)
+
+
+def test_what_is_remembered_of_calls_without_a_reply_is_bounded() -> None:
+    calls = PendingCalls(1)
+    for _ in range(REMEMBERED_CALLS + 5):
+        call = Waiting(calls.next_id(), idempotent=False)
+        calls.add(call)
+        calls.write(call)
+        calls.happened(call, Event.DEADLINE)
+    assert len(calls._unanswered) == REMEMBERED_CALLS
+    assert call.correlation_id in calls._unanswered
 
 
 def test_a_cancelled_call_is_forgotten() -> None:

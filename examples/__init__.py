@@ -1,0 +1,1 @@
+"""Web apps that call the example services."""

@@ -1,0 +1,124 @@
+"""What `rpcq worker` shows of itself: metrics and health over HTTP, logs and traces of calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rpcq import logs
+from rpcq.contract import Service
+from rpcq.environment import broker_url
+from rpcq.errors import ConfigurationError
+from rpcq.observability.calls import CallLogs
+from rpcq.observer import Observer
+from rpcq.worker import Worker
+
+if TYPE_CHECKING:
+    from rpcq.observability.metrics import Metrics
+
+log = logs.get_logger("rpcq.worker")
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What is asked for.
+
+    Attributes:
+        http: the address of `/metrics`, `/livez` and `/readyz`; None for no server.
+        log_calls: the share of requests that is logged.
+        trace_calls: the share of requests outside a trace that begins one; None for no traces at all.
+
+    """
+
+    http: str | None = None
+    log_calls: float = 0.0
+    trace_calls: float | None = None
+
+    def nth(self, number: int) -> Watching:
+        """The same for one of several processes, counted from 1: each has a port of its own."""
+        if self.http is None or number == 1:
+            return self
+        host, _, port = self.http.rpartition(":")
+        return Watching(f"{host}:{int(port) + number - 1}", self.log_calls, self.trace_calls)
+
+    @asynccontextmanager
+    async def worker(self, services: Sequence[Service], url: str | None, **options: object) -> AsyncIterator[Worker]:
+        """A worker that is not started yet, with what is asked for around it.
+
+        Raises:
+            ConfigurationError: something cannot be had; the message says why, and what to install.
+
+        """
+        metrics = None if self.http is None else _metrics()
+        observers: list[Observer] = [] if metrics is None else [metrics]
+        if self.log_calls:
+            observers.append(CallLogs(self.log_calls))
+        if self.trace_calls is not None:
+            observers.append(_tracing(self.trace_calls))
+        worker = Worker(*services, url=url, observers=observers, **options)  # type: ignore[arg-type]  # as they were given
+        if metrics is None or self.http is None:
+            yield worker
+            return
+        async with _served(self.http, worker), _queues_watched(metrics, worker, url):
+            yield worker
+
+
+def _metrics() -> Metrics:
+    try:
+        from rpcq.observability.metrics import Metrics  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        msg = "--http needs the package prometheus-client: pip install 'rpcq[metrics]'"
+        raise ConfigurationError(msg) from error
+    return Metrics()
+
+
+def _tracing(ratio: float) -> Observer:
+    try:
+        from rpcq.observability.tracing import Tracing  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        msg = "--trace-calls needs the package opentelemetry-api: pip install 'rpcq[tracing]'"
+        raise ConfigurationError(msg) from error
+    return Tracing(ratio)
+
+
+@asynccontextmanager
+async def _served(address: str, worker: Worker) -> AsyncIterator[None]:
+    from rpcq.observability.health import HealthServer  # noqa: PLC0415 - an extra, which is there
+
+    # Who is silent for two heartbeats has been given up by the broker.
+    server = HealthServer(address, worker.why_not_ready, patience=2 * worker.options.heartbeat)
+    server.start()
+    try:
+        yield
+    finally:
+        server.close()
+
+
+@asynccontextmanager
+async def _queues_watched(metrics: Metrics, worker: Worker, url: str | None) -> AsyncIterator[None]:
+    if broker_url(url).startswith("memory:"):
+        yield
+        return
+    from rpcq.observability.queues import QueueWatch  # noqa: PLC0415 - it is for RabbitMQ
+
+    options = worker.options
+    watch = QueueWatch(
+        worker.services,
+        url,
+        on_depth=metrics.on_depth,
+        name=options.name,
+        namespace=options.namespace,
+        heartbeat=options.heartbeat,
+        connect_timeout=options.connect_timeout,
+    )
+    task = asyncio.get_running_loop().create_task(watch.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        (ended,) = await asyncio.gather(task, return_exceptions=True)
+        if isinstance(ended, Exception):
+            log.error("queues were not watched to the end", exc_info=ended)

@@ -1,0 +1,312 @@
+"""Metrics for Prometheus: `Client(observers=[Metrics()])`, and the same with a worker. Needs prometheus-client.
+
+What a call pays is two look-ups and a few additions: numbers are kept as they come, and become samples when somebody
+scrapes them. Names follow https://prometheus.io/docs/practices/naming/: base units, `_total` on counters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import accumulate
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+
+from rpcq.observer import Observer, Role, Seen, SeenCall, SeenRequest, Watched
+
+if TYPE_CHECKING:
+    from rpcq.observability.queues import QueueDepth
+
+BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Upper bounds, seconds. A call on an idle broker takes about a millisecond."""
+
+LAG_BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
+
+LAG_EVERY: Final = 0.5
+"""Seconds between two looks at how late the event loop runs what is due."""
+
+MAX_METHODS: Final = 1000
+"""Methods that have series of their own at one side; calls of further ones are told together, as service "other"."""
+
+OWNED: Final[Mapping[str, tuple[str, str, Mapping[str, str]]]] = {
+    "pending_replies": ("rpcq_client_pending_replies", "Calls that wait for a reply.", {}),
+    "late_replies": ("rpcq_client_unmatched_replies", "Replies for no call under way.", {"reason": "late"}),
+    "duplicate_replies": ("rpcq_client_unmatched_replies", "", {"reason": "duplicate"}),
+    "stray_replies": ("rpcq_client_unmatched_replies", "", {"reason": "stray"}),
+    "resent": ("rpcq_client_requests_resent", "Requests sent again: a session or a worker was lost, or stopped.", {}),
+    "retried": ("rpcq_client_calls_retried", "Calls made again, as their option retry asks.", {}),
+    "in_flight": ("rpcq_worker_requests_in_hand", "Requests that are not acknowledged yet.", {}),
+    "finished": ("rpcq_worker_requests_acknowledged", "Requests that were acknowledged.", {}),
+    "refused_redeliveries": (
+        "rpcq_worker_refused_redeliveries",
+        "Requests answered and not run: a worker that held them was lost.",
+        {},
+    ),
+    "expired_on_arrival": (
+        "rpcq_worker_expired_on_arrival",
+        "Requests answered and not run: their deadline had passed.",
+        {},
+    ),
+    "unroutable_replies": ("rpcq_worker_unroutable_replies", "Replies whose caller was gone.", {}),
+    "replayed": ("rpcq_worker_replayed_results", "Requests answered with a remembered result.", {}),
+    "loop_blocks": ("rpcq_event_loop_blocks", "Times that a handler blocked the event loop (blocked_after).", {}),
+}
+"""What `Watched.counts` tells -> name, help and labels."""
+
+GAUGES: Final = frozenset({"pending_replies", "in_flight"})
+"""Those of them that also fall."""
+
+
+class _Histogram:
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...] = BUCKETS) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(self.bounds, seconds)] += 1
+        self.sum += seconds
+
+    def sample(self, into: HistogramMetricFamily, labels: Sequence[str]) -> None:
+        """Add what came, if anything did."""
+        if not any(self.counts):
+            return
+        bounds = [*(str(bound) for bound in self.bounds), "+Inf"]
+        into.add_metric(labels, list(zip(bounds, accumulate(self.counts), strict=True)), self.sum)
+
+
+class _Method:
+    """What is known of one method at one side."""
+
+    __slots__ = ("codes", "queue", "seconds", "started")
+
+    def __init__(self) -> None:
+        self.started = 0
+        self.codes: dict[str, int] = {}
+        self.seconds = _Histogram()
+        self.queue = _Histogram()
+
+
+@dataclass
+class _Sessions:
+    """Of one role."""
+
+    wanted: int = 0
+    up: int = 0
+    ups: int = 0
+    downs: Counter[str] = field(default_factory=Counter)
+
+
+class Metrics(Observer):
+    """Counts what happens, for Prometheus. One will do for all clients and workers of an event loop.
+
+    Args:
+        registry: where it registers itself; None for prometheus-client's own.
+
+    Raises:
+        ValueError: the registry has one already.
+
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self._calls: dict[str, _Method] = {}
+        self._requests: dict[str, _Method] = {}
+        self._labels: dict[str, tuple[str, str]] = {}
+        self._notices: Counter[str] = Counter()
+        self._sessions: dict[Role, _Sessions] = {"consuming": _Sessions(), "publishing": _Sessions()}
+        self._up: set[tuple[Watched, Role]] = set()
+        self._owners: list[Watched] = []
+        self._past: Counter[str] = Counter()
+        self._lag = _Histogram(LAG_BUCKETS)
+        self._lag_timer: asyncio.TimerHandle | None = None
+        self._depths: dict[str, QueueDepth] = {}
+        self._call_ended: Callable[[SeenCall], None] = self._ended_of(self._calls)
+        self._request_ended: Callable[[SeenRequest], None] = self._ended_of(self._requests)
+        (REGISTRY if registry is None else registry).register(self)
+
+    # What is told, in the event loop.
+
+    def on_call(self, call: SeenCall) -> Callable[[SeenCall], None]:
+        """See `Observer`."""
+        (self._calls.get(call.label) or self._method(self._calls, call)).started += 1
+        return self._call_ended
+
+    def on_request(self, request: SeenRequest) -> Callable[[SeenRequest], None]:
+        """See `Observer`."""
+        method = self._requests.get(request.label) or self._method(self._requests, request)
+        method.started += 1
+        if request.queue_seconds is not None:
+            method.queue.add(request.queue_seconds)
+        return self._request_ended
+
+    def on_notice(self, reason: str) -> None:
+        """See `Observer`."""
+        self._notices[reason] += 1
+
+    def on_session(self, owner: Watched, role: Role, cause: BaseException | None) -> None:
+        """See `Observer`."""
+        sessions = self._sessions[role]
+        if cause is None:
+            sessions.ups += 1
+            self._up.add((owner, role))
+        else:
+            sessions.downs[type(cause).__name__] += 1
+            self._up.discard((owner, role))
+
+    def on_opened(self, owner: Watched) -> None:
+        """See `Observer`."""
+        self._owners.append(owner)
+        if self._lag_timer is None:
+            loop = asyncio.get_running_loop()
+            self._lag_timer = loop.call_later(LAG_EVERY, self._look_at_lag, loop, loop.time() + LAG_EVERY)
+
+    def on_closed(self, owner: Watched) -> None:
+        """See `Observer`."""
+        if owner not in self._owners:
+            return
+        self._owners.remove(owner)
+        self._up -= {(owner, "consuming"), (owner, "publishing")}
+        self._past.update({name: int(count) for name, count in owner.counts().items() if name not in GAUGES})
+        if not self._owners and self._lag_timer is not None:
+            self._lag_timer.cancel()
+            self._lag_timer = None
+
+    def on_depth(self, depth: QueueDepth) -> None:
+        """The depth of a request queue: for `QueueWatch(on_depth=metrics.on_depth)`."""
+        self._depths[depth.queue] = depth
+
+    def _method(self, methods: dict[str, _Method], seen: Seen) -> _Method:
+        label = seen.label
+        if len(methods) >= MAX_METHODS:
+            label = "other"
+            self._labels[label] = label, ""
+        else:
+            self._labels[label] = seen.service, seen.method
+        return methods.setdefault(label, _Method())
+
+    def _ended_of(self, methods: dict[str, _Method]) -> Callable[[Seen], None]:
+        find = methods.get
+
+        def ended(seen: Seen) -> None:
+            method = find(seen.label) or methods["other"]
+            codes = method.codes
+            codes[seen.code] = codes.get(seen.code, 0) + 1
+            if not isinstance(seen, SeenRequest) or seen.ran:
+                method.seconds.add(seen.seconds)
+
+        return ended
+
+    def _look_at_lag(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
+        self._lag.add(max(0.0, loop.time() - due))
+        self._lag_timer = loop.call_later(LAG_EVERY, self._look_at_lag, loop, loop.time() + LAG_EVERY)
+
+    # What is scraped, in whatever thread. Dicts and lists are copied in one step each.
+
+    def describe(self) -> Iterable[Metric]:
+        """The names alone, for the registry."""
+        return [Metric(family.name, family.documentation, family.type) for family in self.collect()]
+
+    def collect(self) -> Iterator[Metric]:
+        """All samples."""
+        yield InfoMetricFamily("rpcq_build", "Versions.", {"version": _version(), "python": platform.python_version()})
+        yield from self._of_methods("rpcq_client_calls", "rpcq_client_call", "Calls", self._calls)
+        yield from self._of_methods("rpcq_worker_requests", "rpcq_worker_handler", "Requests", self._requests)
+        waits = HistogramMetricFamily(
+            "rpcq_worker_queue_wait_seconds",
+            "From the client to the handler, by the clocks of both.",
+            labels=["service", "method"],
+        )
+        for label, method in list(self._requests.items()):
+            method.queue.sample(waits, self._labels[label])
+        yield waits
+        notices = CounterMetricFamily(
+            "rpcq_client_notices", "Requests that a queue gave up, as the broker told.", labels=["reason"]
+        )
+        for reason, count in list(self._notices.items()):
+            notices.add_metric([reason], count)
+        yield notices
+        yield from self._of_owners()
+        yield from self._of_sessions()
+        lag = HistogramMetricFamily("rpcq_event_loop_lag_seconds", "How late the event loop runs what is due.")
+        self._lag.sample(lag, [])
+        yield lag
+        yield from self._of_queues()
+
+    def _of_methods(self, calls: str, call: str, what: str, methods: dict[str, _Method]) -> Iterator[Metric]:
+        labels = ["service", "method"]
+        started = CounterMetricFamily(f"{calls}_started", f"{what} that began.", labels=labels)
+        finished = CounterMetricFamily(f"{calls}_finished", f"{what} that ended, by how.", labels=[*labels, "code"])
+        in_flight = GaugeMetricFamily(f"{calls}_in_flight", f"{what} that began and have not ended.", labels=labels)
+        seconds = HistogramMetricFamily(f"{call}_duration_seconds", "How long they took.", labels=labels)
+        for label, method in list(methods.items()):
+            names = self._labels[label]
+            codes, begun = list(method.codes.items()), method.started
+            started.add_metric(names, begun)
+            in_flight.add_metric(names, max(0, begun - sum(count for _, count in codes)))
+            method.seconds.sample(seconds, names)
+            for code, count in codes:
+                finished.add_metric([*names, code], count)
+        yield from (started, finished, in_flight, seconds)
+
+    def _of_owners(self) -> Iterator[Metric]:
+        totals: Counter[str] = Counter(self._past)
+        for owner in list(self._owners):
+            totals.update({name: int(count) for name, count in owner.counts().items()})
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+        for key, (name, text, labels) in OWNED.items():
+            family = families.get(name)
+            if family is None:
+                kind = GaugeMetricFamily if key in GAUGES else CounterMetricFamily
+                family = families[name] = kind(name, text, labels=list(labels))
+            family.add_metric(list(labels.values()), totals[key])
+        yield from families.values()
+
+    def _of_sessions(self) -> Iterator[Metric]:
+        wanted = GaugeMetricFamily("rpcq_sessions", "Sessions that are to be up.", labels=["role"])
+        up = GaugeMetricFamily("rpcq_sessions_up", "Sessions that are up.", labels=["role"])
+        ups = CounterMetricFamily("rpcq_session_ups", "Times that a session came up.", labels=["role"])
+        downs = CounterMetricFamily(
+            "rpcq_session_downs", "Times that a session went down, by its cause.", labels=["role", "cause"]
+        )
+        now_up = list(self._up)
+        for role, sessions in self._sessions.items():
+            wanted.add_metric([role], len(self._owners))
+            up.add_metric([role], sum(1 for _, it in now_up if it == role))
+            ups.add_metric([role], sessions.ups)
+            for cause, count in list(sessions.downs.items()):
+                downs.add_metric([role, cause], count)
+        yield from (wanted, up, ups, downs)
+
+    def _of_queues(self) -> Iterator[Metric]:
+        labels = ["service", "queue"]
+        messages = GaugeMetricFamily("rpcq_queue_messages", "Requests that wait.", labels=labels)
+        consumers = GaugeMetricFamily("rpcq_queue_consumers", "Consumers of the request queue.", labels=labels)
+        held = GaugeMetricFamily(
+            "rpcq_queue_unacknowledged", "Requests that workers hold; where the management API tells.", labels=labels
+        )
+        for depth in list(self._depths.values()):
+            names = [depth.service, depth.queue]
+            messages.add_metric(names, depth.messages)
+            consumers.add_metric(names, depth.consumers)
+            if depth.unacknowledged is not None:
+                held.add_metric(names, depth.unacknowledged)
+        yield from (messages, held, consumers)
+
+
+def _version() -> str:
+    return version("rpcq")

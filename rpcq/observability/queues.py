@@ -1,0 +1,268 @@
+"""How deep request queues are, and who consumes them: asked of RabbitMQ every few seconds.
+
+The management API is asked where it answers, since it also tells what is unacknowledged; a passive declaration where it
+does not, which needs no plugin and no further right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import http.client
+import ssl
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Unpack
+from urllib.parse import quote, unquote, urlsplit
+
+import orjson
+
+from rpcq import logs
+from rpcq.contract import Service
+from rpcq.environment import broker_url, options_from
+from rpcq.errors import BrokerError, ConfigurationError
+from rpcq.settings import ConnectionOptions, ConnectionSettings
+from rpcq.transport.admin import Admin
+from rpcq.transport.opening import open_admin
+from rpcq.transport.topology import Names
+from rpcq.url import PORTS, BrokerURL, parse
+
+MANAGEMENT_TIMEOUT: Final = 5.0
+"""Seconds that the management API has to answer."""
+
+MANAGEMENT_AGAIN: Final = 20
+"""Looks without the management API before it is tried again."""
+
+_PORTS: Final = {"amqp": ("http", 15672), "amqps": ("https", 15671)}
+
+log = logs.get_logger("rpcq.queues")
+
+
+@dataclass(frozen=True, slots=True)
+class QueueDepth:
+    """A request queue as it was found.
+
+    Attributes:
+        service: whose it is.
+        queue: its name.
+        messages: requests that wait.
+        unacknowledged: requests that workers hold; None where the broker was asked by a passive declaration.
+        consumers: how many there are.
+        source: who told: "management" or "declare".
+
+    """
+
+    service: str
+    queue: str
+    messages: int
+    unacknowledged: int | None
+    consumers: int
+    source: Literal["management", "declare"]
+
+
+Found = Callable[[QueueDepth], None]
+Crossed = Callable[[QueueDepth, bool], None]
+
+
+class QueueWatch:
+    """Looks at the request queues of services; `look` does it once, `run` until it is cancelled.
+
+    Args:
+        services: `Service` objects, or names, whose classic and quorum queues are looked for.
+        url: the broker, as for `Client`; `RPCQ_URL` if None.
+        every: seconds between two looks.
+        management: URL of the management API, with another user than the broker's if it has one. None for the broker's
+            first host at RabbitMQ's own port, if the broker is at its own port too; an empty string for not asking it.
+        threshold: requests that may wait; None for no limit.
+        on_threshold: called when a queue is deeper than that, with True, and when it no longer is, with False.
+        on_depth: called with each queue at each look, as `Metrics.on_depth` takes it.
+        options: `name`, `namespace`, `heartbeat`, `connect_timeout`.
+
+    Raises:
+        ConfigurationError: an argument cannot be used, or the broker is `memory://`.
+
+    """
+
+    def __init__(
+        self,
+        services: Iterable[Service | str],
+        url: str | None = None,
+        *,
+        every: float = 15.0,
+        management: str | None = None,
+        threshold: int | None = None,
+        on_threshold: Crossed | None = None,
+        on_depth: Found | None = None,
+        **options: Unpack[ConnectionSettings],
+    ) -> None:
+        self._options = options_from(ConnectionOptions, options)
+        self._broker = parse(broker_url(url))
+        if self._broker.scheme not in _PORTS:
+            raise ConfigurationError("queues are looked at on RabbitMQ; the in-process broker is not asked")
+        if not every > 0:
+            raise ConfigurationError(f"every is {every!r}; it is a number of seconds above 0")
+        names = Names(self._options.namespace)
+        self._queues = [pair for service in services for pair in _queues(names, service)]
+        if not self._queues:
+            raise ConfigurationError("no services to look at; name at least one")
+        self._every = every
+        self._management = _management(self._broker, management)
+        self._unasked = 0
+        self._threshold = threshold
+        self._on_threshold = on_threshold
+        self._on_depth = on_depth
+        self._above: set[str] = set()
+        self._host = 0
+
+    async def look(self) -> list[QueueDepth]:
+        """Each queue that is there, as it is now.
+
+        Raises:
+            BrokerError: the broker could not be asked.
+
+        """
+        async with AsyncExitStack() as stack:
+            return await self._look(stack, [])
+
+    async def run(self) -> None:
+        """Look again and again, until it is cancelled. A broker that is away is logged, and tried again."""
+        while True:
+            try:
+                async with AsyncExitStack() as stack:
+                    kept: list[Admin] = []
+                    while True:
+                        found = await self._look(stack, kept)
+                        for depth in found:
+                            self._tell(depth)
+                        # Their worker may be about to declare them.
+                        await asyncio.sleep(self._every if found else min(self._every, 1.0))
+            except BrokerError as error:
+                log.warning("queues cannot be looked at", cause=str(error))
+                self._host += 1  # the next node
+                await asyncio.sleep(self._every)
+
+    async def _look(self, stack: AsyncExitStack, kept: list[Admin]) -> list[QueueDepth]:
+        """Asks the management API, else over the connection in `kept`, which is opened if it is not yet."""
+        if self._management is not None and self._unasked == 0:
+            try:
+                return await asyncio.to_thread(self._management.look, self._queues)
+            except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+                log.info("the management API does not answer; queues are declared passively", cause=str(error))
+                self._unasked = MANAGEMENT_AGAIN
+        self._unasked = max(0, self._unasked - 1)
+        if not kept:
+            host, port = self._broker.hosts[self._host % len(self._broker.hosts)]
+            kept.append(await stack.enter_async_context(open_admin(self._broker, self._options, host, port)))
+        found = [(service, await kept[0].queue(queue)) for service, queue in self._queues]
+        return [
+            QueueDepth(service, it.name, it.messages, None, it.consumers, "declare")
+            for service, it in found
+            if it is not None
+        ]
+
+    def _tell(self, depth: QueueDepth) -> None:
+        if self._on_depth is not None:
+            self._on_depth(depth)
+        if self._threshold is None:
+            return
+        above = depth.messages > self._threshold
+        if above == (depth.queue in self._above):
+            return
+        (self._above.add if above else self._above.discard)(depth.queue)
+        event = "queue is over its threshold" if above else "queue is no longer over its threshold"
+        level = log.warning if above else log.info
+        level(event, service=depth.service, queue=depth.queue, messages=depth.messages, threshold=self._threshold)
+        if self._on_threshold is not None:
+            try:
+                self._on_threshold(depth, above)
+            except Exception:
+                log.exception("on_threshold failed", queue=depth.queue)
+
+
+def _queues(names: Names, service: Service | str) -> list[tuple[str, str]]:
+    if isinstance(service, Service):
+        return [(service.name, names.request_queue(service.name, service.queue_type, service.queue).name)]
+    return [(service, names.request_queue(service, kind).name) for kind in ("classic", "quorum")]
+
+
+def _management(broker: BrokerURL, url: str | None) -> _Management | None:
+    """The API that is to be asked, if any."""
+    if url is not None:
+        return _Management(broker, url) if url else None
+    host, port = broker.hosts[0]
+    if port != PORTS[broker.scheme]:
+        return None  # behind another port, what answers at 15672 may be another broker
+    scheme, port = _PORTS[broker.scheme]
+    return _Management(broker, f"{scheme}://{_bracketed(host)}:{port}")
+
+
+class _Management:
+    """RabbitMQ's management API: https://www.rabbitmq.com/docs/management#http-api."""
+
+    def __init__(self, broker: BrokerURL, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigurationError("management is no URL such as 'http://localhost:15672'")
+        self._scheme = parts.scheme
+        self._host, self._port = parts.hostname, parts.port
+        self._path = f"{parts.path.rstrip('/')}/api/queues/{quote(broker.vhost, safe='')}/"
+        user = broker.user if parts.username is None else unquote(parts.username)
+        password = broker.password if parts.password is None else unquote(parts.password)
+        self._authorization = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+        self._tls = dict(broker.tls)
+
+    def look(self, queues: Sequence[tuple[str, str]]) -> list[QueueDepth]:
+        """Each queue that is there; blocks.
+
+        Raises:
+            OSError, HTTPException, ValueError, KeyError, TypeError: it does not answer as it should.
+
+        """
+        connection = self._connection()
+        try:
+            answers = [(service, queue, self._get(connection, queue)) for service, queue in queues]
+        finally:
+            connection.close()
+        if not any(it for _, _, it in answers):
+            raise ValueError("it knows none of the queues")  # it may be another broker's; a declaration tells
+        return [
+            QueueDepth(
+                service,
+                queue,
+                int(it["messages_ready"]),
+                int(it["messages_unacknowledged"]),
+                int(it["consumers"]),
+                "management",
+            )
+            for service, queue, it in answers
+            if it is not None
+        ]
+
+    def _connection(self) -> http.client.HTTPConnection:
+        if self._scheme == "http":
+            return http.client.HTTPConnection(self._host, self._port, timeout=MANAGEMENT_TIMEOUT)
+        context = ssl.create_default_context(cafile=self._tls.get("cafile"), capath=self._tls.get("capath"))
+        if "certfile" in self._tls:
+            context.load_cert_chain(self._tls["certfile"], self._tls.get("keyfile"))
+        return http.client.HTTPSConnection(self._host, self._port, timeout=MANAGEMENT_TIMEOUT, context=context)
+
+    def _get(self, connection: http.client.HTTPConnection, queue: str) -> dict[str, Any] | None:
+        columns = "messages_ready,messages_unacknowledged,consumers"
+        path = f"{self._path}{quote(queue, safe='')}?columns={columns}"
+        connection.request("GET", path, headers={"Authorization": self._authorization})
+        response = connection.getresponse()
+        body = response.read()
+        if response.status == http.client.NOT_FOUND:
+            return None
+        if response.status != http.client.OK:
+            msg = f"it answered {response.status} {response.reason}"
+            raise OSError(msg)
+        found: dict[str, Any] = orjson.loads(body)
+        if found == {} or "messages_ready" not in found:
+            raise ValueError("it has no figures yet: statistics come a few seconds after a queue")
+        return found
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

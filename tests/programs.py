@@ -1,0 +1,51 @@
+"""Programs that tests need besides RabbitMQ: as they are installed, or installed first, as `broker.py` does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from playwright.sync_api import Browser, sync_playwright
+
+from broker import Unavailable, apt_install, can_apt_install
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program, under any of its names, and the package of Debian and Ubuntu that has it."""
+
+    names: tuple[str, ...]
+    package: str
+
+    def find(self, say: Callable[[str], None]) -> str:
+        """Its path; `Unavailable`, saying what to install, where there is none and none can be had."""
+        if (path := self._installed()) is None and can_apt_install():
+            say(f"installing {self.package} with apt-get, which takes a minute (root on Debian or Ubuntu)")
+            apt_install(self.package)
+            path = self._installed()
+        if path is None:
+            names = ", ".join(self.names)
+            raise Unavailable(f"none of {names} is on the PATH: install {self.package} (of Debian and Ubuntu)")
+        return path
+
+    def _installed(self) -> str | None:
+        return next((found for name in self.names if (found := shutil.which(name))), None)
+
+
+CHROMIUM = Program(("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"), "chromium")
+PROMTOOL = Program(("promtool",), "prometheus")
+
+
+@contextmanager
+def launched(path: str) -> Iterator[Browser]:
+    """The browser of that path, running."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path,
+            args=["--no-sandbox"] if os.geteuid() == 0 else [],  # the sandbox refuses to run as root
+        )
+        yield browser
+        browser.close()

@@ -1,0 +1,443 @@
+"""What operators get: health and metrics over HTTP, queue depths, alerts, and the page about them."""
+
+from __future__ import annotations
+
+import asyncio
+import cProfile
+import pstats
+import re
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+
+from broker import Broker, Setup, free_ports
+from broker import broker as a_broker
+from command import Process, Rpcq, wait_until
+from proxy import proxy
+from rpcq import Client, ConfigurationError, Service, Worker
+from rpcq.cli.watching import Watching
+from rpcq.observability.health import HealthServer, parse_address
+from rpcq.observability.metrics import Metrics
+from rpcq.observability.queues import QueueDepth, QueueWatch
+from rpcq.observer import Observer
+
+ROOT = Path(__file__).parents[2]
+ALERTS = ROOT / "docker/alerts.yml"
+PAGE = (ROOT / "docs/operations.md").read_text("utf-8")
+
+
+def get(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+# Health.
+
+
+def observed_worker(rpcq: Rpcq, *arguments: str) -> tuple[Process, str]:
+    """A worker that serves its health, and where."""
+    (port,) = free_ports(1)
+    return rpcq.worker("services:things", "--http", f"127.0.0.1:{port}", *arguments), f"http://127.0.0.1:{port}"
+
+
+def test_a_worker_serves_its_metrics_and_promtool_finds_no_fault_with_them(rpcq: Rpcq, promtool: str) -> None:
+    worker, at = observed_worker(rpcq)
+    assert rpcq.call("things.add", "x=1", "y=2").stdout == "3\n"
+    rpcq.call_refused("things.fail", "secret=s3cr3t", code=1)
+    assert get(f"{at}/livez") == (200, "ok\n")
+    assert get(f"{at}/readyz") == (200, "ok\n")
+    assert get(f"{at}/other")[0] == 404
+    wait_until(lambda: "rpcq_queue_consumers{" in get(f"{at}/metrics")[1])
+    status, text = get(f"{at}/metrics")
+    assert status == 200
+    ours = "".join(line for line in text.splitlines(keepends=True) if "rpcq_" in line)
+    assert 'rpcq_worker_requests_finished_total{code="OK",method="add",service="things"} 1.0' in ours
+    assert 'rpcq_worker_requests_finished_total{code="UNKNOWN",method="fail",service="things"} 1.0' in ours
+    assert f'rpcq_queue_consumers{{queue="{rpcq.namespace}.req.things",service="things"}} 1.0' in ours
+    assert "s3cr3t" not in text
+    checked = subprocess.run([promtool, "check", "metrics"], input=text, text=True, capture_output=True, check=False)
+    assert [line for line in checked.stderr.splitlines() if "rpcq_" in line] == []
+    worker.signal(signal.SIGTERM)
+    assert worker.ended() == 0
+
+
+def test_each_of_several_processes_has_a_port_of_its_own(rpcq: Rpcq) -> None:
+    first, second = free_ports(2)
+    if second != first + 1:
+        second = first + 1
+    worker = rpcq.start(
+        "worker", "--namespace", rpcq.namespace, "services:things", "--processes", "2", "--http", f"127.0.0.1:{first}"
+    )
+    worker.wait_for(lambda: sum('"worker started"' in line for line in worker.lines) == 2)
+    ids = set()
+    for port in (first, second):
+        assert get(f"http://127.0.0.1:{port}/readyz") == (200, "ok\n")
+        found = re.search(
+            r"^process_start_time_seconds (.+)$", get(f"http://127.0.0.1:{port}/metrics")[1], re.MULTILINE
+        )
+        assert found
+        ids.add(found[1])
+    assert len(ids) == 2
+    worker.signal(signal.SIGTERM)
+    assert worker.ended() == 0
+
+
+def test_a_port_that_is_taken_is_named(rpcq: Rpcq) -> None:
+    _, at = observed_worker(rpcq)
+    address = at.removeprefix("http://")
+    said = rpcq.refused("worker", "--namespace", rpcq.namespace, "services:things", "--http", address, code=2)
+    assert f"cannot listen on {address}" in said
+    assert "HOST:PORT" in rpcq.refused("worker", "services:things", "--http", "nine", code=2)
+
+
+async def test_a_worker_without_its_broker_lives_and_is_not_ready(rabbitmq_url: str, namespace: str) -> None:
+    service = Service("things")
+    service.method(name="work")(lambda: None)
+    async with proxy(rabbitmq_url) as between, Worker(service, url=between.url, namespace=namespace) as worker:
+        server = HealthServer("127.0.0.1:0", worker.why_not_ready, registry=CollectorRegistry())
+        server.start()
+        try:
+
+            async def asked(path: str) -> tuple[int, str]:
+                return await asyncio.to_thread(get, f"http://127.0.0.1:{server.port}/{path}")
+
+            assert await asked("readyz") == (200, "ok\n")
+            between.refuse()
+            between.reset()
+            async with asyncio.timeout(10):
+                while worker.connected:  # noqa: ASYNC110 - nothing tells
+                    await asyncio.sleep(0.01)
+            status, why = await asked("readyz")
+            assert status == 503
+            assert "session to the broker is down" in why
+            assert await asked("livez") == (200, "ok\n")
+            between.allow()
+            async with asyncio.timeout(20):
+                while not worker.connected:  # noqa: ASYNC110 - nothing tells
+                    await asyncio.sleep(0.01)
+            assert await asked("readyz") == (200, "ok\n")
+            await worker.stop()
+            assert await asked("readyz") == (503, "the worker is stopped\n")
+        finally:
+            server.close()
+
+
+async def test_an_event_loop_that_is_blocked_is_not_alive_and_one_that_goes_on_is() -> None:
+    server = HealthServer("127.0.0.1:0", str, patience=1.5, registry=CollectorRegistry())
+    server.start()
+    found: list[tuple[int, str]] = []
+    at = f"http://127.0.0.1:{server.port}/livez"
+    try:
+        assert await asyncio.to_thread(get, at) == (200, "ok\n")
+        asked = asyncio.get_running_loop().run_in_executor(None, lambda: (time.sleep(2), found.append(get(at))))
+        time.sleep(3)  # noqa: ASYNC251 - what it is about
+        await asked
+        assert found[0][0] == 503
+        assert "the event loop is blocked for" in found[0][1]
+        assert await asyncio.to_thread(get, at) == (200, "ok\n")
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [(":9100", ("0.0.0.0", 9100)), ("9100", ("0.0.0.0", 9100)), ("[::1]:1", ("::1", 1)), ("a.b:2", ("a.b", 2))],
+)
+def test_an_address_is_a_host_and_a_port(text: str, address: tuple[str, int]) -> None:
+    assert parse_address(text) == address
+
+
+@pytest.mark.parametrize("text", ["", ":", "host", "host:", "1:2:3", ":65536", "host:-1"])
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="HOST:PORT"):
+        parse_address(text)
+
+
+def test_further_processes_take_the_ports_after_the_first() -> None:
+    watching = Watching("127.0.0.1:9100", 0.5, 0.1)
+    assert watching.nth(1) == watching
+    assert watching.nth(3) == Watching("127.0.0.1:9102", 0.5, 0.1)
+    assert Watching().nth(3) == Watching()
+
+
+# Queues.
+
+
+async def filled(url: str, namespace: str, kind: Any, count: int) -> Service:
+    """A request queue with requests that nobody serves."""
+    service = Service("things", queue_type=kind)
+    service.method(name="work")(lambda: None)
+    async with Worker(service, url=url, namespace=namespace):
+        pass
+    async with Client(url, namespace=namespace) as client:
+        calls = [asyncio.ensure_future(client.call("things.work")) for _ in range(count)]
+        async with asyncio.timeout(10):
+            while await depth(url, namespace, service) < count:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.05)
+    await asyncio.gather(*calls, return_exceptions=True)
+    return service
+
+
+async def depth(url: str, namespace: str, service: Service) -> int:
+    (found,) = await QueueWatch([service], url, namespace=namespace, management="").look()
+    return found.messages
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+async def test_the_depth_of_a_queue_is_asked_by_a_passive_declaration(
+    rabbitmq_url: str, namespace: str, kind: Any
+) -> None:
+    service = await filled(rabbitmq_url, namespace, kind, 7)
+    async with asyncio.timeout(10):
+        by_name: list[QueueDepth] = []
+        while not by_name:
+            by_name = await QueueWatch(["things", "none"], rabbitmq_url, namespace=namespace, management="").look()
+    (found,) = by_name
+    assert (found.service, found.messages, found.consumers) == ("things", 7, 0)
+    assert (found.unacknowledged, found.source) == (None, "declare")
+    assert found.queue == f"{namespace}.{'req' if kind == 'classic' else 'once'}.things"
+    assert await depth(rabbitmq_url, namespace, service) == 7
+
+
+async def test_where_the_management_api_does_not_answer_queues_are_declared(
+    rabbitmq_url: str, namespace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "rpcq")
+    service = await filled(rabbitmq_url, namespace, "classic", 1)
+    (port,) = free_ports(1)
+    watch = QueueWatch([service], rabbitmq_url, namespace=namespace, management=f"http://127.0.0.1:{port}")
+    for _ in range(3):
+        (found,) = await watch.look()
+        assert (found.messages, found.source) == (1, "declare")
+    assert caplog.text.count("the management API does not answer") == 1
+
+
+@pytest.fixture(scope="module")
+def managed() -> Iterator[Broker]:
+    """A broker with the management API, on its first further port."""
+    setup = Setup(
+        config="management.tcp.port = {ports[0]}\ncollect_statistics_interval = 500\n",
+        files=lambda _: {"enabled_plugins": b"[rabbitmq_management].\n"},
+        ports=1,
+    )
+    with a_broker(setup=setup) as own:
+        yield own
+
+
+@pytest.mark.long
+async def test_the_management_api_also_tells_what_is_unacknowledged(managed: Broker, namespace: str) -> None:
+    service, release = Service("things"), asyncio.Event()
+    service.method(name="hold")(release.wait)
+    management = f"http://127.0.0.1:{next(iter(managed.ports.values()))}"
+    watch = QueueWatch([service], managed.url, namespace=namespace, management=management)
+    async with (
+        Worker(service, url=managed.url, namespace=namespace, prefetch=3),
+        Client(managed.url, namespace=namespace) as client,
+    ):
+        calls = [asyncio.create_task(client.call("things.hold")) for _ in range(5)]
+        expected = [QueueDepth("things", f"{namespace}.req.things", 2, 3, 1, "management")]
+        async with asyncio.timeout(20):
+            while await watch.look() != expected:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.2)
+        wrong = QueueWatch(
+            [service], managed.url, namespace=namespace, management=management.replace("//", "//guest:wrong@")
+        )
+        assert [(it.messages, it.source) for it in await wrong.look()] == [(2, "declare")]
+        release.set()
+        await asyncio.gather(*calls)
+
+
+async def test_a_queue_that_crosses_its_threshold_is_told_once_each_way(rabbitmq_url: str, namespace: str) -> None:
+    service = await filled(rabbitmq_url, namespace, "classic", 5)
+    told: asyncio.Queue[tuple[int, bool]] = asyncio.Queue()
+    looks: list[QueueDepth] = []
+
+    def on_threshold(depth: QueueDepth, above: bool) -> None:
+        told.put_nowait((depth.messages, above))
+        raise RuntimeError("of the hook, which does not end the watch")
+
+    watch = QueueWatch(
+        [service],
+        rabbitmq_url,
+        namespace=namespace,
+        management="",
+        every=0.05,
+        threshold=3,
+        on_threshold=on_threshold,
+        on_depth=looks.append,
+    )
+    running = asyncio.create_task(watch.run())
+    async with asyncio.timeout(10):
+        assert await told.get() == (5, True)
+        async with Worker(service, url=rabbitmq_url, namespace=namespace):
+            assert (await told.get())[1] is False
+        seen = len(looks)
+        while len(looks) < seen + 3:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.01)
+    assert told.empty()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_watch_outlives_a_broker_that_is_away(rabbitmq_url: str, namespace: str) -> None:
+    service = await filled(rabbitmq_url, namespace, "classic", 1)
+    looks: list[QueueDepth] = []
+    async with proxy(rabbitmq_url) as between:
+        watch = QueueWatch([service], between.url, namespace=namespace, management="", every=0.1, on_depth=looks.append)
+        running = asyncio.create_task(watch.run())
+        async with asyncio.timeout(20):
+            while not looks:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.01)
+            between.refuse()
+            between.reset()
+            await asyncio.sleep(0.3)
+            between.allow()
+            seen = len(looks)
+            while len(looks) < seen + 2:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.01)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+def test_what_cannot_be_watched_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="in-process"):
+        QueueWatch(["things"], "memory://")
+    with pytest.raises(ConfigurationError, match="every"):
+        QueueWatch(["things"], "amqp://localhost", every=0)
+    with pytest.raises(ConfigurationError, match="no services"):
+        QueueWatch([], "amqp://localhost")
+    with pytest.raises(ConfigurationError, match="management"):
+        QueueWatch(["things"], "amqp://localhost", management="localhost")
+    with pytest.raises(ConfigurationError, match="observers holds 5"):
+        Client("memory://", observers=[5])  # type: ignore[list-item]
+
+
+# What is off, costs nothing.
+
+
+async def test_where_nobody_looks_no_function_of_observers_is_called(namespace: str) -> None:
+    service = Service("things")
+
+    @service.method
+    async def add(x: int, y: int) -> int:
+        return x + y
+
+    url = f"memory://{namespace}"
+
+    async def called(*observers: Observer) -> set[str]:
+        """The functions of observers that calls run through."""
+        async with Worker(service, url=url, observers=observers), Client(url, observers=observers) as client:
+            await client.call("things.add", x=1, y=1)
+            with cProfile.Profile() as profile:
+                await asyncio.gather(*(client.call("things.add", x=i, y=1) for i in range(100)))
+        stats: Any = pstats.Stats(profile)
+        watching = re.compile(r"observ|prometheus|opentelemetry|rpcq.logs.py|structlog")
+        names = {f"{file}:{name}" for file, _, name in stats.stats if watching.search(f"{file}:{name}")}
+        return {name for name in names if "/tests/" not in name}
+
+    assert await called() == set()
+    assert any("on_call" in name for name in await called(Metrics(CollectorRegistry())))  # so it would be seen
+
+
+# Alerts, and the page.
+
+
+def test_promtool_finds_no_fault_with_the_alerts(promtool: str) -> None:
+    checked = subprocess.run([promtool, "check", "rules", str(ALERTS)], text=True, capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def rules() -> list[dict[str, Any]]:
+    return [rule for group in yaml.safe_load(ALERTS.read_text("utf-8"))["groups"] for rule in group["rules"]]
+
+
+def known() -> set[str]:
+    """The names of all metrics."""
+    metrics = Metrics(CollectorRegistry())
+    return {family.name + {"counter": "_total", "info": "_info"}.get(family.type, "") for family in metrics.collect()}
+
+
+def test_alerts_ask_for_metrics_that_there_are_and_the_page_says_what_to_do_about_each() -> None:
+    names = known()
+    for rule in rules():
+        for name in re.findall(r"rpcq_\w+", rule["expr"]):
+            assert name.removesuffix("_bucket") in names, (rule["alert"], name)
+    headings = re.findall(r"^### (\w+)$", PAGE, re.MULTILINE)
+    assert headings == [rule["alert"] for rule in rules()]
+
+
+def test_the_page_has_every_metric_and_no_other() -> None:
+    table = PAGE.partition("\n## Metrics\n")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(rpcq_\w+)`", table)) == known()
+
+
+ALERT_TESTS = """
+rule_files: [{alerts}]
+evaluation_interval: 1m
+tests:
+  - interval: 1m
+    input_series:
+      - series: 'rpcq_queue_messages{{service="shop",queue="rpcq.req.shop",instance="a"}}'
+        values: '2000x20'
+      - series: 'rpcq_queue_consumers{{service="shop",queue="rpcq.req.shop",instance="a"}}'
+        values: '0x20'
+      - series: 'rpcq_sessions{{role="consuming",instance="a"}}'
+        values: '1x20'
+      - series: 'rpcq_sessions_up{{role="consuming",instance="a"}}'
+        values: '1x5 0x15'
+      - series: 'rpcq_client_calls_finished_total{{service="shop",method="price",code="OK"}}'
+        values: '0+90x20'
+      - series: 'rpcq_client_calls_finished_total{{service="shop",method="price",code="ABORTED"}}'
+        values: '0+10x20'
+      - series: 'rpcq_client_calls_finished_total{{service="shop",method="sell",code="out_of_stock"}}'
+        values: '0+100x20'
+      - series: 'rpcq_client_notices_total{{reason="delivery_limit"}}'
+        values: '0x10 3x10'
+    alert_rule_test:
+      - {{eval_time: 3m, alertname: RpcqSessionDown, exp_alerts: []}}
+      - {{eval_time: 3m, alertname: RpcqWorkersLost, exp_alerts: []}}
+      - eval_time: 10m
+        alertname: RpcqSessionDown
+        exp_alerts:
+          - exp_labels: {{severity: page, role: consuming, instance: a}}
+            exp_annotations: {{summary: "a has no consuming session to the broker"}}
+      - eval_time: 10m
+        alertname: RpcqNoConsumers
+        exp_alerts:
+          - exp_labels: {{severity: page, service: shop, queue: rpcq.req.shop}}
+            exp_annotations: {{summary: "rpcq.req.shop has requests, and nobody to serve them"}}
+      - eval_time: 10m
+        alertname: RpcqQueueDeep
+        exp_alerts:
+          - exp_labels: {{severity: page, service: shop, queue: rpcq.req.shop}}
+            exp_annotations: {{summary: "2k requests wait in rpcq.req.shop"}}
+      - eval_time: 15m
+        alertname: RpcqCallsFail
+        exp_alerts:
+          - exp_labels: {{severity: page, service: shop, method: price}}
+            exp_annotations: {{summary: "10% of the calls of shop.price fail"}}
+    promql_expr_test:
+      - expr: count(ALERTS{{alertname="RpcqWorkersLost", alertstate="firing"}})
+        eval_time: 14m
+        exp_samples: [{{value: 1}}]
+"""
+
+
+def test_alerts_fire_when_they_should_and_not_before(promtool: str, tmp_path: Path) -> None:
+    test = tmp_path / "alerts_test.yml"
+    test.write_text(ALERT_TESTS.format(alerts=ALERTS))
+    ran = subprocess.run([promtool, "test", "rules", str(test)], text=True, capture_output=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr

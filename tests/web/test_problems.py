@@ -1,0 +1,326 @@
+"""Errors of calls as HTTP: as values, and as a user gets them for real calls."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any, Protocol
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
+
+from places import cut_memory
+from rpcq import (
+    BrokerError,
+    CallError,
+    CallTimeout,
+    ClosedError,
+    ConfigurationError,
+    DomainError,
+    InvalidParams,
+    Overloaded,
+    RemoteError,
+    RpcqError,
+    Service,
+    ServiceUnavailable,
+    UsageError,
+    contract,
+    errors,
+)
+from rpcq.web import Problem, Rpc, on_call_error, problem
+from webserver import served
+
+SECRET = "s3cr3t-0f-this-test"
+
+
+class OutOfStock(DomainError):
+    """No more."""
+
+
+class SoldOut(OutOfStock):
+    """For good."""
+
+
+class NotYours(DomainError):
+    """Of somebody else."""
+
+
+@contract("things", errors=[OutOfStock, SoldOut, NotYours])
+class Things(Protocol):
+    async def double(self, x: int) -> int: ...
+
+    async def word(self) -> int: ...
+
+    async def sell(self, kind: str) -> None: ...
+
+
+def things(began: asyncio.Event) -> Service:
+    service = Service("things", errors=[OutOfStock, SoldOut, NotYours])
+
+    @service.method
+    async def double(x: int) -> int:
+        return 2 * x
+
+    @service.method
+    async def word() -> str:
+        return "no number"
+
+    @service.method
+    async def sell(kind: str) -> None:
+        raise {"out": OutOfStock, "sold": SoldOut, "not": NotYours}[kind]("none left", details={"left": 2**70})
+
+    @service.method
+    async def fail() -> None:
+        raise ValueError(SECRET)
+
+    @service.method
+    async def wait() -> None:
+        began.set()
+        await asyncio.Event().wait()
+
+    return service
+
+
+Ask = Callable[[str], Awaitable[httpx.Response]]
+
+
+@asynccontextmanager
+async def asking(namespace: str, domain: Any = None) -> AsyncIterator[Ask]:
+    """An app with an endpoint for each error; what it gives asks it."""
+    began = asyncio.Event()
+    rpc = Rpc(
+        f"memory://{namespace}",
+        services=[things(began)],
+        max_in_flight=1,
+        max_body=500,
+        grace=0,
+        worker_options={"grace": 0.1},
+    )
+    api = rpc.bind(Things)
+
+    async def overloaded() -> None:
+        waits = asyncio.create_task(rpc.client.call("things.wait"))
+        try:
+            await began.wait()
+            await api.double(1)
+        finally:
+            waits.cancel()
+
+    async def lost() -> None:
+        waits = asyncio.create_task(rpc.client.call("things.wait"))
+        await began.wait()
+        await cut_memory(rpc.client)
+        await waits
+
+    ways: dict[str, Callable[[], Awaitable[Any]]] = {
+        "params": lambda: rpc.client.call("things.double", x="many"),
+        "large": lambda: rpc.client.call("things.double", x="x" * 1000),
+        "object": lambda: rpc.client.call("things.double", x=object()),
+        "method": lambda: rpc.client.call("things.nothing"),
+        "nobody": lambda: rpc.client.call("nobody.there"),
+        "overloaded": overloaded,
+        "timeout": lambda: rpc.client.with_options(timeout=0.05).call("things.wait"),
+        "lost": lost,
+        "reply": api.word,
+        "remote": lambda: rpc.client.call("things.fail"),
+        "out": lambda: api.sell("out"),
+        "sold": lambda: api.sell("sold"),
+        "not": lambda: api.sell("not"),
+        "unknown": lambda: rpc.client.call("things.sell", kind="out"),
+    }
+
+    async def endpoint(request: Request) -> Response:
+        return JSONResponse(await ways[request.path_params["way"]]())
+
+    app = Starlette(
+        routes=[Route("/{way}", endpoint)],
+        lifespan=rpc.lifespan,
+        exception_handlers={RpcqError: on_call_error(domain)},
+    )
+    async with served(app) as client:
+        yield lambda way: client.get(f"/{way}")
+
+
+@pytest.mark.parametrize(
+    ("way", "status", "kind", "code", "executed"),
+    [
+        ("params", 422, "invalid-params", "INVALID_ARGUMENT", "no"),
+        ("large", 413, "too-large", "INVALID_ARGUMENT", "no"),
+        ("object", 500, "not-serializable", "INVALID_ARGUMENT", "no"),
+        ("method", 502, "method-not-found", "UNIMPLEMENTED", "no"),
+        ("nobody", 503, "service-unavailable", "UNAVAILABLE", "no"),
+        ("overloaded", 503, "overloaded", "RESOURCE_EXHAUSTED", "no"),
+        ("timeout", 504, "call-timeout", "DEADLINE_EXCEEDED", "yes"),
+        ("lost", 502, "outcome-unknown", "ABORTED", "maybe"),
+        ("reply", 502, "invalid-reply", "INTERNAL", "yes"),
+        ("remote", 502, "remote-error", "UNKNOWN", "yes"),
+        ("unknown", 502, "remote-error", "out_of_stock", "yes"),
+        ("out", 500, "domain-error", "out_of_stock", "yes"),
+    ],
+)
+async def test_each_error_of_a_call_is_a_problem_of_its_own_kind(
+    way: str, status: int, kind: str, code: str, executed: str, namespace: str
+) -> None:
+    async with asking(namespace) as ask:
+        response = await ask(way)
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.headers["cache-control"] == "no-store"
+    document = response.json()
+    assert document["type"] == f"urn:rpcq:problem:{kind}"
+    assert document["status"] == status
+    assert document["title"]
+    assert document["detail"]
+    assert (document["code"], document["executed"]) == (code, executed)
+    assert document["retryable"] is (status == 503)
+    assert ("retry-after" in response.headers) == (status == 503)
+    assert "details" not in document
+    assert SECRET not in response.text
+    if way not in ("large", "object", "overloaded"):  # which were never given one
+        assert document["instance"].startswith("urn:rpcq:call:")
+
+
+async def test_parameters_that_do_not_fit_are_told_field_by_field(namespace: str) -> None:
+    async with asking(namespace) as ask:
+        document = (await ask("params")).json()
+    (error,) = document["errors"]
+    assert error["loc"] == ["x"]
+    assert error["type"] == "int_parsing"
+    assert "x: " in document["detail"]
+
+
+async def test_an_exception_that_was_not_declared_has_an_incident_and_no_text(
+    namespace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with asking(namespace) as ask:
+        document = (await ask("remote")).json()
+    told = [it for it in caplog.records if it.name == "rpcq.web"]
+    assert [it.levelno for it in told] == [logging.ERROR]
+    assert document["incident"] in told[0].cause  # type: ignore[attr-defined]
+    assert SECRET not in told[0].cause  # type: ignore[attr-defined]
+
+
+async def test_domain_errors_are_what_the_table_says_and_subclasses_as_their_nearest_base(namespace: str) -> None:
+    domain = {OutOfStock: 409, NotYours: (403, "Not for you")}
+    async with asking(namespace, domain) as ask:
+        out, sold, not_yours = [await ask(way) for way in ("out", "sold", "not")]
+    assert [it.status_code for it in (out, sold, not_yours)] == [409, 409, 403]
+    assert {name: out.json()[name] for name in ("type", "title", "status", "detail", "code", "details")} == {
+        "type": "urn:rpcq:domain:out_of_stock",
+        "title": "Out of stock",
+        "status": 409,
+        "detail": "none left",
+        "code": "out_of_stock",
+        "details": {"left": 2**70},
+    }
+    assert sold.json()["type"] == "urn:rpcq:domain:sold_out"
+    assert not_yours.json()["title"] == "Not for you"
+
+
+async def test_a_function_of_the_table_makes_a_status_or_all_of_the_response(namespace: str) -> None:
+    def whole(error: OutOfStock) -> Problem:
+        return Problem(status=418, document={"title": error.message}, headers={"x-own": "1"})
+
+    def changed(error: NotYours) -> Problem:
+        made = problem(error, {NotYours: 404})
+        return replace(made, document={**made.document, "help": "https://example.com/"})
+
+    domain = {OutOfStock: whole, SoldOut: lambda error: (410, error.message), NotYours: changed}
+    async with asking(namespace, domain) as ask:
+        out, sold, not_yours = [await ask(way) for way in ("out", "sold", "not")]
+    assert (out.status_code, out.headers["x-own"], out.json()) == (418, "1", {"title": "none left"})
+    assert (sold.status_code, sold.json()["title"]) == (410, "none left")
+    assert (not_yours.status_code, not_yours.json()["help"]) == (404, "https://example.com/")
+
+
+# As values.
+
+
+@pytest.mark.parametrize(
+    "kind", [it for it in vars(errors).values() if inspect.isclass(it) and issubclass(it, CallError)]
+)
+def test_every_error_of_a_call_has_a_status_and_a_document_that_is_json(kind: type[CallError]) -> None:
+    made = problem(kind(SECRET, incident="i1", correlation_id="1-2"))
+    document = json.loads(made.body)
+    assert 400 <= made.status <= 599
+    assert document["status"] == made.status
+    assert document.keys() >= {"type", "title", "detail", "instance", "code", "executed", "retryable", "incident"}
+    assert (SECRET in str(document)) == (kind is InvalidParams)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (BrokerError(SECRET), 503, "broker-error"),
+        (errors.AuthenticationFailed(SECRET), 503, "broker-error"),
+        (ClosedError(SECRET), 503, "closed-error"),
+        (UsageError(SECRET), 500, "internal-error"),
+        (ConfigurationError(SECRET), 500, "internal-error"),
+        (ValueError(SECRET), 500, "internal-error"),
+    ],
+)
+def test_what_is_no_error_of_a_call_says_nothing_of_itself(error: Exception, status: int, kind: str) -> None:
+    made = problem(error)
+    assert (made.status, made.document["type"]) == (status, f"urn:rpcq:problem:{kind}")
+    assert SECRET not in str(made.document)
+    assert ("retry-after" in made.headers) == (status == 503)
+
+
+@pytest.mark.parametrize(("seconds", "header"), [(0, "1"), (0.2, "1"), (1, "1"), (1.01, "2"), (30, "30")])
+def test_retry_after_is_whole_seconds_and_never_none(seconds: float, header: str) -> None:
+    for error in (ServiceUnavailable(), Overloaded()):
+        assert problem(error, retry_after=seconds).headers["retry-after"] == header
+
+
+def test_a_timeout_says_what_is_known() -> None:
+    for executed in ("no", "maybe", "yes"):
+        document = problem(CallTimeout(executed=executed)).document
+        assert (document["executed"], document["retryable"]) == (executed, executed == "no")
+
+
+def test_ids_are_quoted_where_a_foreign_server_made_them() -> None:
+    assert problem(RemoteError("", correlation_id="a b/\u00e9")).document["instance"] == "urn:rpcq:call:a%20b%2F%C3%A9"
+
+
+def test_a_table_that_cannot_be_is_told_when_it_is_given() -> None:
+    for wrong in (
+        {ValueError: 400},
+        {OutOfStock: 200},
+        {OutOfStock: "409"},
+        {OutOfStock: (409, 1)},
+        {OutOfStock: True},
+    ):
+        with pytest.raises(ConfigurationError, match="domain has"):
+            on_call_error(wrong)  # type: ignore[arg-type]
+
+
+async def test_a_web_socket_is_closed_with_a_code(namespace: str) -> None:
+    """What is sent, since httpx has no WebSockets."""
+    rpc = Rpc(f"memory://{namespace}")
+
+    async def endpoint(socket: WebSocket) -> None:
+        await socket.accept()
+        await rpc.client.call("nobody.there")
+
+    app = Starlette(routes=[WebSocketRoute("/", endpoint)], exception_handlers={CallError: on_call_error()})
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, str]:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async with rpc.lifespan():
+        await app({"type": "websocket", "path": "/", "headers": [], "query_string": b""}, receive, send)
+    assert sent[-1] == {"type": "websocket.close", "code": 1013, "reason": "Service unavailable"}
