@@ -6,7 +6,6 @@ import asyncio
 import random
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
@@ -14,7 +13,7 @@ from typing import Any, Final, Self, TypeVar, Unpack
 
 from rpcq import logs, observer, processes, wire
 from rpcq.answers import Answers, meaning
-from rpcq.calls import MAX_ATTEMPTS, Call, Event, Outcome, PendingCalls
+from rpcq.calls import MAX_ATTEMPTS, Event, PendingCalls
 from rpcq.control import Control, WorkerInfo, WorkerStats, read
 from rpcq.deadline import Deadline, inherit
 from rpcq.environment import broker_url, options_from
@@ -22,9 +21,10 @@ from rpcq.errors import BrokerError, CallError, CallTimeout, ClosedError, Execut
 from rpcq.observer import Observer, Observers, SeenCall
 from rpcq.properties import MalformedProperties
 from rpcq.proxy import CallMaker, ServiceProxy, Target
+from rpcq.sending import ClientCall, Sender
 from rpcq.settings import CallOptions, CallSettings, ClientOptions, ClientSettings, Retry, check_name
-from rpcq.timeouts import Bucket, Timeouts
-from rpcq.transport.base import Delivery, Listener, Outgoing, Settled, Subscription, Transport
+from rpcq.timeouts import Timeouts
+from rpcq.transport.base import Delivery, Listener, Subscription, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.transport.topology import Names
 from rpcq.url import mask
@@ -32,81 +32,10 @@ from rpcq.wire import Notice, Reply
 
 T = TypeVar("T")
 
-TURNED_AWAY_PAUSE: Final = 0.01
-"""Seconds before a call that a worker turned away is sent again; doubled each time, so that none spins."""
-
 PING_TIMEOUT: Final = 1.0
 """Seconds that a worker has to answer a ping."""
 
 log = logs.get_logger("rpcq.client")
-
-_BY_SETTLED: Final = {
-    Settled.CONFIRMED: Event.CONFIRM,
-    Settled.RETURNED: Event.RETURNED,
-    Settled.REFUSED: Event.REFUSED,
-    Settled.UNSENT: Event.UNSENT,
-    Settled.UNKNOWN: Event.LOST,
-}
-
-
-class _Call(Call):
-    """A call with the future that its caller waits for, and all that it takes to send it."""
-
-    __slots__ = ("body", "client", "deadline", "future", "key", "options", "target", "timeout", "trace")
-
-    def __init__(
-        self,
-        client: Client,
-        correlation_id: bytes,
-        target: Target,
-        options: CallOptions,
-        body: bytes,
-        deadline: float,
-        key: str | None,
-        attempt: int,
-    ) -> None:
-        super().__init__(correlation_id, idempotent=options.idempotent)
-        self.attempt = attempt
-        self.key = key
-        self.client = client
-        self.target = target
-        self.options = options
-        self.body = body
-        self.deadline = deadline
-        self.future: asyncio.Future[Outcome] = client._loop.create_future()  # noqa: SLF001
-        self.timeout: Bucket | asyncio.TimerHandle | None = None
-        self.trace: Mapping[str, str] | None = None
-
-    def settle(self, outcome: Outcome) -> None:
-        if not self.future.done():  # its task may have been cancelled, and not have run since
-            self.future.set_result(outcome)
-
-    def again(self) -> None:
-        self.client._send_again(self)  # noqa: SLF001
-
-    def headers(self, attempt: int) -> bytes:
-        return wire.encode_headers(key=self.key, attempt=attempt, metadata=self.options.metadata, trace=self.trace)
-
-
-class _Request(Outgoing):
-    """A request of a call; tells the client what became of it."""
-
-    __slots__ = ("call",)
-
-    def __init__(self, call: _Call, request_id: bytes, properties: bytes) -> None:
-        target = call.target
-        self.exchange = target.exchange
-        self.routing_key = target.routing_key
-        self.correlation_id = request_id
-        self.properties = properties
-        self.body = call.body
-        self.mandatory = True
-        self.call = call
-
-    def on_settled(self, settled: Settled) -> None:
-        call = self.call
-        if call.request_id == self.correlation_id:  # else it is about an earlier request of the call
-            call.client._calls.happened(call, _BY_SETTLED[settled])  # noqa: SLF001
 
 
 class Client:
@@ -122,7 +51,6 @@ class Client:
         observers: who is told of its calls and sessions: metrics, traces, logs; see `rpcq.observer`.
 
     Attributes:
-        resent: requests that were sent again, because a session was lost or a worker turned the call away.
         retried: calls that were made again, as their `retry` asks.
 
     Raises:
@@ -142,20 +70,14 @@ class Client:
         self._answers = Answers()
         self._observers = Observers(observers, self)
         self._on_call = self._observers.calls
-        self._loop: asyncio.AbstractEventLoop
+        self._sender = Sender(self._transport, self._calls, self.options.name)
         self._thread = 0
-        self._timeouts: Timeouts[_Call]
+        self._timeouts: Timeouts[ClientCall]
         self._generation = -1
         self._state = "new"
         self._closing: asyncio.Task[None] | None = None
-        self._encoder: wire.RequestEncoder | None = None  # there while the consuming session is up
-        self._consuming_up = asyncio.Event()
-        self._publishing_up = False
-        self.resent = 0
         self.retried = 0
-        self._waiting: OrderedDict[_Call, None] = OrderedDict()  # for a way to the broker, in order
-        self._pump: asyncio.Task[None] | None = None
-        self._control = Control(self._transport, self.names, self._ready_to_ask, self._calls.next_id)
+        self._control = Control(self._transport, self.names, self._sender.reply_queue, self._calls.next_id)
 
     # Opening and closing.
 
@@ -170,9 +92,9 @@ class Client:
         """
         if self._state != "new":
             raise UsageError(f"this client is {self._state}; a client is opened once")
-        self._loop = asyncio.get_running_loop()
+        self._sender.open()
         self._thread = threading.get_ident()
-        self._timeouts = Timeouts(self._loop, self._expire)
+        self._timeouts = Timeouts(self._sender.loop, self._sender.expire)
         self._generation = processes.generation
         self._state = "open"
         own = self.names.reply_queue(self.options.reply_exchange)
@@ -207,20 +129,17 @@ class Client:
             self._check_place()
             if self._closing is None:
                 self._state = "closed"
-                self._closing = self._loop.create_task(self._close())
+                self._closing = self._sender.loop.create_task(self._close())
             await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
         pending = len(self._calls)
         for call in self._calls:
             self._calls.happened(call, Event.CLOSE)
-        self._waiting.clear()
         if pending:
             log.warning("client closed with calls under way", count=pending)
         self._control.close()
-        if self._pump is not None:
-            self._pump.cancel()
-            await asyncio.gather(self._pump, return_exceptions=True)
+        await self._sender.close()
         self._timeouts.close()
         try:
             await self._transport.close()
@@ -243,7 +162,7 @@ class Client:
     @property
     def connected(self) -> bool:
         """Whether both sessions are up: a call that is made now is sent at once."""
-        return self._state == "open" and self._encoder is not None and self._publishing_up
+        return self._state == "open" and self._sender.encoder is not None and self._sender.publishing_up
 
     def counts(self) -> Mapping[str, float]:
         """What it counts, for observers: calls under way, replies for none of them, and what was sent again."""
@@ -253,7 +172,7 @@ class Client:
             "late_replies": calls.late,
             "duplicate_replies": calls.duplicate,
             "stray_replies": calls.stray,
-            "resent": self.resent,
+            "resent": self._sender.resent,
             "retried": self.retried,
         }
 
@@ -431,7 +350,7 @@ class Client:
             raise CallTimeout(
                 "the deadline had passed before the call", executed=executed, correlation_id=correlation_id.decode()
             )
-        call = _Call(self, correlation_id, target, options, body, deadline, key, attempt)
+        call = ClientCall(self._sender, correlation_id, target, options, body, deadline, key, attempt)
         if seen is not None:
             call.trace = seen.headers
         del body, params, args  # the call may last
@@ -440,15 +359,15 @@ class Client:
         self._calls.add(call)
         self._timeouts.set(call, deadline, now)
         try:
-            self._send(call)
+            self._sender.send(call)
             outcome = await call.future
         except BaseException:
             self._give_up(call)
             raise
         finally:
             self._timeouts.cancel(call)
-            if self._waiting:
-                self._waiting.pop(call, None)
+            if self._sender.waiting:
+                self._sender.waiting.pop(call, None)
         if type(outcome) is Reply:
             return self._answers.read(call, outcome, target.label, options)
         try:
@@ -456,75 +375,14 @@ class Client:
         finally:
             del outcome, call  # the error's traceback holds this frame
 
-    # Sending.
-
-    def _send(self, call: _Call) -> None:
-        if self._encoder is not None and not self._waiting and self._transport.can_publish:
-            self._publish(call, self._encoder)
-            return
-        self._waiting[call] = None
-        if self._pump is None or self._pump.done():
-            self._pump = self._loop.create_task(self._send_waiting())
-
-    def _send_again(self, call: _Call) -> None:
-        """A session was lost, or a worker turned the call away."""
-        self.resent += 1
-        log.info("call is sent again", correlation_id=call.correlation_id.decode(), attempt=call.attempt)
-        # Not at once: whoever told of it may be about to tell of more.
-        pause = TURNED_AWAY_PAUSE * 2 ** min(call.sent - 1, 6) if call.sent > 1 else 0
-        self._loop.call_later(pause, self._resend, call)
-
-    def _resend(self, call: _Call) -> None:
-        if not call.future.done():
-            self._send(call)
-
-    async def _send_waiting(self) -> None:
-        """Send what waits, in order, as soon as there is a way."""
-        while self._waiting:
-            await self._consuming_up.wait()
-            await self._transport.writable()
-            while self._waiting and self._encoder is not None and self._transport.can_publish:
-                call, _ = self._waiting.popitem(last=False)
-                if not call.future.done():
-                    self._publish(call, self._encoder)
-
-    def _publish(self, call: _Call, encoder: wire.RequestEncoder) -> None:
-        target, options = call.target, call.options
-        left_ms = int((call.deadline - time.monotonic()) * 1000)
-        if left_ms < 1:
-            return  # its timer is about to fire
-        request_id = self._calls.write(call)
-        properties = encoder.encode(
-            request_id,
-            target.method,
-            left_ms,
-            int(time.time() * 1000) + left_ms,
-            call.headers(call.attempt) if options.metadata or call.key is not None or call.trace is not None else b"",
-            notify=target.is_ours,
-        )
-        self._transport.publish(_Request(call, request_id, properties))
-
-    def _expire(self, call: _Call) -> None:
-        if self._encoder is None or not self._publishing_up:
-            self._calls.happened(call, Event.DEADLINE, why="no connection to the broker" if not call.sent else "")
-        elif not self._transport.can_publish:
-            self._calls.happened(call, Event.DEADLINE_BLOCKED)
-        else:
-            self._calls.happened(call, Event.DEADLINE)
-
-    def _give_up(self, call: _Call) -> None:
+    def _give_up(self, call: ClientCall) -> None:
         """The caller is gone: forget the call, and tell the worker if it may have begun."""
         may_run = call.sent and self._calls.is_pending(call)
         self._calls.happened(call, Event.CANCEL)
-        if may_run and call.target.is_ours and self._encoder is not None and self._transport.can_publish:
+        encoder = self._sender.encoder
+        if may_run and call.target.is_ours and encoder is not None and self._transport.can_publish:
             deadline_ms = int((time.time() + call.deadline - time.monotonic()) * 1000)
-            self._control.cancel(call.target.routing_key, call.request_id, self._encoder.reply_to, deadline_ms)
-
-    async def _ready_to_ask(self) -> bytes:
-        while self._encoder is None or not self._transport.can_publish:
-            await self._consuming_up.wait()
-            await self._transport.writable()
-        return self._encoder.reply_to
+            self._control.cancel(call.target.routing_key, call.request_id, encoder.reply_to, deadline_ms)
 
     # Receiving.
 
@@ -553,25 +411,23 @@ class Client:
     # What the transport tells.
 
     def _consuming(self, queues: Sequence[str]) -> None:
-        self._encoder = wire.RequestEncoder(queues[0], self.options.name)
-        self._consuming_up.set()
+        self._sender.consuming(queues[0])
         self._observers.session("consuming")
 
     def _consuming_lost(self, cause: BrokerError) -> None:
         """No reply to any call under way will come."""
-        self._encoder = None
-        self._consuming_up.clear()
+        self._sender.consuming_lost()
         self._observers.session("consuming", cause)
         for call in self._calls:
             self._calls.happened(call, Event.LOST, why=str(cause))
 
     def _publishing(self) -> None:
-        if not self._publishing_up:  # else it was blocked
-            self._publishing_up = True
+        if not self._sender.publishing_up:  # else it was blocked
+            self._sender.publishing_up = True
             self._observers.session("publishing")
 
     def _publishing_lost(self, cause: BrokerError) -> None:
-        self._publishing_up = False  # each call was told by its own message
+        self._sender.publishing_up = False  # each call was told by its own message
         self._observers.session("publishing", cause)
 
     def _publishing_blocked(self, reason: str) -> None:
@@ -590,5 +446,5 @@ class Client:
         if self._generation != processes.generation:
             raise UsageError("this client was opened before a fork; open one in each process, after the fork")
         # As good as asking for the running loop, which is a system call in Python 3.11.
-        if threading.get_ident() != self._thread or not self._loop.is_running():
+        if threading.get_ident() != self._thread or not self._sender.loop.is_running():
             raise UsageError("this client was opened in another event loop; open one in each loop")

@@ -198,7 +198,7 @@ class Stage:
 
     async def strange_messages(self) -> None:
         """Duplicate, late, unknown and broken replies; requests that are none."""
-        encoder = self.client._encoder
+        encoder = self.client._sender.encoder
         with contextlib.suppress(Exception):  # the broker may be away just now: then there is nobody to confuse
             async with await aio_pika.connect(self.scene.url, timeout=5) as connection:
                 channel = await connection.channel()
@@ -259,7 +259,7 @@ class Stage:
             await asyncio.sleep(8)
 
     async def reply_queue_deleted(self) -> None:
-        if (encoder := self.client._encoder) is not None:
+        if (encoder := self.client._sender.encoder) is not None:
             await self.ctl("delete_queue", encoder.reply_to.decode(), "--vhost", brokers.vhost_of(self.scene.url))
 
     async def queue_full(self) -> None:

@@ -49,7 +49,7 @@ class Order(BaseModel):
 def assert_nothing_is_left(*clients: Client) -> None:
     for client in clients:
         assert client.in_flight == 0
-        assert not client._waiting
+        assert not client._sender.waiting
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -161,8 +161,8 @@ async def test_replies_go_through_a_reply_exchange_where_one_is_named(place: Pla
         place.client(reply_exchange=exchange) as client,
         place.client(reply_exchange=exchange) as other,
     ):
-        assert client._encoder is not None
-        assert client._encoder.reply_to.startswith(f"{place.namespace}.reply.".encode())
+        assert client._sender.encoder is not None
+        assert client._sender.encoder.reply_to.startswith(f"{place.namespace}.reply.".encode())
         answers = await asyncio.gather(
             *(one.call("shop.price", article="a", count=i) for i in range(50) for one in (client, other))
         )
@@ -177,14 +177,14 @@ async def test_a_reply_queue_has_another_name_after_a_cut_and_is_bound_again(pla
         place.worker(shop(place), reply_exchange=exchange) as worker,
         place.client(reply_exchange=exchange) as client,
     ):
-        before = client._encoder
+        before = client._sender.encoder
         await place.cut(client, worker)
         async with asyncio.timeout(10):
-            while client._encoder in (None, before):  # noqa: ASYNC110 - what is waited for sets no event
+            while client._sender.encoder in (None, before):  # noqa: ASYNC110 - what is waited for sets no event
                 await asyncio.sleep(0.01)
-        assert client._encoder is not None
+        assert client._sender.encoder is not None
         assert before is not None
-        assert client._encoder.reply_to != before.reply_to
+        assert client._sender.encoder.reply_to != before.reply_to
         await client.wait_for_service("shop", timeout=10)
         assert await client.call("shop.price", article="a", count=3) == "3"
 

@@ -201,13 +201,13 @@ async def test_a_cancelled_stop_goes_on_and_tells_the_truth_when_awaited_again(p
 
 async def test_calls_given_up_in_an_outage_are_not_kept(place: Place) -> None:
     async with place.client() as client:
-        client._encoder = None  # as while the consuming session is down
-        client._consuming_up.clear()
+        client._sender.encoder = None  # as while the consuming session is down
+        client._sender._consuming_up.clear()
         calls = [
             asyncio.create_task(client.with_options(timeout=0.2).call("things.x", text="x" * 1000)) for _ in range(50)
         ]
         await asyncio.sleep(0)
-        assert len(client._waiting) == 50
+        assert len(client._sender.waiting) == 50
         for call in calls[:25]:
             call.cancel()
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
@@ -216,7 +216,7 @@ async def test_calls_given_up_in_an_outage_are_not_kept(place: Place) -> None:
             assert isinstance(outcome, ServiceUnavailable)
             assert outcome.executed == "no"
             assert "no connection to the broker" in str(outcome)
-        assert not client._waiting
+        assert not client._sender.waiting
         assert client.in_flight == 0
 
 
@@ -354,7 +354,7 @@ async def test_headers_over_the_limit_are_refused_before_anything_is_sent_and_ag
             assert client.in_flight == 0
         await client.with_options(metadata={"x-large": "x" * 8_000}).call("things.work")
         # A client that is not rpcq's keeps to no limit of ours. (RabbitMQ 4 keeps one of two headers of the same name.)
-        encoder = client._encoder
+        encoder = client._sender.encoder
         assert encoder is not None
         encode = encoder.encode
         large = b"".join(

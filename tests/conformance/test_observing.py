@@ -400,7 +400,8 @@ async def test_calls_are_logged_from_their_begin_to_their_end_and_the_lines_of_h
             await client.call("things.fail")
         with pytest.raises(InvalidParams):
             await client.call("things.work")
-    found = [line for line in lines() if line["logger"] != "rpcq.client"]
+    loggers = ("rpcq.worker", "rpcq.worker.calls", "rpcq.client.calls", "mine")
+    found = [line for line in lines() if line["logger"] in loggers]  # a busy machine may have others
     events = [
         "worker started",
         "call started",

@@ -193,13 +193,13 @@ async def test_what_may_have_run_before_is_answered_from_memory_even_where_it_ma
 
     async with place.worker(service), place.client() as client:
         assert await client.with_options(idempotency_key="k").call("things.work") == 1
-        assert client._encoder is not None
+        assert client._sender.encoder is not None
         for key, kind in (("k", wire.RESULT), ("another", wire.ERROR)):
             reply_to: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
             client._control._asked[b"by hand"] = _Once(reply_to)  # type: ignore[assignment]  # it takes what comes
             headers = wire.encode_headers(key=key, attempt=2, metadata={})
             now_ms = int(time.time() * 1000)
-            properties = client._encoder.encode(b"by hand", b"work", 9000, now_ms + 9000, headers, notify=True)
+            properties = client._sender.encoder.encode(b"by hand", b"work", 9000, now_ms + 9000, headers, notify=True)
             exchange = client.names.requests.name.encode()
             client._transport.publish(Message(exchange, b"things", b"by hand", properties, b"{}", _nothing))
             answer = await asyncio.wait_for(reply_to, 5)

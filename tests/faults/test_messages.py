@@ -203,8 +203,8 @@ class Stage:
 
     @property
     def reply_queue(self) -> str:
-        assert self.client._encoder is not None
-        return self.client._encoder.reply_to.decode()
+        assert self.client._sender.encoder is not None
+        return self.client._sender.encoder.reply_to.decode()
 
     async def stats(self) -> WorkerStats:
         async with aclosing(self.client.stats("target", wait=READY)) as answers:

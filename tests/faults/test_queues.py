@@ -143,15 +143,15 @@ async def test_a_reply_queue_deleted_under_load_settles_its_calls_and_calls_come
             scene.load(client, timeout=30, params=slow, method="again", idempotent=True) as idempotent,
         ):
             await plain.through()
-            assert client._encoder is not None
-            before = client._encoder.reply_to
+            assert client._sender.encoder is not None
+            before = client._sender.encoder.reply_to
             # It is exclusive: nobody but its own connection may delete it, or an administrator.
             await client._transport._consuming._admin.queue_delete(before.decode())  # type: ignore[attr-defined]
             await until(lambda: plain.ledger.count(OutcomeUnknown), 5, "pending calls do not settle")
             await plain.through()
             await idempotent.through()
-            assert client._encoder is not None
-            assert client._encoder.reply_to != before
+            assert client._sender.encoder is not None
+            assert client._sender.encoder.reply_to != before
         check_kinds(set(plain.ledger.counts), "OutcomeUnknown/maybe")
         assert plain.ledger.failed <= 50
         assert idempotent.ledger.failed == 0

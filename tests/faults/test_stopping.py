@@ -14,13 +14,13 @@ from rpcq import Client, OutcomeUnknown
 def sent_again(client: Client) -> list[int]:
     """The list that grows with each call that the client sends again."""
     times: list[int] = []
-    send_again = client._send_again
+    send_again = client._sender.again
 
     def counting(call) -> None:
         times.append(call.sent)
         send_again(call)
 
-    client._send_again = counting
+    client._sender.again = counting
     return times
 
 

@@ -340,7 +340,7 @@ class AnyInterleaving(RuleBasedStateMachine):
             self.each_outcome_is_honest()
             assert all(it.task.done() for it in self.callers)
             client = self.client
-            assert (client.in_flight, len(client._waiting)) == (0, 0)
+            assert (client.in_flight, len(client._sender.waiting)) == (0, 0)
             assert not any(client._timeouts._buckets.values())
             closing = self.loop.create_task(client.close())
             self.loop.settle_down()

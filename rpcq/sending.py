@@ -1,0 +1,222 @@
+"""What a client has under way: calls with their futures, their requests, and the way to the broker."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Final
+
+from rpcq import logs, wire
+from rpcq.calls import Call, Event, Outcome, PendingCalls
+from rpcq.proxy import Target
+from rpcq.settings import CallOptions
+from rpcq.timeouts import Bucket
+from rpcq.transport.base import Outgoing, Settled, Transport
+
+TURNED_AWAY_PAUSE: Final = 0.01
+"""Seconds before a call that a worker turned away is sent again; doubled each time, so that none spins."""
+
+log = logs.get_logger("rpcq.client")
+
+_BY_SETTLED: Final = {
+    Settled.CONFIRMED: Event.CONFIRM,
+    Settled.RETURNED: Event.RETURNED,
+    Settled.REFUSED: Event.REFUSED,
+    Settled.UNSENT: Event.UNSENT,
+    Settled.UNKNOWN: Event.LOST,
+}
+
+
+class ClientCall(Call):
+    """A call with the future that its caller waits for, and all that it takes to send it.
+
+    Attributes:
+        deadline: on the monotonic clock.
+        key: its idempotency key, or None.
+        timeout: what ends it at its deadline.
+        trace: headers that go with each of its requests, or None.
+
+    """
+
+    __slots__ = ("body", "deadline", "future", "key", "options", "sender", "target", "timeout", "trace")
+
+    def __init__(
+        self,
+        sender: Sender,
+        correlation_id: bytes,
+        target: Target,
+        options: CallOptions,
+        body: bytes,
+        deadline: float,
+        key: str | None,
+        attempt: int,
+    ) -> None:
+        super().__init__(correlation_id, idempotent=options.idempotent)
+        self.attempt = attempt
+        self.key = key
+        self.sender = sender
+        self.target = target
+        self.options = options
+        self.body = body
+        self.deadline = deadline
+        self.future: asyncio.Future[Outcome] = sender.loop.create_future()
+        self.timeout: Bucket | asyncio.TimerHandle | None = None
+        self.trace: Mapping[str, str] | None = None
+
+    def settle(self, outcome: Outcome) -> None:
+        """See `Call`."""
+        if not self.future.done():  # its task may have been cancelled, and not have run since
+            self.future.set_result(outcome)
+
+    def again(self) -> None:
+        """See `Call`."""
+        self.sender.again(self)
+
+    def headers(self, attempt: int) -> bytes:
+        """Those of a request of it, besides its times.
+
+        Raises:
+            TooLarge: they are over the limit.
+
+        """
+        return wire.encode_headers(key=self.key, attempt=attempt, metadata=self.options.metadata, trace=self.trace)
+
+
+class _Request(Outgoing):
+    """A request of a call; tells the table what became of it."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: ClientCall, request_id: bytes, properties: bytes) -> None:
+        target = call.target
+        self.exchange = target.exchange
+        self.routing_key = target.routing_key
+        self.correlation_id = request_id
+        self.properties = properties
+        self.body = call.body
+        self.mandatory = True
+        self.call = call
+
+    def on_settled(self, settled: Settled) -> None:
+        call = self.call
+        if call.request_id == self.correlation_id:  # else it is about an earlier request of the call
+            call.sender.calls.happened(call, _BY_SETTLED[settled])
+
+
+class Sender:
+    """Sends the requests of calls: at once where there is a way, else in order as soon as there is one.
+
+    Args:
+        transport: what carries them.
+        calls: the table of calls under way.
+        name: the client's, which requests carry.
+
+    Attributes:
+        loop: there once it was opened.
+        encoder: there while the consuming session is up; it has the name of the reply queue.
+        publishing_up: whether the publishing session is up.
+        waiting: calls that wait for a way, in order.
+        resent: requests that were sent again, because a session was lost or a worker turned the call away.
+
+    """
+
+    def __init__(self, transport: Transport, calls: PendingCalls, name: str) -> None:
+        self._transport = transport
+        self.calls = calls
+        self._name = name
+        self.loop: asyncio.AbstractEventLoop
+        self.encoder: wire.RequestEncoder | None = None
+        self.publishing_up = False
+        self.waiting: OrderedDict[ClientCall, None] = OrderedDict()
+        self.resent = 0
+        self._consuming_up = asyncio.Event()
+        self._pump: asyncio.Task[None] | None = None
+
+    def open(self) -> None:
+        """From now on, in this event loop."""
+        self.loop = asyncio.get_running_loop()
+
+    async def close(self) -> None:
+        """Send nothing more."""
+        self.waiting.clear()
+        if self._pump is not None:
+            self._pump.cancel()
+            await asyncio.gather(self._pump, return_exceptions=True)
+
+    # What the sessions tell.
+
+    def consuming(self, reply_queue: str) -> None:
+        """The consuming session is up, with this queue."""
+        self.encoder = wire.RequestEncoder(reply_queue, self._name)
+        self._consuming_up.set()
+
+    def consuming_lost(self) -> None:
+        """It is down: there is nowhere to reply to."""
+        self.encoder = None
+        self._consuming_up.clear()
+
+    async def reply_queue(self) -> bytes:
+        """Wait until a message can be sent and be answered: its `reply_to`."""
+        while self.encoder is None or not self._transport.can_publish:
+            await self._consuming_up.wait()
+            await self._transport.writable()
+        return self.encoder.reply_to
+
+    # Calls.
+
+    def send(self, call: ClientCall) -> None:
+        """Send a request of the call."""
+        if self.encoder is not None and not self.waiting and self._transport.can_publish:
+            self._publish(call, self.encoder)
+            return
+        self.waiting[call] = None
+        if self._pump is None or self._pump.done():
+            self._pump = self.loop.create_task(self._send_waiting())
+
+    def again(self, call: ClientCall) -> None:
+        """Send another one: a session was lost, or a worker turned the call away."""
+        self.resent += 1
+        log.info("call is sent again", correlation_id=call.correlation_id.decode(), attempt=call.attempt)
+        # Not at once: whoever told of it may be about to tell of more.
+        pause = TURNED_AWAY_PAUSE * 2 ** min(call.sent - 1, 6) if call.sent > 1 else 0
+        self.loop.call_later(pause, self._resend, call)
+
+    def expire(self, call: ClientCall) -> None:
+        """Its deadline has come."""
+        if self.encoder is None or not self.publishing_up:
+            self.calls.happened(call, Event.DEADLINE, why="no connection to the broker" if not call.sent else "")
+        elif not self._transport.can_publish:
+            self.calls.happened(call, Event.DEADLINE_BLOCKED)
+        else:
+            self.calls.happened(call, Event.DEADLINE)
+
+    def _resend(self, call: ClientCall) -> None:
+        if not call.future.done():
+            self.send(call)
+
+    async def _send_waiting(self) -> None:
+        while self.waiting:
+            await self._consuming_up.wait()
+            await self._transport.writable()
+            while self.waiting and self.encoder is not None and self._transport.can_publish:
+                call, _ = self.waiting.popitem(last=False)
+                if not call.future.done():
+                    self._publish(call, self.encoder)
+
+    def _publish(self, call: ClientCall, encoder: wire.RequestEncoder) -> None:
+        target, options = call.target, call.options
+        left_ms = int((call.deadline - time.monotonic()) * 1000)
+        if left_ms < 1:
+            return  # its timer is about to fire
+        request_id = self.calls.write(call)
+        properties = encoder.encode(
+            request_id,
+            target.method,
+            left_ms,
+            int(time.time() * 1000) + left_ms,
+            call.headers(call.attempt) if options.metadata or call.key is not None or call.trace is not None else b"",
+            notify=target.is_ours,
+        )
+        self._transport.publish(_Request(call, request_id, properties))
