@@ -61,7 +61,7 @@ def worker(
             envvar="RPCQ_HTTP",
             metavar="HOST:PORT",
             help="Serve /metrics, /livez and /readyz, as in ':9100' (all interfaces). Further processes take the ports "
-            "after it. Needs 'rpcq[metrics]'.",
+            "after it. Needs the extra `metrics`.",
         ),
     ] = None,
     log_calls: Annotated[
@@ -74,8 +74,8 @@ def worker(
             envvar="RPCQ_TRACE_CALLS",
             min=0,
             max=1,
-            help="Trace requests with OpenTelemetry: the share of those outside a trace that begins one. Needs "
-            "'rpcq[tracing]', and an SDK, as `opentelemetry-instrument` sets it up.",
+            help="Trace requests with OpenTelemetry: the share of those outside a trace that begins one. Needs the "
+            "extra `tracing`, and an SDK, as `opentelemetry-instrument` sets it up.",
         ),
     ] = None,
     log_level: LogLevel = Level.INFO,

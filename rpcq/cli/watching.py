@@ -39,9 +39,9 @@ class Watching:
 
     def nth(self, number: int) -> Watching:
         """The same for one of several processes, counted from 1: each has a port of its own."""
-        if self.http is None or number == 1:
+        host, _, port = (self.http or "").rpartition(":")
+        if number == 1 or not port.isdecimal():  # what is no port is told by who listens there
             return self
-        host, _, port = self.http.rpartition(":")
         return Watching(f"{host}:{int(port) + number - 1}", self.log_calls, self.trace_calls)
 
     @asynccontextmanager

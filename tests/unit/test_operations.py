@@ -171,6 +171,7 @@ def test_further_processes_take_the_ports_after_the_first() -> None:
     assert watching.nth(1) == watching
     assert watching.nth(3) == Watching("127.0.0.1:9102", 0.5, 0.1)
     assert Watching().nth(3) == Watching()
+    assert Watching("nine").nth(3) == Watching("nine")
 
 
 # Queues.
