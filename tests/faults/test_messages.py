@@ -22,6 +22,7 @@ import pytest
 from aio_pika.abc import AbstractIncomingMessage, AbstractQueue
 
 import rpcq.client
+import rpcq.sending
 from load import READY, Load, Scene, WorkerProcess, until
 from rpcq import (
     CallTimeout,
@@ -792,7 +793,8 @@ async def load_whose_clock_is_off(stage: Stage, seconds: float, **options: Any) 
 async def test_to_a_worker_whose_clock_is_an_hour_ahead_calls_fail_as_expired_and_it_says_why_row_31(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rpcq.client, "time", OffClock)
+    for module in (rpcq.client, rpcq.sending):
+        monkeypatch.setattr(module, "time", OffClock)
     async with under_load(scene) as stage:
         async with load_whose_clock_is_off(stage, -HOUR, callers=20, think=0.02) as behind:
             await until(lambda: behind.ledger.ended > 100)
@@ -813,7 +815,8 @@ async def test_to_a_worker_whose_clock_is_an_hour_ahead_calls_fail_as_expired_an
 async def test_at_a_worker_whose_clock_is_an_hour_behind_the_relative_time_counts_row_31(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rpcq.client, "time", OffClock)
+    for module in (rpcq.client, rpcq.sending):
+        monkeypatch.setattr(module, "time", OffClock)
     async with under_load(scene) as stage:
         future = {"rpcq-deadline": int((time.time() + HOUR) * 1000), "rpcq-timeout": 10_000}
         assert result_of(await stage.stranger.ask(params("strange-quick"), headers=future)) == "strange-quick"

@@ -231,8 +231,8 @@ WORKER: dict[str, Deed] = ANYBODY | {
 async def test_what_a_user_must_not_do_is_refused(place: Place, user: str, deed: str) -> None:
     do = (CLIENT if user == "client" else WORKER)[deed]
     async with place.client("other client") as victim:
-        assert victim._encoder is not None
-        replies = victim._encoder.reply_to.decode()
+        assert victim._sender.encoder is not None
+        replies = victim._sender.encoder.reply_to.decode()
         async with await aio_pika.connect(place.users[user]) as connection:
             channel = await connection.channel()
             refused = aiormq.exceptions.ChannelAccessRefused, aiormq.exceptions.ChannelLockedResource

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import rpcq.client
+import rpcq.sending
 import rpcq.timeouts
 from rpcq import CallError, Client, Overloaded, Retry, properties, wire
 from rpcq.calls import MAX_ATTEMPTS
@@ -172,6 +173,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         self.transport = HeldTransport()
         self.patches = [
             mock.patch.object(rpcq.client, "time", clock),
+            mock.patch.object(rpcq.sending, "time", clock),
             mock.patch.object(rpcq.timeouts, "time", clock),
             mock.patch.object(rpcq.client, "open_transport", return_value=self.transport),
             mock.patch("rpcq.deadline.time", clock),
