@@ -1,6 +1,7 @@
 """`python -m producer_service`: send many concurrent requests and check every answer.
 
 The broker is that of `--url` or `RPCQ_URL`; with neither, it is the in-process one, and so is the worker.
+`python -m producer_service serve` is the same as a web app, with options of its own.
 """
 
 from __future__ import annotations
@@ -99,8 +100,20 @@ def show(found: Measured) -> None:
     console.print(table)
 
 
+def serve(given: list[str]) -> int:
+    """The web form, which needs what the command-line form does not."""
+    try:
+        from producer_service.serve import main as serving  # noqa: PLC0415 - where it is asked for
+    except ModuleNotFoundError as error:
+        print(f"producer_service: serve needs the extra web: pip install 'rpcq[web]' ({error})", file=sys.stderr)
+        return 2
+    return serving(given)
+
+
 def main() -> int:
     """0 only if every request got its own answer."""
+    if sys.argv[1:2] == ["serve"]:
+        return serve(sys.argv[2:])
     try:
         found = asyncio.run(run(arguments()))
     except RpcqError as error:

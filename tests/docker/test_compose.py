@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -50,25 +51,41 @@ def instructions(name: str) -> list[str]:
 # What can be read off them.
 
 
-def test_there_are_a_broker_two_consumers_and_a_producer() -> None:
-    assert set(SERVICES) == {"rabbitmq", "consumer", "producer"}
+def test_there_are_a_broker_two_consumers_a_producer_and_its_web_form() -> None:
+    assert set(SERVICES) == {"rabbitmq", "consumer", "producer", "web"}
     assert SERVICES["rabbitmq"]["image"] == "rabbitmq:4.0-management"
     assert SERVICES["consumer"]["deploy"]["replicas"] == 2
     for name in ("consumer", "producer"):
         assert SERVICES[name]["build"] == {"context": ".", "dockerfile": "docker/Dockerfile", "target": name}
+    assert SERVICES["web"]["build"] == SERVICES["producer"]["build"]
+    assert SERVICES["web"]["command"][:2] == ["producer_service", "serve"]
 
 
-def test_a_consumer_waits_for_the_broker_and_the_producer_for_both() -> None:
+def test_our_own_containers_write_nothing_and_have_no_privilege() -> None:
+    for name in ("consumer", "producer", "web"):
+        confined = {key: SERVICES[name][key] for key in ("read_only", "cap_drop", "security_opt")}
+        assert confined == {"read_only": True, "cap_drop": ["ALL"], "security_opt": ["no-new-privileges:true"]}
+
+
+def test_a_consumer_and_the_page_wait_for_the_broker_and_the_producer_for_broker_and_consumer() -> None:
     healthy = {"condition": "service_healthy"}
     assert SERVICES["consumer"]["depends_on"] == {"rabbitmq": healthy}
     assert SERVICES["producer"]["depends_on"] == {"rabbitmq": healthy, "consumer": healthy}
-    for name in ("rabbitmq", "consumer"):
+    assert SERVICES["web"]["depends_on"] == {"rabbitmq": healthy}
+    for name in ("rabbitmq", "consumer", "web"):
         assert {"test", "interval", "timeout", "retries", "start_period"} <= set(SERVICES[name]["healthcheck"])
 
 
 def test_the_broker_is_healthy_when_its_port_is_open_and_a_replica_when_it_answers_itself() -> None:
     assert SERVICES["rabbitmq"]["healthcheck"]["test"][-2:] == ["check_port_listener", "5672"]
     assert 'rpcq ping echo --worker "$$HOSTNAME"' in SERVICES["consumer"]["healthcheck"]["test"][1]
+
+
+def test_the_page_is_healthy_when_it_is_alive_whatever_the_broker_is() -> None:
+    how, *command = SERVICES["web"]["healthcheck"]["test"]
+    assert (how, command[:2]) == ("CMD", ["python", "-c"])
+    assert "http://127.0.0.1:8000/livez" in command[2]
+    compile(command[2], "healthcheck", "exec")
 
 
 def test_credentials_are_required_of_the_environment_and_stand_in_no_file() -> None:
@@ -89,9 +106,9 @@ def test_credentials_are_required_of_the_environment_and_stand_in_no_file() -> N
 
 def test_ports_are_open_to_this_machine_alone_and_can_be_moved() -> None:
     ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
-    assert len(ports) == 2
+    assert len(ports) == 3
     for port in ports:
-        assert re.fullmatch(r"127\.0\.0\.1:\$\{RABBITMQ_\w*PORT:-(\d+)\}:\1", port)
+        assert re.fullmatch(r"127\.0\.0\.1:\$\{(?:RABBITMQ_\w*|WEB_)PORT:-(\d+)\}:\1", port)
 
 
 def test_every_image_from_elsewhere_has_a_version_and_the_dockerfile_needs_no_other_frontend() -> None:
@@ -216,6 +233,7 @@ class Stack:
             "RABBITMQ_PASSWORD": f"%41?#&${secrets.token_hex(8)}",  # all that a URL would have quoted
             "RABBITMQ_PORT": "0",
             "RABBITMQ_MANAGEMENT_PORT": "0",
+            "WEB_PORT": "0",
         }
 
     def docker(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -371,6 +389,23 @@ def test_the_health_check_of_a_replica_is_about_that_replica_alone(stack: Stack)
     assert checked(well) == 0
     stack.done("kill", "--signal", "CONT", stuck)
     assert checked(stuck) == 0
+
+
+@engine
+@pytest.mark.timeout(600)
+def test_the_page_is_served_and_its_requests_are_answered_by_the_consumers(stack: Stack) -> None:
+    stack.compose("up", "--detach", "--no-build", "--wait", "consumer", "web")
+    where = f"http://{stack.compose('port', 'web', '8000').strip()}"
+    with urllib.request.urlopen(f"{where}/", timeout=SECONDS) as response:
+        assert response.headers["content-type"].startswith("text/html")
+    messages = json.dumps({"messages": [f"hello {number}" for number in range(100)]}).encode()
+    request = urllib.request.Request(f"{where}/process", messages, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=SECONDS) as response:
+        answers = json.load(response)["answers"]
+    assert [it["answer"] for it in answers] == [f"Consumer processed: hello {number}" for number in range(100)]
+    (container,) = stack.containers("web")
+    seconds, code = stack.seconds_to_stop(container)
+    assert (seconds < 2, code) == (True, 0), seconds
 
 
 @engine

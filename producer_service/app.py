@@ -1,0 +1,334 @@
+"""The web form of the producer: `POST /process` for programs, and a page for people.
+
+uvicorn --factory producer_service.app:create_app
+python -m producer_service serve
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from fastapi import Depends, FastAPI, HTTPException, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel, Field, StringConstraints
+from sse_starlette.sse import EventSourceResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.responses import Response
+
+from consumer_service.calculator import calculator
+from consumer_service.contracts import EchoApi
+from consumer_service.echo import echo
+from producer_service.asking import MOST_AT_ONCE, MOST_REQUESTS, Answer, Run
+from producer_service.shielding import Shielding
+from rpcq import Overloaded, RpcqError, ServiceUnavailable
+from rpcq.web import CancelOnDisconnect, Rpc, on_call_error, problem
+
+STATIC: Final = Path(__file__).parent / "static"
+MOST_RUNS: Final = 32
+"""Runs under way together, of all users; one more is refused, as the service would be by too many requests."""
+
+BATCH: Final = 0.05
+"""Seconds between two events of a stream: 20 a second, whatever the rate of answers."""
+
+SHOWN: Final = 6
+"""Answers of one event that have their text; the page could not show more of them anyway."""
+
+PING: Final = 15
+"""Seconds of silence after which a stream has a comment, so that nobody between takes it for dead."""
+
+SEND_TIMEOUT: Final = 30.0
+"""Seconds that a browser may take to read an event."""
+
+AWAY: Final = "The message broker cannot be reached. It is tried again all the time."
+
+Delay = Annotated[float, Field(ge=0, le=60, description="Seconds of simulated work in each request.")]
+Timeout = Annotated[float, Field(gt=0, le=300, description="Seconds that each request has.")]
+
+
+log = logging.getLogger("producer_service")
+
+
+class Messages(BaseModel):
+    """What `POST /process` takes."""
+
+    messages: Annotated[
+        list[Annotated[str, StringConstraints(max_length=1000)]], Field(min_length=1, max_length=MOST_REQUESTS)
+    ]
+    delay: Delay = 0.0
+    timeout: Timeout = 30.0
+
+
+class Asked(BaseModel):
+    """What a person asks for on the page: `GET /stream`."""
+
+    requests: Annotated[int, Field(ge=1, le=MOST_REQUESTS)] = 200
+    concurrency: Annotated[int, Field(ge=1, le=MOST_AT_ONCE)] = 50
+    delay: Delay = 0.0
+    timeout: Timeout = 30.0
+    message: Annotated[str, StringConstraints(min_length=1, max_length=200)] = "request"
+
+
+class Failure(BaseModel):
+    """Why a call failed."""
+
+    code: str
+    title: str
+    executed: str
+
+
+class Processed(BaseModel):
+    """How one message ended: an answer or an error."""
+
+    message: str
+    answer: str | None
+    latency_ms: float
+    error: Failure | None
+
+
+class Answers(BaseModel):
+    """What `POST /process` answers: as many as there were messages, in their order."""
+
+    answers: list[Processed]
+
+
+class Ready(BaseModel):
+    """What the page's header says."""
+
+    ready: bool
+    text: str
+    worker: str
+
+
+class Producer:
+    """What the app does, without HTTP.
+
+    Args:
+        rpc: the app's calls.
+        worker: where the worker is, in words.
+
+    """
+
+    def __init__(self, rpc: Rpc, worker: str) -> None:
+        self.rpc = rpc
+        self.worker = worker
+        self.runs = 0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """One run.
+
+        Raises:
+            Overloaded: there are `MOST_RUNS` already.
+
+        """
+        if self.runs >= MOST_RUNS:
+            raise Overloaded("too many runs at once", executed="no")
+        self.runs += 1
+        try:
+            yield
+        finally:
+            self.runs -= 1
+
+    async def process(self, asked: Messages) -> list[dict[str, Any]]:
+        """The answers, in the order of the messages.
+
+        Raises:
+            ServiceUnavailable: no message at all could be served.
+            Overloaded: the same.
+
+        """
+        found: list[Answer | None] = [None] * len(asked.messages)
+
+        def place(answer: Answer) -> None:
+            found[answer.number] = answer
+
+        with self.counted():
+            run = self._run(asked.messages, asked.delay, asked.timeout, MOST_AT_ONCE)
+            await run.all(place)
+        if run.unserved is not None:
+            raise run.unserved
+        return [it.told() for it in found if it is not None]
+
+    async def events(self, asked: Asked) -> AsyncGenerator[dict[str, str], None]:
+        """Server-sent events: `begun`, some `answers`, and `done` or `failed` at last. Closing it cancels the calls."""
+        try:
+            with self.counted():
+                self._check_ready()
+                run = self._run(_numbered(asked), asked.delay, asked.timeout, asked.concurrency)
+                yield _event("begun", asked.model_dump())
+                async with aclosing(_batches(run)) as batches:
+                    async for batch in batches:
+                        yield batch
+        except RpcqError as error:
+            yield _event("failed", _why(error, ready=self.rpc.ready))
+            return
+        except Exception as error:
+            log.exception("a run failed")
+            yield _event("failed", dict(problem(error).document))
+            return
+        if run.unserved is None:
+            yield _event("done", run.summary())
+        else:
+            yield _event("failed", _why(run.unserved, ready=self.rpc.ready) | {"summary": run.summary()})
+
+    def _check_ready(self) -> None:
+        """Say once what every call of a run would: each has a timeout, and a person would wait for all of them."""
+        if not self.rpc.ready:
+            raise ServiceUnavailable(self.rpc.why_not_ready or "")
+
+    def _run(self, messages: list[str], delay: float, timeout: float, concurrency: int) -> Run:
+        return Run(self.rpc.bind(EchoApi, timeout=timeout), messages, delay, concurrency)
+
+
+async def _batches(run: Run) -> AsyncGenerator[dict[str, str], None]:
+    task = asyncio.create_task(run.all())
+    told = -1
+    try:
+        ended = False
+        while not ended:
+            await asyncio.wait([task], timeout=BATCH)
+            ended = task.done()  # before the answers are taken: none comes later
+            if (answers := run.take()) or run.sent != told:
+                told = run.sent
+                yield _event("answers", _batch(told, answers))
+        task.result()
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def _batch(sent: int, answers: list[Answer]) -> dict[str, Any]:
+    """Of each answer its number, when it came, how long it took, and its kind; of the last ones all there is."""
+    return {
+        "sent": sent,
+        "ended": [[it.number, round(it.ended_ms, 1), round(it.latency_ms, 2), it.kind] for it in answers],
+        "shown": [{"number": it.number, "kind": it.kind} | it.told() for it in answers[-SHOWN:]],
+    }
+
+
+def _numbered(asked: Asked) -> list[str]:
+    """Each its own, so that an answer to another is noticed."""
+    return [f"{asked.message} {number}" for number in range(1, asked.requests + 1)]
+
+
+def _why(error: RpcqError, *, ready: bool) -> dict[str, Any]:
+    """A problem document in words for the page."""
+    document = dict(problem(error).document)
+    if not ready:
+        document |= {"title": "The broker is away", "detail": "Send again once it is back."}
+    elif isinstance(error, ServiceUnavailable):
+        document |= {"title": "Nobody could take the requests", "detail": "No worker of the service answers. None ran."}
+    return document
+
+
+def _event(name: str, data: object) -> dict[str, str]:
+    return {"event": name, "data": json.dumps(data, ensure_ascii=False, separators=(",", ":"))}
+
+
+def create_app(
+    url: str | None = None, *, namespace: str = "rpcq", with_worker: bool = False, prefetch: int = 100
+) -> FastAPI:
+    """The app.
+
+    Args:
+        url: the broker's; that of `RPCQ_URL` if None, and the in-process one, with the worker beside, if that is empty.
+        namespace: prefix of queues and exchanges.
+        with_worker: whether the worker runs beside the app, in its event loop.
+        prefetch: calls of each service that such a worker runs at once.
+
+    Raises:
+        ConfigurationError: one of these cannot be used.
+
+    """
+    url = url or os.environ.get("RPCQ_URL") or "memory://"
+    beside = with_worker or url.startswith("memory:")
+    services = [echo, calculator] if beside else []
+    rpc = Rpc(
+        url, services=services, worker_options={"prefetch": prefetch}, name="producer_service", namespace=namespace
+    )
+    producer = Producer(rpc, "in this process" if beside else "running elsewhere")
+    # The documentation pages of FastAPI load scripts from another host.
+    app = FastAPI(
+        title="rpcq producer", lifespan=rpc.lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json"
+    )
+    _add_calls(app, producer)
+    _add_health(app, producer)
+    _add_page(app)
+    app.add_exception_handler(RpcqError, on_call_error())
+    app.add_exception_handler(StarletteHTTPException, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_middleware(Shielding)
+    app.add_middleware(CancelOnDisconnect)  # after all other middleware, which puts it outside of them
+    return app
+
+
+def _add_calls(app: FastAPI, producer: Producer) -> None:
+    @app.post("/process", summary="Send messages, and wait for all answers")
+    async def process(asked: Messages) -> Answers:
+        return Answers.model_validate({"answers": await producer.process(asked)})
+
+    @app.get("/stream", summary="Send many requests, and see answers as they come", dependencies=[Depends(_own)])
+    async def stream(asked: Annotated[Asked, Query()]) -> EventSourceResponse:
+        return EventSourceResponse(producer.events(asked), ping=PING, send_timeout=SEND_TIMEOUT)
+
+
+def _add_health(app: FastAPI, producer: Producer) -> None:
+    @app.get("/livez", response_class=PlainTextResponse, summary="Whether the app runs")
+    async def livez() -> str:
+        return "alive"
+
+    @app.get("/readyz", response_class=PlainTextResponse, summary="Whether the app should be sent requests")
+    async def readyz() -> PlainTextResponse:
+        # `rpc.why_not_ready` names the broker, and is for the log.
+        ready = producer.rpc.ready
+        return PlainTextResponse("ready" if ready else AWAY, HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE)
+
+    @app.get("/status", summary="The same for the page, which a 503 would be an error for")
+    async def status() -> Ready:
+        ready = producer.rpc.ready
+        return Ready(ready=ready, text="Broker connected" if ready else AWAY, worker=producer.worker)
+
+
+def _add_page(app: FastAPI) -> None:
+    files = StaticFiles(directory=STATIC)
+
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    async def index(request: Request) -> Response:
+        return await files.get_response("index.html", request.scope)  # 304 where the browser has it
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> FileResponse:  # browsers ask for it where a page is no page, as /livez
+        return FileResponse(STATIC / "icon.svg")
+
+    app.mount("/static", files)
+
+
+async def _own(request: Request) -> None:
+    """A GET that does work must not be for other sites to start, by an image or a link of theirs."""
+    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        raise HTTPException(HTTPStatus.FORBIDDEN, "Another site asked for this.")
+
+
+async def _refused(_request: Request, error: Any) -> Response:
+    return _problem(error.status_code, str(error.detail), headers=error.headers)
+
+
+async def _invalid(_request: Request, error: Any) -> Response:
+    # Without what was sent, which may be megabytes.
+    errors = [{name: it[name] for name in ("loc", "msg", "type")} for it in error.errors()]
+    return _problem(HTTPStatus.UNPROCESSABLE_ENTITY, "What was sent does not fit; 'errors' says where.", errors=errors)
+
+
+def _problem(status: int, detail: str, headers: Any = None, **more: Any) -> Response:
+    document = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **more}
+    return JSONResponse(document, status, headers=headers, media_type="application/problem+json")

@@ -1,0 +1,151 @@
+"""The web form of the producer, and workers for it, each a process of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+from urllib.parse import urlsplit, urlunsplit
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 30.0
+
+WORKER = """
+import asyncio, sys
+from rpcq import Service, Worker
+
+echo = Service("echo")
+
+@echo.method(idempotent=True)
+async def process(message: str, delay: float = 0.0) -> str:
+    if "break" in message:
+        raise ValueError("the secret reason")
+    if "other" in message:
+        return "Consumer processed: something else"
+    print("began", message, flush=True)
+    try:
+        await asyncio.sleep(delay)
+    except asyncio.CancelledError:
+        print("cancelled", message, flush=True)
+        raise
+    return f"Consumer processed: {message}"
+
+async def main():
+    async with Worker(echo, namespace=sys.argv[1], grace=0.1):
+        print("up", flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+"""Tells what its handlers begin, and which of them are cancelled."""
+
+FORWARDER = """
+import asyncio, sys
+
+async def copy(reader, writer):
+    try:
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    except OSError:
+        pass
+    writer.close()
+
+async def forward(reader, writer):
+    there = await asyncio.open_connection(sys.argv[2], int(sys.argv[3]))
+    await asyncio.gather(copy(reader, there[1]), copy(there[0], writer))
+
+async def main():
+    async with await asyncio.start_server(forward, "127.0.0.1", int(sys.argv[1])) as server:
+        print("up", flush=True)
+        await server.serve_forever()
+
+asyncio.run(main())
+"""
+
+
+def environment(url: str | None) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RPCQ_")}
+    return kept | {"PYTHONPATH": str(ROOT)} | ({} if url is None else {"RPCQ_URL": url})
+
+
+@contextmanager
+def program(*arguments: str, url: str | None = None) -> Iterator[subprocess.Popen[str]]:
+    """A Python that ends with the block."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+        env=environment(url),
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=SECONDS)
+        finally:
+            process.kill()
+
+
+def out(process: subprocess.Popen[str]) -> IO[str]:
+    assert process.stdout is not None
+    return process.stdout
+
+
+@contextmanager
+def serving(url: str | None, namespace: str, *arguments: str) -> Iterator[str]:
+    """The producer as a web app on a free port: where it is."""
+    options = ("-m", "producer_service", "serve", "--port", "0", "--namespace", namespace, *arguments)
+    with program(*options, url=url) as process:
+        line = out(process).readline()
+        assert line.startswith("serving http://127.0.0.1:"), line
+        yield line.split()[1]
+
+
+@contextmanager
+def worker(url: str, namespace: str) -> Iterator[IO[str]]:
+    """A worker that serves: what it tells, by lines."""
+    with program("-c", WORKER, namespace, url=url) as process:
+        assert out(process).readline() == "up\n"
+        yield out(process)
+
+
+def told(lines: IO[str], *, cancelled: int) -> list[str]:
+    """What a worker tells until so many of its handlers have been cancelled; waits for that, up to pytest's timeout."""
+    found: list[str] = []
+    while sum(it.startswith("cancelled") for it in found) < cancelled:
+        line = lines.readline()
+        assert line, "the worker ended"
+        found.append(line.strip())
+    return found
+
+
+class Away:
+    """A broker behind a port where nobody listens, until it is let through."""
+
+    def __init__(self, url: str) -> None:
+        self._parts = urlsplit(url)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+
+    @property
+    def url(self) -> str:
+        before = self._parts.netloc.rpartition("@")[0]
+        netloc = f"{before}@127.0.0.1:{self.port}" if before else f"127.0.0.1:{self.port}"
+        return urlunsplit(self._parts._replace(netloc=netloc))
+
+    @contextmanager
+    def back(self) -> Iterator[None]:
+        there = (self._parts.hostname or "localhost", str(self._parts.port or 5672))
+        with program("-c", FORWARDER, str(self.port), *there) as process:
+            assert out(process).readline() == "up\n"
+            yield
