@@ -1,4 +1,5 @@
 # make demo    the main job, on the in-process broker; over RabbitMQ with RPCQ_URL=amqp://...
+# make web     a page at http://127.0.0.1:8000 that sends requests and shows their answers live; the same
 # make test    all tests, on a real RabbitMQ too (tests/broker.py says where it comes from)
 # make test-faults  every fault of docs/reliability.md, and all else that takes long
 # make soak    mixed load for 10 minutes while faults strike at random; ARGS='--minutes 1 --seed 7'
@@ -12,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := rpcq rpcq_pytest.py producer_service consumer_service tests benchmarks docs docker examples
 
-.PHONY: help demo test test-faults soak check docs fmt bench clean
+.PHONY: help demo web test test-faults soak check docs fmt bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,11 +37,14 @@ $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 demo: $(VENV)/.installed-bench $(VENV)/.installed-uvloop
 	@$(BIN)/python -m producer_service --requests 10000 --concurrency 10000 --with-worker
 
+web: $(VENV)/.installed-web $(VENV)/.installed-bench $(VENV)/.installed-uvloop
+	$(BIN)/python -m producer_service serve $(ARGS)
+
 test: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-faults: $(VENV)/.installed-test $(VENV)/.installed-uvloop
-	$(BIN)/python -m pytest tests/faults tests/security tests/unit/test_cli_bench.py tests/docs -m '' $(ARGS)
+	$(BIN)/python -m pytest tests/faults tests/security tests/unit/test_cli_bench.py tests/unit/test_operations.py tests/docs -m '' $(ARGS)
 
 soak: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	$(BIN)/python tests/soak.py $(ARGS)

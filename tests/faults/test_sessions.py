@@ -110,6 +110,7 @@ async def test_a_quiet_connection_is_kept_by_heartbeats(rabbitmq_url: str, names
         assert all(link is not None and link.protocol.lost is None for link in links)
 
 
+@pytest.mark.long
 async def test_a_busy_connection_is_not_given_up_though_aiormq_sees_none_of_its_messages(
     rabbitmq_url: str, namespace: str
 ) -> None:

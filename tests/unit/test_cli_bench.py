@@ -109,6 +109,7 @@ def test_what_the_tool_counts_is_what_the_broker_and_the_handlers_count(rpcq: Rp
     assert (one.checked, one.handled) == (False, None)
 
 
+@pytest.mark.long
 def test_a_stall_shows_in_the_open_model(rpcq: Rpcq) -> None:
     """The worker stands still for 2 s of 5: who would have called in them waited."""
     rpcq.folder.joinpath("report.json").unlink(missing_ok=True)
