@@ -11,8 +11,8 @@ import pytest
 
 import rpcq
 
-LAZY = ("aio_pika", "aiormq", "pamqp", "yarl", "typer", "rich", "uvloop")
-"""What only a RabbitMQ connection or the command line needs."""
+LAZY = ("aio_pika", "aiormq", "pamqp", "yarl", "typer", "rich", "uvloop", "prometheus_client", "opentelemetry")
+"""What only a RabbitMQ connection, the command line or who watches needs."""
 
 
 def loaded_after(code: str) -> set[str]:
@@ -55,6 +55,12 @@ asyncio.run(main())
 def test_a_rabbitmq_url_loads_aio_pika() -> None:
     """Else the tests above would prove nothing."""
     assert "aio_pika" in loaded_after("import rpcq; rpcq.Client('amqp://localhost/')")
+
+
+def test_what_watches_and_the_web_load_no_framework() -> None:
+    loaded = loaded_after("import rpcq.web, rpcq.observability.calls, rpcq.cli")
+    assert loaded & {"prometheus_client", "opentelemetry", "starlette", "fastapi"} == set()
+    assert "prometheus_client" in loaded_after("import rpcq.observability.metrics")
 
 
 def test_there_are_at_most_25_public_names_each_there_and_in_order() -> None:
