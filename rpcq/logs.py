@@ -49,7 +49,7 @@ def _step_aside(_logger: Any, _method: str, event: structlog.typing.EventDict) -
 
 
 def add_call(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """A structlog processor: lines that a handler logs carry its call's service, method, correlation ID and attempt.
+    """A structlog processor: lines that a handler logs carry its call's method, correlation ID and attempt.
 
     `rpcq worker` has it. In a configuration of your own, put it in the list of processors, beside
     `structlog.contextvars.merge_contextvars`, or in `foreign_pre_chain` for the standard library's loggers.
