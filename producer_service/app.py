@@ -13,6 +13,7 @@ import os
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from http import HTTPStatus
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -147,17 +148,12 @@ class Producer:
             Overloaded: the same.
 
         """
-        found: list[Answer | None] = [None] * len(asked.messages)
-
-        def place(answer: Answer) -> None:
-            found[answer.number] = answer
-
         with self.counted():
             run = self._run(asked.messages, asked.delay, asked.timeout, MOST_AT_ONCE)
-            await run.all(place)
+            await run.all()
         if run.unserved is not None:
             raise run.unserved
-        return [it.told() for it in found if it is not None]
+        return [it.told() for it in sorted(run.take(), key=attrgetter("number"))]
 
     async def events(self, asked: Asked) -> AsyncGenerator[dict[str, str], None]:
         """Server-sent events: `begun`, some `answers`, and `done` or `failed` at last. Closing it cancels the calls."""

@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -93,14 +93,14 @@ class Run:
     _served: bool = False
     _began: float = field(default_factory=time.perf_counter)
 
-    async def all(self, on_answer: Callable[[Answer], None] | None = None) -> None:
+    async def all(self) -> None:
         """Make all calls; an error of one ends only that one. Cancelling this cancels those under way."""
         numbers = iter(range(len(self.messages)))
-        tell = self.fresh.append if on_answer is None else on_answer
 
         async def caller() -> None:
             for number in numbers:  # shared: whoever is free takes the next
-                tell(await self._ask(number))
+                answer = await self._ask(number)
+                self.fresh.append(answer)  # to the list of now: the one of before the wait may have been taken
 
         async with asyncio.TaskGroup() as callers:
             for _ in range(min(self.concurrency, len(self.messages))):
@@ -108,8 +108,7 @@ class Run:
 
     def take(self) -> list[Answer]:
         """The answers that came since the last time."""
-        taken = self.fresh.copy()
-        self.fresh.clear()
+        taken, self.fresh = self.fresh, []
         return taken
 
     @property

@@ -164,7 +164,7 @@ class Client:
         """Whether both sessions are up: a call that is made now is sent at once."""
         return self._state == "open" and self._sender.encoder is not None and self._sender.publishing_up
 
-    def counts(self) -> Mapping[str, float]:
+    def counts(self) -> Mapping[str, int]:
         """What it counts, for observers: calls under way, replies for none of them, and what was sent again."""
         calls = self._calls
         return {

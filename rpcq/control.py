@@ -13,13 +13,13 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from rpcq import logs, wire
 from rpcq.contract import Method, Service
+from rpcq.processes import own_version
 from rpcq.transport.base import Message, Settled, Transport
 from rpcq.transport.topology import EVERY_SERVICE, Names
 
@@ -128,7 +128,7 @@ def describe(name: str, prefetch: int, services: Sequence[Service], names: Names
         name=name,
         host=socket.gethostname(),
         pid=os.getpid(),
-        version=_version(),
+        version=own_version(),
         prefetch=prefetch,
         services=tuple(
             ServiceInfo(
@@ -151,14 +151,6 @@ def _describe_method(method: Method) -> MethodInfo:
         timeout=method.timeout,
         errors=tuple(sorted({error.code for error in method.errors})),
     )
-
-
-@cache
-def _version() -> str:
-    try:
-        return version("rpcq")
-    except PackageNotFoundError:  # run from its folder, uninstalled
-        return "unknown"
 
 
 class Answerer:

@@ -42,7 +42,7 @@ class Seen:
         service: its name; at a client with the option `queue`, that queue's.
         method: its name; empty where a request named none that the service has.
         label: both, as "service.method".
-        correlation_id: empty at a client until the call has ended.
+        correlation_id: the call's; at a client where it was made again, that of the last time.
         code: empty until it has ended; then "OK", "CANCELLED", or the error's code.
         error: what its caller gets, or None.
         attempt: 1 + the number of earlier ones that may have run.
@@ -84,7 +84,7 @@ class SeenRequest(Seen):
 
     Attributes:
         caller: the name that the client gave itself, or empty.
-        headers: those of the request, as they came, but for rpcq's own.
+        headers: those of the request, as they came; empty where it has none but rpcq's own.
         queue_seconds: between the client and the handler, by the clocks of both; None where the caller told none.
         body_size: bytes of the parameters as JSON.
         ran: the handler is entered, in the context that the observer is called in; else the request is refused, or
@@ -106,7 +106,7 @@ class SeenRequest(Seen):
 class Watched(Protocol):
     """A client or a worker, as observers see it: what it counts, at any time."""
 
-    def counts(self) -> Mapping[str, float]:
+    def counts(self) -> Mapping[str, int]:
         """Its counters by name, which only grow, and its gauges."""
 
 

@@ -1,10 +1,12 @@
-"""Which process this is, since sockets and event loops do not survive a fork; and how rpcq's own are run."""
+"""Which process this is, since sockets and event loops do not survive a fork; what it is of, and how it is run."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 from collections.abc import Coroutine
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from typing import Any, TypeVar
 
@@ -22,6 +24,15 @@ def _forked() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
+
+
+@cache
+def own_version() -> str:
+    """The version of rpcq that this process runs; "unknown" where it is not installed."""
+    try:
+        return version("rpcq")
+    except PackageNotFoundError:  # run from its folder
+        return "unknown"
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

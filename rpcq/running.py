@@ -237,6 +237,7 @@ class Runs:
         deadlines.current.set(job.deadline)
         logs.current.set(job)
         if run.seen is not None:
+            run.seen.ran = True
             run.endings = self._tell_begin(run, run.seen)
         try:
             if job.once is not None:
@@ -422,10 +423,7 @@ class Runs:
         return observer.begin(self._observers, seen)
 
     def _tell_end(self, run: Running, seen: SeenRequest, code: str, error: CallError | None = None) -> None:
-        if run.endings is None:  # it never began
-            seen.ran = False
-            run.endings = self._tell_begin(run, seen)
-        endings = run.endings
+        endings = self._tell_begin(run, seen) if run.endings is None else run.endings  # it may never have begun
         seen.code, seen.error, seen.seconds = code, error, run.handler_ms / 1000
         run.seen = run.endings = None
         observer.end(endings, seen)

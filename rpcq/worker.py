@@ -252,7 +252,7 @@ class Worker:
         down = [name for name, up in (("consuming", self._consuming_up), ("publishing", self._publishing_up)) if not up]
         return f"the {' and the '.join(down)} session to the broker is down" if down else ""
 
-    def counts(self) -> Mapping[str, float]:
+    def counts(self) -> Mapping[str, int]:
         """What it counts, for observers: the numbers of `WorkerStats`, and how often its loop was blocked."""
         watchdog = self._watchdog
         return {
@@ -300,6 +300,9 @@ class Worker:
         if self._cancels and self._cancels.pop(key, None) is not None:
             delivery.ack()
             return
+        run = Running(self._runs, delivery, key)
+        if self._observers.requests:
+            run.seen = self._seen(served.service, request, delivery)
         now = time.monotonic()
         try:
             if self._state == "stopping" and not delivery.redelivered:  # else it may have run, as `admit` says
@@ -319,15 +322,8 @@ class Worker:
             )
         except CallError as error:
             self._refused(error, key)
-            run = Running(self._runs, delivery, key)
-            if self._observers.requests:
-                run.seen = self._seen(served.service, request, delivery)
             self._runs.refuse(run, error)
         else:
-            run = Running(self._runs, delivery, key)
-            if self._observers.requests:
-                run.seen = self._seen(served.service, request, delivery)
-                run.seen.ran = True
             self._runs.begin(run, job, now)
 
     def _seen(self, service: Service, request: Request, delivery: Delivery) -> SeenRequest:

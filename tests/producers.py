@@ -1,9 +1,8 @@
-"""The web form of the producer, and workers for it, each a process of its own."""
+"""The example services as programs, and workers for the producer, each a process of its own."""
 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit, urlunsplit
+
+from broker import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 30.0
@@ -46,32 +47,36 @@ asyncio.run(main())
 
 FORWARDER = """
 import asyncio, sys
-
-async def copy(reader, writer):
-    try:
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    except OSError:
-        pass
-    writer.close()
-
-async def forward(reader, writer):
-    there = await asyncio.open_connection(sys.argv[2], int(sys.argv[3]))
-    await asyncio.gather(copy(reader, there[1]), copy(there[0], writer))
+from proxy import proxy
 
 async def main():
-    async with await asyncio.start_server(forward, "127.0.0.1", int(sys.argv[1])) as server:
+    async with proxy(sys.argv[1], port=int(sys.argv[2])):
         print("up", flush=True)
-        await server.serve_forever()
+        await asyncio.Event().wait()
 
 asyncio.run(main())
 """
+"""A proxy of its own process: these tests have no event loop for one."""
 
 
 def environment(url: str | None) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RPCQ_")}
-    return kept | {"PYTHONPATH": str(ROOT)} | ({} if url is None else {"RPCQ_URL": url})
+    """That of a program: this broker, and else no settings of ours."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RPCQ_", "COLUMNS"))}
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    return kept | {"PYTHONPATH": path} | ({} if url is None else {"RPCQ_URL": url})
+
+
+def run(*arguments: str, url: str | None) -> subprocess.CompletedProcess[str]:
+    """Run a Python to its end."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+        cwd=ROOT,
+        env=environment(url),
+    )
 
 
 @contextmanager
@@ -132,20 +137,17 @@ class Away:
     """A broker behind a port where nobody listens, until it is let through."""
 
     def __init__(self, url: str) -> None:
-        self._parts = urlsplit(url)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self._url = url
+        (self.port,) = free_ports(1)
 
     @property
     def url(self) -> str:
-        before = self._parts.netloc.rpartition("@")[0]
-        netloc = f"{before}@127.0.0.1:{self.port}" if before else f"127.0.0.1:{self.port}"
-        return urlunsplit(self._parts._replace(netloc=netloc))
+        parts = urlsplit(self._url)
+        credentials, at, _ = parts.netloc.rpartition("@")
+        return urlunsplit(parts._replace(netloc=f"{credentials}{at}127.0.0.1:{self.port}"))
 
     @contextmanager
     def back(self) -> Iterator[None]:
-        there = (self._parts.hostname or "localhost", str(self._parts.port or 5672))
-        with program("-c", FORWARDER, str(self.port), *there) as process:
+        with program("-c", FORWARDER, self._url, str(self.port)) as process:
             assert out(process).readline() == "up\n"
             yield

@@ -38,6 +38,26 @@ class Program:
 CHROMIUM = Program(("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"), "chromium")
 PROMTOOL = Program(("promtool",), "prometheus")
 
+CONTRAST = """
+const parse = text => (text.match(/[\\d.]+/g) || []).map(Number);
+const light = ([r, g, b]) => {
+  const [x, y, z] = [r, g, b].map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * x + 0.7152 * y + 0.0722 * z;
+};
+const under = element => {
+  for (let it = element; it; it = it.parentElement) {
+    const colour = parse(getComputedStyle(it).backgroundColor);
+    if (colour.length === 3 || colour[3] > 0) return colour;
+  }
+  return [255, 255, 255];
+};
+const ratio = (element, colour) => {
+  const [a, b] = [light(parse(colour)), light(under(element))].sort((x, y) => y - x);
+  return (a + 0.05) / (b + 0.05);
+};
+"""
+"""JavaScript: `ratio(element, colour)`, the contrast of a colour with what is under the element, as in WCAG 2."""
+
 
 @contextmanager
 def launched(path: str) -> Iterator[Browser]:

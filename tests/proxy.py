@@ -376,8 +376,8 @@ class Proxy:
 
 
 @asynccontextmanager
-async def proxy(broker_url: str) -> AsyncIterator[Proxy]:
-    """A proxy to the broker of a URL, on a port of its own.
+async def proxy(broker_url: str, port: int = 0) -> AsyncIterator[Proxy]:
+    """A proxy to the broker of a URL, on that port, or on one that is free.
 
     Raises:
         BaseExceptionGroup: at the end, what went wrong inside, as in a filter; it has reset the connection before.
@@ -390,7 +390,7 @@ async def proxy(broker_url: str) -> AsyncIterator[Proxy]:
         made._tasks.add(task)
         task.add_done_callback(made._done)
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    server = await asyncio.start_server(connected, "127.0.0.1", port)
     port = server.sockets[0].getsockname()[1]
     credentials, at, _ = parts.netloc.rpartition("@")
     made.url = urlunsplit(parts._replace(netloc=f"{credentials}{at}127.0.0.1:{port}"))

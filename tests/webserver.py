@@ -85,15 +85,6 @@ async def browser(client: httpx.AsyncClient) -> AsyncIterator[Browser]:
         await made.leave()
 
 
-async def until(condition: Callable[[], object], what: str = "it took too long") -> None:
-    try:
-        async with asyncio.timeout(SECONDS):
-            while not condition():  # noqa: ASYNC110 - what it looks at tells nobody
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        raise AssertionError(what) from None
-
-
 async def answers(ask: Callable[[], Awaitable[httpx.Response]], status: int) -> httpx.Response:
     """Ask until that is the status."""
     async with asyncio.timeout(SECONDS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rpcq import logs
@@ -42,7 +42,7 @@ class Watching:
         host, _, port = (self.http or "").rpartition(":")
         if number == 1 or not port.isdecimal():  # what is no port is told by who listens there
             return self
-        return Watching(f"{host}:{int(port) + number - 1}", self.log_calls, self.trace_calls)
+        return replace(self, http=f"{host}:{int(port) + number - 1}")
 
     @asynccontextmanager
     async def worker(self, services: Sequence[Service], url: str | None, **options: object) -> AsyncIterator[Worker]:
@@ -115,10 +115,14 @@ async def _queues_watched(metrics: Metrics, worker: Worker, url: str | None) -> 
         connect_timeout=options.connect_timeout,
     )
     task = asyncio.get_running_loop().create_task(watch.run())
+    task.add_done_callback(_told_if_it_failed)
     try:
         yield
     finally:
         task.cancel()
-        (ended,) = await asyncio.gather(task, return_exceptions=True)
-        if isinstance(ended, Exception):
-            log.error("queues were not watched to the end", exc_info=ended)
+        await asyncio.wait([task])
+
+
+def _told_if_it_failed(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("queues are watched no more", exc_info=error)

@@ -12,7 +12,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
@@ -26,6 +25,7 @@ from prometheus_client.core import (
 )
 
 from rpcq.observer import Observer, Role, Seen, SeenCall, SeenRequest, Watched
+from rpcq.processes import own_version
 
 if TYPE_CHECKING:
     from rpcq.observability.queues import QueueDepth
@@ -39,7 +39,9 @@ LAG_EVERY: Final = 0.5
 """Seconds between two looks at how late the event loop runs what is due."""
 
 MAX_METHODS: Final = 1000
-"""Methods that have series of their own at one side; calls of further ones are told together, as service "other"."""
+"""Methods that have series of their own at one side; calls of further ones are told together, as `OTHER`."""
+
+OTHER: Final = "other"
 
 OWNED: Final[Mapping[str, tuple[str, str, Mapping[str, str]]]] = {
     "pending_replies": ("rpcq_client_pending_replies", "Calls that wait for a reply.", {}),
@@ -91,11 +93,12 @@ class _Histogram:
 
 
 class _Method:
-    """What is known of one method at one side."""
+    """What is known of one method at one side; `labels` are its service and its name."""
 
-    __slots__ = ("codes", "queue", "seconds", "started")
+    __slots__ = ("codes", "labels", "queue", "seconds", "started")
 
-    def __init__(self) -> None:
+    def __init__(self, service: str, method: str) -> None:
+        self.labels = service, method
         self.started = 0
         self.codes: dict[str, int] = {}
         self.seconds = _Histogram()
@@ -106,8 +109,6 @@ class _Method:
 class _Sessions:
     """Of one role."""
 
-    wanted: int = 0
-    up: int = 0
     ups: int = 0
     downs: Counter[str] = field(default_factory=Counter)
 
@@ -126,7 +127,6 @@ class Metrics(Observer):
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self._calls: dict[str, _Method] = {}
         self._requests: dict[str, _Method] = {}
-        self._labels: dict[str, tuple[str, str]] = {}
         self._notices: Counter[str] = Counter()
         self._sessions: dict[Role, _Sessions] = {"consuming": _Sessions(), "publishing": _Sessions()}
         self._up: set[tuple[Watched, Role]] = set()
@@ -181,7 +181,7 @@ class Metrics(Observer):
             return
         self._owners.remove(owner)
         self._up -= {(owner, "consuming"), (owner, "publishing")}
-        self._past.update({name: int(count) for name, count in owner.counts().items() if name not in GAUGES})
+        self._past.update({name: count for name, count in owner.counts().items() if name not in GAUGES})
         if not self._owners and self._lag_timer is not None:
             self._lag_timer.cancel()
             self._lag_timer = None
@@ -191,19 +191,15 @@ class Metrics(Observer):
         self._depths[depth.queue] = depth
 
     def _method(self, methods: dict[str, _Method], seen: Seen) -> _Method:
-        label = seen.label
-        if len(methods) >= MAX_METHODS:
-            label = "other"
-            self._labels[label] = label, ""
-        else:
-            self._labels[label] = seen.service, seen.method
-        return methods.setdefault(label, _Method())
+        if len(methods) < MAX_METHODS:
+            return methods.setdefault(seen.label, _Method(seen.service, seen.method))
+        return methods.setdefault(OTHER, _Method(OTHER, ""))
 
     def _ended_of(self, methods: dict[str, _Method]) -> Callable[[Seen], None]:
         find = methods.get
 
         def ended(seen: Seen) -> None:
-            method = find(seen.label) or methods["other"]
+            method = find(seen.label) or methods[OTHER]
             codes = method.codes
             codes[seen.code] = codes.get(seen.code, 0) + 1
             if not isinstance(seen, SeenRequest) or seen.ran:
@@ -223,7 +219,9 @@ class Metrics(Observer):
 
     def collect(self) -> Iterator[Metric]:
         """All samples."""
-        yield InfoMetricFamily("rpcq_build", "Versions.", {"version": _version(), "python": platform.python_version()})
+        yield InfoMetricFamily(
+            "rpcq_build", "Versions.", {"version": own_version(), "python": platform.python_version()}
+        )
         yield from self._of_methods("rpcq_client_calls", "rpcq_client_call", "Calls", self._calls)
         yield from self._of_methods("rpcq_worker_requests", "rpcq_worker_handler", "Requests", self._requests)
         waits = HistogramMetricFamily(
@@ -231,8 +229,8 @@ class Metrics(Observer):
             "From the client to the handler, by the clocks of both.",
             labels=["service", "method"],
         )
-        for label, method in list(self._requests.items()):
-            method.queue.sample(waits, self._labels[label])
+        for method in list(self._requests.values()):
+            method.queue.sample(waits, method.labels)
         yield waits
         notices = CounterMetricFamily(
             "rpcq_client_notices", "Requests that a queue gave up, as the broker told.", labels=["reason"]
@@ -253,8 +251,8 @@ class Metrics(Observer):
         finished = CounterMetricFamily(f"{calls}_finished", f"{what} that ended, by how.", labels=[*labels, "code"])
         in_flight = GaugeMetricFamily(f"{calls}_in_flight", f"{what} that began and have not ended.", labels=labels)
         seconds = HistogramMetricFamily(f"{call}_duration_seconds", "How long they took.", labels=labels)
-        for label, method in list(methods.items()):
-            names = self._labels[label]
+        for method in list(methods.values()):
+            names = method.labels
             codes, begun = list(method.codes.items()), method.started
             started.add_metric(names, begun)
             in_flight.add_metric(names, max(0, begun - sum(count for _, count in codes)))
@@ -266,7 +264,7 @@ class Metrics(Observer):
     def _of_owners(self) -> Iterator[Metric]:
         totals: Counter[str] = Counter(self._past)
         for owner in list(self._owners):
-            totals.update({name: int(count) for name, count in owner.counts().items()})
+            totals.update(owner.counts())
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
         for key, (name, text, labels) in OWNED.items():
             family = families.get(name)
@@ -306,7 +304,3 @@ class Metrics(Observer):
             if depth.unacknowledged is not None:
                 held.add_metric(names, depth.unacknowledged)
         yield from (messages, held, consumers)
-
-
-def _version() -> str:
-    return version("rpcq")

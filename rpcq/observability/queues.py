@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import http.client
-import ssl
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Unpack
 from urllib.parse import quote, unquote, urlsplit
@@ -24,6 +23,7 @@ from rpcq.environment import broker_url, options_from
 from rpcq.errors import BrokerError, ConfigurationError
 from rpcq.settings import ConnectionOptions, ConnectionSettings
 from rpcq.transport.admin import Admin
+from rpcq.transport.connection import tls_context
 from rpcq.transport.opening import open_admin
 from rpcq.transport.topology import Names
 from rpcq.url import PORTS, BrokerURL, parse
@@ -32,7 +32,9 @@ MANAGEMENT_TIMEOUT: Final = 5.0
 """Seconds that the management API has to answer."""
 
 MANAGEMENT_AGAIN: Final = 20
-"""Looks without the management API before it is tried again."""
+"""Looks without the management API, over one connection, before it is tried again."""
+
+NO_URL: Final = "management is no URL such as 'http://localhost:15672'"
 
 _PORTS: Final = {"amqp": ("http", 15672), "amqps": ("https", 15671)}
 
@@ -108,7 +110,6 @@ class QueueWatch:
             raise ConfigurationError("no services to look at; name at least one")
         self._every = every
         self._management = _management(self._broker, management)
-        self._unasked = 0
         self._threshold = threshold
         self._on_threshold = on_threshold
         self._on_depth = on_depth
@@ -120,64 +121,79 @@ class QueueWatch:
 
         Raises:
             BrokerError: the broker could not be asked.
+            ConfigurationError: a file that the URL names for TLS cannot be used.
 
         """
-        async with AsyncExitStack() as stack:
-            return await self._look(stack, [])
+        found = await self._from_management()
+        if found is None:
+            async with self._admin() as admin:
+                found = await self._from(admin)
+        return found
 
     async def run(self) -> None:
         """Look again and again, until it is cancelled. A broker that is away is logged, and tried again."""
         while True:
             try:
-                async with AsyncExitStack() as stack:
-                    kept: list[Admin] = []
-                    while True:
-                        found = await self._look(stack, kept)
-                        for depth in found:
-                            self._tell(depth)
-                        # Their worker may be about to declare them.
-                        await asyncio.sleep(self._every if found else min(self._every, 1.0))
-            except BrokerError as error:
+                found = await self._from_management()
+                if found is not None:
+                    await self._tell(found)
+                    continue
+                async with self._admin() as admin:  # one connection for many looks
+                    for _ in range(MANAGEMENT_AGAIN):
+                        await self._tell(await self._from(admin))
+            except (BrokerError, ConfigurationError) as error:  # the latter where a file for TLS is gone
                 log.warning("queues cannot be looked at", cause=str(error))
                 self._host += 1  # the next node
                 await asyncio.sleep(self._every)
 
-    async def _look(self, stack: AsyncExitStack, kept: list[Admin]) -> list[QueueDepth]:
-        """Asks the management API, else over the connection in `kept`, which is opened if it is not yet."""
-        if self._management is not None and self._unasked == 0:
-            try:
-                return await asyncio.to_thread(self._management.look, self._queues)
-            except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
-                log.info("the management API does not answer; queues are declared passively", cause=str(error))
-                self._unasked = MANAGEMENT_AGAIN
-        self._unasked = max(0, self._unasked - 1)
-        if not kept:
-            host, port = self._broker.hosts[self._host % len(self._broker.hosts)]
-            kept.append(await stack.enter_async_context(open_admin(self._broker, self._options, host, port)))
-        found = [(service, await kept[0].queue(queue)) for service, queue in self._queues]
+    async def _from_management(self) -> list[QueueDepth] | None:
+        """What the management API tells; None where there is none, or it does not answer as it should."""
+        if self._management is None:
+            return None
+        try:
+            return await asyncio.to_thread(self._management.look, self._queues)
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+            log.info("the management API does not answer; queues are declared passively", cause=str(error))
+            return None
+
+    def _admin(self) -> AbstractAsyncContextManager[Admin]:
+        host, port = self._broker.hosts[self._host % len(self._broker.hosts)]
+        return open_admin(self._broker, self._options, host, port)
+
+    async def _from(self, admin: Admin) -> list[QueueDepth]:
+        found = [(service, await admin.queue(queue)) for service, queue in self._queues]
         return [
             QueueDepth(service, it.name, it.messages, None, it.consumers, "declare")
             for service, it in found
             if it is not None
         ]
 
-    def _tell(self, depth: QueueDepth) -> None:
-        if self._on_depth is not None:
-            self._on_depth(depth)
-        if self._threshold is None:
-            return
-        above = depth.messages > self._threshold
-        if above == (depth.queue in self._above):
-            return
+    async def _tell(self, found: list[QueueDepth]) -> None:
+        """Call whom it concerns, and wait until the next look is due."""
+        for depth in found:
+            if self._on_depth is not None:
+                _call(self._on_depth, depth)
+            above = self._threshold is not None and depth.messages > self._threshold
+            if above != (depth.queue in self._above):
+                self._crossed(depth, above=above)
+        # Where there is none yet, a worker may be about to declare it.
+        await asyncio.sleep(self._every if found else min(self._every, 1.0))
+
+    def _crossed(self, depth: QueueDepth, *, above: bool) -> None:
         (self._above.add if above else self._above.discard)(depth.queue)
         event = "queue is over its threshold" if above else "queue is no longer over its threshold"
-        level = log.warning if above else log.info
-        level(event, service=depth.service, queue=depth.queue, messages=depth.messages, threshold=self._threshold)
+        say = log.warning if above else log.info
+        say(event, service=depth.service, queue=depth.queue, messages=depth.messages, threshold=self._threshold)
         if self._on_threshold is not None:
-            try:
-                self._on_threshold(depth, above)
-            except Exception:
-                log.exception("on_threshold failed", queue=depth.queue)
+            _call(self._on_threshold, depth, above)
+
+
+def _call(hook: Callable[..., None], *args: Any) -> None:
+    """Call what a user gave: what it raises does not end the watch."""
+    try:
+        hook(*args)
+    except Exception:
+        log.exception("a hook of the watch failed", hook=repr(hook))
 
 
 def _queues(names: Names, service: Service | str) -> list[tuple[str, str]]:
@@ -201,22 +217,27 @@ class _Management:
     """RabbitMQ's management API: https://www.rabbitmq.com/docs/management#http-api."""
 
     def __init__(self, broker: BrokerURL, url: str) -> None:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError:  # of a port that is none; what it says may be a part of a password
+            raise ConfigurationError(NO_URL) from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigurationError("management is no URL such as 'http://localhost:15672'")
+            raise ConfigurationError(NO_URL)
         self._scheme = parts.scheme
-        self._host, self._port = parts.hostname, parts.port
+        self._host, self._port = parts.hostname, port
         self._path = f"{parts.path.rstrip('/')}/api/queues/{quote(broker.vhost, safe='')}/"
         user = broker.user if parts.username is None else unquote(parts.username)
         password = broker.password if parts.password is None else unquote(parts.password)
         self._authorization = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
-        self._tls = dict(broker.tls)
+        self._broker = broker
 
     def look(self, queues: Sequence[tuple[str, str]]) -> list[QueueDepth]:
         """Each queue that is there; blocks.
 
         Raises:
             OSError, HTTPException, ValueError, KeyError, TypeError: it does not answer as it should.
+            ConfigurationError: a file that the broker's URL names for TLS cannot be used.
 
         """
         connection = self._connection()
@@ -242,9 +263,7 @@ class _Management:
     def _connection(self) -> http.client.HTTPConnection:
         if self._scheme == "http":
             return http.client.HTTPConnection(self._host, self._port, timeout=MANAGEMENT_TIMEOUT)
-        context = ssl.create_default_context(cafile=self._tls.get("cafile"), capath=self._tls.get("capath"))
-        if "certfile" in self._tls:
-            context.load_cert_chain(self._tls["certfile"], self._tls.get("keyfile"))
+        context = tls_context(self._broker)
         return http.client.HTTPSConnection(self._host, self._port, timeout=MANAGEMENT_TIMEOUT, context=context)
 
     def _get(self, connection: http.client.HTTPConnection, queue: str) -> dict[str, Any] | None:
@@ -259,7 +278,7 @@ class _Management:
             msg = f"it answered {response.status} {response.reason}"
             raise OSError(msg)
         found: dict[str, Any] = orjson.loads(body)
-        if found == {} or "messages_ready" not in found:
+        if "messages_ready" not in found:
             raise ValueError("it has no figures yet: statistics come a few seconds after a queue")
         return found
 

@@ -10,7 +10,6 @@ import secrets
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import partial
-from importlib.metadata import version
 from typing import Any, Final
 
 from opentelemetry import trace
@@ -22,6 +21,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from rpcq.errors import CallError
 from rpcq.observability.sampling import Sampler
 from rpcq.observer import OK, Observer, Seen, SeenCall, SeenRequest
+from rpcq.processes import own_version
 
 MAX_STATE: Final = 2048
 """Bytes of `tracestate` and of `baggage` that are sent; more of either is left out, as W3C allows."""
@@ -50,7 +50,7 @@ class Tracing(Observer):
 
     def __init__(self, ratio: float = 1.0, tracer_provider: trace.TracerProvider | None = None) -> None:
         self._picked = Sampler(ratio)
-        self._tracer = trace.get_tracer("rpcq", version("rpcq"), tracer_provider)
+        self._tracer = trace.get_tracer("rpcq", own_version(), tracer_provider)
         self._context = TraceContextTextMapPropagator()
         self._baggage = W3CBaggagePropagator()
 

@@ -18,6 +18,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFlags
 from prometheus_client import CollectorRegistry
 
+from load import until
 from places import Place
 from rpcq import CallTimeout, DomainError, InvalidParams, RemoteError, Retry, Service, logs
 from rpcq.observability.calls import CallLogs
@@ -25,6 +26,7 @@ from rpcq.observability.metrics import Metrics
 from rpcq.observability.sampling import Sampler
 from rpcq.observability.tracing import Tracing
 from rpcq.observer import Observer, Seen, SeenCall, SeenRequest
+from rpcq.settings import MAX_HEADERS
 
 
 class Busy(DomainError):
@@ -48,12 +50,6 @@ def things(place: Place) -> tuple[Service, list[Any]]:
         await asyncio.sleep(seconds)
 
     return service, seen
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - nothing tells
-            await asyncio.sleep(0.01)
 
 
 # Metrics.
@@ -137,6 +133,17 @@ async def test_a_method_that_nobody_has_makes_no_series_of_its_own_at_the_worker
             with pytest.raises(Exception, match="no method"):
                 await client.call(f"things.made_up_{number}")
     assert scraped.all("rpcq_worker_requests_finished_total") == {("things", "", "UNIMPLEMENTED"): 5}
+
+
+async def test_what_a_worker_cuts_off_is_told_as_aborted(place: Place, scraped: Scraped) -> None:
+    service, seen = things(place)
+    async with place.client(timeout=5) as client:
+        async with place.worker(service, observers=[scraped.metrics], grace=0.05):
+            call = asyncio.create_task(client.call("things.sleep", seconds=60))
+            await until(lambda: seen)
+        assert scraped.all("rpcq_worker_requests_finished_total") == {("things", "sleep", "ABORTED"): 1}
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
 
 
 async def test_sessions_that_go_down_and_come_back_are_counted(place: Place, scraped: Scraped) -> None:
@@ -345,6 +352,31 @@ async def test_both_ends_pick_the_same_share_of_calls_and_nested_ones_go_by_the_
     assert 5 < len(traces) < 70
     whole = ["process inner.work", "process outer.work", "send inner.work", "send outer.work"]
     assert all(sorted(names) == whole for names in traces.values())
+
+
+async def test_a_context_that_is_too_large_is_left_out_and_costs_no_call(
+    place: Place, spans: tuple[TracerProvider, InMemorySpanExporter]
+) -> None:
+    provider, exporter = spans
+    tracing = Tracing(tracer_provider=provider)
+    service, came = place.service(), []
+
+    @service.method
+    async def work() -> None:
+        came.append(get_all())
+
+    large, small = set_baggage("large", "x" * 4000), set_baggage("small", "y")
+    async with place.worker(service, observers=[tracing]), place.client(observers=[tracing]) as client:
+        full = client.with_options(metadata={"x-full": "m" * (MAX_HEADERS - 60)})
+        for caller, context in ((client, large), (client, small), (full, small)):
+            token = attach(context)
+            try:
+                await caller.call("things.work")
+            finally:
+                detach(token)
+    assert came == [{}, {"small": "y"}, {}]
+    # Where not even the trace has room, the two spans are of two traces.
+    assert len({span.context.trace_id for span in exporter.get_finished_spans()}) == 4
 
 
 # Logs.

@@ -11,35 +11,25 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from producers import Away, serving, told, worker
-from programs import launched
+from programs import CONTRAST, launched
 
 MS = 20_000
 """What may take a moment, in milliseconds."""
 
-CONTRAST = """async () => {
+CONTRASTS = (
+    f"async () => {{{CONTRAST}"
+    """
   await Promise.allSettled(document.getAnimations().map(it => it.finished)); // a colour on its way to another is none
-  const parse = text => (text.match(/[\\d.]+/g) || []).map(Number);
-  const light = ([r, g, b]) => {
-    const [x, y, z] = [r, g, b].map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * x + 0.7152 * y + 0.0722 * z;
-  };
-  const under = element => {
-    for (let it = element; it; it = it.parentElement) {
-      const colour = parse(getComputedStyle(it).backgroundColor);
-      if (colour.length === 3 || colour[3] > 0) return colour;
-    }
-    return [255, 255, 255];
-  };
   const found = [];
   for (const element of document.querySelectorAll('body *')) {
     const own = [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim());
     if (!element.checkVisibility() || !(own || element.matches('input'))) continue;
-    const [a, b] = [light(parse(getComputedStyle(element).color)), light(under(element))].sort((x, y) => y - x);
-    found.push([element.textContent || element.id, (a + 0.05) / (b + 0.05)]);
+    found.push([element.textContent || element.id, ratio(element, getComputedStyle(element).color)]);
   }
   return found;
 }"""
-"""The contrast of each text with what is under it, as WCAG 2 counts it."""
+)
+"""The contrast of each text with what is under it."""
 
 PAINTED = """([id, name]) => {
   const probe = document.createElement('i');
@@ -119,7 +109,7 @@ def connected(page: Page) -> None:
 
 
 def assert_legible(page: Page) -> None:
-    found = page.evaluate(CONTRAST)
+    found = page.evaluate(CONTRASTS)
     assert len(found) > 30
     assert [it for it in found if it[1] < 4.5] == []
 

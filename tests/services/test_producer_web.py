@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import aio_pika
 import httpx
 import pytest
 
-from producers import ROOT, SECONDS, environment, out, program, serving, told, worker
-
-
-@pytest.fixture
-async def url(rabbitmq_url: str, namespace: str) -> AsyncIterator[str]:
-    yield rabbitmq_url
-    async with await aio_pika.connect(rabbitmq_url) as connection:
-        channel = await connection.channel()
-        for name in ("echo", "calculator"):
-            await channel.queue_delete(f"{namespace}.req.{name}")
-        for name in ("requests", "control"):
-            await channel.exchange_delete(f"{namespace}.{name}")
+from producers import SECONDS, out, program, run, serving, told, worker
 
 
 @pytest.fixture(scope="module")
@@ -258,15 +244,7 @@ def test_sigterm_ends_it_cleanly_also_amid_a_stream() -> None:
 
 def test_what_it_cannot_serve_with_is_one_message() -> None:
     for arguments in (("--url", "http://nowhere/"), ("--port", "65536"), ("--prefetch", "0")):
-        ran = subprocess.run(
-            [sys.executable, "-m", "producer_service", "serve", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-            cwd=ROOT,
-            env=environment(None),
-        )
+        ran = run("-m", "producer_service", "serve", *arguments, url=None)
         assert (ran.returncode, ran.stdout) == (2, "")
         assert "Traceback" not in ran.stderr
         assert ran.stderr.strip()

@@ -6,24 +6,15 @@ import asyncio
 import os
 import re
 import signal
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
 from decimal import Decimal
-from pathlib import Path
 
-import aio_pika
 import pytest
 
 from consumer_service import calculator, echo
 from consumer_service.contracts import CalculatorApi, DivisionByZero, EchoApi
 from producer_service.load import send
+from producers import SECONDS, program, run
 from rpcq import Client, Service, Worker
-
-ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 30.0
-
 
 # As functions.
 
@@ -102,24 +93,10 @@ async def test_the_producer_tells_each_second_how_many_have_ended(namespace: str
 # End to end.
 
 
-def environment(url: str | None) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("RPCQ_URL", "COLUMNS")}
-    return kept | ({} if url is None else {"RPCQ_URL": url})
-
-
 def produce(url: str | None, namespace: str, *arguments: str) -> tuple[int, str]:
     """Run the producer: its exit code and what it shows."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "producer_service", "--namespace", namespace, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-        cwd=ROOT,
-        env=environment(url),
-    )
-    return ran.returncode, ran.stdout
+    ran = run("-m", "producer_service", "--namespace", namespace, *arguments, url=url)
+    return ran.returncode, ran.stdout + ran.stderr
 
 
 def shown(output: str, row: str) -> str:
@@ -129,37 +106,8 @@ def shown(output: str, row: str) -> str:
     return found[1]
 
 
-@contextmanager
-def consumer(url: str, namespace: str) -> Iterator[subprocess.Popen[str]]:
-    """The consumer as a process of its own. The producer waits for it."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "consumer_service", "--namespace", namespace, "--prefetch", "50"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=environment(url),
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-@pytest.fixture
-async def url(rabbitmq_url: str, namespace: str) -> AsyncIterator[str]:
-    yield rabbitmq_url
-    async with await aio_pika.connect(rabbitmq_url) as connection:
-        channel = await connection.channel()
-        for name in ("echo", "calculator"):
-            await channel.queue_delete(f"{namespace}.req.{name}")
-        for name in ("requests", "control"):
-            await channel.exchange_delete(f"{namespace}.{name}")
-
-
 def test_every_request_of_the_producer_gets_its_own_answer_from_the_consumer(url: str, namespace: str) -> None:
-    with consumer(url, namespace) as process:
+    with program("-m", "consumer_service", "--namespace", namespace, "--prefetch", "50", url=url) as process:
         code, output = produce(url, namespace, "--requests", "300", "--concurrency", "100")
         assert code == 0, output
         process.send_signal(signal.SIGTERM)
@@ -213,24 +161,14 @@ async def test_a_consumer_that_answers_wrongly_fails_the_producer(url: str, name
     assert [shown(output, row) for row in ("sent", "matched", "mismatched")] == ["20", "19", "1"]
 
 
-@pytest.mark.parametrize("program", ["producer_service", "consumer_service"])
-def test_a_broker_that_cannot_be_used_is_one_message_without_the_password(program: str) -> None:
-    url = "amqp://me:s3cr3t@no-such-host.invalid/"
-    ran = subprocess.run(
-        [sys.executable, "-m", program, "--url", url],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-        cwd=ROOT,
-        env=environment(None),
-    )
+@pytest.mark.parametrize("module", ["producer_service", "consumer_service"])
+def test_a_broker_that_cannot_be_used_is_one_message_without_the_password(module: str) -> None:
+    ran = run("-m", module, "--url", "amqp://me:s3cr3t@no-such-host.invalid/", url=None)
     assert ran.returncode == 2
-    text = " ".join(ran.stdout.split())
-    assert f"{program}: cannot reach amqp://no-such-host.invalid:5672" in text
-    assert "s3cr3t" not in ran.stdout
-    assert "Traceback" not in ran.stdout
+    said = ran.stdout + ran.stderr
+    assert f"{module}: cannot reach amqp://no-such-host.invalid:5672" in " ".join(said.split())
+    assert "s3cr3t" not in said
+    assert "Traceback" not in said
 
 
 def test_the_producers_arguments_are_checked() -> None:

@@ -16,7 +16,7 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 import bench_reports
-from programs import launched
+from programs import CONTRAST, launched
 from rpcq.bench.page import page
 from rpcq.bench.plots import CHUNKS, Line, curve, percentile_axis, second_axis, thin, time_axis
 from rpcq.bench.result import Report, Second
@@ -34,23 +34,9 @@ REPORTS = {
 }
 
 
-CONTRAST = """() => {
-  const parse = text => (text.match(/[\\d.]+/g) || []).map(Number);
-  const light = ([r, g, b]) => {
-    const [x, y, z] = [r, g, b].map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * x + 0.7152 * y + 0.0722 * z;
-  };
-  const under = element => {
-    for (let it = element; it; it = it.parentElement) {
-      const colour = parse(getComputedStyle(it).backgroundColor);
-      if (colour.length === 3 || colour[3] > 0) return colour;
-    }
-    return [255, 255, 255];
-  };
-  const ratio = (element, colour) => {
-    const [a, b] = [light(parse(colour)), light(under(element))].sort((x, y) => y - x);
-    return (a + 0.05) / (b + 0.05);
-  };
+CONTRASTS = (
+    f"() => {{{CONTRAST}"
+    """
   const texts = [], lines = [];
   for (const element of document.querySelectorAll('body *')) {
     if (element.tagName === 'title' || getComputedStyle(element).display === 'none') continue;
@@ -62,6 +48,7 @@ CONTRAST = """() => {
   }
   return [texts, lines];
 }"""
+)
 """The contrast of each text and of each line of a plot with what is under it, as WCAG 2 counts it."""
 
 LABELS = """() => [...document.querySelectorAll('svg.plot')].flatMap(plot => {
@@ -305,7 +292,7 @@ def test_all_text_and_all_lines_stand_out_from_what_is_under_them(
     seen = Seen(browser, pages[name], tmp_path)
     try:
         seen.page.emulate_media(media=media, color_scheme=scheme)
-        texts, lines = seen.page.evaluate(CONTRAST)
+        texts, lines = seen.page.evaluate(CONTRASTS)
         assert len(texts) > 100
         assert [(text, ratio) for text, ratio in texts if ratio < 4.5] == []
         assert lines

@@ -13,7 +13,8 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from prometheus_client import CollectorRegistry
 from broker import Broker, Setup, free_ports
 from broker import broker as a_broker
 from command import Process, Rpcq, wait_until
+from load import until
 from proxy import proxy
 from rpcq import Client, ConfigurationError, Service, Worker
 from rpcq.cli.watching import Watching
 from rpcq.observability.health import HealthServer, parse_address
 from rpcq.observability.metrics import Metrics
-from rpcq.observability.queues import QueueDepth, QueueWatch
-from rpcq.observer import Observer
+from rpcq.observability.queues import MANAGEMENT_AGAIN, QueueDepth, QueueWatch
+from rpcq.observer import Observer, SeenCall
 
 ROOT = Path(__file__).parents[2]
 ALERTS = ROOT / "docker/alerts.yml"
@@ -124,17 +126,13 @@ async def test_a_worker_without_its_broker_lives_and_is_not_ready(rabbitmq_url: 
             assert await asked("readyz") == (200, "ok\n")
             between.refuse()
             between.reset()
-            async with asyncio.timeout(10):
-                while worker.connected:  # noqa: ASYNC110 - nothing tells
-                    await asyncio.sleep(0.01)
+            await until(lambda: not worker.connected)
             status, why = await asked("readyz")
             assert status == 503
             assert "session to the broker is down" in why
             assert await asked("livez") == (200, "ok\n")
             between.allow()
-            async with asyncio.timeout(20):
-                while not worker.connected:  # noqa: ASYNC110 - nothing tells
-                    await asyncio.sleep(0.01)
+            await until(lambda: worker.connected)
             assert await asked("readyz") == (200, "ok\n")
             await worker.stop()
             assert await asked("readyz") == (503, "the worker is stopped\n")
@@ -226,11 +224,33 @@ async def test_where_the_management_api_does_not_answer_queues_are_declared(
     caplog.set_level("INFO", "rpcq")
     service = await filled(rabbitmq_url, namespace, "classic", 1)
     (port,) = free_ports(1)
-    watch = QueueWatch([service], rabbitmq_url, namespace=namespace, management=f"http://127.0.0.1:{port}")
-    for _ in range(3):
-        (found,) = await watch.look()
-        assert (found.messages, found.source) == (1, "declare")
-    assert caplog.text.count("the management API does not answer") == 1
+    looks: list[QueueDepth] = []
+    watch = QueueWatch(
+        [service],
+        rabbitmq_url,
+        namespace=namespace,
+        management=f"http://127.0.0.1:{port}",
+        every=0.01,
+        on_depth=looks.append,
+    )
+    assert [(it.messages, it.source) for it in await watch.look()] == [(1, "declare")]
+    async with watching(watch):
+        await until(lambda: len(looks) > MANAGEMENT_AGAIN)
+    assert {(it.messages, it.source) for it in looks} == {(1, "declare")}
+    # Once by `look`; by `run` once for so many looks, and it is tried again after them.
+    assert caplog.text.count("the management API does not answer") == 1 + -(-len(looks) // MANAGEMENT_AGAIN)
+
+
+@asynccontextmanager
+async def watching(watch: QueueWatch) -> AsyncIterator[None]:
+    """The watch runs, and has not ended by itself at the end."""
+    running = asyncio.create_task(watch.run())
+    try:
+        yield
+        assert not running.done()
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +297,10 @@ async def test_a_queue_that_crosses_its_threshold_is_told_once_each_way(rabbitmq
         told.put_nowait((depth.messages, above))
         raise RuntimeError("of the hook, which does not end the watch")
 
+    def on_depth(depth: QueueDepth) -> None:
+        looks.append(depth)
+        raise RuntimeError("of the other hook")
+
     watch = QueueWatch(
         [service],
         rabbitmq_url,
@@ -285,19 +309,15 @@ async def test_a_queue_that_crosses_its_threshold_is_told_once_each_way(rabbitmq
         every=0.05,
         threshold=3,
         on_threshold=on_threshold,
-        on_depth=looks.append,
+        on_depth=on_depth,
     )
-    running = asyncio.create_task(watch.run())
-    async with asyncio.timeout(10):
+    async with watching(watch), asyncio.timeout(10):
         assert await told.get() == (5, True)
         async with Worker(service, url=rabbitmq_url, namespace=namespace):
             assert (await told.get())[1] is False
         seen = len(looks)
-        while len(looks) < seen + 3:  # noqa: ASYNC110 - nothing tells
-            await asyncio.sleep(0.01)
+        await until(lambda: len(looks) >= seen + 3)
     assert told.empty()
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_a_watch_outlives_a_broker_that_is_away(rabbitmq_url: str, namespace: str) -> None:
@@ -305,19 +325,23 @@ async def test_a_watch_outlives_a_broker_that_is_away(rabbitmq_url: str, namespa
     looks: list[QueueDepth] = []
     async with proxy(rabbitmq_url) as between:
         watch = QueueWatch([service], between.url, namespace=namespace, management="", every=0.1, on_depth=looks.append)
-        running = asyncio.create_task(watch.run())
-        async with asyncio.timeout(20):
-            while not looks:  # noqa: ASYNC110 - nothing tells
-                await asyncio.sleep(0.01)
+        async with watching(watch):
+            await until(lambda: looks)
             between.refuse()
             between.reset()
             await asyncio.sleep(0.3)
             between.allow()
             seen = len(looks)
-            while len(looks) < seen + 2:  # noqa: ASYNC110 - nothing tells
-                await asyncio.sleep(0.01)
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+            await until(lambda: len(looks) >= seen + 2)
+
+
+async def test_a_watch_outlives_a_file_for_tls_that_is_gone(
+    namespace: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"amqps://localhost:1/?cafile={tmp_path / 'gone.pem'}"
+    async with watching(QueueWatch(["things"], url, namespace=namespace, every=0.01)):
+        await until(lambda: caplog.text.count("queues cannot be looked at") >= 3)
+    assert "gone.pem" in caplog.records[0].cause  # type: ignore[attr-defined]  # a field of the line
 
 
 def test_what_cannot_be_watched_is_refused() -> None:
@@ -329,6 +353,9 @@ def test_what_cannot_be_watched_is_refused() -> None:
         QueueWatch([], "amqp://localhost")
     with pytest.raises(ConfigurationError, match="management"):
         QueueWatch(["things"], "amqp://localhost", management="localhost")
+    with pytest.raises(ConfigurationError, match="management") as caught:
+        QueueWatch(["things"], "amqp://localhost", management="http://guest:s3cr3t")  # no host: it reads as a port
+    assert "s3cr3t" not in str(caught.value)
     with pytest.raises(ConfigurationError, match="observers holds 5"):
         Client("memory://", observers=[5])  # type: ignore[list-item]
 
@@ -385,6 +412,24 @@ def test_alerts_ask_for_metrics_that_there_are_and_the_page_says_what_to_do_abou
             assert name.removesuffix("_bucket") in names, (rule["alert"], name)
     headings = re.findall(r"^### (\w+)$", PAGE, re.MULTILINE)
     assert headings == [rule["alert"] for rule in rules()]
+
+
+def test_methods_beyond_the_limit_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rpcq.observability.metrics.MAX_METHODS", 3)
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    for number in (*range(5), 0, 4):
+        call = SeenCall(b"", "shop", f"m{number}", f"shop.m{number}")
+        ended = metrics.on_call(call)
+        call.code = "OK"
+        ended(call)
+
+    def counted(service: str, method: str) -> float | None:
+        labels = {"service": service, "method": method, "code": "OK"}
+        return registry.get_sample_value("rpcq_client_calls_finished_total", labels)
+
+    assert [counted("shop", f"m{number}") for number in range(5)] == [2, 1, 1, None, None]
+    assert counted("other", "") == 3
 
 
 def test_the_page_has_every_metric_and_no_other() -> None:

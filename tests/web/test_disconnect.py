@@ -17,9 +17,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from load import until
 from rpcq import Service
 from rpcq.web import CancelOnDisconnect, Rpc, on_call_error
-from webserver import browser, served, until
+from webserver import browser, served
 
 KIB = 1024
 
@@ -28,7 +29,7 @@ class Seen(list[str]):
     """What happened, in order."""
 
     async def until(self, *what: str) -> None:
-        await until(lambda: [it for it in self if it in what] == [*what], f"{what} is not what happened: {self}")
+        await until(lambda: [it for it in self if it in what] == [*what], what=f"{what} is not what happened: {self}")
 
     @contextlib.asynccontextmanager
     async def around(self, name: str) -> AsyncIterator[None]:

@@ -20,8 +20,9 @@ from aiohttp import web
 from command import Process, delete_queues
 from consumer_service.calculator import calculator
 from consumer_service.contracts import EchoApi
+from load import until
 from rpcq import Service, Worker
-from webserver import answers, browser, until
+from webserver import answers, browser
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 20.0

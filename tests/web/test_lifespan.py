@@ -17,6 +17,7 @@ import pytest
 from fastapi import Depends, FastAPI, HTTPException, Request
 
 from command import Process, delete_queues
+from load import until
 from proxy import Proxy, proxy
 from rpcq import (
     CallTimeout,
@@ -33,7 +34,7 @@ from rpcq import (
 )
 from rpcq.observer import Observer
 from rpcq.web import Rpc, on_call_error
-from webserver import NotStarted, answers, served, until
+from webserver import NotStarted, answers, served
 
 SECONDS = 20.0
 ROOT = Path(__file__).resolve().parents[2]
