@@ -165,11 +165,16 @@ TRANSITIONS: Final[dict[tuple[State, Event], Transition]] = {
 }
 
 
-# The same by index: looked up several times in each call.
+# Looked up several times in each call: by index, and members of enums by names of their own, since CPython 3.11 takes
+# as long to get at a member as to call a function.
 _TABLE: Final = [
     [None, *(TRANSITIONS.get((state, event)) for event in Event)]  # auto() counts from 1
     for state in (State(1), *State)
 ]
+
+_CREATED, _DONE = State.CREATED, State.DONE
+_ACT_NOTHING, _ACT_ANSWER = Act.NOTHING, Act.ANSWER
+_EVENT_WRITE = Event.WRITE
 
 Outcome = Reply | CallError
 
@@ -193,7 +198,7 @@ class Call:
         self.correlation_id = correlation_id
         self.request_id = correlation_id
         self.idempotent = idempotent
-        self.state = State.CREATED
+        self.state = _CREATED
         self.sent = 0
         self.attempt = 1
 
@@ -287,7 +292,7 @@ class PendingCalls:
         Each has its own, so that what is said of an earlier one is not taken for the last one's: a worker may answer
         twice that it did not begin, and the second answer must not send a call that runs elsewhere again.
         """
-        self.happened(call, Event.WRITE)
+        self.happened(call, _EVENT_WRITE)
         call.sent += 1
         if call.sent > 1:
             call.request_id = b"%b.%d" % (call.correlation_id, call.sent)
@@ -299,9 +304,9 @@ class PendingCalls:
         if transition is None:
             return
         act = transition.act
-        if act is Act.NOTHING:
+        if act is _ACT_NOTHING:
             call.state = transition.state
-        elif act is Act.ANSWER:
+        elif act is _ACT_ANSWER:
             assert reply is not None  # noqa: S101 - the table has ANSWER only for REPLY
             self._end(call)
             call.settle(reply)
@@ -319,7 +324,7 @@ class PendingCalls:
             call.settle(_error(call, transition, why))
 
     def _end(self, call: Call) -> None:
-        call.state = State.DONE
+        call.state = _DONE
         del self._calls[call.correlation_id]
 
     def _end_unanswered(self, call: Call) -> None:

@@ -177,7 +177,7 @@ class Result:
         """A value as JSON, by aliases: that is how the other side reads it."""
         valid = self._validate(value)
         body = wire.refuse_nan(self._dump(valid, by_alias=True))
-        if b"null" in body and valid is not None:  # perhaps a model's NaN, which has a mode of its own
+        if body.find(b"null") >= 0 and valid is not None:  # perhaps a model's NaN, which has a mode of its own
             wire.dumps(self._plain(valid, mode="json", by_alias=True))
         return body
 

@@ -78,12 +78,16 @@ class Properties:
     cluster_id: bytes | None = None
 
 
+LENGTHS: Final = tuple(bytes((length,)) for length in range(256))
+"""The byte before a short string, by its length: making it anew each time would cost more."""
+
+
 def short(value: bytes) -> bytes:
     """A short string: one byte of length, then at most 255 bytes."""
     if len(value) > 255:
         msg = f"a short string of AMQP has at most 255 bytes, this one has {len(value)}"
         raise ValueError(msg)
-    return bytes((len(value),)) + value
+    return LENGTHS[len(value)] + value
 
 
 def encode(properties: Properties) -> bytes:

@@ -27,6 +27,8 @@ log = logs.get_logger("rpcq.worker")
 CANCEL_TIMEOUT: Final = 1.0
 """Seconds that handlers have to end once they are cancelled."""
 
+_CONFIRMED: Final = Settled.CONFIRMED  # as in `rpcq.transport.lane`
+
 Key = tuple[bytes, bytes]
 """reply_to and correlation ID: what names a call among all clients."""
 
@@ -439,7 +441,7 @@ class Runs:
 
     def replied(self, run: Running, settled: Settled) -> None:
         """What became of a reply."""
-        if settled is Settled.CONFIRMED:
+        if settled is _CONFIRMED:
             self._settle(run)
         elif settled in (Settled.UNSENT, Settled.UNKNOWN):
             if not self._abandoned:

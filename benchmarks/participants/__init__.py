@@ -45,7 +45,8 @@ WATCHED = {
     "rpcq+sampled": "with_rpcq_watched:sampled",
     "rpcq+everything": "with_rpcq_watched:everything",
 }
-MODULES = PEERS | WATCHED
+FLOOR = {"floor": "with_sockets"}
+MODULES = PEERS | WATCHED | FLOOR
 """Name -> module, or what in it is the contender."""
 
 

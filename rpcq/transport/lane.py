@@ -43,7 +43,9 @@ HEARTBEAT_FRAME: Final = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 _FRAME: Final = struct.Struct(">BHI")
 _U64: Final = struct.Struct(">Q")
 _CONTENT: Final = struct.Struct(">BHI4sQ")
+_TAG: Final = struct.Struct(">QB")
 _TAGGED: Final = struct.Struct(">BHI4sQBB")
+_CONFIRMED: Final = Settled.CONFIRMED  # a member of an enum is slow to get at, in CPython 3.11
 
 
 class Lane:
@@ -56,11 +58,15 @@ class Lane:
         on_confirm: (delivery tag, multiple, accepted).
         on_end: the broker closed the channel or cancelled the consumer; (reply code, text).
 
+    Attributes:
+        beginning: of the last delivery's method frame, up to the tag; those of one consumer begin alike.
+
     """
 
     __slots__ = (
-        "_body",
+        "_channel",
         "_chunks",
+        "_ending",
         "_left",
         "_method",
         "_properties",
@@ -68,6 +74,7 @@ class Lane:
         "_routing_key",
         "_size",
         "_tag",
+        "beginning",
         "max_body",
         "on_confirm",
         "on_deliver",
@@ -97,8 +104,43 @@ class Lane:
         self._tag = 0
         self._redelivered = False
         self._routing_key = b""
+        self._channel = 0
+        self.beginning = b"none has come"
+        self._ending = b""  # of the same frame, from the exchange on
 
-    def method(self, payload: bytes) -> bool:
+    def alike(self, data: bytes, at: int, max_payload: int) -> int:
+        """Take a delivery like the last one, of which all is in `data` and the body in one frame: where it ends.
+
+        Its method frame starts at `at`, with `beginning`. 0 where it is otherwise, and nothing was taken: it is for
+        `method`, `header` and `body` to take it, and to find out whether anything is wrong.
+        """
+        tag = at + len(self.beginning)
+        header = tag + 9 + len(self._ending)
+        try:
+            kind, channel, length, content, size = _CONTENT.unpack_from(data, header)
+            body = header + FRAME_OVERHEAD + length
+            body_kind, body_channel, body_length = _FRAME.unpack_from(data, body)
+            end: int = body + FRAME_OVERHEAD + body_length
+            if not (
+                kind == HEADER
+                and body_kind == BODY
+                and channel == body_channel == self._channel
+                and content == BASIC_CONTENT
+                and 14 <= length <= max_payload
+                and 0 < size == body_length <= max_payload
+                and size <= self.max_body
+                and data[body - 1] == data[end - 1] == FRAME_END
+                and data.startswith(self._ending, tag + 9)
+                and self._method is None
+            ):
+                return 0
+        except (IndexError, struct.error):
+            return 0  # not all of it has come
+        number, redelivered = _TAG.unpack_from(data, tag)
+        self.on_deliver(number, redelivered & 1 == 1, data[header + 19 : body - 1], data[body + 7 : end - 1], size)
+        return end
+
+    def method(self, channel: int, payload: bytes) -> bool:
         """Take a method frame; False if it is not a hot one."""
         if self._method is not None:
             msg = f"a method frame {payload[:4].hex()} came inside a message"
@@ -106,13 +148,14 @@ class Lane:
         method = payload[:4]
         try:
             if method == DELIVER:
-                at = 5 + payload[4]
-                self._tag = int.from_bytes(payload[at : at + 8], "big")
-                self._redelivered = payload[at + 8] & 1 == 1
-                at += 10 + payload[at + 9]  # after the exchange
-                if at + 1 + payload[at] != len(payload):  # after the routing key
-                    _check_end(payload, at + 1 + payload[at])
+                tag = 5 + payload[4]
+                _check_end(payload, _after_short(payload, _after_short(payload, tag + 9)))
+                self._tag = int.from_bytes(payload[tag : tag + 8], "big")
+                self._redelivered = payload[tag + 8] & 1 == 1
                 self._method = method
+                self._channel = channel
+                self.beginning = _FRAME.pack(METHOD, channel, len(payload)) + payload[:tag]
+                self._ending = payload[tag + 9 :] + b"\xce"
                 return True
             if method in (ACK, NACK):
                 (number,) = _U64.unpack_from(payload, 4)
@@ -235,31 +278,41 @@ class FrameReader:
             data = self._completed(data)
         at, size, lanes = 0, len(data), self.lanes
         while size - at >= 7:
-            kind, channel, length = _FRAME.unpack_from(data, at)
-            if length > self.max_payload or (kind > BODY and kind != HEARTBEAT) or not kind:
-                msg = f"not an AMQP frame: {data[at : at + 16]!r}"
-                raise ProtocolError(msg)
-            end = at + FRAME_OVERHEAD + length
-            if end > size:
+            lane = lanes.get(data[at + 1] << 8 | data[at + 2])
+            if lane is None or not data.startswith(lane.beginning, at):
+                end = self._frame(lane, data, at)
+            else:
+                end = lane.alike(data, at, self.max_payload) or self._frame(lane, data, at)
+            if not end:
                 break
-            if data[end - 1] != FRAME_END:
-                msg = f"a frame of {length} bytes on channel {channel} does not end where it says"
-                raise ProtocolError(msg)
-            lane = lanes.get(channel)
-            if lane is None:
-                self._other(kind, channel, data[at:end])
-            elif kind == BODY:
-                lane.body(data[at + 7 : end - 1])
-            elif kind == HEADER:
-                lane.header(data[at + 7 : end - 1])
-            elif kind != METHOD:
-                msg = f"a heartbeat came on channel {channel}"
-                raise ProtocolError(msg)
-            elif not lane.method(data[at + 7 : end - 1]):
-                self._on_other(data[at:end])
             at = end
         if at < size:
             self._keep(data[at:])
+
+    def _frame(self, lane: Lane | None, data: bytes, at: int) -> int:
+        """Take the frame that starts there: where it ends, or 0 where not all of it has come."""
+        kind, channel, length = _FRAME.unpack_from(data, at)
+        if length > self.max_payload or (kind > BODY and kind != HEARTBEAT) or not kind:
+            msg = f"not an AMQP frame: {data[at : at + 16]!r}"
+            raise ProtocolError(msg)
+        end: int = at + FRAME_OVERHEAD + length
+        if end > len(data):
+            return 0
+        if data[end - 1] != FRAME_END:
+            msg = f"a frame of {length} bytes on channel {channel} does not end where it says"
+            raise ProtocolError(msg)
+        if lane is None:
+            self._other(kind, channel, data[at:end])
+        elif kind == BODY:
+            lane.body(data[at + 7 : end - 1])
+        elif kind == HEADER:
+            lane.header(data[at + 7 : end - 1])
+        elif kind != METHOD:
+            msg = f"a heartbeat came on channel {channel}"
+            raise ProtocolError(msg)
+        elif not lane.method(channel, data[at + 7 : end - 1]):
+            self._on_other(data[at:end])
+        return end
 
     def _keep(self, rest: bytes) -> None:
         size = len(rest)
@@ -313,6 +366,7 @@ class Encoder:
     def publish(self, messages: Iterable[Outgoing]) -> list[bytes]:
         """Pieces to write, in order: for each message its method, header and body frames."""
         channel, most, methods = self._channel, self._max_payload, self._methods
+        pack_frame, pack_content = _FRAME.pack, _CONTENT.pack
         pieces: list[bytes] = []
         for message in messages:
             method = methods.get((message.exchange, message.routing_key, message.mandatory))
@@ -320,20 +374,14 @@ class Encoder:
                 method = self._publish_method(message)
             body, properties = message.body, message.properties
             size = len(body)
-            pieces += (
-                method,
-                _CONTENT.pack(HEADER, channel, 12 + len(properties), BASIC_CONTENT, size),
-                properties,
-            )
-            if not size:
-                pieces.append(b"\xce")
-            elif size <= most:
-                pieces += (b"\xce", _FRAME.pack(BODY, channel, size), body, b"\xce")
+            header = pack_content(HEADER, channel, 12 + len(properties), BASIC_CONTENT, size)
+            if 0 < size <= most:
+                pieces += (method, header, properties, b"\xce", pack_frame(BODY, channel, size), body, b"\xce")
             else:
-                pieces.append(b"\xce")
+                pieces += (method, header, properties, b"\xce")
                 for at in range(0, size, most):
                     part = body[at : at + most]
-                    pieces += (_FRAME.pack(BODY, channel, len(part)), part, b"\xce")
+                    pieces += (pack_frame(BODY, channel, len(part)), part, b"\xce")
         return pieces
 
     def ack(self, tag: int, *, multiple: bool = False) -> bytes:
@@ -379,17 +427,20 @@ class Unconfirmed:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, message: Outgoing) -> None:
-        """A message is handed to the socket: it has the channel's next number."""
-        self._waiting[self._next] = message
-        self._next += 1
+    def add(self, messages: Iterable[Outgoing]) -> None:
+        """Messages are handed to the socket: they have the channel's next numbers."""
+        waiting, number = self._waiting, self._next
+        for message in messages:
+            waiting[number] = message
+            number += 1
+        self._next = number
 
     def returned(self, routing_key: bytes, correlation_id: bytes) -> None:
         """The broker returned a message."""
         key = routing_key, correlation_id
         self._returned[key] = self._returned.get(key, 0) + 1
 
-    def confirmed(self, number: int, *, multiple: bool, accepted: bool) -> None:
+    def confirmed(self, number: int, multiple: bool, accepted: bool) -> None:
         """The broker confirmed a message, or all up to it (a number of 0 means all).
 
         Raises:
@@ -406,14 +457,19 @@ class Unconfirmed:
             if number == self._low:
                 self._advance(number + 1)
             if message is not None:
-                self._settle(message, accepted=accepted)
+                self._settle(message, accepted)
             return
         low = self._low
         self._advance(number + 1)
+        pop = self._waiting.pop
         for each in range(low, number + 1):
-            message = self._waiting.pop(each, None)
-            if message is not None:
-                self._settle(message, accepted=accepted)
+            message = pop(each, None)
+            if message is None:
+                continue
+            if accepted and not self._returned:
+                message.on_settled(_CONFIRMED)
+            else:
+                self._settle(message, accepted)
 
     def lost(self) -> list[Outgoing]:
         """All that still wait; the session is down."""
@@ -427,7 +483,7 @@ class Unconfirmed:
             low += 1
         self._low = low
 
-    def _settle(self, message: Outgoing, *, accepted: bool) -> None:
+    def _settle(self, message: Outgoing, accepted: bool) -> None:
         if self._returned and message.mandatory:  # no other is ever returned
             key = message.routing_key, message.correlation_id
             count = self._returned.pop(key, 0)
@@ -436,7 +492,7 @@ class Unconfirmed:
             if count:
                 message.on_settled(Settled.RETURNED)
                 return
-        message.on_settled(Settled.CONFIRMED if accepted else Settled.REFUSED)
+        message.on_settled(_CONFIRMED if accepted else Settled.REFUSED)
 
 
 class Unsettled:

@@ -22,6 +22,9 @@ from rpcq.transport.session import CLOSE_TIMEOUT, Link, Session
 from rpcq.transport.topology import Exchange, Queue
 from rpcq.url import BrokerURL
 
+CONSUMER_TAG: Final = "rpcq"
+"""The only one on its channel. Each delivery carries it, so it is short."""
+
 HIGH_WATER: Final = 256 * 1024
 """Bytes that may wait for the next write before publishers wait."""
 
@@ -224,7 +227,7 @@ class _ConsumingSession(Session):
             # Before it consumes: the first delivery may come with the answer.
             self._consumed.append(_Consumed(link, number, subscription, self._options))
             queue = await channel.get_queue(name, ensure=False)
-            tag = await queue.consume(_never, no_ack=subscription.no_ack)
+            tag = await queue.consume(_never, no_ack=subscription.no_ack, consumer_tag=CONSUMER_TAG)
             self._consumers.append((channel, tag))
         if self._stopped and self._consumers:
             raise BrokerUnreachable("the consumers were stopped while they were being started")
@@ -319,9 +322,7 @@ class _PublishingSession(Session):
                 max_body=0,  # the body of a returned message is of no use
                 on_deliver=_ignore,
                 on_return=unconfirmed.returned,
-                on_confirm=lambda tag, multiple, accepted: unconfirmed.confirmed(
-                    tag, multiple=multiple, accepted=accepted
-                ),
+                on_confirm=unconfirmed.confirmed,
                 on_end=lambda code, text: link.protocol.fail(closed_by_broker(code, text)),
             ),
         )
@@ -362,9 +363,7 @@ class _PublishingSession(Session):
             for message in messages:
                 message.on_settled(Settled.UNSENT)
             return
-        add = self._unconfirmed.add
-        for message in messages:
-            add(message)
+        self._unconfirmed.add(messages)
         self._link.protocol.write(b"".join(self._encoder.publish(messages)))
 
     def _wake(self) -> None:
