@@ -27,7 +27,7 @@ log = logs.get_logger("rpcq.worker")
 CANCEL_TIMEOUT: Final = 1.0
 """Seconds that handlers have to end once they are cancelled."""
 
-_CONFIRMED: Final = Settled.CONFIRMED  # as in `rpcq.transport.lane`
+_CONFIRMED: Final = Settled.CONFIRMED  # as in `rpcq.transport.settling`
 
 Key = tuple[bytes, bytes]
 """reply_to and correlation ID: what names a call among all clients."""

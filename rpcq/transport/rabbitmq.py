@@ -17,8 +17,9 @@ from rpcq.transport.connection import (
     is_foreign,
     translate,
 )
-from rpcq.transport.lane import Encoder, Lane, Unconfirmed, Unsettled
+from rpcq.transport.lane import Encoder, Lane
 from rpcq.transport.session import CLOSE_TIMEOUT, Link, Session
+from rpcq.transport.settling import Unconfirmed, Unsettled
 from rpcq.transport.topology import Exchange, Queue
 from rpcq.url import BrokerURL
 
