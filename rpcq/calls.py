@@ -22,6 +22,7 @@ from rpcq.errors import (
     OutcomeUnknown,
     Overloaded,
     ServiceUnavailable,
+    TooLarge,
 )
 from rpcq.wire import Reply
 
@@ -59,6 +60,8 @@ class Event(IntEnum):
     """No queue is bound for the service."""
     REFUSED = auto()
     """The broker did not take it: the request queue is full, or a cluster has no leader for it now."""
+    TOO_LARGE = auto()
+    """The broker takes no request of that size."""
     UNSENT = auto()
     """The request never reached the socket."""
     LOST = auto()
@@ -115,6 +118,7 @@ _NO_SERVICE: Final = _fail(ServiceUnavailable, "no", "no worker serves it: no qu
 _NOT_CONNECTED: Final = _fail(ServiceUnavailable, "no", "it could not be sent until the deadline")
 _BLOCKED: Final = _fail(Overloaded, "no", "the broker took no messages until the deadline")
 _FULL: Final = _fail(Overloaded, "no", "the broker refused it: the request queue is full, or has no leader")
+_TOO_LARGE: Final = _fail(TooLarge, "no", "the broker takes no message of that size (its max_message_size)")
 _NO_WORD: Final = _fail(CallTimeout, "maybe", "no reply until the deadline")
 _EXPIRED: Final = _fail(CallTimeout, "maybe", "the request expired in the queue")
 _EXPIRED_UNRUN: Final = _fail(CallTimeout, "no", "the request expired in the queue, and was never delivered")
@@ -144,6 +148,7 @@ TRANSITIONS: Final[dict[tuple[State, Event], Transition]] = {
     (_W, Event.WORKER_LOST): _WORKER_LOST,
     (_W, Event.RETURNED): _NO_SERVICE,
     (_W, Event.REFUSED): _FULL,
+    (_W, Event.TOO_LARGE): _TOO_LARGE,
     (_W, Event.UNSENT): _AGAIN,
     (_W, Event.LOST): _LOST,
     (_W, Event.EXPIRED): _EXPIRED,

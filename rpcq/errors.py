@@ -177,7 +177,7 @@ class NotSerializable(InvalidParams, TypeError):
 
 
 class TooLarge(InvalidParams, ValueError):
-    """The body or the headers are over the limit. Nothing was sent."""
+    """The body or the headers are over the limit: one's own (nothing was sent), the worker's or the broker's."""
 
 
 class MethodNotFound(CallError):

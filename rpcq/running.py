@@ -47,6 +47,7 @@ class Running(Outgoing):
     Attributes:
         delivery: what is acknowledged in the end.
         key: reply_to and correlation ID; an empty reply_to where no reply is wanted.
+        kind: of the reply: `wire.RESULT` or `wire.ERROR`; there with its body.
         job: what runs; None where it was refused, and once it has ended.
         began: whether the handler was entered.
         seen: what observers are told of it; None where there are none.
@@ -54,6 +55,7 @@ class Running(Outgoing):
 
     """
 
+    kind: bytes
     __slots__ = (
         "began",
         "cancelled",
@@ -62,6 +64,7 @@ class Running(Outgoing):
         "handler_ms",
         "job",
         "key",
+        "kind",
         "queue_ms",
         "result",
         "runs",
@@ -415,7 +418,7 @@ class Runs:
             body = b""
         if not body or len(body) > self._max_body:
             log.error("an error's details cannot be sent", correlation_id=run.id, code=error.code)
-            body = wire.dumps(said | {"details": None, "message": str(said["message"])[:1000]})
+            body = _in_short(said)
         if run.seen is not None:
             self._tell_end(run, run.seen, error.code, error)
         self._reply(run, wire.ERROR, body)
@@ -437,6 +440,7 @@ class Runs:
             return
         run.properties = self._encoder.encode(kind, run.correlation_id, run.queue_ms, run.handler_ms)
         run.body = body
+        run.kind = kind
         self._transport.publish(run)
 
     def replied(self, run: Running, settled: Settled) -> None:
@@ -448,10 +452,25 @@ class Runs:
                 self._unsent.append(run)  # published again once there is a way
                 if self._pump is None or self._pump.done():
                     self._pump = self._loop.create_task(self._publish_unsent())
+        elif settled is Settled.TOO_LARGE:
+            self._reply_in_short(run)
         else:
             self.unroutable_replies += 1
             log.info("the caller is gone", correlation_id=run.id, reply=settled.value)
             self._settle(run)
+
+    def _reply_in_short(self, run: Running) -> None:
+        """The broker takes no message of the reply's size: say so in one that it takes."""
+        size = len(run.body)
+        log.error("a reply is larger than the broker takes (its max_message_size)", correlation_id=run.id, bytes=size)
+        if run.kind == wire.ERROR:
+            body = _in_short(wire.loads(run.body))
+        else:
+            body = wire.dumps(to_wire(InvalidReply(f"the result is {size} bytes of JSON, more than the broker takes")))
+        if len(body) < size:
+            self._reply(run, wire.ERROR, body)
+        else:
+            self._settle(run)  # there is no way to tell the caller
 
     async def _publish_unsent(self) -> None:
         while self._unsent:
@@ -482,3 +501,8 @@ class Runs:
         run.delivery.ack()
         if not self._by_key and not self._others:
             self._idle.set()
+
+
+def _in_short(said: dict[str, Any]) -> bytes:
+    """The body of an error reply without what may make it large."""
+    return wire.dumps(said | {"details": None, "message": str(said["message"])[:1000]})

@@ -24,9 +24,11 @@ _BY_SETTLED: Final = {
     Settled.CONFIRMED: Event.CONFIRM,
     Settled.RETURNED: Event.RETURNED,
     Settled.REFUSED: Event.REFUSED,
+    Settled.TOO_LARGE: Event.TOO_LARGE,
     Settled.UNSENT: Event.UNSENT,
     Settled.UNKNOWN: Event.LOST,
 }
+_TOO_LARGE: Final = Settled.TOO_LARGE
 
 
 class ClientCall(Call):
@@ -102,7 +104,8 @@ class _Request(Outgoing):
     def on_settled(self, settled: Settled) -> None:
         call = self.call
         if call.request_id == self.correlation_id:  # else it is about an earlier request of the call
-            call.sender.calls.happened(call, _BY_SETTLED[settled])
+            why = f"{len(self.body)} bytes" if settled is _TOO_LARGE else ""
+            call.sender.calls.happened(call, _BY_SETTLED[settled], why=why)
 
 
 class Sender:

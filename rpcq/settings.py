@@ -210,7 +210,8 @@ class ConnectionOptions:
         namespace: prefix of all queues and exchanges, so that environments can share a vhost.
         heartbeat: seconds; a connection on which nothing arrives for two of them is given up. 5 to 20 is sensible.
         connect_timeout: seconds until an attempt to connect and declare is given up.
-        max_body: bytes of a message; larger ones are refused before they are sent, and again where they arrive.
+        max_body: bytes of a message; larger ones are refused before they are sent, and again where they arrive. More
+            than the broker takes is of no use: its `max_message_size`, by default 16 MiB from RabbitMQ 4.0 on.
         reply_exchange: the direct exchange that replies go through, for brokers whose users may not write to every
             queue, the same for clients and workers; None for the default exchange.
 

@@ -27,6 +27,8 @@ class Settled(Enum):
     """No queue is bound for it (`mandatory`)."""
     REFUSED = "refused"
     """The broker would not take it: the queue is full."""
+    TOO_LARGE = "too large"
+    """The broker takes no message of that size."""
     UNSENT = "unsent"
     """The session went down before it was handed to the socket."""
     UNKNOWN = "unknown"

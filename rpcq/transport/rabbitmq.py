@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final
 
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
@@ -31,6 +33,9 @@ HIGH_WATER: Final = 256 * 1024
 
 ACK_DELAY: Final = 0.005
 """Seconds that an acknowledgement may wait for others, while the broker has no use for its slot."""
+
+TOO_LARGE: Final = re.compile(r"message size \d+ is larger than (?:configured )?max size (\d+)")
+"""Why RabbitMQ closes a channel over a message that is larger than it takes (`max_message_size`)."""
 
 QUIET: Final = 0.5
 """Seconds without a delivery after which none is taken to be on its way."""
@@ -273,6 +278,8 @@ class _PublishingSession(Session):
         self._flushing = False
         self._room = asyncio.Event()  # set to wake those who wait for `ready`
         self._is_blocked = False
+        self._most: int | None = None  # bytes of a message, once the broker has said so
+        self._said_most: BrokerError | None = None  # by ending the session for this
 
     @property
     def ready(self) -> bool:
@@ -282,6 +289,9 @@ class _PublishingSession(Session):
     def publish(self, message: Outgoing) -> None:
         if not self._up:
             message.on_settled(Settled.UNSENT)
+            return
+        if self._most is not None and len(message.body) > self._most:
+            message.on_settled(Settled.TOO_LARGE)
             return
         if self._flushing:  # written with all else of this iteration of the loop
             self._queue.append(message)
@@ -324,23 +334,32 @@ class _PublishingSession(Session):
                 on_deliver=_ignore,
                 on_return=unconfirmed.returned,
                 on_confirm=unconfirmed.confirmed,
-                on_end=lambda code, text: link.protocol.fail(closed_by_broker(code, text)),
+                on_end=partial(self._ended, link),
             ),
         )
+
+    def _ended(self, link: Link, code: int, text: str) -> None:
+        cause = closed_by_broker(code, text)
+        if found := TOO_LARGE.search(text):
+            cause = BrokerUnreachable(f"{cause}: raise its max_message_size, or lower max_body")
+            self._most, self._said_most = int(found[1]), cause
+        link.protocol.fail(cause)
 
     def _told_up(self) -> None:
         self._listener.publishing()
         self._wake()
 
     def _told_down(self, cause: BrokerError) -> None:
+        if cause is not self._said_most:
+            self._most = self._said_most = None  # a broker that comes back may take more
         self._settle_lost()
         self._is_blocked = False
         self._listener.publishing_lost(cause)
 
     def _settle_lost(self) -> None:
         unsent, self._queue, self._queued = self._queue, [], 0
-        for message in self._unconfirmed.lost():
-            message.on_settled(Settled.UNKNOWN)
+        for message, settled in self._unconfirmed.lost(self._most):
+            message.on_settled(settled)
         for message in unsent:
             message.on_settled(Settled.UNSENT)
 

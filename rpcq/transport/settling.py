@@ -73,11 +73,25 @@ class Unconfirmed:
             else:
                 self._settle(message, accepted)
 
-    def lost(self) -> list[Outgoing]:
-        """All that still wait; the session is down."""
+    def lost(self, most: int | None = None) -> list[tuple[Outgoing, Settled]]:
+        """All that still wait, and what became of them; the session is down.
+
+        Args:
+            most: where the broker ended it over a message with more bytes than these: that one was not taken, nor what
+                came after it on the channel, which the broker does not read any more.
+
+        """
         waiting = list(self._waiting.values())
         self._waiting.clear()
-        return waiting
+        found = []
+        otherwise = Settled.UNKNOWN
+        for message in waiting:
+            if most is not None and len(message.body) > most:
+                otherwise = Settled.UNSENT
+                found.append((message, Settled.TOO_LARGE))
+            else:
+                found.append((message, otherwise))
+        return found
 
     def _advance(self, low: int) -> None:
         low = max(self._low, low)

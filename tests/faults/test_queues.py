@@ -27,7 +27,17 @@ from broker import Broker, CtlFailed, Setup, vhost_of, with_vhost
 from broker import broker as a_broker
 from load import Scene, WorkerProcess, until
 from proxy import proxy
-from rpcq import CallTimeout, Client, OutcomeUnknown, Service, ServiceUnavailable, Worker
+from rpcq import (
+    CallTimeout,
+    Client,
+    InvalidParams,
+    InvalidReply,
+    OutcomeUnknown,
+    Service,
+    ServiceUnavailable,
+    TooLarge,
+    Worker,
+)
 from rpcq.errors import VhostNotFound
 from rpcq.transport.lane import Encoder
 
@@ -236,6 +246,91 @@ async def test_a_handler_that_outlasts_the_consumer_timeout_costs_its_worker_a_s
             else:  # it is delivered again to the worker that still runs it
                 assert slow.ledger.count("result") >= 20
         await scene.check()
+
+
+MOST = 1000
+"""Bytes of a message, where the broker is one that was set up so."""
+
+
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[Broker]:
+    """A broker that takes small messages alone; RabbitMQ's own limit is 128 MiB, and 16 MiB from 4.0 on."""
+    with a_broker(setup=Setup(f"max_message_size = {MOST}\nloopback_users.guest = false\n")) as found:
+        yield found
+
+
+@asynccontextmanager
+async def beside_load(narrow: Broker, namespace: str, queue_type: Any, folder: Path) -> AsyncIterator[Narrow]:
+    """A worker and a client with larger limits than their broker; in the end, the load beside has been served."""
+    async with Scene(narrow.url, namespace, queue_type, folder) as scene:
+        worker = await scene.worker(RPCQ_MAX_BODY=str(4 * 1024 * 1024))
+        async with scene.client(max_body=4 * 1024 * 1024) as client:
+            async with scene.load(client, method="again", callers=20, idempotent=True) as load:
+                await load.through()
+                yield Narrow(scene, worker, client)
+                await load.through()
+            assert load.ledger.failed == 0
+        await scene.check()
+
+
+@dataclass
+class Narrow:
+    """What is there, where the broker takes small messages alone."""
+
+    scene: Scene
+    worker: WorkerProcess
+    client: Client
+
+
+async def test_a_request_that_the_broker_takes_for_too_large_is_told_so_and_costs_one_session(
+    narrow: Broker, namespace: str, queue_type: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with beside_load(narrow, namespace, queue_type, tmp_path) as it:
+        for size in (100_000, MOST, 3_000_000):
+            for idempotent in (False, True):
+                with pytest.raises(TooLarge, match=rf"max_message_size\): {size + 12} bytes") as told:
+                    await it.client.with_options(idempotent=idempotent).call("target.once", nonce="y" * size)
+                assert (told.value.executed, told.value.retryable) == ("no", False)
+        assert len(await it.client.call("target.once", nonce="z" * (MOST - 12))) == MOST - 12
+    assert it.scene.ran("y") == []
+    assert len(it.scene.ran("z")) == 1
+    lost = [record for record in caplog.records if record.getMessage() == "session down"]
+    assert len(lost) == 1
+    assert "raise its max_message_size, or lower max_body" in lost[0].cause  # type: ignore[attr-defined]
+
+
+async def test_a_reply_that_the_broker_takes_for_too_large_is_an_invalid_reply_and_costs_one_session(
+    narrow: Broker, namespace: str, queue_type: Any, tmp_path: Path
+) -> None:
+    async with beside_load(narrow, namespace, queue_type, tmp_path) as it:
+        for number in range(3):
+            with pytest.raises(InvalidReply, match="2097154 bytes of JSON, more than the broker takes") as told:
+                await it.client.call("target.odd", nonce=f"large{number}", kind="large")
+            assert told.value.executed == "yes"
+        with pytest.raises(InvalidParams) as refused:  # told in so many words that it is larger than the request
+            await it.client.call("target.once", **{f"a{number}": number for number in range(60)})
+        assert (refused.value.executed, refused.value.details) == ("no", None)
+    assert len(it.scene.ran("large")) == 3
+    assert len(logged(it.worker, "session down")) == 1
+    assert len(logged(it.worker, "a reply is larger than the broker takes (its max_message_size)")) == 4
+
+
+async def test_a_broker_that_came_back_is_asked_again_how_much_it_takes(
+    narrow: Broker, namespace: str, tmp_path: Path
+) -> None:
+    async with Client(narrow.url, namespace=namespace, max_body=4 * 1024 * 1024) as client:
+        publishing = client._transport._publishing  # type: ignore[attr-defined]
+        for _ in range(2):
+            with pytest.raises(TooLarge):
+                await client.call("nobody.there", text="x" * MOST)
+        assert publishing._most == MOST
+        await until(lambda: client.connected)
+        publishing._link.protocol.abort()
+        await until(lambda: not client.connected)
+        assert publishing._most is None
+        with pytest.raises(TooLarge):
+            await client.call("nobody.there", text="x" * MOST)
+        assert publishing._most == MOST
 
 
 async def test_no_handler_gets_more_time_than_the_consumer_timeout_whatever_a_request_asks_for(scene: Scene) -> None:

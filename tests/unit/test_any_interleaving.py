@@ -55,6 +55,9 @@ class HeldLoop(asyncio.SelectorEventLoop):
             self.settle_down()
 
 
+NOT_TAKEN = (Settled.RETURNED, Settled.REFUSED, Settled.TOO_LARGE, Settled.UNSENT)
+
+
 class Sent:
     """A request that was handed to the transport, and what the world knows of it."""
 
@@ -68,7 +71,7 @@ class Sent:
 
     def settle(self, settled: Settled) -> None:
         self.settled = settled
-        if settled in (Settled.RETURNED, Settled.REFUSED, Settled.UNSENT):
+        if settled in NOT_TAKEN:
             self.may_run = False
         self.message.on_settled(settled)
 
@@ -215,7 +218,9 @@ class AnyInterleaving(RuleBasedStateMachine):
 
     # What a broker does.
 
-    @rule(index=INDEX, settled=st.sampled_from([Settled.CONFIRMED, Settled.RETURNED, Settled.REFUSED]))
+    @rule(
+        index=INDEX, settled=st.sampled_from([Settled.CONFIRMED, Settled.RETURNED, Settled.REFUSED, Settled.TOO_LARGE])
+    )
     def settle(self, index: int, settled: Settled) -> None:
         it = self.pick(index, unconfirmed=True)
         if it is not None and self.transport.publishes:
@@ -225,7 +230,7 @@ class AnyInterleaving(RuleBasedStateMachine):
     @rule(index=INDEX, reason=st.sampled_from(["expired", "delivery_limit"]), once=st.booleans())
     def notice(self, index: int, reason: str, once: bool) -> None:
         it = self.pick(index)
-        if it is None or it.settled in (Settled.RETURNED, Settled.REFUSED, Settled.UNSENT):
+        if it is None or it.settled in NOT_TAKEN:
             return
         queue = self.client.names.namespace + (".once.things" if once else ".req.things")
         if reason == "expired" and once:
@@ -243,7 +248,7 @@ class AnyInterleaving(RuleBasedStateMachine):
     )
     def reply(self, index: int, said: str) -> None:
         it = self.pick(index)
-        if it is None or it.settled in (Settled.RETURNED, Settled.REFUSED, Settled.UNSENT):
+        if it is None or it.settled in NOT_TAKEN:
             return
         executed = {"busy": "yes", "UNKNOWN": "yes", "ABORTED": "maybe"}.get(said, "no")
         ran = said == "result" or executed == "yes"

@@ -27,6 +27,7 @@ from rpcq.errors import (
     OutcomeUnknown,
     Overloaded,
     ServiceUnavailable,
+    TooLarge,
 )
 from rpcq.wire import RESULT, Reply
 
@@ -71,6 +72,7 @@ EVERY = (State.CREATED, *SENT)
         (SENT, Event.WORKER_LOST, OutcomeUnknown, "maybe", False),
         ((State.WRITTEN,), Event.RETURNED, ServiceUnavailable, "no", True),
         ((State.WRITTEN,), Event.REFUSED, Overloaded, "no", True),
+        ((State.WRITTEN,), Event.TOO_LARGE, TooLarge, "no", False),
         (SENT, Event.EXPIRED_UNRUN, CallTimeout, "no", True),
         (SENT, Event.EXPIRED, CallTimeout, "maybe", False),
         (SENT, Event.DEADLINE, CallTimeout, "maybe", False),
@@ -123,7 +125,7 @@ def test_an_idempotent_call_is_sent_again_a_few_times(event: Event) -> None:
     assert isinstance(outcome, OutcomeUnknown)
 
 
-@pytest.mark.parametrize("event", [Event.RETURNED, Event.REFUSED, Event.EXPIRED_UNRUN])
+@pytest.mark.parametrize("event", [Event.RETURNED, Event.REFUSED, Event.TOO_LARGE, Event.EXPIRED_UNRUN])
 def test_no_later_attempt_says_that_the_call_did_not_run(event: Event) -> None:
     calls, call = begun(State.WRITTEN, idempotent=True)
     calls.happened(call, Event.LOST)
@@ -225,7 +227,7 @@ def test_nothing_that_may_have_run_is_sent_again_for_certain() -> None:
 def test_what_says_nothing_about_the_last_request_is_passed_over() -> None:
     everything = {Event.REPLY, Event.DEADLINE, Event.DEADLINE_BLOCKED, Event.CANCEL, Event.CLOSE}
     only_sent = {Event.TURNED_AWAY, Event.WORKER_LOST, Event.LOST, Event.EXPIRED, Event.EXPIRED_UNRUN}
-    only_unconfirmed = {Event.CONFIRM, Event.RETURNED, Event.REFUSED, Event.UNSENT}
+    only_unconfirmed = {Event.CONFIRM, Event.RETURNED, Event.REFUSED, Event.TOO_LARGE, Event.UNSENT}
     assert {event for state, event in TRANSITIONS if state is State.CREATED} == everything | {Event.WRITE}
     assert {
         event for state, event in TRANSITIONS if state is State.WRITTEN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ import pytest
 
 from rpcq import CallTimeout, Client, ConfigurationError, Context, Service, ServiceUnavailable, UsageError, Worker
 from rpcq.errors import BrokerUnreachable
+from rpcq.transport.base import Outgoing, Settled
 
 SECONDS = 5.0
 
@@ -268,3 +270,24 @@ async def test_what_does_not_end_within_the_grace_time_is_cut_off_and_told(
         assert "calls cut off" in caplog.text
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
+
+
+async def test_a_reply_for_which_the_broker_takes_nothing_small_enough_is_given_up_and_acknowledged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    namespace = secrets.token_hex(4)
+    worker = Worker(Served().service, url="memory://", namespace=namespace)
+    async with worker, Client("memory://", namespace=namespace) as client:
+        await client.wait_for_service("things")
+
+        def publish(message: Outgoing) -> None:
+            message.on_settled(Settled.TOO_LARGE)
+
+        monkeypatch.setattr(worker._transport, "publish", publish)
+        result = client.with_options(timeout=0.3).call("things.work")
+        with pytest.raises(CallTimeout):
+            await result
+        with pytest.raises(CallTimeout):
+            await client.with_options(timeout=0.3).call("things.work", unknown=1)
+        assert (worker.in_flight, worker.counts()["finished"]) == (0, 2)
+    assert "larger than the broker takes" in caplog.text

@@ -89,7 +89,9 @@ class Confirming(RuleBasedStateMachine):
 
     @rule()
     def lose(self) -> None:
-        assert self.unconfirmed.lost() == [self.waiting[each].outgoing for each in sorted(self.waiting)]
+        assert self.unconfirmed.lost() == [
+            (self.waiting[each].outgoing, Settled.UNKNOWN) for each in sorted(self.waiting)
+        ]
         self.waiting.clear()
         self.returns.clear()
         self.unconfirmed._returned.clear()  # the next session has an `Unconfirmed` of its own
@@ -155,6 +157,22 @@ def test_what_is_sent_while_others_settle_is_not_covered_by_their_confirm() -> N
     assert len(unconfirmed) == 1
     unconfirmed.confirmed(2, multiple=False, accepted=True)
     assert late.told == [Settled.CONFIRMED]
+
+
+def test_what_came_after_a_message_that_ended_the_session_was_not_taken() -> None:
+    sizes = (10, 100, 101, 3, 200, 100)
+    sent = [message(b"x" * size) for size in sizes]
+    unconfirmed = Unconfirmed()
+    unconfirmed.add(sent)
+    unconfirmed.confirmed(1, multiple=False, accepted=True)
+    assert unconfirmed.lost(100) == list(
+        zip(
+            sent[1:],
+            (Settled.UNKNOWN, Settled.TOO_LARGE, Settled.UNSENT, Settled.TOO_LARGE, Settled.UNSENT),
+            strict=True,
+        )
+    )
+    assert len(unconfirmed) == 0
 
 
 class Counted(dict[int, Outgoing]):
