@@ -257,7 +257,7 @@ async def watching(watch: QueueWatch) -> AsyncIterator[None]:
 def managed() -> Iterator[Broker]:
     """A broker with the management API, on its first further port."""
     setup = Setup(
-        config="management.tcp.port = {ports[0]}\ncollect_statistics_interval = 500\n",
+        config="management.tcp.port = {ports[0]}\ncollect_statistics_interval = 500\nloopback_users.guest = false\n",
         files=lambda _: {"enabled_plugins": b"[rabbitmq_management].\n"},
         ports=1,
     )
