@@ -279,8 +279,10 @@ async def test_a_half_open_connection_of_a_worker_costs_what_it_held_and_its_lat
         async with (
             scene.load(client, params={"seconds": 0.05}) as plain,
             scene.load(client, method="again", idempotent=True, params={"seconds": 0.05}) as idempotent,
+            scene.load(client, callers=20, params={"seconds": 1.5}) as slow,
         ):
             await plain.through()
+            await until(lambda: len(scene.ran(slow.prefix)) >= 20)  # all run, some of them there, and reply later
             between.freeze()
             await until(lambda: plain.ledger.failed, 8, "nobody was told")
             await until(lambda: len(logged(first, "session down")) == 2, 5, "it did not notice")
@@ -291,6 +293,7 @@ async def test_a_half_open_connection_of_a_worker_costs_what_it_held_and_its_lat
             await plain.through()
             await idempotent.through()
         only_unknown(plain, 50)
+        only_unknown(slow, 20)
         only_results(idempotent)
         assert all("nothing came from the broker" in line["cause"] for line in logged(first, "session down"))
         await scene.check()
