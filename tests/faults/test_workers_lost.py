@@ -179,8 +179,10 @@ async def test_a_worker_frozen_past_the_heartbeat_costs_what_it_held_and_its_lat
         async with (
             scene.load(client, params={"seconds": 0.05}) as plain,
             scene.load(client, method="again", idempotent=True, params={"seconds": 0.05}) as idempotent,
+            scene.load(client, callers=20, params={"seconds": 1.5}) as slow,
         ):
             await plain.through()
+            await until(lambda: len(scene.ran(slow.prefix)) >= 20)  # all run, some of them there, and reply later
             first.freeze()
             await until(lambda: plain.ledger.failed, what="nobody was told")
             await plain.through()
@@ -191,6 +193,7 @@ async def test_a_worker_frozen_past_the_heartbeat_costs_what_it_held_and_its_lat
             await until(lambda: client._calls.unmatched > unmatched, what="no late reply came")
             await idempotent.through()
         only_unknown(plain)
+        only_unknown(slow)
         only_results(idempotent)
     await scene.check()
 
