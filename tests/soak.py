@@ -213,7 +213,6 @@ class Stage:
                         await channel.default_exchange.publish(message, name, mandatory=False)
                     message = aio_pika.Message(body, type="once", content_type=self.dice.choice(["text/plain", None]))
                     await requests.publish(message, "target", mandatory=False)
-        self.client._calls.unmatched = 0
 
     async def callers_cancelled(self) -> None:
         load = Load(self.client, self.faulty, params={"seconds": 2.0})
