@@ -30,7 +30,7 @@ class Settled(Enum):
     TOO_LARGE = "too large"
     """The broker takes no message of that size."""
     UNSENT = "unsent"
-    """The session went down before it was handed to the socket."""
+    """The session went down before it was handed to the socket, or before the broker came to read it."""
     UNKNOWN = "unknown"
     """The session went down after it was handed to the socket, and before the broker said what became of it."""
 
