@@ -170,7 +170,7 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
     if body is None or body_size > max_body:
         raise TooLarge(f"the parameters are {body_size} bytes of JSON; the worker's limit is {max_body} (max_body)")
     arguments = method.read_params(body)
-    limit = left - (left / 20 if left < MARGIN * 20 else MARGIN)
+    limit = left - min(MARGIN, left / 20)
     if method.timeout is not None and method.timeout < limit:
         limit = method.timeout
     once = None
@@ -198,12 +198,8 @@ def _time_left(service: Service, request: Request, wall_ms: float) -> tuple[floa
         if request.timeout_ms is None:
             left_ms = absolute
         else:
-            queue_ms = wall_ms - (request.deadline_ms - request.timeout_ms)
-            if queue_ms < 0.0:
-                queue_ms = 0.0
-            if absolute < left_ms:
-                left_ms = absolute
+            queue_ms = max(0.0, wall_ms - (request.deadline_ms - request.timeout_ms))
+            left_ms = min(left_ms, absolute)
     if left_ms <= 0:
         raise CallTimeout("no time was left when the request was sent", executed="no")
-    left = left_ms / 1000
-    return left if left < MAX_TIMEOUT else MAX_TIMEOUT, queue_ms
+    return min(left_ms / 1000, MAX_TIMEOUT), queue_ms

@@ -296,6 +296,11 @@ def to_wire(error: CallError) -> dict[str, Any]:
     return body
 
 
+def in_short(body: dict[str, Any]) -> dict[str, Any]:
+    """The body of an error reply without what may make it large."""
+    return body | {"details": None, "message": str(body["message"])[:1000]}
+
+
 def from_wire(body: Any, domain: tuple[type[DomainError], ...] = ()) -> CallError:
     """The exception that an error reply stands for; `domain` lists the domain errors that the caller declared.
 

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-import contextvars
 import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Final
 
 from rpcq import deadline as deadlines
 from rpcq import logs, observer, wire
 from rpcq.admission import Job, Once, Redelivered
-from rpcq.errors import CallError, CallTimeout, InvalidParams, InvalidReply, RemoteError, ServiceUnavailable, to_wire
+from rpcq.errors import (
+    CallError,
+    CallTimeout,
+    InvalidParams,
+    InvalidReply,
+    RemoteError,
+    ServiceUnavailable,
+    in_short,
+    to_wire,
+)
 from rpcq.idempotency import Answer, AnswerStore
 from rpcq.observer import ABORTED, CANCELLED, OK, Endings, SeenRequest
+from rpcq.threads import Ended, Threads
 from rpcq.timeouts import Bucket, Timeouts
 from rpcq.transport.base import Delivery, Outgoing, Settled, Transport
 from rpcq.transport.topology import DIRECT_REPLY_TO
@@ -90,8 +98,8 @@ class Running(Outgoing):
         self.handler_ms = 0.0
         self.task: asyncio.Task[None] | None = None
         self.timeout: Bucket | asyncio.TimerHandle | None = None
-        self.thread: concurrent.futures.Future[tuple[Any, BaseException | None]] | None = None
-        self.result: asyncio.Future[tuple[Any, BaseException | None]] | None = None
+        self.thread: Future[Ended] | None = None
+        self.result: asyncio.Future[Ended] | None = None
         self.began = False
         self.timed_out = False
         self.cancelled = False
@@ -145,8 +153,7 @@ class Runs:
         self._loop: asyncio.AbstractEventLoop
         self._timeouts: Timeouts[Running]
         self._max_body = max_body
-        self._threads = threads
-        self._pool: ThreadPoolExecutor | None = None
+        self._threads = Threads(threads)
         self._encoder = wire.ReplyEncoder()
         self._by_key: dict[Key, Running] = {}
         self._others: set[Running] = set()  # no reply is wanted, or the caller used a correlation ID twice
@@ -232,8 +239,7 @@ class Runs:
             _, stuck = await asyncio.wait(tasks, timeout=CANCEL_TIMEOUT)
             if stuck:
                 log.error("handlers do not let themselves be cancelled", count=len(stuck))
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._threads.abandon()
 
     # Running.
 
@@ -319,24 +325,13 @@ class Runs:
         return answer
 
     async def _run_in_thread(self, run: Running, job: Job) -> Any:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="rpcq")
-
-        def call() -> tuple[Any, BaseException | None]:
+        def call() -> Any:
             run.began = True
-            try:
-                return job.call(), None
-            except BaseException as error:  # noqa: BLE001 - a future cannot carry them all: StopIteration, for one
-                return None, error
+            return job.call()
 
-        run.thread = self._pool.submit(contextvars.copy_context().run, call)
+        run.thread = self._threads.start(call)
         run.result = asyncio.wrap_future(run.thread)
-        value, error = await asyncio.shield(run.result)
-        if error is None:
-            return value
-        if isinstance(error, (Exception, asyncio.CancelledError)) and not isinstance(error, StopIteration):
-            raise error
-        raise RuntimeError(f"{job.method.label} raised {error!r} in its thread") from error
+        return (await asyncio.shield(run.result)).unwrap(job.method.label)
 
     def _finished(self, run: Running) -> None:
         if run.started:
@@ -418,7 +413,7 @@ class Runs:
             body = b""
         if not body or len(body) > self._max_body:
             log.error("an error's details cannot be sent", correlation_id=run.id, code=error.code)
-            body = _in_short(said)
+            body = wire.dumps(in_short(said))
         if run.seen is not None:
             self._tell_end(run, run.seen, error.code, error)
         self._reply(run, wire.ERROR, body)
@@ -464,9 +459,10 @@ class Runs:
         size = len(run.body)
         log.error("a reply is larger than the broker takes (its max_message_size)", correlation_id=run.id, bytes=size)
         if run.kind == wire.ERROR:
-            body = _in_short(wire.loads(run.body))
+            said = in_short(wire.loads(run.body))
         else:
-            body = wire.dumps(to_wire(InvalidReply(f"the result is {size} bytes of JSON, more than the broker takes")))
+            said = to_wire(InvalidReply(f"the result is {size} bytes of JSON, more than the broker takes"))
+        body = wire.dumps(said)
         if len(body) < size:
             self._reply(run, wire.ERROR, body)
         else:
@@ -501,8 +497,3 @@ class Runs:
         run.delivery.ack()
         if not self._by_key and not self._others:
             self._idle.set()
-
-
-def _in_short(said: dict[str, Any]) -> bytes:
-    """The body of an error reply without what may make it large."""
-    return wire.dumps(said | {"details": None, "message": str(said["message"])[:1000]})

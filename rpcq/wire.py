@@ -299,10 +299,9 @@ def read_request(data: bytes) -> Request:
 
 def _read_fast(data: bytes, at: int) -> Request | None:
     """A request with no headers but its times, and `CC`, which is for the broker; None if it has others."""
-    (length,) = _U32.unpack_from(data, at)
-    end = at + 4 + length
+    end = at + 4 + _U32.unpack_from(data, at)[0]
     at += 4
-    if length > _TIMES.size and data.startswith(b"\x02CCA", at):
+    if data[at : at + 4] == b"\x02CCA":
         at += 8 + _U32.unpack_from(data, at + 4)[0]
     if at + _TIMES.size != end:
         return None

@@ -7,19 +7,19 @@ deadline. What remains is the broker, and the waking up of its process and ours.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from pamqp import commands, frame
 from pamqp.body import ContentBody
 from pamqp.header import ContentHeader, ProtocolHeader
 
 from benchmarks.participants import Call, Options
+from benchmarks.processes import BenchmarkError
+from rpcq.url import parse
 
 PACKAGES = ("pamqp",)
 CHANNEL = 1
@@ -31,16 +31,17 @@ class Connection:
     """One connection with one channel, which waits for each answer of the broker."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        user, password = unquote(parts.username or "guest"), unquote(parts.password or "guest")
-        self.socket = socket.create_connection((parts.hostname or "localhost", parts.port or 5672))
+        broker = parse(url)
+        if broker.scheme != "amqp":
+            raise BenchmarkError(f"the floor has no TLS: it is measured over amqp://, not {broker.scheme}://")
+        self.socket = socket.create_connection(broker.hosts[0])
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._rest = b""
         self.socket.sendall(ProtocolHeader().marshal())
         self._read()
-        self.ask(commands.Connection.StartOk({}, "PLAIN", f"\0{user}\0{password}"), 0)
+        self.ask(commands.Connection.StartOk({}, "PLAIN", f"\0{broker.user}\0{broker.password}"), 0)
         self._write(commands.Connection.TuneOk(2047, 131_072, 0), 0)
-        self.ask(commands.Connection.Open(unquote(parts.path[1:]) or "/"), 0)
+        self.ask(commands.Connection.Open(broker.vhost), 0)
         self.ask(commands.Channel.Open(), CHANNEL)
 
     def ask(self, what: Any, channel: int = CHANNEL) -> Any:
@@ -55,8 +56,7 @@ class Connection:
         return name
 
     def close(self) -> None:
-        """Close the socket, which wakes up whoever reads from it."""
-        self.socket.shutdown(socket.SHUT_RDWR)
+        """Close the socket."""
         self.socket.close()
 
     def _write(self, what: Any, channel: int) -> None:
@@ -85,12 +85,11 @@ def message(routing_key: str, body: bytes, reply_to: str | None = None) -> bytes
 def answer(consuming: Connection, publishing: Connection) -> None:
     """Answer whatever comes, until the connection is closed. All requests are of one client, which asks first."""
     reply = b""
-    with contextlib.suppress(OSError):
-        while request := consuming.socket.recv(BUFFER):
-            if not reply:
-                at = request.index(b"amq.gen-")
-                reply = message(request[at : at + request[at - 1]].decode(), REPLY)
-            publishing.socket.sendall(reply)
+    while request := consuming.socket.recv(BUFFER):
+        if not reply:
+            at = request.index(b"amq.gen-")
+            reply = message(request[at : at + request[at - 1]].decode(), REPLY)
+        publishing.socket.sendall(reply)
 
 
 @asynccontextmanager
@@ -98,8 +97,13 @@ async def worker(options: Options) -> AsyncIterator[None]:
     """Serve while inside."""
     with closing(Connection(options.url)) as publishing, closing(Connection(options.url)) as consuming:
         consuming.consume(f"{options.namespace}.floor", auto_delete=True)
-        threading.Thread(target=answer, args=(consuming, publishing), daemon=True).start()
-        yield
+        answering = threading.Thread(target=answer, args=(consuming, publishing))
+        answering.start()
+        try:
+            yield
+        finally:
+            consuming.socket.shutdown(socket.SHUT_RDWR)  # which ends what it reads
+            answering.join()
 
 
 @asynccontextmanager

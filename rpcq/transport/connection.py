@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import ssl
 import time
 from collections.abc import Callable
@@ -58,6 +59,9 @@ BY_REPLY_CODE: dict[int, type[BrokerError]] = {
     505: ProtocolError,
     530: VhostNotFound,
 }
+TOO_LARGE: Final = re.compile(r"message size \d+ is larger than (?:configured )?max size (\d+)")
+"""How RabbitMQ says that a message is larger than it takes; the code alone does not tell."""
+
 BY_CHANNEL_ERROR: dict[type[BaseException], type[BrokerError]] = {
     aiormq.exceptions.ChannelAccessRefused: AccessRefused,
     aiormq.exceptions.ChannelNotFoundEntity: TopologyMismatch,
@@ -369,8 +373,18 @@ def is_foreign(error: BaseException) -> bool:
     return isinstance(error, Exception)
 
 
+class MessageTooLarge(BrokerUnreachable):
+    """The broker closed a channel over a message with more bytes than the `most` that it takes."""
+
+    def __init__(self, text: str, most: int) -> None:
+        super().__init__(f"the broker closed: {text}: raise its max_message_size, or lower max_body")
+        self.most = most
+
+
 def closed_by_broker(code: int, text: str) -> BrokerError:
     """What a `connection.close` or `channel.close` of the broker means to users."""
+    if code == 406 and (found := TOO_LARGE.search(text)) is not None:
+        return MessageTooLarge(f"{code} {text}", int(found[1]))
     return BY_REPLY_CODE.get(code, BrokerUnreachable)(f"the broker closed: {code} {text}")
 
 

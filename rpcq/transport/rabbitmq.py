@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Final
 
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
@@ -15,6 +13,7 @@ from rpcq.errors import AccessRefused, BrokerError, BrokerUnreachable, ClosedErr
 from rpcq.settings import ConnectionOptions
 from rpcq.transport.base import Delivery, Listener, Outgoing, Settled, Subscription
 from rpcq.transport.connection import (
+    MessageTooLarge,
     closed_by_broker,
     is_foreign,
     translate,
@@ -33,9 +32,6 @@ HIGH_WATER: Final = 256 * 1024
 
 ACK_DELAY: Final = 0.005
 """Seconds that an acknowledgement may wait for others, while the broker has no use for its slot."""
-
-TOO_LARGE: Final = re.compile(r"message size \d+ is larger than (?:configured )?max size (\d+)")
-"""Why RabbitMQ closes a channel over a message that is larger than it takes (`max_message_size`)."""
 
 QUIET: Final = 0.5
 """Seconds without a delivery after which none is taken to be on its way."""
@@ -279,7 +275,6 @@ class _PublishingSession(Session):
         self._room = asyncio.Event()  # set to wake those who wait for `ready`
         self._is_blocked = False
         self._most: int | None = None  # bytes of a message, once the broker has said so
-        self._said_most: BrokerError | None = None  # by ending the session for this
 
     @property
     def ready(self) -> bool:
@@ -334,24 +329,17 @@ class _PublishingSession(Session):
                 on_deliver=_ignore,
                 on_return=unconfirmed.returned,
                 on_confirm=unconfirmed.confirmed,
-                on_end=partial(self._ended, link),
+                on_end=lambda code, text: link.protocol.fail(closed_by_broker(code, text)),
             ),
         )
-
-    def _ended(self, link: Link, code: int, text: str) -> None:
-        cause = closed_by_broker(code, text)
-        if found := TOO_LARGE.search(text):
-            cause = BrokerUnreachable(f"{cause}: raise its max_message_size, or lower max_body")
-            self._most, self._said_most = int(found[1]), cause
-        link.protocol.fail(cause)
 
     def _told_up(self) -> None:
         self._listener.publishing()
         self._wake()
 
     def _told_down(self, cause: BrokerError) -> None:
-        if cause is not self._said_most:
-            self._most = self._said_most = None  # a broker that comes back may take more
+        # Lost otherwise, it may come back as one that takes more.
+        self._most = cause.most if isinstance(cause, MessageTooLarge) else None
         self._settle_lost()
         self._is_blocked = False
         self._listener.publishing_lost(cause)
