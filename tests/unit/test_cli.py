@@ -228,8 +228,8 @@ def test_sigterm_lets_running_calls_end_takes_no_new_ones_and_exits_with_0(rpcq:
     caller = rpcq.start("call", "--namespace", rpcq.namespace, "things.hold", "name=held", "until=release")
     rpcq.until_there_is("held")
     worker.signal(signal.SIGTERM)
-    # It takes nothing new: this one waits in the queue until it has expired.
-    late = rpcq.call("things.add", "x=1", "y=2", "--timeout", "0.5")
+    # It takes nothing new: this one waits in the queue until it has expired, a tenth of its timeout before its end.
+    late = rpcq.call("things.add", "x=1", "y=2", "--timeout", "3")
     assert late.returncode == 6  # timed out
     assert late.stderr.startswith("CallTimeout: the request expired in the queue")
     (rpcq.folder / "release").touch()
