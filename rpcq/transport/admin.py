@@ -17,8 +17,8 @@ from aio_pika.abc import AbstractChannel
 
 from rpcq.errors import BrokerUnreachable, TopologyMismatch
 from rpcq.settings import ConnectionOptions
-from rpcq.transport.connection import connect, is_foreign, translate
-from rpcq.transport.rabbitmq import declare
+from rpcq.transport.connection import connect, heeding_cancellation, is_foreign, translate
+from rpcq.transport.consuming import declare
 from rpcq.transport.session import Link
 from rpcq.transport.topology import Exchange, Queue
 from rpcq.url import BrokerURL
@@ -107,9 +107,10 @@ class Admin:
 
     async def _ask(self, question: Callable[[AbstractChannel], Awaitable[T]]) -> T:
         try:
-            channel, _ = await self._link.channel(confirms=False)
-            answer = await question(channel)
-            await channel.close()
+            with heeding_cancellation():
+                channel, _ = await self._link.channel(confirms=False)
+                answer = await question(channel)
+                await channel.close()
         except (Exception, asyncio.CancelledError) as error:
             if not is_foreign(error):
                 raise

@@ -216,7 +216,8 @@ class Transport(Protocol):
     def publish(self, message: Outgoing) -> None:
         """Send a message. Written with everything else that this iteration of the loop has to write.
 
-        Where the publishing session is down, the message settles at once as unsent.
+        Where the publishing session is down, the message settles at once as unsent. Messages arrive in the order in
+        which they were published, unless the broker refuses messages at that time: another channel may then be taken.
         """
 
     async def writable(self) -> None:

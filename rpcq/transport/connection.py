@@ -11,7 +11,7 @@ import contextlib
 import re
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -127,6 +127,10 @@ class LaneProtocol(asyncio.StreamReaderProtocol):
     def register(self, channel: int, lane: Lane) -> None:
         """Take the hot frames of a channel; before it consumes."""
         self._frames.lanes[channel] = lane
+
+    def unregister(self, channel: int) -> None:
+        """The channel is closed."""
+        self._frames.lanes.pop(channel, None)
 
     def write(self, data: bytes) -> None:
         """Write now. Dropped once the connection is lost: its loss has been told."""
@@ -292,7 +296,8 @@ async def connect(
     )
     connection = LaneConnection(address, ssl_context=context, transport_factory=factory)
     try:
-        await connection.connect()
+        with heeding_cancellation():
+            await connection.connect()
     except BaseException as error:
         protocol = factory.protocol
         told = protocol.lost if protocol is not None else None
@@ -371,6 +376,25 @@ def is_foreign(error: BaseException) -> bool:
         task = asyncio.current_task()
         return task is not None and not task.cancelling()
     return isinstance(error, Exception)
+
+
+@contextlib.contextmanager
+def heeding_cancellation() -> Iterator[None]:
+    """Let a cancellation of this task end the block, whatever becomes of it in there.
+
+    aiormq swallows one that comes while it closes a channel, and makes other errors of some.
+    """
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - whoever awaits aiormq is one
+    before = task.cancelling()
+    try:
+        yield
+    except Exception as error:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError from error
+        raise
+    if task.cancelling() > before:
+        raise asyncio.CancelledError
 
 
 class MessageTooLarge(BrokerUnreachable):

@@ -47,6 +47,10 @@ _TAG: Final = struct.Struct(">QB")
 _TAGGED: Final = struct.Struct(">BHI4sQBB")
 
 
+def _ignore(*_: object) -> None:
+    """For what does not come on a channel of this kind."""
+
+
 class Lane:
     """One channel of the fast lane: collects its messages frame by frame, and says when one is whole.
 
@@ -85,10 +89,10 @@ class Lane:
         self,
         *,
         max_body: int,
-        on_deliver: Callable[[int, bool, bytes, bytes | None, int], None],
-        on_return: Callable[[bytes, bytes], None],
-        on_confirm: Callable[[int, bool, bool], None],
         on_end: Callable[[int, str], None],
+        on_deliver: Callable[[int, bool, bytes, bytes | None, int], None] = _ignore,
+        on_return: Callable[[bytes, bytes], None] = _ignore,
+        on_confirm: Callable[[int, bool, bool], None] = _ignore,
     ) -> None:
         self.max_body = max_body
         self.on_deliver = on_deliver

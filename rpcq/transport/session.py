@@ -19,7 +19,14 @@ from rpcq import logs
 from rpcq.errors import BrokerError, BrokerUnreachable, ClosedError, ConfigurationError, TopologyMismatch
 from rpcq.settings import ConnectionOptions
 from rpcq.transport.base import Listener
-from rpcq.transport.connection import LaneConnection, LaneProtocol, connect, is_foreign, translate
+from rpcq.transport.connection import (
+    LaneConnection,
+    LaneProtocol,
+    connect,
+    heeding_cancellation,
+    is_foreign,
+    translate,
+)
 from rpcq.transport.topology import Exchange
 from rpcq.url import BrokerURL
 
@@ -65,7 +72,8 @@ class Link:
         """Politely where possible, but at once where not."""
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
-                await self.connection.close()
+                with heeding_cancellation():
+                    await self.connection.close()
         except (Exception, asyncio.CancelledError) as error:
             if not is_foreign(error):
                 raise
@@ -161,10 +169,11 @@ class Session:
         connection, protocol = await connect(self._url, host, port, self._options, self.role, on_lost, on_blocked)
         link = Link(connection, protocol)
         try:
-            for exchange in self._exchanges:
-                await link.ensure_exchange(exchange)
-            await self._set_up(link)
-            self._check_wanted(protocol)
+            with heeding_cancellation():
+                for exchange in self._exchanges:
+                    await link.ensure_exchange(exchange)
+                await self._set_up(link)
+                self._check_wanted(protocol)
         except BaseException as error:
             foreign = is_foreign(error) and not isinstance(error, ClosedError)
             cause = translate(error, protocol.lost) if foreign else BrokerUnreachable("it was given up while it opened")

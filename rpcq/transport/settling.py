@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from rpcq.errors import ProtocolError
@@ -18,9 +18,14 @@ class Unconfirmed:
     Confirms come in any order, and one may cover all up to its number; each message is visited once. A return has no
     number: it is told by routing key and correlation ID, and comes before its message's confirm
     (https://www.rabbitmq.com/docs/confirms#when-publishes-are-confirmed).
+
+    Args:
+        on_refused: the broker refused a message, whose `on_settled` is called next.
+
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_refused: Callable[[], None] = lambda: None) -> None:
+        self._on_refused = on_refused
         self._waiting: dict[int, Outgoing] = {}
         self._next = 1
         self._low = 1  # no number below is waiting
@@ -108,7 +113,11 @@ class Unconfirmed:
             if count:
                 message.on_settled(Settled.RETURNED)
                 return
-        message.on_settled(_CONFIRMED if accepted else Settled.REFUSED)
+        if accepted:
+            message.on_settled(_CONFIRMED)
+        else:
+            self._on_refused()
+            message.on_settled(Settled.REFUSED)
 
 
 class Unsettled:

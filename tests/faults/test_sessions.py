@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+import aio_pika
 import pytest
 
 from broker import Broker
@@ -196,3 +198,53 @@ async def test_amqps_never_speaks_in_plain_text(namespace: str) -> None:
     assert b"secret" not in said
     server.close()
     await server.wait_closed()
+
+
+class Swallowing:
+    """The `close` of a channel, which in aiormq may swallow a cancellation, or make another error of it: one does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
+        self.began = asyncio.Event()
+        close = aio_pika.Channel.close
+
+        async def swallow(channel: Any, *args: Any) -> None:
+            if not self.began.is_set():
+                self.began.set()
+                try:
+                    await asyncio.sleep(10)
+                except asyncio.CancelledError:
+                    if error is not None:
+                        raise error from None
+            await close(channel, *args)
+
+        monkeypatch.setattr(aio_pika.Channel, "close", swallow)
+
+
+swallowing = pytest.mark.parametrize("error", [None, RuntimeError("aiormq's")], ids=["swallowed", "another error"])
+
+
+@swallowing
+async def test_closing_while_a_session_comes_back_ends_whatever_becomes_of_the_cancellation(
+    rabbitmq_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    async with Client(rabbitmq_url, namespace=namespace) as client:
+        closing = Swallowing(monkeypatch, error)
+        client._transport._publishing._link.protocol.abort()  # type: ignore[attr-defined]
+        await closing.began.wait()
+        await asyncio.wait_for(client.close(), 5)
+    assert len(asyncio.all_tasks()) == 1
+
+
+@swallowing
+async def test_who_gives_up_connecting_has_given_up_whatever_becomes_of_the_cancellation(
+    rabbitmq_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    closing = Swallowing(monkeypatch, error)
+    client = Client(rabbitmq_url, namespace=namespace)
+    connecting = asyncio.create_task(client.connect())
+    await closing.began.wait()
+    connecting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await connecting
+    assert not client.connected
+    assert len(asyncio.all_tasks()) == 1

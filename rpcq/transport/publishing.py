@@ -1,0 +1,223 @@
+"""The session that publishes: confirms, returns, and what waits to be written."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from aio_pika.abc import AbstractChannel
+
+from rpcq import logs
+from rpcq.errors import BrokerError
+from rpcq.settings import ConnectionOptions
+from rpcq.transport.base import Listener, Outgoing, Settled
+from rpcq.transport.connection import MessageTooLarge, closed_by_broker, heeding_cancellation, is_foreign
+from rpcq.transport.lane import Encoder, Lane
+from rpcq.transport.session import CLOSE_TIMEOUT, Link, Session
+from rpcq.transport.settling import Unconfirmed
+from rpcq.transport.topology import Exchange
+from rpcq.url import BrokerURL
+
+HIGH_WATER: Final = 256 * 1024
+"""Bytes that may wait for the next write before publishers wait."""
+
+REFUSING: Final = 2.0
+"""Seconds of refusals after which a channel is replaced; twice as many each time, up to `LONGEST_REFUSING`."""
+
+LONGEST_REFUSING: Final = 60.0
+
+REPLACED_POLL: Final = 0.05
+"""Seconds between two looks at whether all on a replaced channel is confirmed."""
+
+log = logs.get_logger("rpcq.rabbitmq")
+
+
+class _Published:
+    """One channel of one session that messages are sent on; takes their confirms."""
+
+    __slots__ = ("_channel", "_number", "_protocol", "encoder", "refusing_since", "unconfirmed")
+
+    def __init__(self, link: Link, channel: AbstractChannel, number: int, on_refused: Callable[[], None]) -> None:
+        self._channel = channel
+        self._number = number
+        self._protocol = link.protocol
+        self.encoder = Encoder(number, link.frame_max)
+        self.unconfirmed = Unconfirmed(on_refused)
+        self.refusing_since: float | None = None
+        link.protocol.register(
+            number,
+            Lane(
+                max_body=0,  # the body of a returned message is of no use
+                on_return=self.unconfirmed.returned,
+                on_confirm=self.unconfirmed.confirmed,
+                on_end=lambda code, text: link.protocol.fail(closed_by_broker(code, text)),
+            ),
+        )
+
+    async def close(self) -> None:
+        """Close it alone: nothing on it is unconfirmed any more."""
+        async with asyncio.timeout(CLOSE_TIMEOUT):
+            await self._channel.close()
+        self._protocol.unregister(self._number)
+
+
+class PublishingSession(Session):
+    """The way out: messages are written together, and settled by the broker's confirms."""
+
+    role = "publishing"
+
+    def __init__(
+        self, url: BrokerURL, options: ConnectionOptions, exchanges: Sequence[Exchange], listener: Listener
+    ) -> None:
+        super().__init__(url, options, exchanges, listener)
+        self._channels: list[_Published] = []  # the last is in use; one before it has messages that are unconfirmed
+        self._replacing: asyncio.Task[None] | None = None
+        self._patience = REFUSING
+        self._queue: list[Outgoing] = []
+        self._queued = 0
+        self._flushing = False
+        self._room = asyncio.Event()  # set to wake those who wait for `ready`
+        self._is_blocked = False
+        self._most: int | None = None  # bytes of a message, once the broker has said so
+
+    @property
+    def ready(self) -> bool:
+        """Whether a message may be published now; see `Transport.can_publish`."""
+        link = self._link
+        return self._up and not self._is_blocked and self._queued < HIGH_WATER and link.protocol.writable  # type: ignore[union-attr]  # up has one
+
+    def publish(self, message: Outgoing) -> None:
+        """Send a message; see `Transport.publish`."""
+        if not self._up:
+            message.on_settled(Settled.UNSENT)
+            return
+        if self._most is not None and len(message.body) > self._most:
+            message.on_settled(Settled.TOO_LARGE)
+            return
+        if self._flushing:  # written with all else of this iteration of the loop
+            self._queue.append(message)
+            self._queued += len(message.body) + len(message.properties)
+            return
+        # The first one goes at once: with few calls under way, an iteration is a good part of their time.
+        self._flushing = True
+        self._loop.call_soon(self._flush)
+        self._write([message])
+
+    async def writable(self) -> None:
+        """Wait until a message may be published."""
+        while not self.ready:
+            self._room.clear()
+            await self._room.wait()
+
+    async def drain(self) -> None:
+        """Write what waits, and wait for what is unconfirmed, as long as the session lives and time allows."""
+        until = self._loop.time() + CLOSE_TIMEOUT
+        while self._up and (waiting := len(self._queue) + sum(len(each.unconfirmed) for each in self._channels)):
+            if self._loop.time() > until:
+                log.warning("closed with unconfirmed messages", count=waiting)
+                return
+            await asyncio.sleep(0.001)  # rare and short: no event is worth setting for each confirm
+
+    async def close(self) -> None:
+        """Close it for good; what is unconfirmed is settled as lost."""
+        await super().close()
+        self._settle_lost()
+        if self._replacing is not None:
+            self._replacing.cancel()
+            await asyncio.gather(self._replacing, return_exceptions=True)
+
+    async def _set_up(self, link: Link) -> None:
+        self._channels = [await self._open_channel(link)]
+        self._is_blocked = False
+        link.protocol.on_writable = self._wake
+
+    async def _open_channel(self, link: Link) -> _Published:
+        return _Published(link, *await link.channel(confirms=True), self._refused)
+
+    def _refused(self) -> None:
+        """Have the channel replaced, where it refuses for long.
+
+        A channel of RabbitMQ 3.10 that first sends to a quorum queue before a new leader is chosen knows only the old
+        one's node, and refuses for as long as that is down; one that is opened later knows the new leader. Where the
+        queue is full, a new channel changes nothing: hence the growing patience.
+        """
+        channel, now = self._channels[-1], self._loop.time()
+        if channel.refusing_since is None:
+            channel.refusing_since = now
+        refusing = now - channel.refusing_since
+        if refusing < self._patience or self._replacing is not None or self._link is None:
+            return
+        self._patience = REFUSING if refusing > LONGEST_REFUSING else min(2 * self._patience, LONGEST_REFUSING)
+        log.info("channel is replaced: it refuses messages", seconds=round(refusing, 1))
+        self._replacing = self._loop.create_task(self._replace(self._link, channel))
+
+    async def _replace(self, link: Link, old: _Published) -> None:
+        """Send on a new channel from now on; close the old one when the broker has told of all that was sent on it."""
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                new = await self._open_channel(link)
+            if link is not self._link:
+                return
+            self._channels.append(new)
+            # Rare: no event is worth setting for each confirm. Nothing is unconfirmed once the session is lost.
+            while old.unconfirmed:  # noqa: ASYNC110
+                await asyncio.sleep(REPLACED_POLL)
+            if link is self._link:
+                self._channels.remove(old)
+                with heeding_cancellation():
+                    await old.close()
+        except (Exception, asyncio.CancelledError) as error:
+            if not is_foreign(error):
+                raise
+            log.warning("channel could not be replaced", cause=repr(error))  # what is in use goes on
+        finally:
+            self._replacing = None
+
+    def _told_up(self) -> None:
+        self._listener.publishing()
+        self._wake()
+
+    def _told_down(self, cause: BrokerError) -> None:
+        # Lost otherwise, it may come back as one that takes more.
+        self._most = cause.most if isinstance(cause, MessageTooLarge) else None
+        self._settle_lost()
+        self._is_blocked = False
+        self._listener.publishing_lost(cause)
+
+    def _settle_lost(self) -> None:
+        unsent, self._queue, self._queued = self._queue, [], 0
+        channels, self._channels = self._channels, []
+        for channel in channels:
+            for message, settled in channel.unconfirmed.lost(self._most):
+                message.on_settled(settled)
+        for message in unsent:
+            message.on_settled(Settled.UNSENT)
+
+    def _blocked(self, reason: str | None) -> None:
+        self._is_blocked = reason is not None
+        if reason is not None:
+            self._listener.publishing_blocked(reason)
+        else:
+            self._listener.publishing()
+            self._wake()
+
+    def _flush(self) -> None:
+        self._flushing = False
+        messages, self._queue, self._queued = self._queue, [], 0
+        if messages:
+            self._write(messages)
+            self._wake()
+
+    def _write(self, messages: list[Outgoing]) -> None:
+        if self._link is None:
+            for message in messages:
+                message.on_settled(Settled.UNSENT)
+            return
+        channel = self._channels[-1]
+        channel.unconfirmed.add(messages)
+        self._link.protocol.write(b"".join(channel.encoder.publish(messages)))
+
+    def _wake(self) -> None:
+        if not self._room.is_set() and self.ready:
+            self._room.set()
