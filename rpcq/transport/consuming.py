@@ -179,6 +179,7 @@ class ConsumingSession(Session):
     async def stop(self) -> None:
         """Cancel the consumers; later sessions have none."""
         self._stopped = True
+        link = self._link
         consumers, self._consumers = self._consumers, []
         once = [consumed for consumed in self._consumed if consumed.is_quorum]
         try:
@@ -191,7 +192,7 @@ class ConsumingSession(Session):
             if not is_foreign(error):
                 raise
             # Gone or unwilling: what it still delivers would not be answered, so the session goes as well.
-            if (link := self._link) is not None:
+            if link is not None and link is self._link:
                 link.protocol.fail(BrokerUnreachable(f"the consumers could not be cancelled: {error!r}"))
         finally:
             for consumed in once:

@@ -23,9 +23,13 @@ HIGH_WATER: Final = 256 * 1024
 """Bytes that may wait for the next write before publishers wait."""
 
 REFUSING: Final = 2.0
-"""Seconds of refusals after which a channel is replaced; twice as many each time, up to `LONGEST_REFUSING`."""
+"""Seconds between two refusals of a channel after which it is replaced; twice as many each time, until none come."""
 
 LONGEST_REFUSING: Final = 60.0
+"""Seconds that they become at most, and without a refusal after which they are `REFUSING` again."""
+
+MOST_CHANNELS: Final = 3
+"""The one in use and those that it replaced, on which messages are not confirmed yet."""
 
 REPLACED_POLL: Final = 0.05
 """Seconds between two looks at whether all on a replaced channel is confirmed."""
@@ -36,15 +40,18 @@ log = logs.get_logger("rpcq.rabbitmq")
 class _Published:
     """One channel of one session that messages are sent on; takes their confirms."""
 
-    __slots__ = ("_channel", "_number", "_protocol", "encoder", "refusing_since", "unconfirmed")
+    __slots__ = ("_channel", "_number", "_protocol", "encoder", "is_being_replaced", "refused_at", "unconfirmed")
 
-    def __init__(self, link: Link, channel: AbstractChannel, number: int, on_refused: Callable[[], None]) -> None:
+    def __init__(
+        self, link: Link, channel: AbstractChannel, number: int, on_refused: Callable[[_Published], None]
+    ) -> None:
         self._channel = channel
         self._number = number
         self._protocol = link.protocol
         self.encoder = Encoder(number, link.frame_max)
-        self.unconfirmed = Unconfirmed(on_refused)
-        self.refusing_since: float | None = None
+        self.unconfirmed = Unconfirmed(lambda: on_refused(self))
+        self.refused_at: float | None = None  # for the first time
+        self.is_being_replaced = False
         link.protocol.register(
             number,
             Lane(
@@ -56,9 +63,11 @@ class _Published:
         )
 
     async def close(self) -> None:
-        """Close it alone: nothing on it is unconfirmed any more."""
-        async with asyncio.timeout(CLOSE_TIMEOUT):
-            await self._channel.close()
+        """Close it alone: nothing on it is unconfirmed any more. It ends with the connection at the latest.
+
+        There is no timeout: aiormq would send a second `channel.close`, which may cost the connection.
+        """
+        await self._channel.close()
         self._protocol.unregister(self._number)
 
 
@@ -71,9 +80,10 @@ class PublishingSession(Session):
         self, url: BrokerURL, options: ConnectionOptions, exchanges: Sequence[Exchange], listener: Listener
     ) -> None:
         super().__init__(url, options, exchanges, listener)
-        self._channels: list[_Published] = []  # the last is in use; one before it has messages that are unconfirmed
-        self._replacing: asyncio.Task[None] | None = None
+        self._channels: list[_Published] = []  # the last is in use; on those before it, messages are unconfirmed
+        self._replacing: set[asyncio.Task[None]] = set()
         self._patience = REFUSING
+        self._refused_at = 0.0  # for the last time
         self._queue: list[Outgoing] = []
         self._queued = 0
         self._flushing = False
@@ -121,11 +131,13 @@ class PublishingSession(Session):
 
     async def close(self) -> None:
         """Close it for good; what is unconfirmed is settled as lost."""
-        await super().close()
-        self._settle_lost()
-        if self._replacing is not None:
-            self._replacing.cancel()
-            await asyncio.gather(self._replacing, return_exceptions=True)
+        try:
+            await super().close()
+        finally:
+            self._settle_lost()
+            for replacing in self._replacing:
+                replacing.cancel()
+            await asyncio.gather(*self._replacing, return_exceptions=True)
 
     async def _set_up(self, link: Link) -> None:
         self._channels = [await self._open_channel(link)]
@@ -135,44 +147,58 @@ class PublishingSession(Session):
     async def _open_channel(self, link: Link) -> _Published:
         return _Published(link, *await link.channel(confirms=True), self._refused)
 
-    def _refused(self) -> None:
-        """Have the channel replaced, where it refuses for long.
+    def _refused(self, channel: _Published) -> None:
+        """Have the channel replaced, where it refuses again and again.
 
         A channel of RabbitMQ 3.10 that first sends to a quorum queue before a new leader is chosen knows only the old
         one's node, and refuses for as long as that is down; one that is opened later knows the new leader. Where the
         queue is full, a new channel changes nothing: hence the growing patience.
         """
-        channel, now = self._channels[-1], self._loop.time()
-        if channel.refusing_since is None:
-            channel.refusing_since = now
-        refusing = now - channel.refusing_since
-        if refusing < self._patience or self._replacing is not None or self._link is None:
+        link = self._link
+        if link is None or channel is not self._channels[-1] or channel.is_being_replaced:
             return
-        self._patience = REFUSING if refusing > LONGEST_REFUSING else min(2 * self._patience, LONGEST_REFUSING)
-        log.info("channel is replaced: it refuses messages", seconds=round(refusing, 1))
-        self._replacing = self._loop.create_task(self._replace(self._link, channel))
+        now = self._loop.time()
+        if now - self._refused_at > LONGEST_REFUSING:
+            self._patience = REFUSING
+        self._refused_at = now
+        if channel.refused_at is None:
+            channel.refused_at = now
+        if now - channel.refused_at < self._patience or len(self._channels) == MOST_CHANNELS:
+            return
+        self._patience = min(2 * self._patience, LONGEST_REFUSING)
+        channel.is_being_replaced = True
+        replacing = self._loop.create_task(self._replace(link, channel))
+        self._replacing.add(replacing)
+        replacing.add_done_callback(self._replacing.discard)
 
     async def _replace(self, link: Link, old: _Published) -> None:
         """Send on a new channel from now on; close the old one when the broker has told of all that was sent on it."""
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 new = await self._open_channel(link)
-            if link is not self._link:
-                return
-            self._channels.append(new)
-            # Rare: no event is worth setting for each confirm. Nothing is unconfirmed once the session is lost.
-            while old.unconfirmed:  # noqa: ASYNC110
-                await asyncio.sleep(REPLACED_POLL)
-            if link is self._link:
-                self._channels.remove(old)
-                with heeding_cancellation():
-                    await old.close()
         except (Exception, asyncio.CancelledError) as error:
             if not is_foreign(error):
                 raise
-            log.warning("channel could not be replaced", cause=repr(error))  # what is in use goes on
-        finally:
-            self._replacing = None
+            old.is_being_replaced, old.refused_at = False, None
+            log.warning("a channel refuses messages, and could not be replaced", cause=repr(error))
+            return
+        if link is not self._link:
+            return
+        self._channels.append(new)
+        log.info("a channel refused messages, and is replaced")
+        # Rare: no event is worth setting for each confirm.
+        while old.unconfirmed and link is self._link:  # noqa: ASYNC110
+            await asyncio.sleep(REPLACED_POLL)
+        if link is not self._link:
+            return
+        self._channels.remove(old)
+        try:
+            with heeding_cancellation():
+                await old.close()
+        except (Exception, asyncio.CancelledError) as error:
+            if not is_foreign(error):
+                raise
+            log.debug("a replaced channel did not close", cause=repr(error))
 
     def _told_up(self) -> None:
         self._listener.publishing()
@@ -215,8 +241,9 @@ class PublishingSession(Session):
                 message.on_settled(Settled.UNSENT)
             return
         channel = self._channels[-1]
+        frames = b"".join(channel.encoder.publish(messages))
         channel.unconfirmed.add(messages)
-        self._link.protocol.write(b"".join(channel.encoder.publish(messages)))
+        self._link.protocol.write(frames)
 
     def _wake(self) -> None:
         if not self._room.is_set() and self.ready:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from rpcq.transport.base import Settled
+from rpcq.transport.base import Message, Settled
 from seam import SECONDS, End, Seam, taken, until
 
 
@@ -27,7 +28,7 @@ async def full(rabbitmq_url: str, namespace: str) -> AsyncIterator[End]:
 async def refused(end: End) -> None:
     """Publish one after another, until the time has come to replace the channel."""
     publishing = publishing_of(end)
-    while publishing._replacing is None:
+    while not publishing._replacing:
         assert await end.sent(end.names[0]) is Settled.REFUSED
         await asyncio.sleep(0.01)
 
@@ -59,7 +60,7 @@ async def test_it_is_replaced_under_load_and_each_message_has_its_one_outcome(fu
     publishers = [asyncio.create_task(publisher(queue)) for queue in (0, 1) for _ in range(20)]
     async with asyncio.timeout(SECONDS):
         await until(lambda: publishing._channels[-1] is not first)
-        await until(lambda: len(publishing._channels) == 1 and publishing._replacing is None)
+        await until(lambda: len(publishing._channels) == 1 and not publishing._replacing)
     before = told[1, Settled.CONFIRMED]
     await until(lambda: told[1, Settled.CONFIRMED] > before + 100)
     done.set()
@@ -72,13 +73,54 @@ async def test_it_is_replaced_under_load_and_each_message_has_its_one_outcome(fu
     assert full.of("publishing") == ["up"]
 
 
+async def test_it_is_replaced_less_and_less_often_while_refusals_go_on_and_as_at_first_after_a_quiet_minute(
+    full: End,
+) -> None:
+    publishing, now = publishing_of(full), 1000.0
+    loop = publishing._loop
+    publishing._loop = SimpleNamespace(time=lambda: now, create_task=loop.create_task)
+
+    async def gaps(count: int) -> list[float]:
+        """Seconds of refusals, one every second, after which channels were replaced."""
+        nonlocal now
+        found: list[float] = []
+        while len(found) < count:
+            began = now
+            while not publishing._replacing:
+                now += 1
+                publishing._refused(publishing._channels[-1])
+            found.append(now - began - 1)  # the first one begins it
+            await until(lambda: not publishing._replacing)
+        return found
+
+    assert await gaps(8) == [2, 4, 8, 16, 32, 60, 60, 60]
+    now += 60
+    assert await gaps(2) == [2, 4]
+    publishing._loop = loop
+
+
+async def test_no_more_than_three_are_open_where_messages_on_them_are_never_confirmed(full: End) -> None:
+    publishing = publishing_of(full)
+    channels = publishing._channels
+    for count in (1, 2, 3, 3):
+        channels[-1].unconfirmed._waiting[0] = Message(b"", b"", b"", b"", b"", lambda _: None, mandatory=False)
+        assert len(channels) == count
+        channels[-1].refused_at = 0.0
+        publishing._refused(channels[-1])
+        await until(lambda count=count: len(channels) == min(count + 1, 3))
+    assert await full.sent(full.names[1]) is Settled.CONFIRMED
+    for each in [*channels]:
+        each.unconfirmed._waiting.clear()
+    await until(lambda: len(channels) == 1)
+
+
 async def test_where_no_other_can_be_opened_it_goes_on(full: End, caplog: pytest.LogCaptureFixture) -> None:
     publishing = publishing_of(full)
     (first,) = publishing._channels
     hang(full)
     await refused(full)
-    await until(lambda: publishing._replacing is None)
-    assert "channel could not be replaced" in [record.getMessage() for record in caplog.records]
+    await until(lambda: not publishing._replacing)
+    assert "a channel refuses messages, and could not be replaced" in [record.getMessage() for record in caplog.records]
     assert publishing._channels == [first]
     assert await full.sent(full.names[1]) is Settled.CONFIRMED
 
@@ -91,7 +133,7 @@ async def test_a_session_that_is_lost_while_it_is_replaced_comes_back(full: End)
     await until(lambda: full.of("publishing") == ["up", "lost", "up"])
     assert await full.sent(full.names[1]) is Settled.CONFIRMED
     (channel,) = publishing._channels
-    await until(lambda: publishing._replacing is None)
+    await until(lambda: not publishing._replacing)
     assert publishing._channels == [channel]
     assert await full.sent(full.names[0]) is Settled.REFUSED
 
@@ -99,7 +141,7 @@ async def test_a_session_that_is_lost_while_it_is_replaced_comes_back(full: End)
 async def test_closing_while_it_is_replaced_leaves_nothing_behind(full: End) -> None:
     hang(full)
     await refused(full)
-    replacing = publishing_of(full)._replacing
+    (replacing,) = publishing_of(full)._replacing
     await full.transport.close()
     assert replacing.cancelled()
     assert len(asyncio.all_tasks()) == 1
