@@ -87,6 +87,7 @@ class SeenRequest(Seen):
         headers: those of the request, as they came; empty where it has none but rpcq's own.
         queue_seconds: between the client and the handler, by the clocks of both; None where the caller told none.
         body_size: bytes of the parameters as JSON.
+        code: as for calls, also where the broker then refuses the result for its size, and the caller gets an error.
         ran: the handler is entered, in the context that the observer is called in; else the request is refused, or
             is given up before that, and the context is nobody's.
 

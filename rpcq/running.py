@@ -56,6 +56,7 @@ class Running(Outgoing):
         delivery: what is acknowledged in the end.
         key: reply_to and correlation ID; an empty reply_to where no reply is wanted.
         kind: of the reply: `wire.RESULT` or `wire.ERROR`; there with its body.
+        said: what an error reply's body says; there with it.
         job: what runs; None where it was refused, and once it has ended.
         began: whether the handler was entered.
         seen: what observers are told of it; None where there are none.
@@ -64,6 +65,7 @@ class Running(Outgoing):
     """
 
     kind: bytes
+    said: dict[str, Any]
     __slots__ = (
         "began",
         "cancelled",
@@ -76,6 +78,7 @@ class Running(Outgoing):
         "queue_ms",
         "result",
         "runs",
+        "said",
         "seen",
         "started",
         "task",
@@ -413,7 +416,9 @@ class Runs:
             body = b""
         if not body or len(body) > self._max_body:
             log.error("an error's details cannot be sent", correlation_id=run.id, code=error.code)
-            body = wire.dumps(in_short(said))
+            said = in_short(said)
+            body = wire.dumps(said)
+        run.said = said
         if run.seen is not None:
             self._tell_end(run, run.seen, error.code, error)
         self._reply(run, wire.ERROR, body)
@@ -459,10 +464,10 @@ class Runs:
         size = len(run.body)
         log.error("a reply is larger than the broker takes (its max_message_size)", correlation_id=run.id, bytes=size)
         if run.kind == wire.ERROR:
-            said = in_short(wire.loads(run.body))
+            run.said = in_short(run.said)
         else:
-            said = to_wire(InvalidReply(f"the result is {size} bytes of JSON, more than the broker takes"))
-        body = wire.dumps(said)
+            run.said = to_wire(InvalidReply(f"the result is {size} bytes of JSON, more than the broker takes"))
+        body = wire.dumps(run.said)
         if len(body) < size:
             self._reply(run, wire.ERROR, body)
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from pydantic_core import from_json, to_json, to_jsonable_python
@@ -262,7 +263,7 @@ class Request:
         }
 
 
-_NO_HEADERS: Final[dict[str, Any]] = {}
+_NO_HEADERS: Final[Mapping[str, Any]] = MappingProxyType({})  # many requests share it
 _FAST_START: Final = _U16.pack(_REQUEST_FLAGS | amqp.TYPE) + short(JSON)
 
 

@@ -108,6 +108,16 @@ async def odd(nonce: str, kind: str) -> Any:
     return {"object": object(), "nan": float("nan"), "large": "x" * (2 * 1024 * 1024), "text": nonce}[kind]
 
 
+@target.method(errors=[Refused])
+async def deep(nonce: str) -> None:
+    """Says no, in details that are written as JSON, but too deep to be read."""
+    began(nonce)
+    details: Any = "x" * 2000
+    for _ in range(220):
+        details = [details]
+    raise Refused(f"no to {nonce}", details=details)
+
+
 @target.method
 async def hold(nonce: str, until: str) -> str:
     """Runs until there is a file of that name."""

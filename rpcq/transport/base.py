@@ -184,7 +184,7 @@ class Listener:
         consuming: the consuming session is up; with the names of the subscribed queues, in order.
         consuming_lost: it is down: deliveries of it can no longer be settled.
         publishing: the publishing session is up, or no longer blocked.
-        publishing_lost: it is down, after all unconfirmed messages were settled as unsent or unknown.
+        publishing_lost: it is down, after all unconfirmed messages were settled.
         publishing_blocked: the broker takes nothing for now: a memory or disk alarm; with its reason.
 
     """
@@ -227,4 +227,4 @@ class Transport(Protocol):
         """Tell the broker to deliver nothing more. What arrived before can still be settled."""
 
     async def close(self) -> None:
-        """Write what is pending, then close both sessions. What is unconfirmed settles as unsent or unknown."""
+        """Write what is pending, then close both sessions. What is unconfirmed is settled."""

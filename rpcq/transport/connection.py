@@ -400,16 +400,17 @@ def heeding_cancellation() -> Iterator[None]:
 class MessageTooLarge(BrokerUnreachable):
     """The broker closed a channel over a message with more bytes than the `most` that it takes."""
 
-    def __init__(self, text: str, most: int) -> None:
-        super().__init__(f"the broker closed: {text}: raise its max_message_size, or lower max_body")
+    def __init__(self, message: str, most: int = 0) -> None:
+        super().__init__(message)
         self.most = most
 
 
 def closed_by_broker(code: int, text: str) -> BrokerError:
     """What a `connection.close` or `channel.close` of the broker means to users."""
+    said = f"the broker closed: {code} {text}"
     if code == 406 and (found := TOO_LARGE.search(text)) is not None:
-        return MessageTooLarge(f"{code} {text}", int(found[1]))
-    return BY_REPLY_CODE.get(code, BrokerUnreachable)(f"the broker closed: {code} {text}")
+        return MessageTooLarge(f"{said}: raise its max_message_size, or lower max_body", int(found[1]))
+    return BY_REPLY_CODE.get(code, BrokerUnreachable)(said)
 
 
 def translate(error: BaseException, told: BrokerError | None) -> BrokerError:

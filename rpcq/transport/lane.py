@@ -107,7 +107,7 @@ class Lane:
         self._tag = 0
         self._redelivered = False
         self._routing_key = b""
-        self._channel = 0
+        self._channel = -1  # none, until a delivery has come
         self.beginning = b"none has come"
         self._ending = b""  # of the same frame, from the exchange on
 

@@ -90,6 +90,7 @@ class PublishingSession(Session):
         self._room = asyncio.Event()  # set to wake those who wait for `ready`
         self._is_blocked = False
         self._most: int | None = None  # bytes of a message, once the broker has said so
+        self._lost_over_size = False
 
     @property
     def ready(self) -> bool:
@@ -201,21 +202,27 @@ class PublishingSession(Session):
             log.debug("a replaced channel did not close", cause=repr(error))
 
     def _told_up(self) -> None:
+        # Lost over a message that is too large, it takes no more than it said; lost otherwise, it may.
+        if not self._lost_over_size:
+            self._most = None
+        self._lost_over_size = False
         self._listener.publishing()
         self._wake()
 
     def _told_down(self, cause: BrokerError) -> None:
-        # Lost otherwise, it may come back as one that takes more.
-        self._most = cause.most if isinstance(cause, MessageTooLarge) else None
-        self._settle_lost()
+        most = None
+        if isinstance(cause, MessageTooLarge):
+            most = self._most = cause.most
+            self._lost_over_size = True
+        self._settle_lost(most)
         self._is_blocked = False
         self._listener.publishing_lost(cause)
 
-    def _settle_lost(self) -> None:
+    def _settle_lost(self, most: int | None = None) -> None:
         unsent, self._queue, self._queued = self._queue, [], 0
         channels, self._channels = self._channels, []
         for channel in channels:
-            for message, settled in channel.unconfirmed.lost(self._most):
+            for message, settled in channel.unconfirmed.lost(most):
                 message.on_settled(settled)
         for message in unsent:
             message.on_settled(Settled.UNSENT)

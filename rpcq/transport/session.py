@@ -197,10 +197,10 @@ class Session:
         self._link = None
         self._up = False
         log.warning("session down", role=self.role, cause=str(cause))
-        self._told_down(cause)
         self._close_later(link)
         self._hosts.rotate(-1)  # the next node first: this one may be gone
         self._keeper = self._loop.create_task(self._come_back())
+        self._told_down(cause)
 
     def _close_later(self, link: Link) -> None:
         closer = self._loop.create_task(link.close())

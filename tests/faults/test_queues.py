@@ -33,12 +33,13 @@ from rpcq import (
     InvalidParams,
     InvalidReply,
     OutcomeUnknown,
+    RemoteError,
     Service,
     ServiceUnavailable,
     TooLarge,
     Worker,
 )
-from rpcq.errors import VhostNotFound
+from rpcq.errors import BrokerUnreachable, VhostNotFound
 from rpcq.transport.lane import Encoder
 
 ODD_TAG = 1_000_000
@@ -307,26 +308,38 @@ async def test_a_reply_that_the_broker_takes_for_too_large_is_an_invalid_reply_a
             with pytest.raises(InvalidReply, match="2097154 bytes of JSON, more than the broker takes") as told:
                 await it.client.call("target.odd", nonce=f"large{number}", kind="large")
             assert told.value.executed == "yes"
+        with pytest.raises(RemoteError, match="no to nested") as said_no:
+            await it.client.call("target.deep", nonce="nested")
+        assert (said_no.value.code, said_no.value.details) == ("refused", None)
         with pytest.raises(InvalidParams) as refused:  # told in so many words that it is larger than the request
             await it.client.call("target.once", **{f"a{number}": number for number in range(60)})
         assert (refused.value.executed, refused.value.details) == ("no", None)
     assert len(it.scene.ran("large")) == 3
     assert len(logged(it.worker, "session down")) == 1
-    assert len(logged(it.worker, "a reply is larger than the broker takes (its max_message_size)")) == 4
+    assert len(logged(it.worker, "a reply is larger than the broker takes (its max_message_size)")) == 5
 
 
 async def test_a_broker_that_came_back_is_asked_again_how_much_it_takes(
     narrow: Broker, namespace: str, tmp_path: Path
 ) -> None:
     async with Client(narrow.url, namespace=namespace, max_body=4 * 1024 * 1024) as client:
-        publishing = client._transport._publishing  # type: ignore[attr-defined]
+        publishing: Any = client._transport._publishing  # type: ignore[attr-defined]
+        set_up = publishing._set_up
+
+        async def not_yet(_: object) -> None:
+            publishing._set_up = set_up
+            raise BrokerUnreachable("not yet")
+
+        publishing._set_up = not_yet
         for _ in range(2):
             with pytest.raises(TooLarge):
                 await client.call("nobody.there", text="x" * MOST)
-        assert publishing._most == MOST
         await until(lambda: client.connected)
+        assert publishing._set_up == set_up
+        assert publishing._most == MOST  # a try to come back that fails tells nothing of it
         publishing._link.protocol.abort()
         await until(lambda: not client.connected)
+        await until(lambda: client.connected)
         assert publishing._most is None
         with pytest.raises(TooLarge):
             await client.call("nobody.there", text="x" * MOST)
