@@ -28,7 +28,7 @@ $(BIN)/python:
 			apt-get update -qq && apt-get install -y -qq python3-venv && $(PYTHON) -m venv $(VENV); \
 		else echo 'Python has no venv module here: install the package python3-venv' >&2; exit 1; fi; }
 
-# One stamp for each set of extras: installed again when pyproject.toml changes.
+## One stamp for each set of extras: installed again when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@echo 'installing rpcq and its extras: $*'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'

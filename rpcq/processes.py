@@ -7,6 +7,7 @@ import os
 from collections.abc import Coroutine
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from itertools import count
 from typing import Any, TypeVar
 
@@ -37,8 +38,9 @@ def own_version() -> str:
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run on uvloop where it is installed."""
-    try:
-        import uvloop  # noqa: PLC0415 - an extra
-    except ImportError:
+    # Not by an ImportError: every traceback of `main` would begin with it.
+    if find_spec("uvloop") is None:
         return asyncio.run(main)
+    import uvloop  # noqa: PLC0415 - an extra
+
     return uvloop.run(main)

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final, get_args
 
 import typer
 from rich.console import Console
@@ -31,7 +31,7 @@ from rpcq.errors import (
 from rpcq.processes import run
 from rpcq.settings import ClientOptions
 from rpcq.transport.opening import open_admin
-from rpcq.transport.topology import MAX_LENGTH, Names, Queue
+from rpcq.transport.topology import MAX_LENGTH, Names, Queue, QueueType
 from rpcq.url import BrokerURL, mask, parse
 
 if TYPE_CHECKING:
@@ -124,6 +124,8 @@ async def _examine(broker: BrokerURL, url: str, options: ClientOptions, services
                 for service in services if reached == 1 else ():
                     queue = Names(options.namespace).request_queue(service.name, service.queue_type, service.queue)
                     yield await _queue(admin, queue)
+                    async for finding in _others(admin, Names(options.namespace), service, queue):
+                        yield finding
         except BrokerError as error:
             yield Found(Grade.BAD, f"{host}:{port}: {error}", MENDS.get(type(error), ""))
     if reached:
@@ -166,6 +168,19 @@ async def _queue(admin: Admin, queue: Queue) -> Found:
     if state.messages > NEARLY_FULL:
         return Found(Grade.DOUBT, told, f"it takes {MAX_LENGTH:,}; start more workers, or call less")
     return Found(Grade.GOOD, told)
+
+
+async def _others(admin: Admin, names: Names, service: Service, queue: Queue) -> Findings:
+    """Queues that the service had, or has elsewhere: bound under its name as well, they get a copy of each request."""
+    for kind in get_args(QueueType):
+        other = names.request_queue(service.name, kind).name
+        if other != queue.name and (state := await admin.queue(other)) is not None:
+            told = (
+                f"queue {other}: is there as well, with {state.consumers} consumers: requests go to both, and run twice"
+            )
+            yield Found(
+                Grade.BAD, told, f"stop the workers that consume it, and delete it; {queue.name} is the one meant"
+            )
 
 
 async def _as_client(url: str, options: ClientOptions, services: list[Service]) -> Findings:

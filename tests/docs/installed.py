@@ -14,6 +14,8 @@ def main(command: str, *wanted: str) -> str:
     known = {"rpcq", *(importlib.metadata.metadata("rpcq").get_all("Provides-Extra") or ())}
     for each in wanted:
         name, _, extras = each.strip("'\"").rstrip("]").partition("[")
+        if name == ".":  # a clone
+            continue
         if name == "rpcq":
             if unknown := set(re.findall(r"[\w-]+", extras)) - known:
                 return f"rpcq has no extra {', '.join(unknown)}"

@@ -156,6 +156,20 @@ def test_the_doctor_says_that_a_queue_is_not_there_yet_or_that_nobody_serves_it(
     assert any("0 messages, 0 consumers" in line for line in lines(ran, "bad"))
 
 
+def test_the_doctor_says_that_a_queue_of_the_other_kind_gets_each_request_as_well(rpcq: Rpcq) -> None:
+    rpcq.worker()
+    with pika.BlockingConnection(pika.URLParameters(rpcq.url)) as connection:
+        other = f"{rpcq.namespace}.once.things"
+        channel = connection.channel()
+        channel.queue_declare(other, durable=True, arguments={"x-queue-type": "quorum"})
+        ran = rpcq.run("doctor", "services:things", RPCQ_NAMESPACE=rpcq.namespace)
+        channel.queue_delete(other)
+    assert ran.returncode == 1, ran.stdout
+    (bad,) = lines(ran, "bad")
+    assert bad == f"queue {other}: is there as well, with 0 consumers: requests go to both, and run twice"
+    assert f"delete it; {rpcq.namespace}.req.things is the one meant" in " ".join(ran.stdout.split())
+
+
 def test_setup_declares_what_a_worker_would(rpcq: Rpcq) -> None:
     exchange = f"{rpcq.namespace}.replies"
     told = shown(rpcq.run("setup", "services:things", "--namespace", rpcq.namespace, "--reply-exchange", exchange))
