@@ -1,5 +1,7 @@
 """Call remote functions as awaitables, over RabbitMQ."""
 
+from typing import TYPE_CHECKING
+
 from rpcq.client import Client
 from rpcq.contract import Context, Service, contract
 from rpcq.errors import (
@@ -21,6 +23,7 @@ from rpcq.errors import (
     TooLarge,
     UsageError,
 )
+from rpcq.processes import own_version
 from rpcq.settings import Retry
 from rpcq.worker import Worker
 
@@ -49,3 +52,14 @@ __all__ = [
     "Worker",
     "contract",
 ]
+
+
+__version__: str
+
+if not TYPE_CHECKING:  # to a type checker, it would have every name
+
+    def __getattr__(name: str) -> str:
+        if name == "__version__":  # read when asked for: it is looked up on disk
+            return own_version()
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)

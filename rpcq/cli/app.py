@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -14,13 +15,30 @@ from rpcq.cli.looking import describe, list_services, ping
 from rpcq.cli.options import EXIT_CODES, USAGE, errors, exit_code
 from rpcq.cli.serving import worker
 from rpcq.errors import CallError, RpcqError
+from rpcq.processes import own_version
 
 app = typer.Typer(
     name="rpcq",
-    help="Call remote functions as awaitables, over RabbitMQ.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(f"rpcq {own_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _rpcq(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Say the version, and end.")
+    ] = False,
+) -> None:
+    """Call remote functions as awaitables, over RabbitMQ."""
+
+
 app.command()(worker)
 app.command(epilog=EXIT_CODES)(call)
 app.command("list")(list_services)

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,7 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from command import SECONDS, SECRET, SERVICES, Rpcq, one_line, wait_until
-from rpcq import ConfigurationError
+from rpcq import ConfigurationError, __version__
 from rpcq.cli import main
 from rpcq.cli.calling import read_parameters
 from rpcq.cli.serving import load_services
@@ -52,6 +53,11 @@ def test_parameters_are_json_or_text_by_name_or_by_position(
     found = read_parameters(given)
     assert found == (args, params)
     assert repr(found) == repr((args, params))  # 1 is not True
+
+
+def test_the_version_is_told(rpcq: Rpcq) -> None:
+    assert rpcq.run("--version").stdout == f"rpcq {metadata.version('rpcq')}\n"
+    assert __version__ == metadata.version("rpcq")
 
 
 def test_a_parameter_that_is_given_twice_is_named() -> None:
