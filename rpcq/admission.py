@@ -100,6 +100,14 @@ class Job:
         )
 
 
+class Refused(Exception):
+    """The handler is not entered: the caller gets `error`."""
+
+    def __init__(self, error: CallError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 class ExpiredOnArrival(CallTimeout):
     """The deadline had passed before the request came; `late_ms` says by how much, on the worker's clock."""
 
@@ -109,11 +117,36 @@ class ExpiredOnArrival(CallTimeout):
         self.late_ms = late_ms
 
 
-class Redelivered(OutcomeUnknown):
-    """A request that was delivered before. Whether to try again is the caller's to decide."""
+class MayHaveRun(OutcomeUnknown):
+    """The request may have run somewhere else already. Whether to try again is the caller's to decide."""
 
-    def __init__(self) -> None:
-        super().__init__("the worker that held the call was lost")
+
+def why_it_may_have_run(request: Request, *, redelivered: bool, moved: bool) -> MayHaveRun | None:
+    """Why a request that has just come may have run before; None if it certainly has not.
+
+    Args:
+        request: what its properties say.
+        redelivered: the broker delivered it before.
+        moved: it did not come through the exchange that it was sent to.
+
+    """
+    if redelivered:
+        return MayHaveRun("it was redelivered")
+    if moved and request.has_copy:
+        return MayHaveRun("the request was moved from another queue, where a worker may have had it")
+    return None
+
+
+def never_no(error: CallError, may_have_run: MayHaveRun | None) -> CallError:
+    """The error that a caller gets who was about to get `error`: of what may have run, nobody says that it did not.
+
+    The one place of this rule. A worker may refuse a request for many reasons: its methods or parameters are those of
+    another version, its store of answers fails, no time is left. None of them says what became of the request before.
+    """
+    if may_have_run is None or error.executed != "no":
+        return error
+    message = f"{may_have_run.message}; this worker refuses it: {error.message}"
+    return CallTimeout(message, executed="maybe") if isinstance(error, CallTimeout) else MayHaveRun(message)
 
 
 def admit(  # noqa: PLR0913 - what a request is made of, and what it is held against
@@ -122,7 +155,7 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
     body: bytes | None,
     body_size: int,
     *,
-    redelivered: bool,
+    may_have_run: MayHaveRun | None = None,
     max_body: int,
     wall_ms: float,
     now: float,
@@ -137,28 +170,23 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
         request: what its properties say.
         body: its body; None where it was too large to be kept.
         body_size: bytes that its sender announced.
-        redelivered: the broker delivered it before.
+        may_have_run: why it may have run before; None if it certainly has not.
         max_body: bytes that a body may have.
         wall_ms: the wall clock, milliseconds since the epoch.
         now: the monotonic clock, seconds.
         state: what the service's lifespan gave.
 
     Raises:
-        CallError: it does not run; this is what its caller gets.
+        CallError: it does not run; this is what its caller gets, by the rule of `never_no`.
 
     """
     if request.problem:
         raise InvalidParams(request.problem)
     key = request.idempotency_key
-    barred: CallError | None = Redelivered() if redelivered else None
+    barred: CallError | None = may_have_run
     if barred is not None and key is None:
         raise barred
-    try:
-        left, queue_ms = _time_left(service, request, wall_ms)
-    except CallTimeout:
-        if barred is not None:
-            raise barred from None  # it may have run before
-        raise
+    left, queue_ms = _time_left(service, request, wall_ms)
     method = service.find(request.method)
     if method is None:
         asked = f"no method {request.method!r}" if request.method else "several methods, and the request names none"

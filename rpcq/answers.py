@@ -12,19 +12,14 @@ from rpcq.calls import Call, Event, honest
 from rpcq.contract import Result, result_adapter
 from rpcq.errors import InvalidReply, from_wire
 from rpcq.settings import CallOptions
-from rpcq.transport.topology import Names
-from rpcq.wire import Notice, Reply
+from rpcq.wire import Reply
 
 _LONGEST_SIGNAL = 4096
 """Bytes; the two errors that are no outcome yet are rpcq's own, and short."""
 
 
-def meaning(came: Reply | Notice, names: Names) -> tuple[Event, str]:
-    """What it says of the request that it answers, and perhaps why."""
-    if isinstance(came, Notice):
-        if came.reason != "expired":
-            return Event.WORKER_LOST, came.reason
-        return (Event.EXPIRED_UNRUN if names.delivers_once(came.queue) else Event.EXPIRED), ""
+def meaning(came: Reply) -> tuple[Event, str]:
+    """What a reply says of the request that it answers, and perhaps why."""
     if came.kind == wire.ERROR and came.body is not None and len(came.body) <= _LONGEST_SIGNAL:
         try:
             said = wire.loads(came.body)
@@ -34,7 +29,7 @@ def meaning(came: Reply | Notice, names: Names) -> tuple[Event, str]:
             case {"code": "UNAVAILABLE", "executed": "no"}:
                 return Event.TURNED_AWAY, ""
             case {"code": "ABORTED", "executed": "maybe"}:
-                return Event.WORKER_LOST, ""
+                return Event.WORKER_LOST, str(said.get("message") or "")
     return Event.REPLY, ""
 
 

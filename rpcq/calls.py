@@ -58,8 +58,12 @@ class Event(IntEnum):
     """A worker or the broker says that the worker that held the request was lost."""
     RETURNED = auto()
     """No queue is bound for the service."""
+    NOT_THERE = auto()
+    """The service has no queue that delivers once: the request went to that alone, and was returned."""
     REFUSED = auto()
-    """The broker did not take it: the request queue is full, or a cluster has no leader for it now."""
+    """The broker did not take it, or does not know: the queue is full, or its node cannot be reached."""
+    REFUSED_UNRUN = auto()
+    """The same, for a queue that delivers once: it is certainly not in the queue."""
     TOO_LARGE = auto()
     """The broker takes no request of that size."""
     UNSENT = auto()
@@ -69,11 +73,13 @@ class Event(IntEnum):
     EXPIRED = auto()
     """The request expired in a queue that may have delivered it before."""
     EXPIRED_UNRUN = auto()
-    """The request expired in a queue that delivers once."""
+    """It expired in a queue that delivers once, the only one it was in, and too soon to have been delivered."""
     DEADLINE = auto()
     """The deadline passed."""
     DEADLINE_BLOCKED = auto()
     """The same, and the way to the broker is there but blocked or full."""
+    DEADLINE_CUT_OFF = auto()
+    """The same, and there is no connection to the broker."""
     CANCEL = auto()
     """The caller's task was cancelled."""
     CLOSE = auto()
@@ -90,6 +96,8 @@ class Act(Enum):
     """The caller gets the error."""
     AGAIN = auto()
     """The request is sent again: it certainly did not run."""
+    ELSEWHERE = auto()
+    """The request is sent at once, under the name of the service: it reached no queue."""
     AGAIN_OR_FAIL = auto()
     """The request may have run: it is sent again if the call is idempotent, else the caller gets the error."""
     FORGET = auto()
@@ -115,10 +123,14 @@ _ANSWER: Final = Transition(State.DONE, Act.ANSWER)
 _AGAIN: Final = Transition(State.CREATED, Act.AGAIN)
 _FORGET: Final = Transition(State.DONE, Act.FORGET)
 _NO_SERVICE: Final = _fail(ServiceUnavailable, "no", "no worker serves it: no queue is bound for it")
-_NOT_CONNECTED: Final = _fail(ServiceUnavailable, "no", "it could not be sent until the deadline")
+_NOT_CONNECTED: Final = _fail(ServiceUnavailable, "no", "there was no connection to the broker until the deadline")
 _BLOCKED: Final = _fail(Overloaded, "no", "the broker took no messages until the deadline")
 _FULL: Final = _fail(Overloaded, "no", "the broker refused it: the request queue is full, or has no leader")
+_REFUSED: Final = _fail(
+    Overloaded, "maybe", "the broker refused it: the request queue is full, or its node cannot be reached"
+)
 _TOO_LARGE: Final = _fail(TooLarge, "no", "the broker takes no message of that size (its max_message_size)")
+_TOO_LATE: Final = _fail(CallTimeout, "no", "the deadline passed before the call was sent")
 _NO_WORD: Final = _fail(CallTimeout, "maybe", "no reply until the deadline")
 _EXPIRED: Final = _fail(CallTimeout, "maybe", "the request expired in the queue")
 _EXPIRED_UNRUN: Final = _fail(CallTimeout, "no", "the request expired in the queue, and was never delivered")
@@ -138,8 +150,9 @@ _C, _W, _F = State.CREATED, State.WRITTEN, State.CONFIRMED
 TRANSITIONS: Final[dict[tuple[State, Event], Transition]] = {
     (_C, Event.WRITE): Transition(_W, Act.NOTHING),
     (_C, Event.REPLY): _ANSWER,
-    (_C, Event.DEADLINE): _NOT_CONNECTED,
+    (_C, Event.DEADLINE): _TOO_LATE,
     (_C, Event.DEADLINE_BLOCKED): _BLOCKED,
+    (_C, Event.DEADLINE_CUT_OFF): _NOT_CONNECTED,
     (_C, Event.CANCEL): _FORGET,
     (_C, Event.CLOSE): _CLOSED_UNSENT,
     (_W, Event.CONFIRM): Transition(_F, Act.NOTHING),
@@ -147,7 +160,9 @@ TRANSITIONS: Final[dict[tuple[State, Event], Transition]] = {
     (_W, Event.TURNED_AWAY): _AGAIN,
     (_W, Event.WORKER_LOST): _WORKER_LOST,
     (_W, Event.RETURNED): _NO_SERVICE,
-    (_W, Event.REFUSED): _FULL,
+    (_W, Event.NOT_THERE): Transition(_C, Act.ELSEWHERE),
+    (_W, Event.REFUSED): _REFUSED,
+    (_W, Event.REFUSED_UNRUN): _FULL,
     (_W, Event.TOO_LARGE): _TOO_LARGE,
     (_W, Event.UNSENT): _AGAIN,
     (_W, Event.LOST): _LOST,
@@ -155,6 +170,7 @@ TRANSITIONS: Final[dict[tuple[State, Event], Transition]] = {
     (_W, Event.EXPIRED_UNRUN): _EXPIRED_UNRUN,
     (_W, Event.DEADLINE): _NO_WORD,
     (_W, Event.DEADLINE_BLOCKED): _NO_WORD,
+    (_W, Event.DEADLINE_CUT_OFF): _NO_WORD,
     (_W, Event.CANCEL): _FORGET,
     (_W, Event.CLOSE): _CLOSED,
     (_F, Event.REPLY): _ANSWER,
@@ -165,6 +181,7 @@ TRANSITIONS: Final[dict[tuple[State, Event], Transition]] = {
     (_F, Event.EXPIRED_UNRUN): _EXPIRED_UNRUN,
     (_F, Event.DEADLINE): _NO_WORD,
     (_F, Event.DEADLINE_BLOCKED): _NO_WORD,
+    (_F, Event.DEADLINE_CUT_OFF): _NO_WORD,
     (_F, Event.CANCEL): _FORGET,
     (_F, Event.CLOSE): _CLOSED,
 }
@@ -213,6 +230,10 @@ class Call:
 
     def again(self) -> None:
         """The request is to be sent again."""
+        raise NotImplementedError
+
+    def elsewhere(self) -> None:
+        """The request is to be sent under the name of the service."""
         raise NotImplementedError
 
 
@@ -320,6 +341,10 @@ class PendingCalls:
         elif act is Act.AGAIN:
             call.state = State.CREATED
             call.again()
+        elif act is Act.ELSEWHERE:
+            call.state = State.CREATED
+            call.sent -= 1  # it reached nobody: nothing will be heard of it, and the next one may have its ID
+            call.elsewhere()
         elif act is Act.AGAIN_OR_FAIL and call.idempotent and call.attempt < MAX_ATTEMPTS:
             call.state = State.CREATED
             call.attempt += 1

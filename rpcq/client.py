@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, Unpack
+from typing import Any, Final, Self, TypeVar, Unpack, cast
 
 from rpcq import logs, observer, processes, wire
 from rpcq.answers import Answers, meaning
@@ -72,12 +72,13 @@ class Client:
         self._answers = Answers()
         self._observers = Observers(observers, self)
         self._on_call = self._observers.calls
-        self._sender = Sender(self._transport, self._calls, self.options.name)
+        self._sender = Sender(self._transport, self._calls, self.options.name, self.options.unrun_within)
         self._thread = 0
         self._timeouts: Timeouts[ClientCall]
         self._generation = -1
         self._state = "new"
         self._closing: asyncio.Task[None] | None = None
+        self._pausing: set[asyncio.Future[None]] = set()  # of calls that are to be made again
         self.retried = 0
         self._control = Control(self._transport, self.names, self._sender.reply_queue, self._calls.next_id)
 
@@ -113,6 +114,7 @@ class Client:
             await self._transport.start(self.names.exchanges(self.options.reply_exchange), [reply_queue], listener)
         except BaseException:
             self._state = "closed"
+            await self._end_calls()
             self._observers.closed()
             raise
         if self._closing is not None:
@@ -135,18 +137,23 @@ class Client:
             await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        pending = len(self._calls)
-        for call in self._calls:
-            self._calls.happened(call, Event.CLOSE)
-        if pending:
+        if pending := self.in_flight:
             log.warning("client closed with calls under way", count=pending)
-        self._control.close()
-        await self._sender.close()
-        self._timeouts.close()
+        await self._end_calls()
         try:
             await self._transport.close()
         finally:
             self._observers.closed()
+
+    async def _end_calls(self) -> None:
+        """End all that is under way: calls, pauses between them, questions to workers."""
+        for call in self._calls:
+            self._calls.happened(call, Event.CLOSE)
+        for pause in self._pausing:
+            pause.cancel()
+        self._control.close()
+        await self._sender.close()
+        self._timeouts.close()
 
     async def __aenter__(self) -> Self:
         return await self.connect()
@@ -158,8 +165,8 @@ class Client:
 
     @property
     def in_flight(self) -> int:
-        """Calls under way."""
-        return len(self._calls)
+        """Calls under way, with those that failed and wait to be made again."""
+        return len(self._calls) + len(self._pausing)
 
     @property
     def connected(self) -> bool:
@@ -320,12 +327,25 @@ class Client:
                     or time.monotonic() + pause >= deadline
                 ):
                     raise
+                if not await self._pause(pause):
+                    raise  # the client was closed meanwhile
                 log.info("call is made again", correlation_id=error.correlation_id, code=error.code, retries=retries)
                 attempt = error.attempt + may_have_run
                 self.retried += 1
-            await asyncio.sleep(pause)
             if seen is not None:
                 seen.correlation_id, seen.attempt = self._calls.next_id().decode(), attempt
+
+    async def _pause(self, seconds: float) -> bool:
+        """Wait before a call is made again; False if the client is closed meanwhile."""
+        if self._state != "open":
+            return False
+        ended = self._sender.loop.create_future()
+        self._pausing.add(ended)
+        try:
+            await asyncio.wait([ended], timeout=seconds)
+        finally:
+            self._pausing.discard(ended)
+        return not ended.done()
 
     async def _call(
         self,
@@ -349,9 +369,11 @@ class Client:
             key = correlation_id.decode()  # the first request's ID: no other call has it
         if deadline <= now:
             executed: Executed = "no" if attempt == 1 else "maybe"
-            raise CallTimeout(
+            late = CallTimeout(
                 "the deadline had passed before the call", executed=executed, correlation_id=correlation_id.decode()
             )
+            late.deadline = deadline
+            raise late
         call = ClientCall(self._sender, correlation_id, target, options, body, deadline, key, attempt)
         if seen is not None:
             call.trace = seen.headers
@@ -370,10 +392,13 @@ class Client:
             self._timeouts.cancel(call)
             if self._sender.waiting:
                 self._sender.waiting.pop(call, None)
-        if type(outcome) is Reply:
-            return self._answers.read(call, outcome, target.label, options)
         try:
+            if type(outcome) is Reply:
+                return self._answers.read(call, outcome, target.label, options)
             raise outcome  # type: ignore[misc]  # an outcome that is no reply is an error
+        except CallTimeout as error:
+            error.deadline = deadline
+            raise
         finally:
             del outcome, call  # the error's traceback holds this frame
 
@@ -390,10 +415,15 @@ class Client:
 
     def _on_delivery(self, delivery: Delivery) -> None:
         try:
-            came = wire.read_reply(delivery.properties, delivery.body)
+            encoder = self._sender.encoder
+            came = wire.read_reply(delivery.properties, delivery.body, b"" if encoder is None else encoder.reply_to)
         except MalformedProperties as error:
             self._calls.stray += 1
             log.warning("reply dropped", cause=str(error))
+            return
+        if came is None:
+            self._calls.stray += 1
+            log.warning("a copy of a request came to the reply queue, and is dropped: something moves messages")
             return
         request_id = came.correlation_id
         if self._control.answered(request_id, delivery.body):
@@ -406,9 +436,15 @@ class Client:
             self._observers.notice(came.reason)
         if call is None:
             log.debug("reply for no call under way", correlation_id=request_id.decode("utf-8", "replace"))
-        elif call.request_id == request_id:  # else it is about an earlier request of the call
-            event, why = meaning(came, self.names)
-            self._calls.happened(call, event, came if isinstance(came, Reply) else None, why)
+        elif call.request_id != request_id:
+            pass  # it is about an earlier request of the call
+        elif isinstance(came, Reply):
+            event, why = meaning(came)
+            self._calls.happened(call, event, came, why)
+        elif came.reason == "expired":
+            self._calls.happened(call, self._sender.expired(cast("ClientCall", call), came.queue))
+        else:
+            self._calls.happened(call, Event.WORKER_LOST, why=came.reason)
 
     # What the transport tells.
 

@@ -238,10 +238,6 @@ class Service:
         if queue_type not in ("classic", "quorum"):
             raise ConfigurationError(f"service {name!r} has the queue type {queue_type!r}; it is 'classic' or 'quorum'")
         options = CallOptions(timeout=timeout, queue=queue, errors=check_errors(errors))
-        if queue == name:
-            raise ConfigurationError(
-                f"service {name!r} has a queue of its own name, and would get back what that gives up; rename one"
-            )
         self.queue_type: Literal["classic", "quorum"] = queue_type
         self.queue = queue
         self.timeout = options.timeout

@@ -207,6 +207,7 @@ class Control:
         self._ready = ready
         self._next_id = next_id
         self._asked: dict[bytes, asyncio.Queue[bytes | None]] = {}
+        self._not_ready: set[asyncio.Task[bytes]] = set()
 
     def cancel(self, service: bytes, correlation_id: bytes, reply_to: bytes, deadline_ms: int) -> None:
         """Tell all workers of a service that the caller of this request is gone."""
@@ -222,9 +223,11 @@ class Control:
         return True
 
     def close(self) -> None:
-        """Whoever waits for answers gets no more."""
+        """Whoever waits for answers, or to ask, gets no more."""
         for answers in self._asked.values():
             answers.put_nowait(None)
+        for waiting in self._not_ready:
+            waiting.cancel()
 
     async def ask(self, kind: bytes, service: str | None, wait: float) -> AsyncGenerator[bytes, None]:
         """The answers of all workers of a service (None: of every worker), as they come within `wait` seconds.
@@ -241,8 +244,9 @@ class Control:
 
         self._asked[correlation_id] = answers
         try:
-            async with asyncio.timeout(wait):
-                reply_to = await self._ready()
+            reply_to = await self._reply_to(wait)
+            if reply_to is None:
+                return
             key = EVERY_SERVICE if service is None else service
             properties = wire.encode_control(kind, correlation_id, reply_to)
             self._transport.publish(Message(self._exchange, key.encode(), correlation_id, properties, b"", settled))
@@ -256,6 +260,21 @@ class Control:
             return
         finally:
             del self._asked[correlation_id]
+
+    async def _reply_to(self, wait: float) -> bytes | None:
+        """Where answers go; None where nothing can be asked within `wait` seconds, or before `close`."""
+
+        async def get_ready() -> bytes:
+            return await self._ready()
+
+        waiting = asyncio.get_running_loop().create_task(get_ready())
+        self._not_ready.add(waiting)
+        try:
+            await asyncio.wait([waiting], timeout=wait)
+            return waiting.result() if waiting.done() and not waiting.cancelled() else None
+        finally:
+            self._not_ready.discard(waiting)
+            waiting.cancel()
 
 
 def read(kind: type[T], answer: bytes) -> T | None:

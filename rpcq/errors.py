@@ -27,6 +27,9 @@
 `executed` is "no", "maybe" or "yes". `retryable` is true where the same call may be sent again as it is: it did not
 run, and the cause may pass. A call whose outcome is "maybe" is safe to repeat only if it is idempotent, and that only
 its caller knows.
+
+An error that is drawn with "no" may say "maybe", and is then not retryable: an earlier attempt may have run, or a
+classic queue refused the request, which may have delivered it.
 """
 
 from __future__ import annotations
@@ -142,7 +145,7 @@ class CallError(RpcqError):
         super().__init__(message)
         self.message = message
         self.executed: Executed = self.default_executed if executed is None else executed
-        self.retryable = self.default_retryable if retryable is None else retryable
+        self.retryable = (self.default_retryable and self.executed == "no") if retryable is None else retryable
         self.details = details
         self.incident = incident
         self.correlation_id = correlation_id
@@ -196,7 +199,10 @@ class ServiceUnavailable(CallError):
 
 
 class Overloaded(CallError):
-    """The request queue, the client's limit of calls in flight or the broker is full."""
+    """The request queue, the client's limit of calls in flight or the broker is full.
+
+    `executed` is "maybe" where the broker refused the request for a classic queue: it may have delivered it before.
+    """
 
     code = "RESOURCE_EXHAUSTED"
     default_executed = "no"
@@ -204,15 +210,20 @@ class Overloaded(CallError):
 
 
 class CallTimeout(CallError, TimeoutError):
-    """The deadline passed. `executed` says what is known: "no", "maybe" (no word came) or "yes" (it was running)."""
+    """The deadline passed. `executed` says what is known: "no", "maybe" (no word came) or "yes" (it was running).
+
+    Attributes:
+        deadline: that of the call, on `time.monotonic()` of its caller; None where it is not known.
+
+    """
 
     code = "DEADLINE_EXCEEDED"
     default_executed = "maybe"
+    default_retryable = True
 
-    def __init__(self, message: str = "", *, executed: Executed | None = None, **rest: Any) -> None:
-        if rest.get("retryable") is None:
-            rest["retryable"] = executed == "no"
-        super().__init__(message, executed=executed, **rest)
+    def __init__(self, message: str = "", **rest: Any) -> None:
+        super().__init__(message, **rest)
+        self.deadline: float | None = None
 
 
 class OutcomeUnknown(CallError):

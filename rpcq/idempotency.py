@@ -7,9 +7,12 @@ remembers its result replays it. Only results are remembered: a call that failed
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from enum import Enum
+from typing import Final, NamedTuple, Protocol
 
 OVERHEAD: Final = 400
 """Bytes that an answer takes besides its own, about: keys, objects, the table."""
@@ -29,19 +32,46 @@ class Answer:
     body: bytes
 
 
+class Claim(Enum):
+    """What `AnswerStore.claim` found, where no answer is remembered."""
+
+    TAKEN = "taken"
+    """Nobody had the key; it is the asker's now."""
+    HELD = "held"
+    """Another owner has it, and its time has not passed: the call runs there."""
+    LAPSED = "lapsed"
+    """Another owner had it, and its time passed without an answer: the call may have run. It is the asker's now."""
+
+
 class AnswerStore(Protocol):
     """Where answers are remembered; `Service(answer_store=...)` shares one among the workers of a service.
 
-    Where `get` raises, the request is not run, and its caller's client sends it again; where `put` raises, that is
-    logged, and the caller gets the answer all the same. Both are part of the time that the call has, and are cancelled
-    with it.
+    A key is the service's name, a slash, and the idempotency key. Before a handler runs, its worker claims the key, so
+    that of two requests with one key, on whatever workers, only one runs at a time. `claim` must be atomic.
+
+    Where `get` or `claim` raises, the request is not run, and its caller's client sends it again; where `put` or
+    `release` raises, that is logged, and the caller gets its answer all the same. `get`, `claim` and `put` are part of
+    the time that the call has, and are cancelled with it.
     """
 
     async def get(self, key: str) -> Answer | None:
-        """What was put under this key, or None; `key` is the service's name, a slash, and the idempotency key."""
+        """What was put under this key, or None."""
+
+    async def claim(self, key: str, owner: str, seconds: float) -> Answer | Claim:
+        """The answer under this key; where there is none, take the key for `owner`, unless another owner has it.
+
+        Args:
+            key: of the call.
+            owner: who asks; another one for each request.
+            seconds: how long the owner has it, if it neither puts an answer nor releases it.
+
+        """
 
     async def put(self, key: str, answer: Answer) -> None:
-        """Remember an answer; it may be forgotten again whenever room or time asks for it."""
+        """Remember an answer, whoever has the key; it may be forgotten again whenever room or time asks for it."""
+
+    async def release(self, key: str, owner: str) -> None:
+        """Give the key back, if it is this owner's and has no answer: the call failed, and may be tried again."""
 
 
 class MemoryAnswers:
@@ -49,34 +79,70 @@ class MemoryAnswers:
 
     Args:
         size: bytes that they may take together, about; 0 remembers nothing.
+        now: the monotonic clock, in seconds.
 
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, now: Callable[[], float] = time.monotonic) -> None:
         self._size = size
+        self._now = now
         self._taken = 0
-        self._answers: OrderedDict[str, Answer] = OrderedDict()
+        self._entries: OrderedDict[str, Answer | _Claimed] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return sum(isinstance(entry, Answer) for entry in self._entries.values())
 
     async def get(self, key: str) -> Answer | None:
         """What was put under this key, or None."""
-        answer = self._answers.get(key)
-        if answer is not None:
-            self._answers.move_to_end(key)
-        return answer
+        entry = self._entries.get(key)
+        if not isinstance(entry, Answer):
+            return None
+        self._entries.move_to_end(key)
+        return entry
+
+    async def claim(self, key: str, owner: str, seconds: float) -> Answer | Claim:
+        """See `AnswerStore.claim`."""
+        entry = self._entries.get(key)
+        if isinstance(entry, Answer):
+            self._entries.move_to_end(key)
+            return entry
+        now = self._now()
+        if entry is not None and entry.until > now and entry.owner != owner:
+            return Claim.HELD
+        self._enter(key, _Claimed(owner, now + seconds))
+        return Claim.TAKEN if entry is None else Claim.LAPSED
 
     async def put(self, key: str, answer: Answer) -> None:
-        """Remember an answer, and forget those that were not asked for longest where there is no room."""
-        earlier = self._answers.pop(key, None)
+        """Remember an answer, and forget what was not asked for longest where there is no room."""
+        self._enter(key, answer)
+
+    async def release(self, key: str, owner: str) -> None:
+        """See `AnswerStore.release`."""
+        entry = self._entries.get(key)
+        if isinstance(entry, _Claimed) and entry.owner == owner:
+            del self._entries[key]
+            self._taken -= OVERHEAD
+
+    def _enter(self, key: str, entry: Answer | _Claimed) -> None:
+        earlier = self._entries.pop(key, None)
         if earlier is not None:
-            self._taken -= len(earlier.body) + OVERHEAD
-        self._answers[key] = answer
-        self._taken += len(answer.body) + OVERHEAD
+            self._taken -= _size_of(earlier)
+        self._entries[key] = entry
+        self._taken += _size_of(entry)
         while self._taken > self._size:
-            _, forgotten = self._answers.popitem(last=False)
-            self._taken -= len(forgotten.body) + OVERHEAD
+            _, forgotten = self._entries.popitem(last=False)
+            self._taken -= _size_of(forgotten)
+
+
+class _Claimed(NamedTuple):
+    """A key that an owner has, until a moment of the clock."""
+
+    owner: str
+    until: float
+
+
+def _size_of(entry: Answer | _Claimed) -> int:
+    return OVERHEAD + (len(entry.body) if isinstance(entry, Answer) else 0)
 
 
 def fingerprint(method: str, body: bytes) -> bytes:

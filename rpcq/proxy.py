@@ -26,6 +26,8 @@ class Target:
         method: its name; empty for none.
         label: for messages.
         is_ours: it goes through the requests exchange, where the broker tells of an expiry.
+        once_key: the routing key by which the request reaches one queue that delivers once, and no other; the name of
+            that queue as well. Empty where there can be none.
 
     """
 
@@ -34,6 +36,7 @@ class Target:
     method: bytes
     label: str
     is_ours: bool
+    once_key: bytes
 
 
 def make_target(names: Names, service: str | None, method: str, queue: str | None) -> Target:
@@ -47,13 +50,16 @@ def make_target(names: Names, service: str | None, method: str, queue: str | Non
         msg = f"the method is called {method!r}; a name is 1 to 100 of the characters A-Z a-z 0-9 _ -"
         raise ConfigurationError(msg)
     if queue is not None:
-        return Target(b"", queue.encode(), method.encode(), f"{queue}: {method}", is_ours=False)
+        key = queue.encode()
+        once_key = key if names.delivers_once(queue) else b""
+        return Target(b"", key, method.encode(), f"{queue}: {method}", is_ours=False, once_key=once_key)
     if service is None:
         msg = f"{method!r} names no service; call 'service.method', or name the queue: with_options(queue=...)"
         raise ConfigurationError(msg)
     check_name("the service", service)
     exchange = names.requests.name.encode()
-    return Target(exchange, service.encode(), method.encode(), f"{service}.{method}", is_ours=True)
+    once_key = names.once_queue(service).encode()
+    return Target(exchange, service.encode(), method.encode(), f"{service}.{method}", is_ours=True, once_key=once_key)
 
 
 class Caller(Protocol):

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Final
 
 from rpcq import deadline as deadlines
 from rpcq import logs, observer, wire
-from rpcq.admission import Job, Once, Redelivered
+from rpcq.admission import Job, MayHaveRun, Refused, never_no
 from rpcq.errors import (
     CallError,
     CallTimeout,
-    InvalidParams,
     InvalidReply,
+    OutcomeUnknown,
     RemoteError,
     ServiceUnavailable,
     in_short,
     to_wire,
 )
 from rpcq.idempotency import Answer, AnswerStore
-from rpcq.observer import ABORTED, CANCELLED, OK, Endings, SeenRequest
-from rpcq.threads import Ended, Threads
+from rpcq.observer import CANCELLED, OK, Endings, SeenRequest
+from rpcq.replaying import Replays
+from rpcq.threads import CannotStart, Ended, Threads
 from rpcq.timeouts import Bucket, Timeouts
 from rpcq.transport.base import Delivery, Outgoing, Settled, Transport
 from rpcq.transport.topology import DIRECT_REPLY_TO
@@ -35,18 +38,13 @@ log = logs.get_logger("rpcq.worker")
 CANCEL_TIMEOUT: Final = 1.0
 """Seconds that handlers have to end once they are cancelled."""
 
+CUT_OFF_TIMEOUT: Final = 2.0
+"""Seconds that the broker has to confirm what the callers of handlers that were cut off are told."""
+
 _CONFIRMED: Final = Settled.CONFIRMED  # as in `rpcq.transport.settling`
 
 Key = tuple[bytes, bytes]
 """reply_to and correlation ID: what names a call among all clients."""
-
-
-class _Refused(Exception):
-    """A call with an idempotency key may not run: its caller gets `error`."""
-
-    def __init__(self, error: CallError) -> None:
-        super().__init__(error)
-        self.error = error
 
 
 class Running(Outgoing):
@@ -55,6 +53,7 @@ class Running(Outgoing):
     Attributes:
         delivery: what is acknowledged in the end.
         key: reply_to and correlation ID; an empty reply_to where no reply is wanted.
+        may_have_run: why the call may have run before; None if it certainly has not.
         kind: of the reply: `wire.RESULT` or `wire.ERROR`; there with its body.
         said: what an error reply's body says; there with it.
         job: what runs; None where it was refused, and once it has ended.
@@ -75,6 +74,7 @@ class Running(Outgoing):
         "job",
         "key",
         "kind",
+        "may_have_run",
         "queue_ms",
         "result",
         "runs",
@@ -87,7 +87,7 @@ class Running(Outgoing):
         "timeout",
     )
 
-    def __init__(self, runs: Runs, delivery: Delivery, key: Key) -> None:
+    def __init__(self, runs: Runs, delivery: Delivery, key: Key, may_have_run: MayHaveRun | None = None) -> None:
         self.exchange = runs.reply_exchange
         self.routing_key, self.correlation_id = key
         # RabbitMQ may return what goes by direct reply-to even when it delivers it.
@@ -95,6 +95,7 @@ class Running(Outgoing):
         self.runs = runs
         self.delivery = delivery
         self.key = key
+        self.may_have_run = may_have_run
         self.job: Job | None = None
         self.queue_ms: float | None = None
         self.started = 0.0  # on time.perf_counter(); 0 until its task has run
@@ -108,6 +109,11 @@ class Running(Outgoing):
         self.cancelled = False
         self.seen: SeenRequest | None = None
         self.endings: Endings[SeenRequest] | None = None
+
+    @property
+    def outlasts(self) -> bool:
+        """Whether its handler still runs though its call has ended: in a thread, which cannot be ended."""
+        return self.thread is not None and not self.thread.done()
 
     @property
     def id(self) -> str:
@@ -132,8 +138,7 @@ class Runs:
 
     Attributes:
         finished: requests that were in hand, and are no more.
-        replayed: requests that were answered with a remembered result.
-        refused_redeliveries: requests answered and not run, because a worker that held them was lost.
+        refused_redeliveries: requests answered and not run, because they may have run before.
         unroutable_replies: replies whose caller was gone.
 
     """
@@ -150,8 +155,7 @@ class Runs:
     ) -> None:
         self._transport = transport
         self._observers = observers
-        self._answers = answers
-        self._turns: dict[str, asyncio.Event] = {}  # key of a call that runs -> set when it has ended
+        self._replays = Replays(answers, max_body)
         self.reply_exchange = (reply_exchange or "").encode()
         self._loop: asyncio.AbstractEventLoop
         self._timeouts: Timeouts[Running]
@@ -166,12 +170,16 @@ class Runs:
         self._idle.set()
         self._abandoned = False
         self.finished = 0
-        self.replayed = 0
         self.refused_redeliveries = 0
         self.unroutable_replies = 0
 
     def __len__(self) -> int:
         return len(self._by_key) + len(self._others)
+
+    @property
+    def replayed(self) -> int:
+        """Requests that were answered with a remembered result."""
+        return self._replays.replayed
 
     # From outside.
 
@@ -186,7 +194,9 @@ class Runs:
         run.queue_ms = job.queue_ms
         self._hold(run)
         self._timeouts.set(run, job.deadline, now)
-        run.task = self._loop.create_task(self._run(run, job))
+        task = self._loop.create_task(self._run(run, job))
+        if not run.started:  # else the loop starts tasks at once, and it may have ended
+            run.task = task
 
     def refuse(self, run: Running, error: CallError) -> None:
         """Answer with an error, and run nothing."""
@@ -194,12 +204,22 @@ class Runs:
         self._refused(run, error)
 
     def adopt(self, key: Key, delivery: Delivery) -> bool:
-        """Take a redelivery as that of a call that is still in hand; False if there is none."""
-        run = self._by_key.get(key) if key[0] else None
-        if run is None:
+        """Take a redelivery as that of a call that is still in hand; False if there is none.
+
+        The session that the call came by is gone. One that came by the same session as the redelivery is another call
+        of the same reply_to and correlation ID.
+        """
+        if not key[0]:
             return False
-        run.delivery = delivery  # the earlier one's session is gone, and its tag with it
-        return True
+        for run in (self._by_key.get(key), *self._others):
+            if run is not None and run.key == key and run.delivery.source is not delivery.source:
+                run.delivery = delivery
+                return True
+        return False
+
+    def holds(self, key: Key) -> bool:
+        """Whether a call that wants a reply is in hand under this key."""
+        return bool(key[0]) and key in self._by_key
 
     def cancel(self, key: Key) -> bool:
         """The caller is gone: cancel the handler; False if the call is not in hand."""
@@ -223,31 +243,45 @@ class Runs:
         await self._idle.wait()
 
     async def abandon(self) -> None:
-        """Cancel what still runs; it is left to the broker unacknowledged. Threads cannot be ended, and are left."""
+        """Cancel what still runs, and tell its callers, as long as there is a way to the broker.
+
+        What they could not be told is left to the broker unacknowledged. Threads cannot be ended, and are left.
+        """
         self._abandoned = True
         runs = [*self._by_key.values(), *self._others]
         if runs:
             log.error("calls cut off", count=len(runs), correlation_ids=[run.id for run in runs[:20]])
-        tasks = [run.task for run in runs if run.task is not None]
-        if self._pump is not None:
-            tasks.append(self._pump)
-        for task in tasks:
-            task.cancel()
+        handlers = {run.task: run for run in runs if run.task is not None}
         self._timeouts.close()
+        self._threads.abandon()
         for run in runs:
             self._timeouts.cancel(run)
-            if run.result is not None:
-                run.result.cancel()  # its thread may end after the loop
-        if tasks:
-            _, stuck = await asyncio.wait(tasks, timeout=CANCEL_TIMEOUT)
+            self._interrupt(run)
+        if handlers:
+            _, stuck = await asyncio.wait(handlers, timeout=CANCEL_TIMEOUT)
             if stuck:
                 log.error("handlers do not let themselves be cancelled", count=len(stuck))
-        self._threads.abandon()
+            for task in stuck:
+                run = handlers[task]
+                if run.job is not None:
+                    self._interrupted(run, run.job)
+        if self._transport.can_publish:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CUT_OFF_TIMEOUT):
+                    await self.all_done()
+        for run in runs:
+            if run.result is not None:
+                run.result.cancel()  # its thread may end after the loop
+        if self._pump is not None:
+            self._pump.cancel()
+        await self._replays.close()
 
     # Running.
 
     async def _run(self, run: Running, job: Job) -> None:
         run.started = time.perf_counter()
+        if run.task is None:
+            run.task = asyncio.current_task()
         deadlines.current.set(job.deadline)
         logs.current.set(job)
         if run.seen is not None:
@@ -255,84 +289,54 @@ class Runs:
             run.endings = self._tell_begin(run, run.seen)
         try:
             if job.once is not None:
-                value = await self._run_once(run, job, job.once)
+                value = await self._replays.run(run, job, job.once, partial(self._enter, run, job))
             elif job.method.is_async:
                 run.began = True
                 value = await job.call()
             else:
                 value = await self._run_in_thread(run, job)
-        except asyncio.CancelledError:
-            self._interrupted(run, job)
-        except _Refused as refused:
-            self._finished(run)
-            self._refused(run, refused.error)
-        except job.method.errors as error:
-            self._finished(run)
-            self._reply_error(run, error)
         except (KeyboardInterrupt, SystemExit):
             raise  # asyncio ends the loop over these
         except BaseException as error:  # noqa: BLE001 - the handler's own; logged and answered
-            self._finished(run)
-            self._failed(run, job, error)
+            if run.job is not None:  # else its caller has been answered: it did not let itself be cancelled
+                self._raised(run, job, error)
         else:
-            self._finished(run)
-            self._reply_value(run, job, value)
+            if run.job is not None:
+                self._finished(run)
+                self._reply_value(run, job, value)
 
-    async def _run_once(self, run: Running, job: Job, once: Once) -> Any:
-        """The result of a call with an idempotency key: the one that is remembered, else that of its handler.
+    def _raised(self, run: Running, job: Job, error: BaseException) -> None:
+        """The handler raised, or was not entered."""
+        if isinstance(error, asyncio.CancelledError):
+            self._interrupted(run, job)
+            return
+        self._finished(run)
+        if isinstance(error, Refused):
+            self._refused(run, error.error)
+        elif isinstance(error, job.method.errors):
+            self._reply_error(run, error, raised=True)
+        elif isinstance(error, CallTimeout) and error.deadline == job.deadline:
+            message = f"{job.method.label} ran into the deadline in a call of its own: {error.message}"
+            self._reply_error(run, CallTimeout(message, executed="yes"))
+        else:
+            self._failed(run, job, error)
 
-        Raises:
-            _Refused: it may not run.
-
-        """
-        while (turn := self._turns.get(once.key)) is not None:  # an earlier attempt runs here: wait for its answer
-            await turn.wait()
-        turn = self._turns[once.key] = asyncio.Event()
-        store = self._answers if once.store is None else once.store
-        try:
-            found = await self._recall(run, once, store)
-            return await self._run_and_remember(run, job, once, store) if found is None else found
-        finally:
-            del self._turns[once.key]
-            turn.set()
-
-    async def _recall(self, run: Running, once: Once, store: AnswerStore) -> Answer | None:
-        try:
-            found = await store.get(once.key)
-        except Exception as error:
-            log.exception("answers cannot be recalled", key=once.key, correlation_id=run.id)
-            raise _Refused(ServiceUnavailable("the worker could not look for an earlier answer")) from error
-        if found is None:
-            if once.barred is not None:
-                raise _Refused(once.barred)
-            return None
-        if found.fingerprint != once.fingerprint:
-            raise _Refused(InvalidParams("its idempotency key was used for another method, or other parameters"))
-        self.replayed += 1
-        return found
-
-    async def _run_and_remember(self, run: Running, job: Job, once: Once, store: AnswerStore) -> Any:
+    async def _enter(self, run: Running, job: Job) -> Any:
         if job.method.is_async:
             run.began = True
-            value = await job.call()
-        else:
-            value = await self._run_in_thread(run, job)
-        try:
-            answer = Answer(once.fingerprint, job.method.write_result(value, self._max_body))
-        except Exception:  # noqa: BLE001 - told where the reply is made
-            return value
-        try:
-            await store.put(once.key, answer)
-        except Exception:
-            log.exception("an answer cannot be remembered", key=once.key, correlation_id=run.id)
-        return answer
+            return await job.call()
+        return await self._run_in_thread(run, job)
 
     async def _run_in_thread(self, run: Running, job: Job) -> Any:
         def call() -> Any:
             run.began = True
             return job.call()
 
-        run.thread = self._threads.start(call)
+        try:
+            run.thread = self._threads.start(call)
+        except CannotStart as error:
+            log.error("a handler cannot begin", method=job.method.label, correlation_id=run.id, cause=str(error))  # noqa: TRY400 - its cause is all there is to it
+            raise Refused(ServiceUnavailable(f"the worker could not begin: {error}")) from error
         run.result = asyncio.wrap_future(run.thread)
         return (await asyncio.shield(run.result)).unwrap(job.method.label)
 
@@ -359,12 +363,15 @@ class Runs:
         self._finished(run)
         if run.thread is not None and not run.thread.cancel():
             run.began = True  # else it still waited for a free thread, and never begins
-        if run.seen is not None and (self._abandoned or run.cancelled):
-            self._tell_end(run, run.seen, ABORTED if self._abandoned else CANCELLED)
-        if self._abandoned:
-            return
         if run.cancelled:
+            if run.seen is not None:
+                self._tell_end(run, run.seen, CANCELLED)
             self._settle(run)
+        elif not run.began and not run.timed_out:
+            self._reply_error(run, ServiceUnavailable(f"the worker of {job.method.label} stopped, and did not begin"))
+        elif self._abandoned and not run.timed_out:
+            message = f"it was stopped, and cut {job.method.label} off after {run.handler_ms / 1000:.3f} s"
+            self._reply_error(run, OutcomeUnknown(message))
         elif not run.timed_out:
             self._failed(run, job, asyncio.CancelledError("the handler cancelled itself"))
         elif run.began:
@@ -391,7 +398,7 @@ class Runs:
     # Replying.
 
     def _refused(self, run: Running, error: CallError) -> None:
-        if isinstance(error, Redelivered):
+        if run.may_have_run is not None or isinstance(error, MayHaveRun):
             self.refused_redeliveries += 1
         self._reply_error(run, error)
 
@@ -408,8 +415,12 @@ class Runs:
                 self._tell_end(run, run.seen, OK)
             self._reply(run, wire.RESULT, body)
 
-    def _reply_error(self, run: Running, error: CallError) -> None:
+    def _reply_error(self, run: Running, error: CallError, *, raised: bool = False) -> None:
+        """Answer with an error; `raised` where the handler raised it, whatever it says of itself."""
+        error = never_no(error, run.may_have_run) if not raised else error
         said = to_wire(error)
+        if raised:
+            said |= {"executed": "yes", "retryable": False}
         try:
             body = wire.dumps(said)
         except Exception:  # noqa: BLE001 - of a serialiser of the details' own type
@@ -488,9 +499,7 @@ class Runs:
 
     def _settle(self, run: Running) -> None:
         """Acknowledge, once the thread has ended too: it holds the slot that prefetch gave it."""
-        if self._abandoned:
-            return  # left to the broker
-        if run.thread is not None and not run.thread.done():
+        if run.outlasts and not self._abandoned:
             assert run.result is not None  # noqa: S101 - made with the thread
             run.result.add_done_callback(lambda _: self._settle(run))
             return

@@ -20,6 +20,9 @@ TURNED_AWAY_PAUSE: Final = 0.01
 
 log = logs.get_logger("rpcq.client")
 
+KEPT_ELSEWHERE: Final = 1.0
+"""Seconds that a client at least goes on sending to a service's name, once it has no queue that delivers once."""
+
 _BY_SETTLED: Final = {
     Settled.CONFIRMED: Event.CONFIRM,
     Settled.RETURNED: Event.RETURNED,
@@ -28,7 +31,8 @@ _BY_SETTLED: Final = {
     Settled.UNSENT: Event.UNSENT,
     Settled.UNKNOWN: Event.LOST,
 }
-_TOO_LARGE: Final = Settled.TOO_LARGE
+_CONFIRMED: Final = Settled.CONFIRMED
+_CONFIRM: Final = Event.CONFIRM
 
 
 class ClientCall(Call):
@@ -36,13 +40,27 @@ class ClientCall(Call):
 
     Attributes:
         deadline: on the monotonic clock.
+        is_once: its last request went to one queue that delivers once, and to no other.
+        written: when that was handed to the transport, on the monotonic clock.
         key: its idempotency key, or None.
         timeout: what ends it at its deadline.
         trace: headers that go with each of its requests, or None.
 
     """
 
-    __slots__ = ("body", "deadline", "future", "key", "options", "sender", "target", "timeout", "trace")
+    __slots__ = (
+        "body",
+        "deadline",
+        "future",
+        "is_once",
+        "key",
+        "options",
+        "sender",
+        "target",
+        "timeout",
+        "trace",
+        "written",
+    )
 
     def __init__(
         self,
@@ -63,6 +81,8 @@ class ClientCall(Call):
         self.options = options
         self.body = body
         self.deadline = deadline
+        self.is_once = False
+        self.written = 0.0
         self.future: asyncio.Future[Outcome] = sender.loop.create_future()
         self.timeout: Bucket | asyncio.TimerHandle | None = None
         self.trace: Mapping[str, str] | None = None
@@ -75,6 +95,10 @@ class ClientCall(Call):
     def again(self) -> None:
         """See `Call`."""
         self.sender.again(self)
+
+    def elsewhere(self) -> None:
+        """See `Call`."""
+        self.sender.elsewhere(self)
 
     def headers(self, attempt: int) -> bytes:
         """Those of a request of it, besides its times.
@@ -91,10 +115,9 @@ class _Request(Outgoing):
 
     __slots__ = ("call",)
 
-    def __init__(self, call: ClientCall, request_id: bytes, properties: bytes) -> None:
-        target = call.target
-        self.exchange = target.exchange
-        self.routing_key = target.routing_key
+    def __init__(self, call: ClientCall, routing_key: bytes, request_id: bytes, properties: bytes) -> None:
+        self.exchange = call.target.exchange
+        self.routing_key = routing_key
         self.correlation_id = request_id
         self.properties = properties
         self.body = call.body
@@ -103,9 +126,12 @@ class _Request(Outgoing):
 
     def on_settled(self, settled: Settled) -> None:
         call = self.call
-        if call.request_id == self.correlation_id:  # else it is about an earlier request of the call
-            why = f"{len(self.body)} bytes" if settled is _TOO_LARGE else ""
-            call.sender.calls.happened(call, _BY_SETTLED[settled], why=why)
+        if call.request_id != self.correlation_id:
+            return  # it is about an earlier request of the call
+        if settled is _CONFIRMED:
+            call.sender.calls.happened(call, _CONFIRM)
+        else:
+            call.sender.failed(call, settled)
 
 
 class Sender:
@@ -115,6 +141,7 @@ class Sender:
         transport: what carries them.
         calls: the table of calls under way.
         name: the client's, which requests carry.
+        unrun_within: seconds after it was sent within which an expiry proves that a request was never delivered.
 
     Attributes:
         loop: there once it was opened.
@@ -125,10 +152,13 @@ class Sender:
 
     """
 
-    def __init__(self, transport: Transport, calls: PendingCalls, name: str) -> None:
+    def __init__(self, transport: Transport, calls: PendingCalls, name: str, unrun_within: float) -> None:
         self._transport = transport
         self.calls = calls
         self._name = name
+        self._unrun_within = unrun_within
+        # Services that have no queue which delivers once -> when that was found, on the monotonic clock.
+        self._not_once: dict[bytes, float] = {}
         self.loop: asyncio.AbstractEventLoop
         self.encoder: wire.RequestEncoder | None = None
         self.publishing_up = False
@@ -186,10 +216,45 @@ class Sender:
         pause = TURNED_AWAY_PAUSE * 2 ** min(call.sent - 1, 6) if call.sent > 1 else 0
         self.loop.call_later(pause, self._resend, call)
 
+    def elsewhere(self, call: ClientCall) -> None:
+        """Send it under the name of the service: there is no queue that delivers once."""
+        self._not_once[call.target.routing_key] = time.monotonic()
+        self.loop.call_soon(self._resend, call)
+
+    def failed(self, call: ClientCall, settled: Settled) -> None:
+        """The broker does not have the request of a call, or it is not known."""
+        event, why = _BY_SETTLED[settled], ""
+        if settled is Settled.TOO_LARGE:
+            why = f"{len(call.body)} bytes"
+        elif settled is Settled.REFUSED and call.is_once:
+            event = Event.REFUSED_UNRUN
+        elif settled is Settled.RETURNED and call.is_once and call.target.is_ours:
+            event = Event.NOT_THERE
+        elif settled is Settled.RETURNED:
+            self._not_once.pop(call.target.routing_key, None)
+        elif settled is Settled.REFUSED:
+            self._look_again(call)
+        self.calls.happened(call, event, why=why)
+
+    def expired(self, call: ClientCall, queue: str) -> Event:
+        """What it means that the last request of a call expired in this queue."""
+        once_key = call.target.once_key.decode()
+        if not call.is_once and queue == once_key:
+            self._look_again(call)
+        in_time = time.monotonic() - call.written < self._unrun_within
+        return Event.EXPIRED_UNRUN if call.is_once and queue == once_key and in_time else Event.EXPIRED
+
+    def _look_again(self, call: ClientCall) -> None:
+        """More would have been known with a queue that delivers once: look for one with the next request."""
+        service = call.target.routing_key
+        found = self._not_once.get(service)
+        if found is not None and time.monotonic() - found > KEPT_ELSEWHERE:
+            del self._not_once[service]
+
     def expire(self, call: ClientCall) -> None:
         """Its deadline has come."""
         if self.encoder is None or not self.publishing_up:
-            self.calls.happened(call, Event.DEADLINE, why="no connection to the broker" if not call.sent else "")
+            self.calls.happened(call, Event.DEADLINE_CUT_OFF)
         elif not self._transport.can_publish:
             self.calls.happened(call, Event.DEADLINE_BLOCKED)
         else:
@@ -210,9 +275,15 @@ class Sender:
 
     def _publish(self, call: ClientCall, encoder: wire.RequestEncoder) -> None:
         target, options = call.target, call.options
-        left_ms = int((call.deadline - time.monotonic()) * 1000)
+        now = time.monotonic()
+        left_ms = int((call.deadline - now) * 1000)
         if left_ms < 1:
             return  # its timer is about to fire
+        routing_key = target.routing_key
+        call.is_once = target.once_key != b"" and routing_key not in self._not_once
+        if call.is_once:
+            routing_key = target.once_key
+        call.written = now
         request_id = self.calls.write(call)
         properties = encoder.encode(
             request_id,
@@ -222,4 +293,4 @@ class Sender:
             call.headers(call.attempt) if options.metadata or call.key is not None or call.trace is not None else b"",
             notify=target.is_ours,
         )
-        self._transport.publish(_Request(call, request_id, properties))
+        self._transport.publish(_Request(call, routing_key, request_id, properties))

@@ -242,6 +242,7 @@ class ClientSettings(ConnectionSettings, total=False):
 
     timeout: float
     max_in_flight: int
+    disconnected_timeout: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,16 +252,31 @@ class ClientOptions(ConnectionOptions):
     Attributes:
         timeout: seconds that a call has unless `with_options` says otherwise.
         max_in_flight: calls that may be under way at once; one more gets `Overloaded`.
+        disconnected_timeout: seconds that the broker at least waits for a consumer whose node was lost, before it gives
+            what that held to another one: `consumer_disconnected_timeout` of RabbitMQ 4.3, 60 s by default. A request
+            that expires in a quorum queue sooner than that after it was sent has certainly not run; the client allows
+            for two of its heartbeats, in which its own clock may have stood still.
 
     """
 
     timeout: float = 30.0
     max_in_flight: int = 100_000
+    disconnected_timeout: float = 60.0
 
     def __post_init__(self) -> None:
         ConnectionOptions.__post_init__(self)
         _check_seconds("timeout", self.timeout, MAX_TIMEOUT)
         _check_count("max_in_flight", self.max_in_flight, 1, 10_000_000)
+        _check_seconds("disconnected_timeout", self.disconnected_timeout)
+
+    @property
+    def unrun_within(self) -> float:
+        """Seconds after it was sent within which the expiry of a request proves that it was never delivered.
+
+        A client whose clock stands still, because its machine does, loses its connection and its reply queue with it
+        after two heartbeats.
+        """
+        return self.disconnected_timeout - 2 * self.heartbeat
 
 
 class WorkerSettings(ConnectionSettings, total=False):

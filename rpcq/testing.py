@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Literal, Self, TypedDict, Unpack, cast
 
+from rpcq.admission import Refused
 from rpcq.client import Client
 from rpcq.contract import METHOD_NAME, Context, Contract, Method, Service, type_hints
 from rpcq.errors import BrokerError, CallError, ConfigurationError, DomainError, InvalidReply, ServiceUnavailable
@@ -308,7 +309,10 @@ class FakeService(Service):
             raise ConfigurationError(msg)
 
         async def fail(_: Received) -> Any:
-            raise _final(raised)
+            error = _final(raised)
+            if isinstance(error, CallError) and not isinstance(error, DomainError):
+                raise Refused(error)  # no handler raises it
+            raise error
 
         return self._tell(self._offered(method), fail, after)
 
@@ -377,7 +381,7 @@ class FakeService(Service):
             name,
             self._handler(name),
             idempotent=self._contract is None or name in self._idempotent,
-            errors=cast("tuple[type[DomainError], ...]", (CallError,)),  # it may fail with rpcq's own as well
+            errors=(DomainError,),
             timeout=None,
         )
 

@@ -24,6 +24,10 @@ class Ended(NamedTuple):
         raise RuntimeError(f"{who} raised {self.error!r} in its thread") from self.error
 
 
+class CannotStart(Exception):
+    """No thread could be started, and the function has not run; it never will."""
+
+
 class Threads:
     """A pool of threads, made when it is first needed.
 
@@ -37,10 +41,29 @@ class Threads:
         self._pool: ThreadPoolExecutor | None = None
 
     def start(self, function: Callable[[], Any]) -> Future[Ended]:
-        """Run it as soon as a thread is free, in a copy of the caller's context; the future never fails."""
+        """Run it as soon as a thread is free, in a copy of the caller's context; the future never fails.
+
+        Raises:
+            CannotStart: the system gives no further thread, or the pool is shut down.
+
+        """
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._most, thread_name_prefix="rpcq")
-        return self._pool.submit(contextvars.copy_context().run, _end, function)
+        future: Future[Ended] = Future()
+        context = contextvars.copy_context()
+
+        def work() -> None:
+            if future.set_running_or_notify_cancel():
+                future.set_result(context.run(_end, function))
+
+        try:
+            self._pool.submit(work)
+        except RuntimeError as error:
+            # The pool has queued it all the same: another thread may come to it, now or later.
+            if future.cancel():
+                msg = f"no thread can be started: {error}"
+                raise CannotStart(msg) from error
+        return future
 
     def abandon(self) -> None:
         """Start nothing that still waits for a thread. Threads cannot be ended, and are left."""

@@ -239,6 +239,7 @@ class Request:
         idempotency_key: the same for every attempt at one call, or None.
         headers: all of them, but for those that are told here.
         problem: why it may not be run; empty if it may.
+        has_copy: it has the header `CC`, which only requests have that were sent through the requests exchange.
 
     """
 
@@ -252,6 +253,7 @@ class Request:
     idempotency_key: str | None = None
     headers: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
+    has_copy: bool = False
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -293,6 +295,7 @@ def read_request(data: bytes) -> Request:
         attempt=headers.get(ATTEMPT, 1),
         idempotency_key=headers.get(KEY),
         headers=headers,
+        has_copy="CC" in headers,
     )
     request.problem = _problem(found, request)
     return request
@@ -302,7 +305,8 @@ def _read_fast(data: bytes, at: int) -> Request | None:
     """A request with no headers but its times, and `CC`, which is for the broker; None if it has others."""
     end = at + 4 + _U32.unpack_from(data, at)[0]
     at += 4
-    if data[at : at + 4] == b"\x02CCA":
+    has_copy = data[at : at + 4] == b"\x02CCA"
+    if has_copy:
         at += 8 + _U32.unpack_from(data, at + 4)[0]
     if at + _TIMES.size != end:
         return None
@@ -320,7 +324,9 @@ def _read_fast(data: bytes, at: int) -> Request | None:
     if end != len(data):
         raise IndexError(end)
     app_id = data[at + 1 : end].decode()
-    return Request(correlation_id, reply_to, method or None, deadline, timeout, app_id, 1, None, _NO_HEADERS)
+    return Request(
+        correlation_id, reply_to, method or None, deadline, timeout, app_id, 1, None, _NO_HEADERS, "", has_copy
+    )
 
 
 def _problem(found: Properties, request: Request) -> str:
@@ -409,8 +415,11 @@ _AFTER_QUEUE_MS: Final = len(_FAST_REPLY) + 8
 _AFTER_HEADERS: Final = len(_FAST_REPLY) + 8 + len(_HANDLER_MS) + 8
 
 
-def read_reply(data: bytes, body: bytes | None) -> Reply | Notice:
-    """What came to a reply queue.
+def read_reply(data: bytes, body: bytes | None, own: bytes) -> Reply | Notice | None:
+    """What came to the reply queue `own`.
+
+    None for a copy of a request of this client that is no notice: a request that was published once more with its `CC`,
+    as a shovel does it. Requests alone want their replies in `own`; a reply may have any header, `x-death` too.
 
     Raises:
         MalformedProperties: `data` are not properties.
@@ -427,11 +436,12 @@ def read_reply(data: bytes, body: bytes | None) -> Reply | Notice:
             raise MalformedProperties("the properties of a reply end early") from error
     found = amqp.decode(data)
     correlation_id = found.correlation_id or b""
-    headers = found.headers or _NO_HEADERS
-    match headers.get("x-death"):
+    if not found.reply_to or found.reply_to != own:
+        return Reply(correlation_id, found.type or RESULT, body, found.content_type or JSON, data)
+    match (found.headers or _NO_HEADERS).get("x-death"):
         case [{"reason": str(reason), "queue": str(queue)}, *_]:
             return Notice(correlation_id, reason, queue)
-    return Reply(correlation_id, found.type or RESULT, body, found.content_type or JSON, data)
+    return None
 
 
 def read_times(reply: Reply) -> tuple[float | None, float] | None:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Final, Self, Unpack
 
 from rpcq import logs, wire
-from rpcq.admission import ExpiredOnArrival, admit
+from rpcq.admission import ExpiredOnArrival, admit, why_it_may_have_run
 from rpcq.contract import Service
 from rpcq.control import Answerer, WorkerStats, describe
 from rpcq.environment import broker_url, options_from
@@ -37,7 +37,7 @@ from rpcq.running import Running, Runs
 from rpcq.settings import MAX_PROPERTIES, MAX_TIMEOUT, WorkerOptions, WorkerSettings
 from rpcq.transport.base import Delivery, Listener, Subscription, Transport
 from rpcq.transport.opening import open_transport
-from rpcq.transport.topology import Names
+from rpcq.transport.topology import CONSUMER_TIMEOUT, Names
 from rpcq.url import mask
 from rpcq.watchdog import Watchdog
 from rpcq.wire import Request
@@ -152,6 +152,7 @@ class Worker:
             await self._transport.start(exchanges, subscriptions, listener)
         except BaseException:
             self._state = "stopped"
+            await self._runs.abandon()
             await self._close()
             raise
         if self._closing is not None:
@@ -168,8 +169,8 @@ class Worker:
         """Take nothing new, let what runs end within the grace time, and close.
 
         Returns:
-            Whether everything ended. What did not is cancelled and left to the broker unacknowledged: its callers
-            get `OutcomeUnknown`. Cancelling this does not stop it.
+            Whether everything ended. What did not is cancelled, and its callers get `OutcomeUnknown` at once.
+            Cancelling this does not stop it.
 
         """
         if self._closing is None:
@@ -275,15 +276,22 @@ class Worker:
         if service.lifespan is not None:
             served.state = await self._lifespans.enter_async_context(service.lifespan())
         queue = self._names.request_queue(service.name, service.queue_type, service.queue)
-        return Subscription(queue, partial(self._on_request, served), prefetch=self.options.prefetch)
+        return Subscription(
+            queue,
+            partial(self._on_request, served),
+            prefetch=self.options.prefetch,
+            # RabbitMQ 4.3 refuses it for a classic queue.
+            arguments={"x-consumer-timeout": CONSUMER_TIMEOUT} if service.queue_type == "quorum" else {},
+        )
 
     # Requests.
 
     def _on_request(self, served: _Served, delivery: Delivery) -> None:
-        if self._held or not self._transport.can_publish:
-            # What cannot be answered is not begun.
+        if self._held or not self._consuming_up or not self._transport.can_publish:
+            # What cannot be answered is not begun, and nothing before the session has all of its queues.
             self._held.append((served, delivery))
-            self._start_pump()
+            if self._consuming_up:
+                self._start_pump()
         else:
             self._accept(served, delivery)
 
@@ -300,12 +308,20 @@ class Worker:
         if self._cancels and self._cancels.pop(key, None) is not None:
             delivery.ack()
             return
-        run = Running(self._runs, delivery, key)
+        may_have_run = None
+        if delivery.redelivered or delivery.exchange != self._requests:
+            may_have_run = why_it_may_have_run(
+                request, redelivered=delivery.redelivered, moved=delivery.exchange != self._requests
+            )
+        if may_have_run is not None and self._runs.holds(key):
+            delivery.ack()  # a copy of a call that runs here, and will be answered
+            return
+        run = Running(self._runs, delivery, key, may_have_run)
         if self._observers.requests:
             run.seen = self._seen(served.service, request, delivery)
         now = time.monotonic()
         try:
-            if self._state == "stopping" and not delivery.redelivered:  # else it may have run, as `admit` says
+            if self._state == "stopping" and may_have_run is None:  # else there may be an answer for it
                 raise ServiceUnavailable("the worker shuts down, and did not begin")
             if len(delivery.properties) > MAX_PROPERTIES:
                 raise TooLarge(f"the properties are {len(delivery.properties)} bytes; the limit is {MAX_PROPERTIES}")
@@ -314,7 +330,7 @@ class Worker:
                 request,
                 delivery.body,
                 delivery.body_size,
-                redelivered=delivery.redelivered,
+                may_have_run=may_have_run,
                 max_body=self.options.max_body,
                 wall_ms=time.time() * 1000,
                 now=now,
@@ -392,6 +408,8 @@ class Worker:
     def _consuming(self, _queues: Sequence[str]) -> None:
         self._consuming_up = True
         self._observers.session("consuming")
+        if self._held:
+            self._start_pump()
 
     def _consuming_lost(self, cause: BrokerError) -> None:
         self._held.clear()  # the broker delivers it again

@@ -34,6 +34,12 @@ class Place:
         return Worker(*services, url=self.url, namespace=self.namespace, **options)
 
 
+async def lose(worker: Worker) -> None:
+    """Have the broker lose a worker that cannot tell anybody: its connections end first."""
+    await worker._transport.close()
+    await worker.stop()
+
+
 async def cut_memory(*ends: Client | Worker) -> None:
     ends[0]._transport._broker.drop_connections()  # type: ignore[attr-defined]  # the memory transport's
 

@@ -171,12 +171,14 @@ async def _queue(admin: Admin, queue: Queue) -> Found:
 
 
 async def _others(admin: Admin, names: Names, service: Service, queue: Queue) -> Findings:
-    """Queues that the service had, or has elsewhere: bound under its name as well, they get a copy of each request."""
+    """The queue of the other kind, which the service had or has elsewhere: clients send to the quorum queue alone."""
     for kind in get_args(QueueType):
         other = names.request_queue(service.name, kind).name
         if other != queue.name and (state := await admin.queue(other)) is not None:
+            once = other if names.delivers_once(other) else queue.name
             told = (
-                f"queue {other}: is there as well, with {state.consumers} consumers: requests go to both, and run twice"
+                f"queue {other}: is there as well, with {state.consumers} consumers: rpcq's clients send to {once} "
+                "alone, and programs that send under the service's name reach both"
             )
             yield Found(
                 Grade.BAD, told, f"stop the workers that consume it, and delete it; {queue.name} is the one meant"

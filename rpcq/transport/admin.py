@@ -19,7 +19,7 @@ from rpcq.errors import BrokerUnreachable, TopologyMismatch
 from rpcq.settings import ConnectionOptions
 from rpcq.transport.connection import connect, heeding_cancellation, is_foreign, translate
 from rpcq.transport.consuming import declare
-from rpcq.transport.session import Link
+from rpcq.transport.session import Link, declare_exchange
 from rpcq.transport.topology import Exchange, Queue
 from rpcq.url import BrokerURL
 
@@ -90,12 +90,8 @@ class Admin:
             BrokerError: the broker refused.
 
         """
-
-        async def exchange(channel: AbstractChannel, it: Exchange) -> None:
-            await channel.declare_exchange(it.name, it.type, durable=True)
-
         for each in exchanges:
-            await self._ask(partial(exchange, it=each))
+            await self._ask(partial(declare_exchange, exchange=each))
         return [await self._ask(partial(declare, queue=queue.for_session())) for queue in queues]
 
     async def delete(self, queues: Sequence[str] = (), exchanges: Sequence[str] = ()) -> None:

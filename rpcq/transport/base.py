@@ -9,10 +9,10 @@ down and come back by itself; what that means for a call is not decided here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 from rpcq.errors import BrokerError
 from rpcq.transport.topology import Exchange, Queue
@@ -105,6 +105,8 @@ class Delivery:
     """One message that arrived.
 
     Attributes:
+        source: the subscription of one session that it came through: two deliveries of one session have the same.
+        exchange: that it was published to, or dead-lettered to.
         redelivered: whether the broker delivered it before.
         properties: as `rpcq.properties.decode` takes them.
         body: the message itself; None where it is over the limit, and was not kept.
@@ -112,7 +114,7 @@ class Delivery:
 
     """
 
-    __slots__ = ("_settled", "_source", "body", "body_size", "properties", "redelivered", "tag")
+    __slots__ = ("_settled", "body", "body_size", "exchange", "properties", "redelivered", "source", "tag")
 
     def __init__(
         self,
@@ -122,9 +124,11 @@ class Delivery:
         properties: bytes,
         body: bytes | None,
         body_size: int,
+        exchange: bytes = b"",
     ) -> None:
-        self._source = source
+        self.source = source
         self._settled = False
+        self.exchange = exchange
         self.tag = tag
         self.redelivered = redelivered
         self.properties = properties
@@ -139,7 +143,7 @@ class Delivery:
 
         """
         self._settle_once()
-        self._source.settle(self.tag, True, False)
+        self.source.settle(self.tag, True, False)
 
     def reject(self, *, requeue: bool = False) -> None:
         """Give the message back to its queue, or give it up (it is dead-lettered).
@@ -149,7 +153,7 @@ class Delivery:
 
         """
         self._settle_once()
-        self._source.settle(self.tag, False, requeue)
+        self.source.settle(self.tag, False, requeue)
 
     def _settle_once(self) -> None:
         if self._settled:
@@ -167,6 +171,7 @@ class Subscription:
         on_delivery: called with each message, from inside the event loop; it must not raise.
         prefetch: unacknowledged deliveries that it may hold; 0 for no limit.
         no_ack: the broker forgets what it sends.
+        arguments: of the consumer, as in `basic.consume`.
 
     """
 
@@ -174,6 +179,7 @@ class Subscription:
     on_delivery: Callable[[Delivery], None]
     prefetch: int = 0
     no_ack: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

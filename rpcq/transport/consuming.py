@@ -148,7 +148,7 @@ class _Consumed:
             self._unsettled.delivered(tag)
             if self._holds:
                 self._last = self._loop.time()
-        self._on_delivery(Delivery(self, tag, redelivered, properties, body, size))
+        self._on_delivery(Delivery(self, tag, redelivered, properties, body, size, self._lane.exchange))
 
     def _end(self, code: int, text: str) -> None:
         cause = closed_by_broker(code, text) if code else BrokerUnreachable(text)
@@ -174,6 +174,7 @@ class ConsumingSession(Session):
         self._consumers: list[tuple[AbstractChannel, str]] = []
         self._consumed: list[_Consumed] = []
         self._admin: AbstractChannel
+        self._not_declared: dict[str, AccessRefused] = {}  # queues that are used as they are -> why
         self._stopped = False
 
     async def stop(self) -> None:
@@ -205,21 +206,20 @@ class ConsumingSession(Session):
         await super().close()
 
     async def _set_up(self, link: Link) -> None:
-        self._queues, self._consumers, self._consumed = [], [], []
+        self._queues, self._consumers, self._consumed, self._not_declared = [], [], [], {}
         self._admin, _ = await link.channel(confirms=False)
         for subscription in self._subscriptions:
-            name = await self._declare(link, subscription.queue.for_session())
-            self._queues.append(name)
+            self._queues.append(await self._declare(link, subscription.queue.for_session()))
+        # Only when all are declared: a session that cannot open must not take messages.
+        for subscription, name in zip(self._subscriptions, self._queues, strict=True):
             if self._stopped:
-                continue
+                break
             channel, number = await link.channel(confirms=False)
             if subscription.prefetch:
                 await channel.set_qos(prefetch_count=subscription.prefetch)
             # Before it consumes: the first delivery may come with the answer.
             self._consumed.append(_Consumed(link, number, subscription, self._options))
-            queue = await channel.get_queue(name, ensure=False)
-            tag = await queue.consume(_never, no_ack=subscription.no_ack, consumer_tag=CONSUMER_TAG)
-            self._consumers.append((channel, tag))
+            self._consumers.append((channel, await self._consume(link, channel, name, subscription)))
         if self._stopped and self._consumers:
             raise BrokerUnreachable("the consumers were stopped while they were being started")
 
@@ -232,15 +232,31 @@ class ConsumingSession(Session):
             if not isinstance(refused, AccessRefused) or queue.exclusive:
                 raise
             self._admin, _ = await link.channel(confirms=False)  # the refusal closed the other one
-            try:
-                await self._admin.declare_queue(queue.name, passive=True)
-            except Exception as missing:
-                if not isinstance(translate(missing, link.protocol.lost), TopologyMismatch):
-                    raise
-                msg = f"{refused}; nor is it there: have it declared once by a user who may, with 'rpcq setup'"
-                raise AccessRefused(msg) from error
-            log.info("queue is used as it is: this user may not declare it", queue=queue.name)
+            self._not_declared[queue.name] = refused
             return queue.name
+
+    async def _consume(self, link: Link, channel: AbstractChannel, name: str, subscription: Subscription) -> str:
+        """Begin to consume a queue; the consumer's tag."""
+        queue = await channel.get_queue(name, ensure=False)
+        refused = self._not_declared.get(name)
+        try:
+            tag = await queue.consume(
+                _never,
+                no_ack=subscription.no_ack,
+                arguments=dict(subscription.arguments),
+                consumer_tag=CONSUMER_TAG,
+            )
+        except Exception as error:
+            ours = translate(error, link.protocol.lost)
+            if refused is None or not isinstance(ours, AccessRefused | TopologyMismatch):
+                raise
+            msg = (
+                f"{refused}; nor can it be used as it is ({ours}): a user who may has to declare it, with 'rpcq setup'"
+            )
+            raise AccessRefused(msg) from error
+        if refused is not None:
+            log.info("queue is used as it is: this user may not declare it", queue=name)
+        return tag
 
     def _told_up(self) -> None:
         self._listener.consuming(self._queues)

@@ -63,6 +63,7 @@ class Lane:
 
     Attributes:
         beginning: of the last delivery's method frame, up to the tag; those of one consumer begin alike.
+        exchange: that the last delivery was published to.
 
     """
 
@@ -78,6 +79,7 @@ class Lane:
         "_size",
         "_tag",
         "beginning",
+        "exchange",
         "max_body",
         "on_confirm",
         "on_deliver",
@@ -109,6 +111,7 @@ class Lane:
         self._routing_key = b""
         self._channel = -1  # none, until a delivery has come
         self.beginning = b"none has come"
+        self.exchange = b""
         self._ending = b""  # of the same frame, from the exchange on
 
     def alike(self, data: bytes, at: int, max_payload: int) -> int:
@@ -152,11 +155,13 @@ class Lane:
         try:
             if method == DELIVER:
                 tag = 5 + payload[4]
-                _check_end(payload, _after_short(payload, _after_short(payload, tag + 9)))
+                key = _after_short(payload, tag + 9)
+                _check_end(payload, _after_short(payload, key))
                 self._tag = int.from_bytes(payload[tag : tag + 8], "big")
                 self._redelivered = payload[tag + 8] & 1 == 1
                 self._method = method
                 self._channel = channel
+                self.exchange = payload[tag + 10 : key]
                 self.beginning = _FRAME.pack(METHOD, channel, len(payload)) + payload[:tag]
                 self._ending = payload[tag + 9 :] + b"\xce"
                 return True

@@ -220,7 +220,7 @@ class _Consuming:
             properties = consumer.properties(entry) if entry.deliveries else entry.properties
             size = len(entry.body)
             body = entry.body if size <= max_body else None
-            on_delivery(Delivery(self, tag, entry.deliveries > 0, properties, body, size))
+            on_delivery(Delivery(self, tag, entry.deliveries > 0, properties, body, size, entry.exchange))
 
         self._broker.vhost.consume(
             queue,

@@ -9,6 +9,7 @@ what it hands to consumers out of `Vhost.outbox`. Rules are RabbitMQ's; where pa
     https://www.rabbitmq.com/docs/maxlength   only messages that are ready count; reject-publish
     https://www.rabbitmq.com/docs/quorum-queues   delivery limit; x-delivery-count
     https://www.rabbitmq.com/docs/sender-selected CC
+    https://www.rabbitmq.com/tutorials/amqp-concepts#exchange-topic   wildcards of topic exchanges
 
 Not there, and refused by name rather than ignored: every other argument of a queue. Not there: BCC, priorities.
 """
@@ -33,9 +34,12 @@ from rpcq.transport.rules import (
     check_equivalent,
     check_reserved,
     copies_of,
+    has_wildcard,
     is_cycle,
     milliseconds,
     record_death,
+    topic_matches,
+    words_of,
 )
 from rpcq.transport.topology import Exchange, Queue
 
@@ -155,6 +159,52 @@ class LiveQueue:
             self.ready.extendleft(reversed(entries))
 
 
+class LiveExchange:
+    """An exchange that was declared, and what is bound to it: binding key -> queues.
+
+    A topic exchange compares the keys that have a wildcard one by one: there are few of them in one process.
+    """
+
+    def __init__(self, declared: Exchange) -> None:
+        self.declared = declared
+        self.bindings: dict[bytes, tuple[LiveQueue, ...]] = {}
+        self._patterns: dict[bytes, list[bytes]] = {}
+
+    def bind(self, queue: LiveQueue, key: bytes) -> bool:
+        """Bind a queue; False if it is bound under this key already."""
+        bound = self.bindings.get(key, ())
+        if queue in bound:
+            return False
+        self.bindings[key] = (*bound, queue)
+        if self.declared.type == "topic" and has_wildcard(words := words_of(key)):
+            self._patterns[key] = words
+        return True
+
+    def unbind(self, queue: LiveQueue, key: bytes) -> None:
+        """Take a queue off a key that it is bound under."""
+        if rest := tuple(other for other in self.bindings[key] if other is not queue):
+            self.bindings[key] = rest
+        else:
+            del self.bindings[key]
+            self._patterns.pop(key, None)
+
+    def bound_to(self, routing_key: bytes) -> Iterable[LiveQueue]:
+        """The queues that a message with this routing key goes to, each once."""
+        if not self._patterns:
+            return self.bindings.get(routing_key, ())
+        exact = () if routing_key in self._patterns else self.bindings.get(routing_key, ())
+        words = words_of(routing_key)
+        matched = [self.bindings[key] for key, pattern in self._patterns.items() if topic_matches(pattern, words)]
+        return dict.fromkeys(queue for queues in (exact, *matched) for queue in queues)
+
+    def route(self, routing_key: bytes, headers: Mapping[str, Any] | None) -> Iterable[LiveQueue]:
+        """The queues that a message goes to under any of its keys, each once."""
+        copies = copies_of(headers)
+        if not copies:
+            return self.bound_to(routing_key)
+        return dict.fromkeys(queue for key in (routing_key, *copies) for queue in self.bound_to(key))
+
+
 class Vhost:
     """Exchanges and queues, and all that happens to their messages.
 
@@ -170,8 +220,8 @@ class Vhost:
         self.outbox: deque[Handed] = deque()
         self.queues: dict[str, LiveQueue] = {}
         self._wall = wall
-        # exchange -> routing key -> queues; the default exchange has every queue under its name
-        self._exchanges: dict[bytes, dict[bytes, tuple[LiveQueue, ...]]] = {DEFAULT_EXCHANGE: {}}
+        # The default exchange has every queue under its name.
+        self._exchanges = {DEFAULT_EXCHANGE: LiveExchange(Exchange(""))}
         self._wakes: list[tuple[float, int, LiveQueue]] = []
         self._ties = count()
 
@@ -181,14 +231,18 @@ class Vhost:
         return self._wakes[0][0] if self._wakes else None
 
     def declare_exchange(self, exchange: Exchange) -> None:
-        """Declare a direct exchange, or find it there.
+        """Declare an exchange, or find it there.
 
         Raises:
             AccessRefused: the name is one of RabbitMQ's own.
+            TopologyMismatch: it exists with another type, or is internal and should not be, or the reverse.
 
         """
         check_reserved("exchange", exchange.name)
-        self._exchanges.setdefault(exchange.name.encode(), {})
+        live = self._exchanges.setdefault(exchange.name.encode(), LiveExchange(exchange))
+        if live.declared != exchange:
+            msg = f"PRECONDITION_FAILED - the exchange {exchange.name!r} exists as {live.declared}, not as {exchange}"
+            raise TopologyMismatch(msg)
 
     def declare_queue(self, queue: Queue, connection: Connection) -> str:
         """Declare and bind a queue, or find it there; its name.
@@ -282,13 +336,17 @@ class Vhost:
         Raises:
             TopologyMismatch: RabbitMQ closes the channel over it, with 404 or 406: there is no such exchange, or the
                 expiration or the CC header is not one.
+            AccessRefused: RabbitMQ closes the channel over it, with 403: the exchange is internal.
             MalformedProperties: the properties cannot be read. Only what is needed of them is.
 
         """
-        bindings = self._exchanges.get(exchange)
-        if bindings is None:
+        live = self._exchanges.get(exchange)
+        if live is None:
             msg = f"NOT_FOUND - no exchange {exchange.decode(errors='replace')!r}"
             raise TopologyMismatch(msg)
+        if live.declared.internal:
+            msg = f"ACCESS_REFUSED - cannot publish to internal exchange {live.declared.name!r}"
+            raise AccessRefused(msg)
         expires = None
         if len(properties) < 2:
             raise MalformedProperties("the properties end early")
@@ -297,9 +355,9 @@ class Vhost:
             found = decode(properties)
             if found.expiration is not None:
                 expires = now + milliseconds(found.expiration) / 1000
-            targets = _route(bindings, routing_key, found.headers)
+            targets = live.route(routing_key, found.headers)
         else:
-            targets = bindings.get(routing_key, ())
+            targets = live.bound_to(routing_key)
         if not targets:
             return Settled.RETURNED if mandatory else Settled.CONFIRMED
         settled = Settled.CONFIRMED
@@ -344,7 +402,7 @@ class Vhost:
         name = queue.name or f"amq.gen-{token_urlsafe(16)}"
         live = LiveQueue(name, queue, connection if queue.exclusive else None)
         self.queues[name] = live
-        self._exchanges[DEFAULT_EXCHANGE][name.encode()] = (live,)
+        self._exchanges[DEFAULT_EXCHANGE].bindings[name.encode()] = (live,)
         if queue.exclusive:
             connection.exclusive.append(live)
         return live
@@ -352,13 +410,11 @@ class Vhost:
     def _bind(self, queue: LiveQueue, exchange: str, key: str) -> None:
         if not exchange:
             raise AccessRefused("ACCESS_REFUSED - operation not permitted on the default exchange")
-        bindings = self._exchanges.get(exchange.encode())
-        if bindings is None:
+        live = self._exchanges.get(exchange.encode())
+        if live is None:
             msg = f"NOT_FOUND - no exchange {exchange!r} to bind the queue {queue.name!r} to"
             raise TopologyMismatch(msg)
-        bound = bindings.get(key.encode(), ())
-        if queue not in bound:
-            bindings[key.encode()] = (*bound, queue)
+        if live.bind(queue, key.encode()):
             queue.bound.append((exchange.encode(), key.encode()))
 
     def _delete(self, queue: LiveQueue) -> None:
@@ -368,11 +424,7 @@ class Vhost:
         queue.ready.clear()
         del self.queues[queue.name]
         for exchange, key in queue.bound:
-            bindings = self._exchanges[exchange]
-            if rest := tuple(other for other in bindings[key] if other is not queue):
-                bindings[key] = rest
-            else:
-                del bindings[key]
+            self._exchanges[exchange].unbind(queue, key)
 
     def _enqueue(self, queue: LiveQueue, entry: Entry, now: float) -> bool:
         """Whether the queue took it. A limit counts what is ready, and not what consumers hold."""
@@ -437,15 +489,15 @@ class Vhost:
         """Route a message that its queue gives up: under its own keys, at most once, dropped where nothing is bound."""
         if queue.dead_letter_exchange is None:
             return
-        bindings = self._exchanges.get(queue.dead_letter_exchange)
-        if bindings is None:
+        exchange = self._exchanges.get(queue.dead_letter_exchange)
+        if exchange is None:
             return
         try:
             properties = decode(entry.properties)
         except MalformedProperties:
             return  # RabbitMQ would not have let it in; and what cannot be read cannot be told where it died
         headers = properties.headers or {}
-        targets = _route(bindings, entry.routing_key, headers)
+        targets = exchange.route(entry.routing_key, headers)
         deaths = record_death(
             headers, queue.name, reason, entry.exchange, entry.routing_key, properties.expiration, self._wall()
         )
@@ -456,16 +508,6 @@ class Vhost:
             if reason == "rejected" or not is_cycle(target.name, deaths):
                 letter = Entry(queue.dead_letter_exchange, entry.routing_key, raw, entry.body, None)
                 self._enqueue(target, letter, now)
-
-
-def _route(
-    bindings: Mapping[bytes, tuple[LiveQueue, ...]], routing_key: bytes, headers: Mapping[str, Any] | None
-) -> Iterable[LiveQueue]:
-    """The queues bound under any of a message's keys, each once."""
-    copies = copies_of(headers)
-    if not copies:
-        return bindings.get(routing_key, ())
-    return dict.fromkeys(queue for key in (routing_key, *copies) for queue in bindings.get(key, ()))
 
 
 def _check_owner(queue: LiveQueue, connection: Connection) -> None:

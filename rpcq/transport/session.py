@@ -16,7 +16,14 @@ from typing import Final
 from aio_pika.abc import AbstractChannel
 
 from rpcq import logs
-from rpcq.errors import BrokerError, BrokerUnreachable, ClosedError, ConfigurationError, TopologyMismatch
+from rpcq.errors import (
+    AccessRefused,
+    BrokerError,
+    BrokerUnreachable,
+    ClosedError,
+    ConfigurationError,
+    TopologyMismatch,
+)
 from rpcq.settings import ConnectionOptions
 from rpcq.transport.base import Listener
 from rpcq.transport.connection import (
@@ -41,6 +48,11 @@ CLOSE_TIMEOUT: Final = 2.0
 log = logs.get_logger("rpcq.rabbitmq")
 
 
+async def declare_exchange(channel: AbstractChannel, exchange: Exchange) -> None:
+    """Declare an exchange. Where it fails, the broker closes the channel."""
+    await channel.declare_exchange(exchange.name, exchange.type, durable=True, internal=exchange.internal)
+
+
 class Link:
     """One session's connection and what hangs on it; gone with it."""
 
@@ -57,15 +69,21 @@ class Link:
         return channel, (await channel.get_underlay_channel()).number
 
     async def ensure_exchange(self, exchange: Exchange) -> None:
-        """Declare it, unless it is there: a user may be allowed to use an exchange and not to declare it."""
+        """Declare it, unless it is there: a user may be allowed to use an exchange and not to declare it.
+
+        RabbitMQ 4.3 refuses even the question to a user who has no permission on it: the exchange is used as it is.
+        """
         channel, _ = await self.channel(confirms=False)
         try:
-            await channel.declare_exchange(exchange.name, exchange.type, durable=True, passive=True)
+            await channel.declare_exchange(exchange.name, exchange.type, passive=True)
         except Exception as error:
-            if not isinstance(translate(error, self.protocol.lost), TopologyMismatch):
+            refused = translate(error, self.protocol.lost)
+            if isinstance(refused, AccessRefused):
+                return
+            if not isinstance(refused, TopologyMismatch):
                 raise
             channel, _ = await self.channel(confirms=False)
-            await channel.declare_exchange(exchange.name, exchange.type, durable=True)
+            await declare_exchange(channel, exchange)
         await channel.close()
 
     async def close(self) -> None:

@@ -24,12 +24,29 @@ EVERY_SERVICE: Final = "*"
 DIRECT_REPLY_TO: Final = b"amq.rabbitmq.reply-to"
 
 
+CONSUMER_TIMEOUT: Final = 24 * 60 * 60 * 1000
+"""Milliseconds that a consumer of requests may hold one, by the broker's clock: far longer than any handler runs.
+
+RabbitMQ 4.3 puts a request back uncounted when this ends, and a request that expires after that has perhaps run. The
+consumer's own argument beats a policy that is shorter (https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout);
+versions before 4.3 do not read it.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """An exchange to declare; durable."""
+    """An exchange to declare; durable.
+
+    Attributes:
+        name: the exchange's.
+        type: how it matches routing keys with bindings.
+        internal: clients cannot publish to it; messages reach it as dead letters alone.
+
+    """
 
     name: str
-    type: Literal["direct"] = "direct"
+    type: Literal["direct", "topic"] = "direct"
+    internal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,40 +91,54 @@ class Names:
         """Rare messages to all workers of a service: cancel, ping."""
         return Exchange(f"{self.namespace}.control")
 
+    @property
+    def notices(self) -> Exchange:
+        """What request queues give up goes here. Reply queues alone are bound to it, each under its own name.
+
+        It is internal, so that nobody can publish to it. It is a topic exchange, because topic permissions can keep a
+        client from binding under any other name (https://www.rabbitmq.com/docs/access-control#topic-authorisation).
+        """
+        return Exchange(f"{self.namespace}.notices", "topic", internal=True)
+
     def request_queue(self, service: str, queue_type: QueueType, name: str | None = None) -> Queue:
         """The request queue of a service.
 
         A quorum queue has a delivery limit of 0: the broker delivers a request at most once, and gives it up with
-        reason `delivery_limit` when the worker that holds it dies.
+        reason `delivery_limit` when the worker that holds it dies. It is bound under its own name as well: a request
+        with that routing key is in this queue and in no other.
 
         Raises:
             ConfigurationError: a classic queue has the name of one that delivers once: clients would take its expiry
-                for proof that the request never ran.
+                for proof that the request never ran. Or the service is called like such a queue, and would get what is
+                addressed to that.
 
         """
+        if self.delivers_once(service):
+            msg = f"the name of a service must not begin with {self._once!r}, as quorum queues do; got {service!r}"
+            raise ConfigurationError(msg)
         if name and queue_type != "quorum" and self.delivers_once(name):
             msg = f"the queue of {service!r} is called {name!r}; names in {self._once}* are for quorum queues"
             raise ConfigurationError(msg)
         arguments: dict[str, Any] = {
             "x-max-length": MAX_LENGTH,
             "x-overflow": "reject-publish",
-            "x-dead-letter-exchange": "",
+            "x-dead-letter-exchange": self.notices.name,
         }
         if queue_type == "quorum":
             arguments |= {"x-queue-type": "quorum", "x-delivery-limit": 0}
-        own = f"{self._once}{service}" if queue_type == "quorum" else f"{self.namespace}.req.{service}"
+            name = name or self.once_queue(service)
+        else:
+            name = name or f"{self.namespace}.req.{service}"
+        keys = (service, name) if self.delivers_once(name) else (service,)
         return Queue(
-            name=name or own,
-            durable=True,
-            arguments=arguments,
-            bindings=((self.requests.name, service),),
+            name=name, durable=True, arguments=arguments, bindings=tuple((self.requests.name, key) for key in keys)
         )
 
     def reply_queue(self, exchange: str | None = None) -> Queue:
         """A client's own, gone with its connection: named by the broker, or reached through a reply exchange."""
-        if exchange is None:
-            return Queue(name="", exclusive=True, auto_delete=True)
-        return Queue(name="", prefix=self._reply, exclusive=True, auto_delete=True, bound_by_name=(exchange,))
+        prefix = "" if exchange is None else self._reply
+        bound_by_name = (self.notices.name,) if exchange is None else (self.notices.name, exchange)
+        return Queue(name="", prefix=prefix, exclusive=True, auto_delete=True, bound_by_name=bound_by_name)
 
     def control_queue(self, services: tuple[str, ...]) -> Queue:
         """A worker's own, bound under every service that it runs, and under `EVERY_SERVICE`."""
@@ -122,8 +153,12 @@ class Names:
     def _once(self) -> str:
         return f"{self.namespace}.once."
 
+    def once_queue(self, service: str) -> str:
+        """The name of a service's quorum queue."""
+        return f"{self._once}{service}"
+
     def delivers_once(self, queue: str) -> bool:
-        """Whether a queue is one whose expiry proves that the request never ran."""
+        """Whether a queue has a name that only quorum queues with a delivery limit of 0 may have."""
         return queue.startswith(self._once)
 
     @property
@@ -141,5 +176,5 @@ class Names:
 
     def exchanges(self, reply_exchange: str | None = None) -> list[Exchange]:
         """Those that clients and workers use, besides the default one."""
-        own = [self.requests, self.control]
+        own = [self.requests, self.control, self.notices]
         return own if reply_exchange is None else [*own, Exchange(reply_exchange)]

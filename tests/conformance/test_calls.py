@@ -15,7 +15,7 @@ from uuid import UUID
 import pytest
 from pydantic import BaseModel
 
-from places import Place
+from places import Place, lose
 from rpcq import (
     CallTimeout,
     Client,
@@ -546,6 +546,30 @@ async def test_stopping_a_worker_lets_what_runs_end(place: Place) -> None:
         assert await asyncio.gather(*calls) == ["done"] * 20
 
 
+async def test_a_call_that_is_cut_off_by_the_end_of_the_grace_time_is_told_at_once(place: Place) -> None:
+    service, started, runs = place.service(), asyncio.Event(), []
+
+    @service.method
+    async def stick() -> None:
+        runs.append(1)
+        started.set()
+        await asyncio.sleep(30)
+
+    async with place.client() as client:
+        worker = place.worker(service, grace=0.05)
+        await worker.start()
+        call = asyncio.create_task(client.call("things.stick"))
+        await started.wait()
+        assert await worker.stop() is False
+        with pytest.raises(OutcomeUnknown, match=r"was lost: it was stopped, and cut things\.stick off") as caught:
+            await asyncio.wait_for(call, 5)
+        assert (caught.value.executed, caught.value.retryable) == ("maybe", False)
+        async with place.worker(service) as second:
+            await client.wait_for_service("things")
+            assert (second.in_flight, second.refused_redeliveries) == (0, 0), "it was left in the queue"
+    assert runs == [1]
+
+
 async def test_a_call_whose_worker_is_lost_ran_at_most_once_and_its_caller_is_told(place: Place) -> None:
     service, other, runs, started = place.service(), place.service(), [], asyncio.Event()
 
@@ -564,7 +588,7 @@ async def test_a_call_whose_worker_is_lost_ran_at_most_once_and_its_caller_is_to
         await worker.start()
         call = asyncio.create_task(client.call("things.stick"))
         await started.wait()
-        assert await worker.stop() is False
+        await lose(worker)
         async with place.worker(other) as second:
             with pytest.raises(OutcomeUnknown, match="worker that held the call was lost") as caught:
                 await call
@@ -593,7 +617,7 @@ async def test_an_idempotent_call_whose_worker_is_lost_is_sent_again_in_the_same
         call = asyncio.create_task(client.with_options(idempotent=True).call("things.stick"))
         await started.wait()
         async with place.worker(other):
-            await worker.stop()
+            await lose(worker)
             assert await call == "done"
     (first, key), (second, same_key) = seen
     assert (first, second, same_key) == (1, 2, key)
@@ -617,7 +641,7 @@ async def test_a_worker_does_not_run_a_further_attempt_at_what_it_does_not_decla
         call = asyncio.create_task(client.with_options(idempotent=True, timeout=10).call("things.stick"))
         await started.wait()
         async with place.worker(other):
-            await worker.stop()
+            await lose(worker)
             with pytest.raises(OutcomeUnknown):
                 await call
 

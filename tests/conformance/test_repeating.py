@@ -18,6 +18,7 @@ from rpcq import (
     DomainError,
     InvalidParams,
     InvalidReply,
+    OutcomeUnknown,
     Overloaded,
     RemoteError,
     Retry,
@@ -25,7 +26,7 @@ from rpcq import (
     wire,
 )
 from rpcq.errors import BrokerUnreachable
-from rpcq.idempotency import Answer, MemoryAnswers
+from rpcq.idempotency import Answer, Claim, MemoryAnswers
 from rpcq.transport.base import Message, Settled
 
 
@@ -56,7 +57,7 @@ async def test_calls_of_one_key_run_once_and_have_one_answer(place: Place) -> No
         assert await caller.call("things.book", amount=5) == 1005
         assert await client.with_options(idempotency_key="order-18").call("things.book", amount=5) == 2005
         assert (runs, worker._runs.replayed) == (2, 3)
-        assert not worker._runs._turns
+        assert not worker._runs._replays._turns
 
 
 async def test_a_key_with_other_parameters_or_another_method_is_an_error(place: Place) -> None:
@@ -133,7 +134,7 @@ async def test_a_def_handler_is_remembered_and_one_who_waits_for_it_has_a_deadli
             await asyncio.sleep(0.005)
         with pytest.raises(CallTimeout) as caught:
             await caller.with_options(timeout=1.0).call("things.work")
-        assert caught.value.executed == "no"
+        assert caught.value.executed == "maybe"  # the other request of its key runs
         assert [await first, await caller.call("things.work")] == [1, 1]
 
 
@@ -229,6 +230,11 @@ class Shared(MemoryAnswers):
             raise OSError("the store is away")
         return await super().get(key)
 
+    async def claim(self, key: str, owner: str, seconds: float) -> Answer | Claim:
+        if self.broken:
+            raise OSError("the store is away")
+        return await super().claim(key, owner, seconds)
+
     async def put(self, key: str, answer: Answer) -> None:
         if self.broken:
             raise OSError("the store is away")
@@ -257,11 +263,14 @@ async def test_workers_that_share_a_store_answer_for_each_other(place: Place) ->
     assert runs == ["first"]
 
 
-async def test_a_store_that_is_away_costs_no_wrong_answer(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("idempotent", [False, True])
+async def test_a_store_that_is_away_costs_no_wrong_answer(
+    place: Place, idempotent: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     store, runs = Shared(), 0
     service = place.service(answer_store=store)
 
-    @service.method
+    @service.method(idempotent=idempotent)
     async def work() -> int:
         nonlocal runs
         runs += 1
@@ -270,14 +279,92 @@ async def test_a_store_that_is_away_costs_no_wrong_answer(place: Place, caplog: 
 
     async with place.worker(service), place.client() as client:
         caller = client.with_options(idempotency_key="k", timeout=10)
-        assert await caller.call("things.work") == 1  # it could not be remembered, which is no fault of its caller's
+        # It could not be remembered, which is no fault of its caller's. The key is taken until its time has passed.
+        assert await caller.with_options(timeout=0.5).call("things.work") == 1
         assert "an answer cannot be remembered" in caplog.text
         call = asyncio.create_task(caller.call("things.work"))
         while "answers cannot be recalled" not in caplog.text:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0.005)
         store.broken = False
-        assert await call == 2  # it was sent again until the store was there
-        assert await caller.call("things.work") == 2
+        if idempotent:
+            assert await call == 2  # it was sent again until the store was there
+            assert await caller.call("things.work") == 2
+        else:
+            with pytest.raises(OutcomeUnknown, match="a worker that ran a request with its idempotency key was lost"):
+                await call
+    assert runs == (2 if idempotent else 1)
+
+
+async def test_of_two_workers_that_share_a_store_one_runs_a_call_of_a_key_and_the_other_waits_for_it(
+    place: Place,
+) -> None:
+    store, runs, started, release = Shared(), [], asyncio.Event(), asyncio.Event()
+
+    def made(name: str) -> Service:
+        service = place.service(answer_store=store)
+
+        @service.method
+        async def work() -> str:
+            runs.append(name)
+            started.set()
+            await release.wait()
+            return name
+
+        return service
+
+    a, b = (place.worker(made(name), prefetch=1) for name in "ab")
+    async with a, b, place.client() as client:
+        caller = client.with_options(idempotency_key="k")
+        calls = [asyncio.create_task(caller.call("things.work")) for _ in range(2)]
+        await started.wait()
+        while (a.in_flight, b.in_flight) != (1, 1):  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.1)
+        release.set()
+        assert await asyncio.gather(*calls) == runs * 2
+    assert len(runs) == 1
+
+
+async def test_a_call_that_failed_releases_its_key(place: Place) -> None:
+    store, runs = Shared(), []
+    service = place.service(answer_store=store, errors=[Busy])
+
+    @service.method
+    async def work() -> int:
+        runs.append(1)
+        if len(runs) == 1:
+            raise Busy("once")
+        return len(runs)
+
+    async with place.worker(service), place.client() as client:
+        caller = client.with_options(idempotency_key="k", errors=(Busy,))
+        with pytest.raises(Busy):
+            await caller.call("things.work")
+        assert await asyncio.wait_for(caller.call("things.work"), 5) == 2
+
+
+class Cancelling(MemoryAnswers):
+    """A store that ends in a cancellation of its own, as one over a connection pool may."""
+
+    async def claim(self, key: str, owner: str, seconds: float) -> Answer | Claim:
+        raise asyncio.CancelledError
+
+    async def get(self, key: str) -> Answer | None:
+        raise asyncio.CancelledError
+
+
+async def test_a_store_that_is_cancelled_by_itself_ends_no_call_as_one_that_ran(place: Place) -> None:
+    service, runs = place.service(answer_store=Cancelling(0)), []
+
+    @service.method
+    async def work() -> None:
+        runs.append(1)
+
+    async with place.worker(service), place.client() as client:
+        with pytest.raises(CallError) as caught:
+            await client.with_options(idempotency_key="k", timeout=0.5).call("things.work")
+    assert runs == []
+    assert caught.value.executed != "yes"
 
 
 # Retries.

@@ -96,7 +96,7 @@ async def test_a_service_is_served_beside_the_fake_that_it_calls(place: Place) -
         (
             OutcomeUnknown("lost"),
             OutcomeUnknown,
-            ("the worker that held the call was lost", "maybe", False, None),
+            ("the worker that held the call was lost: lost", "maybe", False, None),
         ),
     ],
     ids=lambda it: it.__name__ if isinstance(it, type) else type(it).__name__,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import pytest
 
 from rpcq import wire
-from rpcq.answers import meaning
-from rpcq.calls import Event
+from rpcq.calls import Event, PendingCalls
 from rpcq.contract import METHOD_NAME
 from rpcq.control import MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
 from rpcq.errors import (
@@ -27,9 +28,11 @@ from rpcq.errors import (
     to_wire,
 )
 from rpcq.properties import Properties, decode, encode
-from rpcq.settings import MAX_HEADERS, NAME, CallOptions, ConnectionOptions
+from rpcq.proxy import make_target
+from rpcq.sending import Sender
+from rpcq.settings import MAX_HEADERS, NAME, CallOptions, ClientOptions, ConnectionOptions
 from rpcq.transport.topology import EVERY_SERVICE, Exchange, Names, Queue
-from rpcq.wire import Notice, Reply
+from rpcq.wire import Reply
 
 DOCS: Final = Path(__file__).parents[2] / "docs"
 PAGE: Final = (DOCS / "wire.md").read_text()
@@ -223,11 +226,23 @@ def test_a_code_in_lower_case_is_a_domain_error_and_any_other_code_is_kept() -> 
 
 
 def test_a_notice_means_what_the_contract_says() -> None:
-    (once,) = re.findall(r"`no` if the queue's name begins with `([^`]+)`, else `maybe`", PAGE)
-    assert meaning(Notice(b"1", "expired", f"{once}x"), NAMES)[0] is Event.EXPIRED_UNRUN
-    assert meaning(Notice(b"1", "expired", "rpcq.req.x"), NAMES)[0] is Event.EXPIRED
-    assert "Reason `delivery_limit`" in PAGE
-    assert meaning(Notice(b"1", "delivery_limit", f"{once}x"), NAMES)[0] is Event.WORKER_LOST
+    (said,) = re.findall(r"Reason `expired`: `CallTimeout`. It is (.+?)Reason `delivery_limit`", PAGE, re.DOTALL)
+    no, once, option, maybe = quoted(said)
+    assert (no, once, option, maybe) == ("no", "rpcq.once.", "disconnected_timeout", "maybe")
+    assert f"`{option}` ({ClientOptions.disconnected_timeout:g} s) less two heartbeats" in said
+    options = ClientOptions()
+    sender = Sender(None, PendingCalls(1), "", options.unrun_within)  # type: ignore[arg-type]  # nothing is sent
+    target = make_target(NAMES, "x", "work", None)
+    soon, late = 0.0, options.disconnected_timeout - 2 * options.heartbeat
+    for is_once, queue, ago, event in (
+        (True, f"{once}x", soon, Event.EXPIRED_UNRUN),
+        (True, f"{once}x", late, Event.EXPIRED),
+        (True, f"{once}y", soon, Event.EXPIRED),
+        (False, f"{once}x", soon, Event.EXPIRED),
+        (False, "rpcq.req.x", soon, Event.EXPIRED),
+    ):
+        call: Any = SimpleNamespace(target=target, is_once=is_once, written=time.monotonic() - ago)
+        assert sender.expired(call, queue) is event
 
 
 # Names of queues and exchanges, and their arguments.
@@ -237,7 +252,6 @@ def test_the_exchanges_are_those_of_the_contract() -> None:
     today = re.sub(r"^## [^\n]*\(later.*?(?=^## )", "", PAGE, flags=re.DOTALL | re.MULTILINE)
     said = set(re.findall(r"`(rpcq\.[a-z]+)`", today))
     assert said == {exchange.name for exchange in NAMES.exchanges()}
-    assert all(exchange.type == "direct" for exchange in NAMES.exchanges())
 
 
 def test_a_worker_replies_where_the_contract_says() -> None:
@@ -291,5 +305,8 @@ def test_queues_are_declared_as_the_page_on_queues_says(what: str, queue: Queue)
 
 def test_the_exchanges_of_the_page_on_queues_are_all_there_are() -> None:
     text = section("explanations/queues.md", "Names and arguments")
-    (said,) = re.findall(r"The exchanges (.+?) are direct and durable", text)
-    assert [Exchange(name) for name in quoted(said)] == NAMES.exchanges()
+    ((direct, topic),) = re.findall(
+        r"The exchanges (.+?) are direct and durable; (.+?) is topic, internal and durable", text
+    )
+    said = [Exchange(name) for name in quoted(direct)] + [Exchange(name, "topic", True) for name in quoted(topic)]
+    assert said == NAMES.exchanges()

@@ -606,7 +606,7 @@ async def test_the_broker_tells_a_plain_client_that_its_request_expired(
         pass  # the queue is there from now on, and nobody serves it
     doomed = request(namespace, "note", '"doomed"', properties={"expiration": "200"}, headers={"CC": ["$reply"]})
     doomed["correlation_id_hex"] = "0123456789abcdef"
-    [notice] = await send(rabbitmq_url, doomed, linger=0.3)
+    [notice] = await send(rabbitmq_url, doomed, bind=f"{namespace}.notices", linger=0.3)
     assert notice["queue"] is None
     assert notice["correlation_id_hex"] == "0123456789abcdef"
     assert notice["properties"]["type"] == "note"

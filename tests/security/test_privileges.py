@@ -22,7 +22,7 @@ from rpcq import CallTimeout, Client, Service, Worker
 from rpcq.errors import AccessRefused
 from rpcq.settings import ConnectionOptions
 from rpcq.transport.opening import open_admin
-from rpcq.transport.topology import Names
+from rpcq.transport.topology import Names, Queue
 from rpcq.url import parse
 
 SECURITY = Path(__file__).parents[2] / "docs" / "security.md"
@@ -38,6 +38,15 @@ def patterns(role: str, namespace: str, service: str) -> list[str]:
     found = re.findall(r"'(.*)'", command[1])
     assert len(found) == 3
     return [it.replace("rpcq\\.", f"{namespace}\\.").replace("calculator", service) for it in found]
+
+
+def topic_patterns(namespace: str) -> list[str]:
+    """The exchange that a client's topic permissions are for, and their regular expressions for write and read."""
+    form = r"^rabbitmqctl set_topic_permissions -p VHOST client (\S+) '(.*)' '(.*)'$"
+    command = re.search(form, SECURITY.read_text(), re.MULTILINE)
+    assert command is not None
+    exchange, *found = command.groups()
+    return [exchange.replace("rpcq.", f"{namespace}."), *(it.replace("rpcq\\.", f"{namespace}\\.") for it in found)]
 
 
 @dataclass(frozen=True)
@@ -98,16 +107,18 @@ def place(broker: Broker) -> Iterator[Place]:
     namespace = f"t{secrets.token_hex(8)}"
     parts = urlsplit(broker.url)
     vhost = parts.path.removeprefix("/") or "/"
-    users = {}
+    users: dict[str, str] = {}
+    found = Place(broker, Names(namespace), users)
+    asyncio.run(found.declare())  # RabbitMQ 4.3 knows topic permissions only for an exchange that is there
     for role in ("client", "other client", *SERVED):
         user, password = f"{namespace}-{role.replace(' ', '-')}", secrets.token_hex(8)
         broker.ctl("add_user", user, password)
         three = patterns(role.split()[-1], namespace, SERVED.get(role, ""))
         broker.ctl("set_permissions", "-p", vhost, user, *three)
+        if "client" in role:
+            broker.ctl("set_topic_permissions", "-p", vhost, user, *topic_patterns(namespace))
         at = f"{quote(user)}:{password}@{parts.hostname}:{parts.port or 5672}"
         users[role] = urlunsplit(("amqp", at, parts.path, "", ""))
-    found = Place(broker, Names(namespace), users)
-    asyncio.run(found.declare())
     yield found
     asyncio.run(found.delete())
     for url in users.values():
@@ -184,6 +195,11 @@ async def _listen(channel: AbstractChannel, place: Place) -> None:
     await queue.bind(place.names.requests.name, "things")
 
 
+async def _listen_to_notices(channel: AbstractChannel, place: Place, key: str) -> None:
+    queue = await channel.declare_queue(f"{place.names.namespace}.reply.{secrets.token_hex(4)}", exclusive=True)
+    await queue.bind(place.names.notices.name, key)
+
+
 async def _listen_to_replies(channel: AbstractChannel, place: Place, victim: str) -> None:
     queue = await channel.declare_queue(exclusive=True)
     await queue.bind(place.exchange, victim)
@@ -215,6 +231,13 @@ CLIENT: dict[str, Deed] = ANYBODY | {
     "read a service's requests": lambda channel, place, _: consume(channel, place.queue("things")),
     "forge a reply through the reply exchange": lambda channel, place, victim: publish(channel, place.exchange, victim),
     "listen in on requests": lambda channel, place, _: _listen(channel, place),
+    "listen in on what a service gave up": lambda channel, place, _: _listen_to_notices(channel, place, "things"),
+    "listen in on what a quorum queue gave up": lambda channel, place, _: _listen_to_notices(
+        channel, place, place.queue("others")
+    ),
+    "listen in on all notices": lambda channel, place, _: _listen_to_notices(channel, place, "#"),
+    "listen in on notices of three words": lambda channel, place, _: _listen_to_notices(channel, place, "*.*.*"),
+    "forge a notice": lambda channel, place, victim: publish(channel, place.names.notices.name, victim),
 }
 WORKER: dict[str, Deed] = ANYBODY | {
     "call a service": lambda channel, place, _: publish(channel, place.names.requests.name, "others"),
@@ -239,6 +262,29 @@ async def test_what_a_user_must_not_do_is_refused(place: Place, user: str, deed:
             refused = aiormq.exceptions.ChannelAccessRefused, aiormq.exceptions.ChannelLockedResource
             with pytest.raises(refused):
                 await do(channel, place, replies)
+
+
+@pytest.mark.parametrize("service", KINDS)
+async def test_a_client_cannot_have_the_broker_write_into_other_queues(place: Place, service: str) -> None:
+    """A request with a CC and an expiry is dead-lettered under its keys: once into whatever queue was called so."""
+    bank, stranger = f"{place.names.namespace}.bank", Names(f"{place.names.namespace}-2")
+    url = parse(place.broker.url)
+    async with open_admin(url, ConnectionOptions(), *url.hosts[0]) as admin:
+        other = stranger.request_queue("things", "classic")
+        await admin.declare(stranger.exchanges(), [Queue(bank, durable=True), other])
+        try:
+            async with await aio_pika.connect(place.users["client"]) as connection:
+                requests = await (await connection.channel()).get_exchange(place.names.requests.name, ensure=False)
+                copies = [bank, other.name, "things", "others", place.queue("others")]
+                for _ in range(300):
+                    await requests.publish(aio_pika.Message(b"{}", expiration=0, headers={"CC": copies}), service)
+            await asyncio.sleep(1)
+            for name in (bank, other.name):
+                state = await admin.queue(name)
+                assert state is not None
+                assert state.messages == 0
+        finally:
+            await admin.delete([bank, other.name], [it.name for it in stranger.exchanges()])
 
 
 async def test_a_worker_of_another_service_is_refused_its_queue_by_name(

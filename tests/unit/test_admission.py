@@ -7,10 +7,19 @@ from typing import Any
 import pytest
 
 from rpcq import wire
-from rpcq.admission import ExpiredOnArrival, Job, Redelivered, admit
+from rpcq.admission import ExpiredOnArrival, Job, MayHaveRun, admit, never_no, why_it_may_have_run
 from rpcq.contract import Context, Service
 from rpcq.deadline import Deadline
-from rpcq.errors import CallTimeout, InvalidParams, MethodNotFound, OutcomeUnknown, TooLarge
+from rpcq.errors import (
+    CallError,
+    CallTimeout,
+    InvalidParams,
+    MethodNotFound,
+    OutcomeUnknown,
+    Overloaded,
+    ServiceUnavailable,
+    TooLarge,
+)
 from rpcq.settings import MAX_TIMEOUT
 
 WALL = 1_800_000_000_000.0  # milliseconds since the epoch
@@ -36,7 +45,7 @@ def ask(method: str | None = "add", **headers: Any) -> wire.Request:
 
 
 def admitted(request: wire.Request, body: bytes | None = b'{"x": 1}', **options: Any) -> Job:
-    given: dict[str, Any] = {"redelivered": False, "max_body": 100, "wall_ms": WALL, "now": NOW} | options
+    given: dict[str, Any] = {"max_body": 100, "wall_ms": WALL, "now": NOW} | options
     size = given.pop("body_size", len(body or b""))
     return admit(given.pop("service", None) or service(), request, body, size, **given)
 
@@ -88,10 +97,50 @@ def test_the_time_on_the_way_is_known_where_both_times_are() -> None:
     assert admitted(ask(timeout_ms=4_000)).queue_ms is None
 
 
-def test_a_redelivery_never_runs() -> None:
-    with pytest.raises(Redelivered) as caught:
-        admitted(ask(), redelivered=True)
+LOST = MayHaveRun("the worker that held the call was lost")
+
+
+def test_a_request_that_may_have_run_never_runs() -> None:
+    with pytest.raises(MayHaveRun) as caught:
+        admitted(ask(), may_have_run=LOST)
     assert caught.value.executed == "maybe"
+
+
+@pytest.mark.parametrize("redelivered", [False, True])
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("has_copy", [False, True])
+def test_a_request_may_have_run_if_it_was_delivered_before_or_left_the_exchange_that_it_was_sent_to(
+    redelivered: bool, moved: bool, has_copy: bool
+) -> None:
+    why = why_it_may_have_run(ask(has_copy=has_copy), redelivered=redelivered, moved=moved)
+    assert (why is not None) is (redelivered or (moved and has_copy))
+    assert why is None or why.executed == "maybe"
+
+
+REFUSALS = [
+    InvalidParams("x"),
+    MethodNotFound("x"),
+    ServiceUnavailable("x"),
+    Overloaded("x"),
+    CallTimeout("x", executed="no"),
+    ExpiredOnArrival(5),
+    TooLarge("x"),
+]
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=lambda it: type(it).__name__)
+def test_of_what_may_have_run_no_refusal_says_that_it_did_not(error: CallError) -> None:
+    assert error.executed == "no"
+    assert never_no(error, None) is error
+    told = never_no(error, LOST)
+    kind = CallTimeout if isinstance(error, CallTimeout) else MayHaveRun
+    assert (type(told), told.executed, told.retryable) == (kind, "maybe", False)
+    assert told.message == f"{LOST.message}; this worker refuses it: {error.message}"
+
+
+@pytest.mark.parametrize("error", [CallTimeout("x", executed="yes"), LOST, OutcomeUnknown("x")], ids=repr)
+def test_what_is_known_of_a_run_is_told_as_it_is(error: CallError) -> None:
+    assert never_no(error, LOST) is error
 
 
 def test_a_further_attempt_runs_only_where_the_method_is_idempotent() -> None:
@@ -107,15 +156,10 @@ def test_a_request_with_a_key_that_may_have_run_is_barred_and_not_refused_since_
     attempt = admitted(ask("add", idempotency_key="k", attempt=2))
     assert attempt.once is not None
     assert isinstance(attempt.once.barred, OutcomeUnknown)
-    redelivered = admitted(ask("again", idempotency_key="k"), b"[]", redelivered=True)
+    redelivered = admitted(ask("again", idempotency_key="k"), b"[]", may_have_run=LOST)
     assert redelivered.once is not None
-    assert isinstance(redelivered.once.barred, Redelivered)
+    assert redelivered.once.barred is LOST
     assert admitted(ask("add")).once is None
-
-
-def test_a_redelivery_with_a_key_whose_deadline_has_passed_may_have_run() -> None:
-    with pytest.raises(Redelivered):
-        admitted(ask("again", idempotency_key="k", deadline_ms=WALL - 1, timeout_ms=5), b"[]", redelivered=True)
 
 
 def test_a_key_stands_for_one_method_and_the_same_parameters() -> None:

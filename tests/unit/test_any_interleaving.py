@@ -29,6 +29,9 @@ CUT = BrokerUnreachable("cut by the test")
 LIMIT = 5
 """Calls that the client may have under way."""
 
+UNRUN_WITHIN = 1.0
+"""Seconds after it was sent within which an expiry proves that a request was never delivered."""
+
 
 class HeldLoop(asyncio.SelectorEventLoop):
     """An event loop whose time stands still until it is told to pass."""
@@ -55,15 +58,17 @@ class HeldLoop(asyncio.SelectorEventLoop):
             self.settle_down()
 
 
-NOT_TAKEN = (Settled.RETURNED, Settled.REFUSED, Settled.TOO_LARGE, Settled.UNSENT)
+NOT_TAKEN = (Settled.RETURNED, Settled.TOO_LARGE, Settled.UNSENT)
 
 
 class Sent:
     """A request that was handed to the transport, and what the world knows of it."""
 
-    def __init__(self, message: Outgoing, generation: int) -> None:
+    def __init__(self, message: Outgoing, generation: int, now: float) -> None:
         self.message = message
         self.generation = generation  # of the reply queue that it names
+        self.at = now
+        self.is_once = b".once." in message.routing_key  # in one queue that delivers once, and in no other
         self.settled: Settled | None = None
         self.may_run = True
         self.has_run = False
@@ -71,7 +76,8 @@ class Sent:
 
     def settle(self, settled: Settled) -> None:
         self.settled = settled
-        if settled in NOT_TAKEN:
+        # A classic queue whose node cannot be reached may have the request that the broker refuses.
+        if settled in NOT_TAKEN or (settled is Settled.REFUSED and self.is_once):
             self.may_run = False
         self.message.on_settled(settled)
 
@@ -104,7 +110,8 @@ class HeldTransport:
         elif message.exchange.endswith(b".control"):
             message.on_settled(Settled.CONFIRMED)
         else:
-            self.sent.append(Sent(message, self.generation if self.consumes else 0))
+            now = asyncio.get_running_loop().time()
+            self.sent.append(Sent(message, self.generation if self.consumes else 0, now))
 
     async def writable(self) -> None:
         while not self.can_publish:
@@ -183,7 +190,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         ]
         for patch in self.patches:
             patch.start()
-        self.client = Client("memory://", max_in_flight=LIMIT)
+        self.client = Client("memory://", max_in_flight=LIMIT, heartbeat=10, disconnected_timeout=20 + UNRUN_WITHIN)
         self.loop.run_until_complete(self.client.connect())
         self.callers: list[Caller] = []
 
@@ -224,6 +231,8 @@ class AnyInterleaving(RuleBasedStateMachine):
     def settle(self, index: int, settled: Settled) -> None:
         it = self.pick(index, unconfirmed=True)
         if it is not None and self.transport.publishes:
+            if it.has_run and (settled in NOT_TAKEN or it.is_once) and settled is not Settled.CONFIRMED:
+                return  # the broker took it
             it.settle(settled)
             self.loop.settle_down()
 
@@ -233,13 +242,23 @@ class AnyInterleaving(RuleBasedStateMachine):
         if it is None or it.settled in NOT_TAKEN:
             return
         queue = self.client.names.namespace + (".once.things" if once else ".req.things")
-        if reason == "expired" and once:
+        if reason == "expired" and once and it.is_once and self.loop.now - it.at < UNRUN_WITHIN:
             if it.has_run:
                 return  # such a queue delivers once
             it.may_run = False
-        table = {"x-death": [{"reason": reason, "queue": queue}]}
-        data = properties.encode(properties.Properties(headers=table, correlation_id=it.message.correlation_id))
-        self.deliver(it, data, it.message.body)
+        self.deliver(it, self.again(it, {"x-death": [{"reason": reason, "queue": queue}]}), it.message.body)
+
+    @rule(index=INDEX)
+    def move(self, index: int) -> None:
+        """Somebody publishes a request once more, with its CC."""
+        it = self.pick(index)
+        if it is not None and it.settled not in NOT_TAKEN:
+            self.deliver(it, self.again(it, {}), it.message.body)
+
+    def again(self, it: Sent, headers: dict[str, Any]) -> bytes:
+        found = properties.decode(it.message.properties)
+        found.headers = {**(found.headers or {}), **headers}
+        return properties.encode(found)
 
     # What a worker does; also twice, late, and for what is long over.
 
@@ -337,7 +356,8 @@ class AnyInterleaving(RuleBasedStateMachine):
     @invariant()
     def the_table_has_what_is_under_way(self) -> None:
         if hasattr(self, "client"):
-            assert self.client.in_flight <= min(LIMIT, sum(not it.task.done() for it in self.callers))
+            assert len(self.client._calls) <= LIMIT
+            assert self.client.in_flight <= sum(not it.task.done() for it in self.callers)
 
     def teardown(self) -> None:
         if not hasattr(self, "client"):

@@ -41,12 +41,16 @@ class Waiting(Call):
         super().__init__(correlation_id, idempotent=idempotent)
         self.outcomes: list[Outcome] = []
         self.agains = 0
+        self.elsewheres = 0
 
     def settle(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
 
     def again(self) -> None:
         self.agains += 1
+
+    def elsewhere(self) -> None:
+        self.elsewheres += 1
 
 
 def begun(state: State, *, idempotent: bool = False) -> tuple[PendingCalls, Waiting]:
@@ -71,13 +75,16 @@ EVERY = (State.CREATED, *SENT)
         (SENT, Event.LOST, OutcomeUnknown, "maybe", False),
         (SENT, Event.WORKER_LOST, OutcomeUnknown, "maybe", False),
         ((State.WRITTEN,), Event.RETURNED, ServiceUnavailable, "no", True),
-        ((State.WRITTEN,), Event.REFUSED, Overloaded, "no", True),
+        ((State.WRITTEN,), Event.REFUSED, Overloaded, "maybe", False),
+        ((State.WRITTEN,), Event.REFUSED_UNRUN, Overloaded, "no", True),
         ((State.WRITTEN,), Event.TOO_LARGE, TooLarge, "no", False),
         (SENT, Event.EXPIRED_UNRUN, CallTimeout, "no", True),
         (SENT, Event.EXPIRED, CallTimeout, "maybe", False),
         (SENT, Event.DEADLINE, CallTimeout, "maybe", False),
         (SENT, Event.DEADLINE_BLOCKED, CallTimeout, "maybe", False),
-        ((State.CREATED,), Event.DEADLINE, ServiceUnavailable, "no", True),
+        (SENT, Event.DEADLINE_CUT_OFF, CallTimeout, "maybe", False),
+        ((State.CREATED,), Event.DEADLINE, CallTimeout, "no", True),
+        ((State.CREATED,), Event.DEADLINE_CUT_OFF, ServiceUnavailable, "no", True),
         ((State.CREATED,), Event.DEADLINE_BLOCKED, Overloaded, "no", True),
         (SENT, Event.CLOSE, OutcomeUnknown, "maybe", False),
         ((State.CREATED,), Event.CLOSE, ServiceUnavailable, "no", True),
@@ -113,6 +120,18 @@ def test_a_request_that_certainly_did_not_run_is_sent_again_whatever_the_call(ev
     assert (call.agains, call.attempt, call.outcomes, call.state) == (1, 1, [], State.CREATED)
 
 
+def test_a_request_that_reached_no_queue_is_sent_elsewhere_under_the_same_id() -> None:
+    calls, call = begun(State.WRITTEN)
+    first = call.request_id
+    calls.happened(call, Event.NOT_THERE)
+    assert (call.elsewheres, call.agains, call.sent, call.outcomes, call.state) == (1, 0, 0, [], State.CREATED)
+    assert calls.write(call) == first
+    calls.happened(call, Event.TURNED_AWAY)
+    second = calls.write(call)
+    calls.happened(call, Event.NOT_THERE)
+    assert calls.write(call) == second != first
+
+
 @pytest.mark.parametrize("event", [Event.LOST, Event.WORKER_LOST])
 def test_an_idempotent_call_is_sent_again_a_few_times(event: Event) -> None:
     calls, call = begun(State.WRITTEN, idempotent=True)
@@ -125,7 +144,7 @@ def test_an_idempotent_call_is_sent_again_a_few_times(event: Event) -> None:
     assert isinstance(outcome, OutcomeUnknown)
 
 
-@pytest.mark.parametrize("event", [Event.RETURNED, Event.REFUSED, Event.TOO_LARGE, Event.EXPIRED_UNRUN])
+@pytest.mark.parametrize("event", [Event.RETURNED, Event.REFUSED_UNRUN, Event.TOO_LARGE, Event.EXPIRED_UNRUN])
 def test_no_later_attempt_says_that_the_call_did_not_run(event: Event) -> None:
     calls, call = begun(State.WRITTEN, idempotent=True)
     calls.happened(call, Event.LOST)
@@ -225,9 +244,12 @@ def test_nothing_that_may_have_run_is_sent_again_for_certain() -> None:
 
 
 def test_what_says_nothing_about_the_last_request_is_passed_over() -> None:
-    everything = {Event.REPLY, Event.DEADLINE, Event.DEADLINE_BLOCKED, Event.CANCEL, Event.CLOSE}
+    deadlines = {Event.DEADLINE, Event.DEADLINE_BLOCKED, Event.DEADLINE_CUT_OFF}
+    everything = {Event.REPLY, *deadlines, Event.CANCEL, Event.CLOSE}
     only_sent = {Event.TURNED_AWAY, Event.WORKER_LOST, Event.LOST, Event.EXPIRED, Event.EXPIRED_UNRUN}
-    only_unconfirmed = {Event.CONFIRM, Event.RETURNED, Event.REFUSED, Event.TOO_LARGE, Event.UNSENT}
+    returned = {Event.RETURNED, Event.NOT_THERE}
+    refused = {Event.REFUSED, Event.REFUSED_UNRUN, Event.TOO_LARGE}
+    only_unconfirmed = {Event.CONFIRM, *returned, *refused, Event.UNSENT}
     assert {event for state, event in TRANSITIONS if state is State.CREATED} == everything | {Event.WRITE}
     assert {
         event for state, event in TRANSITIONS if state is State.WRITTEN

@@ -703,7 +703,6 @@ def test_a_service_has_a_name(name: Any) -> None:
         ({"queue_type": "stream"}, "'orders' has the queue type 'stream'"),
         ({"queue": ""}, "queue is ''"),
         ({"queue": "q" * 256}, "queue is"),
-        ({"queue": "orders"}, "'orders' has a queue of its own name"),
         ({"timeout": 0}, "timeout is 0"),
         ({"timeout": math.inf}, "timeout is inf"),
         ({"errors": [ValueError]}, "errors holds"),

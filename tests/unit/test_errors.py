@@ -341,6 +341,7 @@ def test_a_timeout_is_also_pythons_and_a_refused_parameter_is_also_a_type_error(
 def test_what_may_be_sent_again_did_not_run(kind: type[CallError]) -> None:
     assert kind().retryable
     assert kind().executed == "no"
+    assert not kind(executed="maybe").retryable
 
 
 def test_an_unknown_outcome_may_have_run_and_is_not_to_be_repeated() -> None:

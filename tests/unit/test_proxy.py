@@ -60,7 +60,14 @@ def maker() -> CallMaker:
 
 
 def target(service: str, method: str) -> Target:
-    return Target(b"rpcq.requests", service.encode(), method.encode(), f"{service}.{method}", is_ours=True)
+    return Target(
+        b"rpcq.requests",
+        service.encode(),
+        method.encode(),
+        f"{service}.{method}",
+        True,
+        b"rpcq.once." + service.encode(),
+    )
 
 
 # Targets.
@@ -78,10 +85,15 @@ async def test_a_namespace_has_an_exchange_of_its_own() -> None:
 
 async def test_a_queue_is_reached_through_the_default_exchange(maker: CallMaker) -> None:
     other = maker.with_options(queue="rpc queue")
-    expected = Target(b"", b"rpc queue", b"fib", "rpc queue: fib", is_ours=False)
+    expected = Target(b"", b"rpc queue", b"fib", "rpc queue: fib", is_ours=False, once_key=b"")
     assert (await other.call("fib", 30)).target == expected
     assert (await other.call("any.service.fib", 30)).target == expected
     assert (await other.service("s").fib(30)).target == expected
+
+
+async def test_a_queue_that_delivers_once_is_known_by_its_name(maker: CallMaker) -> None:
+    made = await maker.with_options(queue="rpcq.once.orders").call("total")
+    assert (made.target.routing_key, made.target.once_key) == (b"rpcq.once.orders", b"rpcq.once.orders")
 
 
 @pytest.mark.parametrize("name", ["", "orders.", "orders.a b", "orders.é", "orders." + "a" * 101, "a\n"])

@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, RootModel, field_serializer
 
@@ -45,6 +45,8 @@ HEADERS = st.dictionaries(
 )
 SHORTS = st.none() | st.binary(max_size=40)
 DEATH = {"x-death": [{"reason": "expired", "queue": "rpcq.req.a", "count": 1}]}
+OWN = b"amq.gen-own"
+"""The reply queue of the client that reads."""
 
 
 class Colour(enum.Enum):
@@ -314,7 +316,7 @@ def test_any_request_is_read_as_it_was_written(
 ) -> None:
     encoder = RequestEncoder(reply_to, app_id)
     data = encoder.encode(correlation_id, method.encode(), left, deadline, b"", notify=notify)
-    expected = Request(correlation_id, reply_to.encode(), method, deadline, left, app_id)
+    expected = Request(correlation_id, reply_to.encode(), method, deadline, left, app_id, has_copy=notify)
     assert wire.read_request(data) == expected
     found = amqp.decode(data)
     assert wire.read_request(amqp.encode(dataclasses.replace(found, message_id=b"m"))) == dataclasses.replace(
@@ -443,7 +445,7 @@ _REPLY = ReplyEncoder().encode(RESULT, b"id", 1.0, 2.0)
 
 @pytest.mark.parametrize("data", [_REQUEST, _REPLY])
 def test_properties_that_end_early_or_go_on_too_long_are_malformed(data: bytes) -> None:
-    reader = wire.read_request if data is _REQUEST else lambda it: wire.read_reply(it, b"")
+    reader = wire.read_request if data is _REQUEST else lambda it: wire.read_reply(it, b"", OWN)
     assert reader(data)
     for end in range(len(data)):
         with pytest.raises(MalformedProperties):
@@ -487,7 +489,7 @@ def test_a_reply_is_read_as_it_was_written(
         correlation_id=correlation_id or b"",
         type=kind,
     )
-    assert wire.read_reply(data, b"1") == Reply(correlation_id or b"", kind, b"1", JSON)
+    assert wire.read_reply(data, b"1", OWN) == Reply(correlation_id or b"", kind, b"1", JSON)
 
 
 def _slow(found: Properties, body: bytes | None) -> Reply:
@@ -504,6 +506,7 @@ def _slow(found: Properties, body: bytes | None) -> Reply:
         delivery_mode=st.none() | st.just(1),
         priority=st.none() | st.just(5),
         correlation_id=SHORTS,
+        reply_to=st.none() | st.just(b"amq.gen-other"),
         message_id=st.none() | st.just(b"m"),
         type=SHORTS,
         app_id=st.none() | st.just(b"a"),
@@ -511,32 +514,39 @@ def _slow(found: Properties, body: bytes | None) -> Reply:
 )
 @example(Properties(b"", None, {}, 1, correlation_id=b"", type=b""))
 @example(Properties(JSON, None, {"x-death": "forged"}, 1, correlation_id=b"x-death", type=RESULT))
+@example(Properties(JSON, None, {"x-death": [{"reason": "expired", "queue": "rpcq.once.a"}]}, 1, correlation_id=b"i"))
 def test_a_reply_is_read_the_same_whether_the_fast_way_or_the_slow(found: Properties) -> None:
-    assume(not isinstance((found.headers or {}).get("x-death"), list))
-    assert wire.read_reply(amqp.encode(found), b"1") == _slow(found, b"1")
+    assert wire.read_reply(amqp.encode(found), b"1", OWN) == _slow(found, b"1")
 
 
 @pytest.mark.parametrize("more", [{}, {"type": b"add", "content_type": JSON, "delivery_mode": 1, "app_id": b"shop"}])
 def test_a_request_that_its_queue_gave_up_is_a_notice(more: dict[str, Any]) -> None:
-    data = amqp.encode(Properties(headers=DEATH | {wire.TIMEOUT: 5}, correlation_id=b"id", **more))
-    assert wire.read_reply(data, b"{}") == Notice(b"id", "expired", "rpcq.req.a")
+    data = amqp.encode(Properties(headers=DEATH | {wire.TIMEOUT: 5}, correlation_id=b"id", reply_to=OWN, **more))
+    assert wire.read_reply(data, b"{}", OWN) == Notice(b"id", "expired", "rpcq.req.a")
 
 
-def test_a_notice_may_have_the_flags_of_a_reply() -> None:
-    found = Properties(JSON, None, DEATH, 1, correlation_id=b"id", type=b"add")
-    assert wire.read_reply(amqp.encode(found), b"") == Notice(b"id", "expired", "rpcq.req.a")
+@pytest.mark.parametrize("reply_to", [None, b"", b"amq.gen-other"])
+def test_a_reply_of_a_server_that_copies_headers_is_no_notice(reply_to: bytes | None) -> None:
+    data = amqp.encode(Properties(headers=DEATH, correlation_id=b"id", reply_to=reply_to))
+    assert wire.read_reply(data, b"1", OWN) == Reply(b"id", RESULT, b"1")
+
+
+@pytest.mark.parametrize("more", [{}, {"headers": {"CC": [OWN.decode()]}}, {"type": RESULT}])
+def test_a_copy_of_a_request_of_ones_own_is_never_a_reply(more: dict[str, Any]) -> None:
+    data = amqp.encode(Properties(correlation_id=b"id", reply_to=OWN, **more))
+    assert wire.read_reply(data, b"1", OWN) is None
 
 
 def test_a_notice_tells_the_last_death_first() -> None:
     deaths = [{"reason": "delivery_limit", "queue": "rpcq.once.a"}, *DEATH["x-death"]]
-    data = amqp.encode(Properties(headers={"x-death": deaths}))
-    assert wire.read_reply(data, None) == Notice(b"", "delivery_limit", "rpcq.once.a")
+    data = amqp.encode(Properties(headers={"x-death": deaths}, reply_to=OWN))
+    assert wire.read_reply(data, None, OWN) == Notice(b"", "delivery_limit", "rpcq.once.a")
 
 
 @pytest.mark.parametrize("death", ["expired", [], ["expired"], [{"reason": "expired"}], [{"reason": 1, "queue": 2}]])
 def test_a_death_that_tells_nothing_is_no_notice(death: Any) -> None:
-    data = amqp.encode(Properties(headers={"x-death": death}, correlation_id=b"id", type=b"add"))
-    assert wire.read_reply(data, b"") == Reply(b"id", b"add", b"")
+    data = amqp.encode(Properties(headers={"x-death": death}, correlation_id=b"id", reply_to=OWN, type=b"add"))
+    assert wire.read_reply(data, b"", OWN) is None
 
 
 @settings(dozens, max_examples=300)
@@ -544,7 +554,7 @@ def test_a_death_that_tells_nothing_is_no_notice(death: Any) -> None:
 def test_whatever_bytes_a_reply_has_they_are_read_or_malformed(data: bytes) -> None:
     for noise in (data, _REPLY[:2] + data, _REPLY[: 2 + len(JSON)] + data):
         with contextlib.suppress(MalformedProperties):
-            assert isinstance(wire.read_reply(noise, b""), Reply | Notice)
+            assert isinstance(wire.read_reply(noise, b"", OWN), Reply | Notice | None)
 
 
 @dozens
@@ -554,7 +564,7 @@ def test_flipped_bytes_of_a_reply_never_end_in_another_error(data: st.DataObject
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     try:
-        reply = wire.read_reply(bytes(raw), b"")
+        reply = wire.read_reply(bytes(raw), b"", OWN)
         found = amqp.decode(bytes(raw))
     except MalformedProperties:
         return
@@ -568,7 +578,7 @@ def test_the_body_of_a_reply_is_read(kind: bytes) -> None:
 
 def test_a_reply_without_a_type_counts_as_a_result() -> None:
     data = amqp.encode(Properties(correlation_id=b"id"))
-    reply = wire.read_reply(data, b"55")
+    reply = wire.read_reply(data, b"55", OWN)
     assert reply == Reply(b"id", RESULT, b"55")
     assert wire.read_body(reply) == 55
 

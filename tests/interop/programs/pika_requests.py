@@ -5,8 +5,9 @@
 SPEC is JSON. Each of "requests" has "exchange", "routing_key", "body" (text), and may have "properties" (AMQP's names),
 "headers" and "correlation_id_hex" (for IDs that are not text). `reply_to` is this program's own exclusive queue unless
 the properties give one; null leaves it out. The text "$reply" in headers stands for the own queue's name. The queues
-named in "watch" are declared and consumed, too. Waits until "expect" messages have come (1 for each request unless
-given), at most "wait" seconds (10), then "linger" seconds more (0) for those that should not come.
+named in "watch" are declared and consumed, too; "bind" names an exchange that the own queue is bound to under its name.
+Waits until "expect" messages have come (1 for each request unless given), at most "wait" seconds (10), then "linger"
+seconds more (0) for those that should not come.
 
 Prints a JSON line for each message: "queue" (null: the own one), "properties", "headers", "correlation_id_hex", "body".
 """
@@ -70,6 +71,8 @@ def main(url: str, spec: dict[str, Any]) -> None:
         }
         print(json.dumps(line, default=str), flush=True)
 
+    if "bind" in spec:
+        channel.queue_bind(own, spec["bind"], own)
     channel.basic_consume(own, show, auto_ack=True, consumer_tag="own")
     for name in spec.get("watch", ()):
         channel.queue_declare(queue=name, durable=True, arguments={"x-expires": 30_000})

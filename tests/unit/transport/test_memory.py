@@ -69,9 +69,11 @@ class Peer:
         declared = Queue(queue, durable=True) if isinstance(queue, str) else queue
         return Subscription(declared, self._take, prefetch, no_ack)
 
-    async def start(self, *queues: Queue | str, prefetch: int = 0, no_ack: bool = False) -> None:
+    async def start(
+        self, *queues: Queue | str, prefetch: int = 0, no_ack: bool = False, exchanges: Sequence[Exchange] = ()
+    ) -> None:
         subscriptions = [self.subscription(queue, prefetch, no_ack=no_ack) for queue in queues]
-        await self.transport.start([NOTHING], subscriptions, self.log.listener)
+        await self.transport.start([NOTHING, *exchanges], subscriptions, self.log.listener)
 
     def publish(
         self, key: str, body: bytes = b"", properties: bytes = PLAIN, *, exchange: str = "", mandatory: bool = True
@@ -269,9 +271,9 @@ async def test_acknowledging_what_needs_no_ack_ends_the_session_as_on_a_broker(p
 async def test_an_expired_request_comes_back_to_the_caller(broker: MemoryBroker, peer: Peer, other: Peer) -> None:
     names = Names()
     await other.transport.start(
-        [names.requests], [other.subscription(names.request_queue("s", "classic"), 1)], Log().listener
+        names.exchanges(), [other.subscription(names.request_queue("s", "classic"), 1)], Log().listener
     )
-    await peer.start(names.reply_queue(), no_ack=True)
+    await peer.start(names.reply_queue(), no_ack=True, exchanges=[names.notices])
     (reply_to,) = peer.log.queues
     properties = encode(Properties(correlation_id=b"c", expiration=b"5", headers={"CC": [reply_to]}))
     for _ in range(2):  # the worker holds the first
@@ -466,7 +468,7 @@ async def test_what_was_on_its_way_arrives_before_stop_consuming_returns(broker:
 
 
 async def test_dropped_connections_settle_tell_and_come_back_with_new_names(broker: MemoryBroker, peer: Peer) -> None:
-    await peer.start(Names().reply_queue(), "q")
+    await peer.start(Queue("", exclusive=True, auto_delete=True), "q")
     before = peer.log.queues
     peer.publish("q")
     broker.drop_connections()
@@ -502,8 +504,8 @@ async def test_a_request_held_at_a_drop_is_given_up_once_by_a_queue_that_deliver
 ) -> None:
     names = Names()
     queue = names.request_queue("s", "quorum")
-    await other.transport.start([names.requests], [other.subscription(queue, 1)], other.log.listener)
-    await peer.start("notices")
+    await other.transport.start(names.exchanges(), [other.subscription(queue, 1)], other.log.listener)
+    await peer.start(Queue("notices", durable=True, bindings=((names.notices.name, "notices"),)))
     await peer.transport.stop_consuming()
     properties = encode(Properties(headers={"CC": ["notices"]}))
     peer.publish("s", b"b", properties, exchange=names.requests.name)

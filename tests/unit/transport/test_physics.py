@@ -95,6 +95,61 @@ def test_a_direct_exchange_routes_to_every_queue_bound_under_the_key(world: Worl
     assert [world.ready(name) for name in "qrs"] == [[b"a"], [b"a"], []]
 
 
+TOPICS = [
+    ("order.created", "order.created"),
+    ("order.*", "order.created order.paid"),
+    ("*.created", "order.created user.created"),
+    ("order.#", "order.created order.paid order.eu.paid order"),
+    ("#.paid", "order.paid order.eu.paid paid"),
+    ("#", "order.created order.paid order.eu.paid order paid user.created "),
+    ("*", "order paid"),
+    ("order.*.paid", "order.eu.paid"),
+    ("order.#.paid", "order.paid order.eu.paid"),
+    ("#.eu.#", "order.eu.paid"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "keys"), TOPICS, ids=[pattern for pattern, _ in TOPICS])
+def test_a_topic_exchange_matches_words(world: World, pattern: str, keys: str) -> None:
+    world.vhost.declare_exchange(Exchange("t", "topic"))
+    world.vhost.declare_queue(Queue("q", bindings=(("t", pattern), ("t", "order.created.twice"))), world.mine)
+    every = ["order.created", "order.paid", "order.eu.paid", "order", "paid", "user.created", ""]
+    for key in every:
+        world.publish(key, key.encode(), exchange="t", mandatory=False)
+    assert world.ready("q") == [key.encode() for key in every if key in keys.split(" ")]
+
+
+def test_a_queue_that_is_bound_twice_to_a_topic_exchange_gets_one_copy_and_unbinds_all(world: World) -> None:
+    world.vhost.declare_exchange(Exchange("t", "topic"))
+    world.vhost.declare_queue(Queue("q", exclusive=True, bindings=(("t", "#"), ("t", "a.*"), ("t", "a.b"))), world.mine)
+    world.publish("a.b", b"1", exchange="t", headers={"CC": ["a.c", "z"]})
+    assert world.ready("q") == [b"1"]
+    world.disconnect(world.mine)
+    assert world.publish("a.b", b"2", exchange="t") is Settled.RETURNED
+
+
+def test_nobody_publishes_to_an_internal_exchange_and_dead_letters_get_there(world: World) -> None:
+    world.vhost.declare_exchange(Exchange("i", "topic", internal=True))
+    world.vhost.declare_queue(Queue("dead", durable=True, bindings=(("i", "back"),)), world.mine)
+    world.queue("q", dead_letter_exchange="i")
+    with pytest.raises(AccessRefused, match="cannot publish to internal exchange 'i'"):
+        world.publish("back", exchange="i")
+    world.publish("q", b"a", headers={"CC": ["nobody", "back"]})
+    world.vhost.queues["dead"].ready.clear()
+    world.consume("q")
+    ((_, tag, _),) = world.take()
+    world.settle(tag)
+    assert world.ready("dead") == [b"a"]
+
+
+def test_an_exchange_keeps_its_type(world: World) -> None:
+    world.vhost.declare_exchange(Exchange("t", "topic"))
+    world.vhost.declare_exchange(Exchange("t", "topic"))
+    for other in (Exchange("t"), Exchange("t", "topic", internal=True)):
+        with pytest.raises(TopologyMismatch, match="the exchange 't' exists as"):
+            world.vhost.declare_exchange(other)
+
+
 def test_binding_twice_routes_once(world: World) -> None:
     world.queue("q", key="k")
     world.queue("q", key="k")
@@ -240,7 +295,7 @@ def test_binding_to_an_absent_exchange_is_refused(world: World) -> None:
 
 
 def test_the_broker_names_queues_that_have_no_name(world: World) -> None:
-    first, second = (world.vhost.declare_queue(Names().reply_queue(), world.mine) for _ in range(2))
+    first, second = (world.vhost.declare_queue(Queue("", exclusive=True), world.mine) for _ in range(2))
     assert first.startswith("amq.gen-")
     assert first != second
 

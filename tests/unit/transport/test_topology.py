@@ -7,12 +7,13 @@ import pytest
 from rpcq.errors import ConfigurationError
 from rpcq.transport.topology import DIRECT_REPLY_TO, MAX_LENGTH, Exchange, Names, Queue
 
-ARGUMENTS = {"x-max-length": 100_000, "x-overflow": "reject-publish", "x-dead-letter-exchange": ""}
+ARGUMENTS = {"x-max-length": 100_000, "x-overflow": "reject-publish", "x-dead-letter-exchange": "rpcq.notices"}
 
 
-def test_exchanges_are_direct_and_have_the_names_of_the_wire_contract() -> None:
+def test_exchanges_have_the_names_and_types_of_the_wire_contract() -> None:
     assert Names().requests == Exchange("rpcq.requests", "direct")
     assert Names().control == Exchange("rpcq.control", "direct")
+    assert Names().notices == Exchange("rpcq.notices", "topic", internal=True)
     assert MAX_LENGTH == 100_000
 
 
@@ -27,7 +28,7 @@ def test_a_quorum_request_queue_delivers_once() -> None:
         "rpcq.once.orders",
         durable=True,
         arguments=ARGUMENTS | {"x-queue-type": "quorum", "x-delivery-limit": 0},
-        bindings=(("rpcq.requests", "orders"),),
+        bindings=(("rpcq.requests", "orders"), ("rpcq.requests", "rpcq.once.orders")),
     )
 
 
@@ -44,8 +45,14 @@ def test_a_classic_queue_may_not_pass_for_one_that_delivers_once() -> None:
     assert Names("other").request_queue("orders", "classic", "rpcq.once.mine").name == "rpcq.once.mine"
 
 
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_a_service_may_not_be_called_like_a_queue_that_delivers_once(queue_type: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"must not begin with 'rpcq\.once\.'.*; got 'rpcq\.once\.orders'"):
+        Names().request_queue("rpcq.once.orders", queue_type)  # type: ignore[arg-type]
+
+
 def test_queues_of_one_session_are_exclusive_and_named_by_the_broker() -> None:
-    assert Names().reply_queue() == Queue("", exclusive=True, auto_delete=True)
+    assert Names().reply_queue() == Queue("", exclusive=True, auto_delete=True, bound_by_name=("rpcq.notices",))
     assert Names().control_queue(("a", "b")) == Queue(
         "",
         exclusive=True,
@@ -56,7 +63,11 @@ def test_queues_of_one_session_are_exclusive_and_named_by_the_broker() -> None:
 
 def test_a_queue_that_is_reached_through_a_reply_exchange_has_a_name_of_its_own_in_each_session() -> None:
     queue = Names("staging").reply_queue("replies")
-    assert (queue.name, queue.prefix, queue.bound_by_name) == ("", "staging.reply.", ("replies",))
+    assert (queue.name, queue.prefix, queue.bound_by_name) == (
+        "",
+        "staging.reply.",
+        ("staging.notices", "replies"),
+    )
     names = {queue.for_session().name for _ in range(100)}
     assert len(names) == 100
     assert all(name.startswith("staging.reply.") and len(name) > 30 for name in names)
@@ -70,9 +81,14 @@ def test_with_a_reply_exchange_workers_reply_to_nothing_else() -> None:
     assert [it.name for it in Names("staging").exchanges("replies")] == [
         "staging.requests",
         "staging.control",
+        "staging.notices",
         "replies",
     ]
-    assert [it.name for it in Names("staging").exchanges()] == ["staging.requests", "staging.control"]
+    assert [it.name for it in Names("staging").exchanges()] == [
+        "staging.requests",
+        "staging.control",
+        "staging.notices",
+    ]
 
 
 def test_a_namespace_prefixes_every_name() -> None:

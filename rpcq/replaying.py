@@ -1,0 +1,174 @@
+"""Calls with an idempotency key: the result that is remembered, else that of the handler, which then alone runs.
+
+The way of one: wait for a request of the same key that runs in this worker; look into the store, and claim the key; run
+the handler; put its result, or release the key. Who finds the key with another worker looks again and again until its
+deadline. See `rpcq.idempotency.AnswerStore` for what a store promises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Protocol
+
+from rpcq import logs
+from rpcq.admission import Job, MayHaveRun, Once, Refused
+from rpcq.errors import InvalidParams, ServiceUnavailable
+from rpcq.idempotency import Answer, AnswerStore, Claim
+
+LEASE_SLACK: Final = 1.0
+"""Seconds after its deadline that a call still has its key: to be cancelled, and for its result to be stored."""
+
+FIRST_LOOK: Final = 0.01
+LONGEST_LOOK: Final = 0.5
+"""Seconds between two looks at whether another worker has ended a call of the same key: at first, and at most."""
+
+RELEASE_TIMEOUT: Final = 5.0
+"""Seconds that a store has to release a key. After that, its time has to pass."""
+
+log = logs.get_logger("rpcq.worker")
+
+
+class Repeatable(Protocol):
+    """A request in hand, as far as this module is concerned; see `rpcq.running.Running`."""
+
+    may_have_run: MayHaveRun | None
+    task: asyncio.Task[None] | None
+
+    @property
+    def id(self) -> str:
+        """The correlation ID, for logs."""
+
+    @property
+    def outlasts(self) -> bool:
+        """Whether its handler still runs though its call has ended: in a thread, which cannot be ended."""
+
+
+class Replays:
+    """Runs calls with an idempotency key once, and replays what they gave.
+
+    Args:
+        answers: where results are remembered, unless their service says otherwise.
+        max_body: bytes of a result.
+
+    Attributes:
+        replayed: requests that were answered with a remembered result.
+
+    """
+
+    def __init__(self, answers: AnswerStore, max_body: int) -> None:
+        self._answers = answers
+        self._max_body = max_body
+        self._turns: dict[str, asyncio.Event] = {}  # key of a call that runs -> set when it has ended
+        self._owner = secrets.token_hex(8)
+        self._owners = itertools.count(1)
+        self._releases: set[asyncio.Task[None]] = set()
+        self.replayed = 0
+
+    async def run(self, run: Repeatable, job: Job, once: Once, enter: Callable[[], Awaitable[Any]]) -> Any:
+        """The result of a call: an `Answer`, or what `enter` gave where that cannot be sent.
+
+        Raises:
+            Refused: the handler may not run.
+
+        """
+        while (turn := self._turns.get(once.key)) is not None:
+            _wait_for_twin(run)
+            await turn.wait()
+        turn = self._turns[once.key] = asyncio.Event()
+        store = self._answers if once.store is None else once.store
+        owner = f"{self._owner}-{next(self._owners)}"
+        try:
+            found = await self._recall(run, job, once, store, owner)
+            return await self._enter(run, job, once, store, owner, enter) if found is None else found
+        finally:
+            del self._turns[once.key]
+            turn.set()
+
+    async def close(self) -> None:
+        """Wait for the keys that are being released."""
+        if self._releases:
+            await asyncio.wait(self._releases, timeout=RELEASE_TIMEOUT)
+
+    async def _recall(self, run: Repeatable, job: Job, once: Once, store: AnswerStore, owner: str) -> Answer | None:
+        """The answer that is remembered; None where the handler is to run, for which the key is claimed."""
+        pause = FIRST_LOOK
+        while (found := await self._look(run, job, once, store, owner)) is Claim.HELD:
+            if job.method.idempotent and job.request.attempt > 1:
+                return None  # whoever has the key may be lost, and to run twice does no harm
+            _wait_for_twin(run)
+            await asyncio.sleep(pause)
+            pause = min(1.5 * pause, LONGEST_LOOK)
+        if isinstance(found, Answer):
+            if found.fingerprint != once.fingerprint:
+                raise Refused(InvalidParams("its idempotency key was used for another method, or other parameters"))
+            self.replayed += 1
+            return found
+        if once.barred is not None:
+            raise Refused(once.barred)
+        if found is Claim.LAPSED and not job.method.idempotent:
+            raise Refused(MayHaveRun("a worker that ran a request with its idempotency key was lost"))
+        return None
+
+    async def _look(
+        self, run: Repeatable, job: Job, once: Once, store: AnswerStore, owner: str
+    ) -> Answer | Claim | None:
+        """What the store has under the key, which is claimed unless the call may not run."""
+        try:
+            if once.barred is not None:
+                return await store.get(once.key)
+            return await store.claim(once.key, owner, job.deadline - time.monotonic() + LEASE_SLACK)
+        except (Exception, asyncio.CancelledError) as error:
+            if _is_cancelled(run, error):
+                raise
+            log.exception("answers cannot be recalled", key=once.key, correlation_id=run.id)
+            raise Refused(ServiceUnavailable("the worker could not look for an earlier answer")) from error
+
+    async def _enter(
+        self, run: Repeatable, job: Job, once: Once, store: AnswerStore, owner: str, enter: Callable[[], Awaitable[Any]]
+    ) -> Any:
+        answer = None
+        try:
+            value = await enter()
+            try:
+                answer = Answer(once.fingerprint, job.method.write_result(value, self._max_body))
+            except Exception:  # noqa: BLE001 - told where the reply is made
+                return value
+        finally:
+            # A handler that outlasts its call keeps its key until the time of that has passed.
+            if answer is None and not run.outlasts:
+                self._release(store, once.key, owner)
+        try:
+            await store.put(once.key, answer)
+        except (Exception, asyncio.CancelledError) as error:
+            if _is_cancelled(run, error):
+                raise
+            log.exception("an answer cannot be remembered", key=once.key, correlation_id=run.id)
+        return answer
+
+    def _release(self, store: AnswerStore, key: str, owner: str) -> None:
+        """Release a key, while its caller is told that the call failed."""
+
+        async def release() -> None:
+            try:
+                async with asyncio.timeout(RELEASE_TIMEOUT):
+                    await store.release(key, owner)
+            except Exception:
+                log.exception("an idempotency key cannot be released", key=key)
+
+        releasing = asyncio.get_running_loop().create_task(release())
+        self._releases.add(releasing)
+        releasing.add_done_callback(self._releases.discard)
+
+
+def _wait_for_twin(run: Repeatable) -> None:
+    if run.may_have_run is None:
+        run.may_have_run = MayHaveRun("another request with its idempotency key ran")
+
+
+def _is_cancelled(run: Repeatable, error: BaseException) -> bool:
+    """Whether an error is the cancellation of the call, and not one that a store of answers ended in by itself."""
+    return isinstance(error, asyncio.CancelledError) and run.task is not None and run.task.cancelling() > 0
