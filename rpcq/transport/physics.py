@@ -154,6 +154,12 @@ class LiveQueue:
         else:
             self.ready.extendleft(reversed(entries))
 
+    def put_last(self, entry: Entry) -> None:
+        """Return what a consumer gave back to a quorum queue without a delivery limit: behind all others."""
+        entry.deliveries += 1
+        entry.position = next(self.positions)
+        self.ready.append(entry)
+
 
 class Vhost:
     """Exchanges and queues, and all that happens to their messages.
@@ -322,7 +328,9 @@ class Vhost:
         consumer, _, entry = handed
         queue = consumer.queue
         if not accept:
-            if requeue:
+            if requeue and queue.quorum and queue.delivery_limit is None:
+                queue.put_last(entry)
+            elif requeue:
                 self._return(queue, [entry], now)
             elif not queue.deleted:
                 self._dead_letter(queue, entry, "rejected", now)

@@ -782,3 +782,17 @@ def test_what_comes_back_to_a_quorum_queue_stands_before_the_rest_in_the_order_o
     world.disconnect(second)
     world.disconnect(first)
     assert world.ready("q") == [b"c", b"d", b"a", b"b", b"e"]
+
+
+@pytest.mark.parametrize(("limit", "then"), [(2, [b"a", b"b", b"c"]), (None, [b"b", b"c", b"a"])])
+def test_what_a_consumer_gives_back_stands_last_in_a_quorum_queue_without_a_delivery_limit(
+    world: World, limit: int | None, then: list[bytes]
+) -> None:
+    quorum(world, limit)
+    world.consume("q", prefetch=1)
+    for body in (b"a", b"b", b"c"):
+        world.publish("q", body)
+    world.settle(1, requeue=True)
+    for tag in (2, 3):
+        world.settle(tag, accept=True)
+    assert world.bodies()[1:] == then
