@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 import call_scripts
 import seam_scripts
+from broker import Broker
 
 AT_ONCE = 10
 """Scripts that are played beside each other: they mostly wait."""
 
-SCRIPTS = int(os.environ.get("RPCQ_TEST_SCRIPTS", "500"))
+SCRIPTS = int(os.environ.get("RPCQ_TEST_SCRIPTS", "300"))
 
 # Each example takes seconds: a failing one is told as it is, rather than made smaller.
 few = settings(
@@ -34,6 +35,11 @@ few = settings(
     phases=[Phase.explicit, Phase.generate],
 )
 many = settings(few, derandomize=False, phases=[*few.phases, Phase.shrink], max_examples=SCRIPTS // AT_ONCE)
+
+
+def play(scripts: Sequence[Any], how: ModuleType, broker: Broker) -> None:
+    """Play scripts in an event loop of their own: asyncio's debug mode takes longer than they do."""
+    asyncio.run(check(scripts, how, broker.url), debug=False)
 
 
 async def check(scripts: Sequence[Any], how: ModuleType, url: str) -> None:
@@ -64,17 +70,17 @@ async def difference(script: Any, how: ModuleType, url: str) -> str:
 @settings(few, max_examples=6)
 @given(scripts=st.lists(seam_scripts.scripts(), min_size=AT_ONCE, max_size=AT_ONCE))
 def test_any_script_of_messages_leads_to_the_same_on_both_brokers(
-    rabbitmq_url: str, scripts: list[seam_scripts.Script]
+    broker: Broker, scripts: list[seam_scripts.Script]
 ) -> None:
-    asyncio.run(check(scripts, seam_scripts, rabbitmq_url))
+    play([seam_scripts.for_version(script, broker.version) for script in scripts], seam_scripts, broker)
 
 
 @settings(few, max_examples=4)
 @given(scripts=st.lists(call_scripts.scripts(), min_size=AT_ONCE, max_size=AT_ONCE))
 def test_any_script_of_calls_leads_to_the_same_on_both_brokers(
-    rabbitmq_url: str, scripts: list[call_scripts.Script]
+    broker: Broker, scripts: list[call_scripts.Script]
 ) -> None:
-    asyncio.run(check(scripts, call_scripts, rabbitmq_url))
+    play(scripts, call_scripts, broker)
 
 
 @pytest.mark.long
@@ -82,9 +88,9 @@ def test_any_script_of_calls_leads_to_the_same_on_both_brokers(
 @many
 @given(scripts=st.lists(seam_scripts.scripts(), min_size=1, max_size=AT_ONCE))
 def test_any_of_many_scripts_of_messages_leads_to_the_same_on_both_brokers(
-    rabbitmq_url: str, scripts: list[seam_scripts.Script]
+    broker: Broker, scripts: list[seam_scripts.Script]
 ) -> None:
-    asyncio.run(check(scripts, seam_scripts, rabbitmq_url))
+    play([seam_scripts.for_version(script, broker.version) for script in scripts], seam_scripts, broker)
 
 
 @pytest.mark.long
@@ -92,6 +98,6 @@ def test_any_of_many_scripts_of_messages_leads_to_the_same_on_both_brokers(
 @many
 @given(scripts=st.lists(call_scripts.scripts(), min_size=1, max_size=AT_ONCE))
 def test_any_of_many_scripts_of_calls_leads_to_the_same_on_both_brokers(
-    rabbitmq_url: str, scripts: list[call_scripts.Script]
+    broker: Broker, scripts: list[call_scripts.Script]
 ) -> None:
-    asyncio.run(check(scripts, call_scripts, rabbitmq_url))
+    play(scripts, call_scripts, broker)
