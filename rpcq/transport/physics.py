@@ -327,18 +327,18 @@ class Vhost:
             raise TopologyMismatch(msg)
         consumer, _, entry = handed
         queue = consumer.queue
-        if not accept:
-            if requeue and queue.quorum and queue.delivery_limit is None:
-                queue.put_last(entry)
-            elif requeue:
-                self._return(queue, [entry], now)
-            elif not queue.deleted:
-                self._dead_letter(queue, entry, "rejected", now)
+        if requeue and queue.quorum and queue.delivery_limit is None:
+            queue.put_last(entry)
+        elif requeue:
+            self._return(queue, [entry], now)
         if consumer.held == consumer.prefetch and not consumer.cancelled:
             queue.available.append(consumer)
         consumer.held -= 1
         if queue.ready:
             self._serve(queue, now)
+        if not accept and not requeue and not queue.deleted:
+            # Last: a queue that is its own dead letters' finds the room that the consumer's next message leaves.
+            self._dead_letter(queue, entry, "rejected", now)
 
     def expire(self, now: float) -> None:
         """Give up what is dead at the head of its queue."""

@@ -796,3 +796,15 @@ def test_what_a_consumer_gives_back_stands_last_in_a_quorum_queue_without_a_deli
     for tag in (2, 3):
         world.settle(tag, accept=True)
     assert world.bodies()[1:] == then
+
+
+def test_a_rejected_message_comes_back_to_its_own_full_queue_in_the_room_of_the_one_that_is_delivered_next(
+    world: World,
+) -> None:
+    world.queue("q", max_length=2, overflow="reject-publish", dead_letter_exchange="")
+    world.consume("q", prefetch=1)
+    for body in (b"a", b"b", b"c"):
+        assert world.publish("q", body) is Settled.CONFIRMED
+    world.settle(1)
+    assert world.bodies() == [b"a", b"b"]
+    assert world.ready("q") == [b"c", b"a"]
