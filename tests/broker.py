@@ -8,6 +8,10 @@ In this order:
 4. As root on Debian or Ubuntu: install ``rabbitmq-server`` with apt, then as 3.
 5. Otherwise :class:`Unavailable`, saying what to install. Nothing is ever skipped quietly.
 
+``RPCQ_TEST_IMAGE``, an image such as ``rabbitmq:4.3-management``, leaves the second way alone, with that image: so one
+chooses the version. ``RPCQ_TEST_WAY`` leaves one way alone too: ``container``, or ``node`` for 3 and 4. Both hold for
+whatever is started here or by `cluster.py`, also for what a test starts beside the broker of ``RPCQ_TEST_URL``.
+
 What is started belongs to a *guard*: this same file run as a small process in a session of its own, which waits
 for its standard input to close, and then kills and deletes what it guards. A normal end closes that pipe, and so
 does the kernel when the test process is killed, so that there is one way of cleaning up and every run uses it.
@@ -65,6 +69,7 @@ __all__ = [
 ]
 
 IMAGE = "rabbitmq:4.0-management"
+"""The image of containers, where RPCQ_TEST_IMAGE does not name another."""
 VHOST = "rpcq-test"
 """Default vhost of a broker started here: `Broker.url` is a fresh vhost without a call of rabbitmqctl."""
 
@@ -300,6 +305,10 @@ class Facts:
 
     url: str = field(default="", repr=False)
     """RPCQ_TEST_URL; not shown, as there may be a password in it."""
+    image: str = IMAGE
+    """Of containers."""
+    way: str = ""
+    """The only way to try: RPCQ_TEST_WAY, or "container" where RPCQ_TEST_IMAGE is set; empty for all of them."""
     engine_problem: str = ""
     """Why containers are out of the question; empty if a Docker engine answers."""
     server: Path | None = None
@@ -308,8 +317,16 @@ class Facts:
     """Root, on a system with apt and a rabbitmq-server package."""
 
 
+ALLOWED = {
+    "": frozenset(Way),
+    "container": frozenset({Way.URL, Way.CONTAINER}),
+    "node": frozenset({Way.URL, Way.NODE, Way.INSTALL}),
+}
+"""RPCQ_TEST_WAY -> the ways that it leaves."""
+
+
 def plan(facts: Facts) -> tuple[Way, ...]:
-    """The ways to try, in order. A URL that was given is the only way: another broker would be a surprise."""
+    """The ways to try, in order. What was asked for is the only way: another broker would be a surprise."""
     if facts.url:
         return (Way.URL,)
     ways: list[Way] = []
@@ -319,7 +336,7 @@ def plan(facts: Facts) -> tuple[Way, ...]:
         ways.append(Way.NODE)
     elif facts.can_install:
         ways.append(Way.INSTALL)
-    return tuple(ways)
+    return tuple(way for way in ways if way in ALLOWED[facts.way])
 
 
 Found = TypeVar("Found")
@@ -334,6 +351,8 @@ def first(
 ) -> Found:
     """What the first way that works gives; `Unavailable` with every reason and the advice otherwise."""
     reasons = [] if facts.url or not facts.engine_problem else [f"{Way.CONTAINER.value}: {facts.engine_problem}"]
+    if facts.way:
+        reasons.append(f"no other way than: {facts.way}, as RPCQ_TEST_WAY or RPCQ_TEST_IMAGE says")
     if facts.server is None and not facts.url:
         reasons.append("rabbitmq-server: not on PATH, nor in " + ", ".join(SERVER_FOLDERS))
     for number, way in enumerate(ways, start=1):
@@ -347,10 +366,17 @@ def first(
 
 
 def gather(environ: Mapping[str, str]) -> Facts:
-    """Look at the machine; quick, and starts nothing."""
+    """Look at the machine; quick, and starts nothing. Raises `Unavailable` for what cannot be meant."""
     if url := environ.get("RPCQ_TEST_URL", ""):
         return Facts(url=url)
+    image, way = environ.get("RPCQ_TEST_IMAGE", ""), environ.get("RPCQ_TEST_WAY", "")
+    if way not in ALLOWED:
+        raise Unavailable(f"RPCQ_TEST_WAY is {way!r}: it has to be container or node")
+    if image and way == "node":
+        raise Unavailable(f"RPCQ_TEST_IMAGE is {image}, and RPCQ_TEST_WAY is node: an image is for containers")
     return Facts(
+        image=image or IMAGE,
+        way="container" if image else way,
         engine_problem=engine_problem(),
         server=find_server(environ.get("PATH", os.defpath)),
         can_install=can_apt_install(),
@@ -367,7 +393,7 @@ def starters(facts: Facts, say: Say, setup: Setup = PLAIN) -> dict[Way, Callable
 
     return {
         Way.URL: lambda: use_url(facts.url),
-        Way.CONTAINER: lambda: start_container(say, setup),
+        Way.CONTAINER: lambda: start_container(say, facts.image, setup),
         Way.NODE: lambda: node(facts.server),
         Way.INSTALL: lambda: node(install(say)),
     }
@@ -494,17 +520,17 @@ def _engine_problem() -> str:
     return ""
 
 
-def start_container(say: Say, setup: Setup = PLAIN) -> Broker:
-    """A container of `IMAGE`. Whatever goes wrong on the way makes containers unavailable, no more than that."""
-    return unless_a_port_is_taken(lambda: _start_container(say, setup))
+def start_container(say: Say, image: str, setup: Setup = PLAIN) -> Broker:
+    """A container. Whatever goes wrong on the way makes containers unavailable, no more than that."""
+    return unless_a_port_is_taken(lambda: _start_container(say, image, setup))
 
 
-def _start_container(say: Say, setup: Setup) -> Broker:
-    pull_image(say)
+def _start_container(say: Say, image: str, setup: Setup) -> Broker:
+    pull_image(say, image)
     label = new_label()
     guard = Guard({"label": label})
     try:
-        container = Container(label, setup)
+        container = Container(image, label, setup)
         version = container.wait()
     except BaseException as error:
         guard.stop()
@@ -518,21 +544,21 @@ def _start_container(say: Say, setup: Setup) -> Broker:
 
     url = f"amqp://guest:guest@{container.host}:{container.port}/{VHOST}"
     return Broker(
-        url, f"container {IMAGE} ({version})", version, container.ctl, stop, container.ports, _server=container
+        url, f"container {image} ({version})", version, container.ctl, stop, container.ports, _server=container
     )
 
 
-def pull_image(say: Say) -> None:
-    """Have `IMAGE` there."""
+def pull_image(say: Say, image: str) -> None:
+    """Have the image there."""
     try:
         from testcontainers.core.docker_client import DockerClient
 
         with contextlib.closing(DockerClient().client) as client:
-            if not client.images.list(name=IMAGE):
-                say(f"pulling the image {IMAGE}, which may take a minute")
-                client.images.pull(IMAGE)
+            if not client.images.list(name=image):
+                say(f"pulling the image {image}, which may take a minute")
+                client.images.pull(image)
     except Exception as error:
-        raise Unavailable(f"the image {IMAGE} cannot be had ({_brief(error)})") from error
+        raise Unavailable(f"the image {image} cannot be had ({_brief(error)})") from error
 
 
 def new_label() -> str:
@@ -541,14 +567,14 @@ def new_label() -> str:
 
 
 class Container(Server):
-    """A container of `IMAGE`, which the guard of `label` takes away.
+    """A container, which the guard of `label` takes away.
 
     Its ports are chosen here: those that Docker chooses are others after a restart. With a name, it is known by that
     in a network of its kin, which share a cookie.
     """
 
     def __init__(
-        self, label: str, setup: Setup = PLAIN, *, name: str = "", network: str = "", cookie: str = ""
+        self, image: str, label: str, setup: Setup = PLAIN, *, name: str = "", network: str = "", cookie: str = ""
     ) -> None:
         from testcontainers.core.config import testcontainers_config
         from testcontainers.core.container import DockerContainer
@@ -556,7 +582,7 @@ class Container(Server):
         # The guard does what Ryuk would do, without a second image to pull and the engine's socket to mount.
         testcontainers_config.ryuk_disabled = True
         inside = range(CONTAINER_PORT, CONTAINER_PORT + setup.ports)
-        container = DockerContainer(IMAGE).with_env("RABBITMQ_DEFAULT_VHOST", VHOST)
+        container = DockerContainer(image).with_env("RABBITMQ_DEFAULT_VHOST", VHOST)
         for one, port in zip((5672, *inside), free_ports(1 + setup.ports), strict=True):
             container.with_bind_ports(one, port)
         kwargs: dict[str, Any] = {"labels": {"rpcq-test": label}}

@@ -1,8 +1,9 @@
 """A RabbitMQ cluster for tests that take nodes of it down: started here, and taken away again.
 
 Nodes of an installed ``rabbitmq-server``, or containers in a network of their own, or, as root on Debian or Ubuntu,
-nodes of a ``rabbitmq-server`` that is installed for it; otherwise :class:`~broker.Unavailable`. Each node belongs to a
-guard of `broker.py`, so that nothing is left when the test process is killed. All methods block, for a second or more.
+nodes of a ``rabbitmq-server`` that is installed for it; otherwise :class:`~broker.Unavailable`. ``RPCQ_TEST_IMAGE`` and
+``RPCQ_TEST_WAY`` choose, as for `broker.py`. Each node belongs to a guard of that, so that nothing is left when the
+test process is killed. All methods block, for a second or more.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def cluster(nodes: int = 3, say: harness.Say = harness._say) -> Iterator[Cluster
     starters: dict[Way, Callable[[], _Started]] = {
         Way.NODE: lambda: of_nodes(facts.server, nodes),
         Way.INSTALL: lambda: of_nodes(harness.install(say), nodes),
-        Way.CONTAINER: lambda: of_containers(say, nodes),
+        Way.CONTAINER: lambda: of_containers(say, facts.image, nodes),
     }
     # Nodes are preferred, where they need not be installed: they start in less time than containers.
     ways = sorted(harness.plan(facts), key=lambda way: way is not Way.NODE)
@@ -207,13 +208,13 @@ def _of_nodes(server: Path, count: int) -> _Started:
     return found, stop
 
 
-def of_containers(say: harness.Say, count: int) -> _Started:
+def of_containers(say: harness.Say, image: str, count: int) -> _Started:
     """A cluster of containers, and what ends it."""
-    harness.pull_image(say)
-    return harness.unless_a_port_is_taken(lambda: _of_containers(count))
+    harness.pull_image(say, image)
+    return harness.unless_a_port_is_taken(lambda: _of_containers(image, count))
 
 
-def _of_containers(count: int) -> _Started:
+def _of_containers(image: str, count: int) -> _Started:
     from testcontainers.core.docker_client import DockerClient
 
     label, cookie = harness.new_label(), secrets.token_hex(16)
@@ -234,7 +235,7 @@ def _of_containers(count: int) -> _Started:
                 [f"rabbit@{name}" for name in names],
                 servers,
                 lambda name, setup: Container(
-                    label, setup, name=name.removeprefix("rabbit@"), network=label, cookie=cookie
+                    image, label, setup, name=name.removeprefix("rabbit@"), network=label, cookie=cookie
                 ),
             )
         except Unavailable:

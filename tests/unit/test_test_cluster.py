@@ -119,6 +119,20 @@ def test_with_nothing_to_make_one_of_the_error_says_what_to_install(monkeypatch:
     assert "RPCQ_TEST_URL" not in str(error.value)
 
 
+@pytest.mark.parametrize(("way", "expected"), [("", "nodes"), ("node", "nodes"), ("container", "containers of image")])
+def test_a_cluster_is_of_nodes_unless_containers_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, way: str, expected: str
+) -> None:
+    facts = Facts(image="image", way=way, server=Path("/somewhere/rabbitmq-server"))
+    monkeypatch.setattr(harness, "gather", lambda _: facts)
+    monkeypatch.setattr(cluster, "of_nodes", lambda *_: (Cluster(origin="nodes"), list))
+    monkeypatch.setattr(
+        cluster, "of_containers", lambda _say, image, *_: (Cluster(origin=f"containers of {image}"), list)
+    )
+    with cluster.cluster() as found:
+        assert found.origin == expected
+
+
 def test_a_broker_that_is_not_ours_is_not_taken_down() -> None:
     found = Broker("amqp://there/x", "RPCQ_TEST_URL", "unknown")
     for break_it in (found.restart, found.kill, found.start):
