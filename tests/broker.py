@@ -215,6 +215,8 @@ class Setup:
     """The host by which the broker will be reached -> its files, name -> content."""
     ports: int = 0
     """How many further ports it is to have."""
+    erl_args: str = ""
+    """Further arguments of its Erlang VM."""
 
     def written(self, host: str, folder: str, ports: Sequence[int]) -> dict[str, bytes]:
         """All files, the configuration with them, by their paths in the folder."""
@@ -253,6 +255,18 @@ class Server(ABC):
     def wait(self) -> str:
         """Wait until AMQP answers, and return the version."""
         return wait_for_amqp(self.host, self.port, START_SECONDS, self._gone)
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Let it stand still, with its connections open, as a machine that is suspended."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Let it go on."""
+
+    @abstractmethod
+    def reached(self) -> tuple[str, Sequence[str]]:
+        """The address by which its kin reach it, and what a command is begun with to see packets that come to that."""
 
     @abstractmethod
     def _gone(self) -> str | None:
@@ -590,6 +604,8 @@ class Container(Server):
             kwargs |= {"hostname": name, "network": network}
             container.with_name(name).with_env("RABBITMQ_ERLANG_COOKIE", cookie)
         container.with_kwargs(**kwargs)
+        if setup.erl_args:
+            container.with_env("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", setup.erl_args)
         if setup != PLAIN:
             container.with_env("RABBITMQ_CONFIG_FILES", f"{CONTAINER_FOLDER}/conf.d").with_command(["sh", "-c", WAIT])
         self._client: Any = container.get_docker_client().client
@@ -630,6 +646,20 @@ class Container(Server):
     def up_soon(self) -> None:
         """Start it again, without waiting."""
         self._container.start()
+
+    def pause(self) -> None:
+        """Let it stand still."""
+        self._container.pause()
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._container.unpause()
+
+    def reached(self) -> tuple[str, Sequence[str]]:
+        """Its address in the network of its kin, and how to be there."""
+        self._container.reload()
+        [network] = self._container.attrs["NetworkSettings"]["Networks"].values()
+        return network["IPAddress"], ("nsenter", "--net", "--target", str(self._container.attrs["State"]["Pid"]))
 
     def _running(self) -> bool:
         self._container.reload()
@@ -691,18 +721,20 @@ class Kin:
 
     epmd_port: int
     cookie: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+    addresses: Sequence[str] = ()
+    """Those of the loopback network that nodes have to themselves, if they have."""
 
 
-def node_name() -> str:
+def node_name(host: str = "localhost") -> str:
     """A name for a node that no other has."""
-    return f"rpcq-test-{secrets.token_hex(4)}@localhost"
+    return f"rpcq-test-{secrets.token_hex(4)}@{host}"
 
 
 class Node(Server):
     """A rabbitmq-server in a folder of its own, under a guard of its own; starting, once this returns.
 
     Without `kin` it has a port mapper and a secret of its own. With `kin` it uses theirs, and starts the port mapper
-    if nobody has.
+    if nobody has. If it is named after an address of its kin, it talks with them from there.
     """
 
     host = "127.0.0.1"
@@ -715,6 +747,13 @@ class Node(Server):
         self._folder = Path(tempfile.mkdtemp(prefix="rpcq-test-"))
         self._exited = self._folder / "exited"
         self._environ = node_environment(self._folder, self.name, self.port, dist_port, kin.epmd_port, kin.cookie)
+        erl_args = setup.erl_args
+        if (host := self.name.partition("@")[2]) in kin.addresses:
+            own = f"{{{host.replace('.', ',')}}}"
+            erl_args += f" -kernel inet_dist_use_interface {own} -kernel inet_dist_connect_options [{{ip,{own}}}]"
+            self._environ["RABBITMQ_USE_LONGNAME"] = "true"
+            self._environ["ERL_EPMD_ADDRESS"] = ",".join(kin.addresses)
+        self._environ["RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS"] = erl_args
         for path, content in setup.written(self.host, str(self._folder), self.ports).items():
             (self._folder / path).parent.mkdir(exist_ok=True)
             (self._folder / path).write_bytes(content)
@@ -766,6 +805,18 @@ class Node(Server):
             # Before the guard starts it, and by us, so that the file is there again only if this start fails.
             self._exited.unlink()
             self._guard.tell("start")
+
+    def pause(self) -> None:
+        """Let it stand still."""
+        self._guard.tell("pause")
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._guard.tell("resume")
+
+    def reached(self) -> tuple[str, Sequence[str]]:
+        """Its address, which is one of this machine's."""
+        return self.name.partition("@")[2], ()
 
     def wait(self) -> str:
         """Wait until AMQP answers, and return the version."""
@@ -921,8 +972,9 @@ def no_services_started(policy: Path) -> Iterator[None]:
 class Guard:
     """Our end of a guard process: it takes away what `spec` describes once its standard input closes.
 
-    The first line it is sent is `spec`. The guard of a node takes further ones: `kill`, `terminate` and `start`. What
-    became of them is seen in the node's folder: the guard makes the file `exited` whenever the node has ended.
+    The first line it is sent is `spec`. The guard of a node takes further ones: `kill`, `terminate`, `pause`, `resume`
+    and `start`. What became of them is seen in the node's folder: the guard makes the file `exited` whenever the node
+    has ended.
     """
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
@@ -976,11 +1028,15 @@ def guard_main() -> int:
     if not line.endswith(b"\n"):
         return 0
     spec: dict[str, Any] = json.loads(line)
-    if "label" in spec:
+    if "folder" not in spec:
         with contextlib.suppress(_Ended):
             for _ in _commands(spec["parent"], lambda: None):
                 pass
-        remove_containers(spec["label"])
+        for command in spec.get("undo", ()):
+            with contextlib.suppress(OSError):
+                subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        if "label" in spec:
+            remove_containers(spec["label"])
         return 0
     folder = Path(spec["folder"])
     try:
@@ -1034,7 +1090,12 @@ def _run_node(spec: Mapping[str, Any], folder: Path) -> None:
             os.kill(node, _SIGNALS[command])
 
 
-_SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}
+_SIGNALS = {
+    "kill": signal.SIGKILL,
+    "terminate": signal.SIGTERM,
+    "pause": signal.SIGSTOP,
+    "resume": signal.SIGCONT,
+}
 
 
 def _commands(parent: int, check: Callable[[], None]) -> Iterator[str]:
@@ -1102,6 +1163,8 @@ def remove_containers(label: str) -> None:
     client: Any = DockerClient().client
     labelled = {"label": f"rpcq-test={label}"}
     for container in client.containers.list(all=True, filters=labelled):
+        if container.status == "paused":
+            container.unpause()  # some versions of Docker do not end one that is paused
         container.remove(force=True, v=True)
     for network in client.networks.list(filters=labelled):
         network.remove()
