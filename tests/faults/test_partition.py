@@ -15,7 +15,7 @@ import pytest
 
 from cluster import Cluster, Member, joined
 from cluster import cluster as a_cluster
-from load import Load, Scene, until
+from load import Load, Scene, WorkerProcess, until
 from rpcq import Client, Retry
 from rpcq.calls import State
 
@@ -137,16 +137,23 @@ async def test_what_was_refused_because_the_queues_node_was_taken_for_lost_is_a_
         await scene.check()
 
 
-Fault = Callable[[Member, Cluster], Awaitable[None]]
+Fault = Callable[[Cluster, Member, WorkerProcess], Awaitable[None]]
 
 
-async def killed(node: Member, cluster: Cluster) -> None:
+async def killed(cluster: Cluster, node: Member, worker: WorkerProcess) -> None:
+    """The node and a worker die together, as with the machine that they are on: neither learns of the other."""
+    worker.freeze()
     await asyncio.to_thread(node.kill)
+    worker.kill()
 
 
-async def paused(node: Member, cluster: Cluster) -> None:
-    """It stands still for longer than it takes others to notice: the other nodes, and who is connected to it."""
+async def paused(cluster: Cluster, node: Member, worker: WorkerProcess) -> None:
+    """The node stands still for longer than others wait for it: the other nodes, and who is connected to it.
+
+    Meanwhile a worker dies, of which the node learns when it goes on.
+    """
     await asyncio.to_thread(node.pause)
+    worker.kill()
     await until_lost(cluster.nodes[-1], node)
     await asyncio.sleep(2 * HEARTBEAT)
     await asyncio.to_thread(node.resume)
@@ -161,7 +168,7 @@ async def test_workers_whose_node_is_lost_cost_what_they_held_and_nobody_is_told
     one, two, three = trio.nodes
     async with Scene(three.url, namespace, queue_type, tmp_path) as scene:
         await declared_at(scene, one if place == "beside the workers" else two)
-        await scene.workers_of(2, "--prefetch", "100", url=hosts(one, two, three))
+        survivor, victim = await scene.workers_of(2, "--prefetch", "100", url=hosts(one, two, three))
         async with scene.client(hosts(three, two)) as client:
             common: dict[str, Any] = {"callers": 50, "think": 0.1, "timeout": TIMEOUT, "params": {"seconds": 0.02}}
             plain, patient, idempotent, slow = (
@@ -173,7 +180,7 @@ async def test_workers_whose_node_is_lost_cost_what_they_held_and_nobody_is_told
             async with plain, patient, idempotent:
                 await plain.through(500)
                 calls = await held(scene, client, slow)
-                await fault(one, trio)
+                await fault(trio, one, victim)
                 for load in (plain, patient, idempotent):
                     await load.through(200, HEALS)
                 await asyncio.wait(calls, timeout=HELD_SECONDS)
@@ -183,7 +190,7 @@ async def test_workers_whose_node_is_lost_cost_what_they_held_and_nobody_is_told
                     await asyncio.to_thread(one.start)
                 for load in (plain, patient, idempotent):
                     await load.through(200, HEALS)
-        for worker in scene.workers[1:]:
-            assert worker.says("session down"), "it did not strike"
+        assert survivor.says("session down"), "it did not strike"
+        assert failed_though_run(scene, slow), "nothing was held by the worker that died"
         assert slow.ledger.counts.keys() <= HONEST | {"result"}, slow.ledger.counts
         await scene.check()
