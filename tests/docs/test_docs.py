@@ -201,7 +201,7 @@ def test_the_blocks_of_a_page_do_what_it_says(path: Path, request: pytest.Fixtur
     # What a page says of a broker at its usual place is done on the broker and in the namespace of this test.
     namespace = environment["RPCQ_NAMESPACE"]
     here = {"amqp://localhost/": environment["RPCQ_URL"], **{name: f"{namespace}.{name}" for name in OUTSIDE}}
-    here |= {f"rpcq.{name}": f"{namespace}.{name}" for name in ("requests", "control", "req.", "once.")}
+    here |= {f"rpcq.{name}": f"{namespace}.{name}" for name in ("requests", "control", "notices", "req.", "once.")}
     for usual, ours in here.items():
         blocks = [replace(block, text=block.text.replace(usual, ours)) for block in blocks]
     folder = tmp_path / "page"

@@ -128,13 +128,21 @@ def test_every_path_that_a_page_names_exists(page: str) -> None:
 # Continuous integration.
 
 
-def test_ci_runs_every_supported_python_with_old_and_new_brokers() -> None:
+def test_ci_runs_every_supported_python_with_the_oldest_and_the_newest_broker_and_each_broker_with_two() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     prefix = "Programming Language :: Python :: 3."
     supported = [it.rpartition(" ")[2] for it in PROJECT["project"]["classifiers"] if it.startswith(prefix)]
     matrix, own = workflow["jobs"]["matrix"], workflow["jobs"]["own-broker"]
-    assert matrix["strategy"]["matrix"] == {"python": supported, "rabbitmq": ["3.10", "3.13", "4.0"]}
+    brokers = ["3.10", "3.13", "4.0", "4.3"]
+    pairs = matrix["strategy"]["matrix"]
+    assert (pairs["python"], pairs["rabbitmq"]) == (supported, brokers)
+    left_out = {(it["python"], it["rabbitmq"]) for it in pairs["exclude"]}
+    ends = (supported[0], supported[-1]), (brokers[0], brokers[-1])
+    assert left_out == {(one, other) for one in supported for other in brokers if one not in ends[0]} - {
+        (one, other) for one in supported for other in ends[1]
+    }
     assert matrix["services"]["rabbitmq"]["image"] == "rabbitmq:${{ matrix.rabbitmq }}"
+    assert matrix["env"]["RPCQ_TEST_IMAGE"] == "rabbitmq:${{ matrix.rabbitmq }}-management"
     assert matrix["env"]["RPCQ_TEST_URL"] == "amqp://guest:guest@localhost:5672/"
     assert "services" not in own
     assert "RPCQ_TEST_URL" not in own["env"]
