@@ -522,17 +522,17 @@ def _start_container(say: Say, setup: Setup) -> Broker:
     )
 
 
-def pull_image(say: Say) -> None:
-    """Have `IMAGE` there."""
+def pull_image(say: Say, image: str = IMAGE) -> None:
+    """Have an image there."""
     try:
         from testcontainers.core.docker_client import DockerClient
 
         with contextlib.closing(DockerClient().client) as client:
-            if not client.images.list(name=IMAGE):
-                say(f"pulling the image {IMAGE}, which may take a minute")
-                client.images.pull(IMAGE)
+            if not client.images.list(name=image):
+                say(f"pulling the image {image}, which may take a minute")
+                client.images.pull(image)
     except Exception as error:
-        raise Unavailable(f"the image {IMAGE} cannot be had ({_brief(error)})") from error
+        raise Unavailable(f"the image {image} cannot be had ({_brief(error)})") from error
 
 
 def new_label() -> str:
@@ -895,7 +895,7 @@ def no_services_started(policy: Path) -> Iterator[None]:
 class Guard:
     """Our end of a guard process: it takes away what `spec` describes once its standard input closes.
 
-    The first line it is sent is `spec`. The guard of a node takes further ones: `kill`, `terminate` and `start`. What
+    The first line it is sent is `spec`. The guard of a node takes further ones: `start`, and those of `_SIGNALS`. What
     became of them is seen in the node's folder: the guard makes the file `exited` whenever the node has ended.
     """
 
@@ -1008,7 +1008,7 @@ def _run_node(spec: Mapping[str, Any], folder: Path) -> None:
             os.kill(node, _SIGNALS[command])
 
 
-_SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}
+_SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}
 
 
 def _commands(parent: int, check: Callable[[], None]) -> Iterator[str]:
