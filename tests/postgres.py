@@ -183,7 +183,7 @@ def wait_for(url: str, seconds: float, gone: Callable[[], str | None] = lambda: 
     while True:
         try:
             with psycopg.connect(url, connect_timeout=2) as connection:
-                return str(connection.execute("SHOW server_version").fetchall()[0][0]).split()[0]
+                return "{}.{}".format(*divmod(connection.info.server_version, 10000))
         except psycopg.OperationalError as error:
             if (why := gone()) is not None:
                 raise Unavailable(why) from error

@@ -222,17 +222,18 @@ async def test_whatever_others_do_at_the_time_a_key_has_one_owner(stores: Stores
 async def test_the_time_of_a_claim_is_the_databases_whatever_the_clocks_of_workers(
     table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    clock, ahead = time.time, 3600
+    monkeypatch.setattr(time, "time", lambda: clock() + ahead)
     async with opened(table) as (one, other):
         began = asked(table, "SELECT now()")[0][0]
         assert await one.claim("k", "first", 5.0) is Claim.TAKEN
         ended = asked(table, "SELECT now()")[0][0]
         ((until_,),) = asked(table, "SELECT until FROM rpcq_answers")
         assert 5.0 <= (until_ - began).total_seconds() <= (ended - began).total_seconds() + 5.0
-        clock = time.time
-        monkeypatch.setattr(time, "time", lambda: clock() + 3600)
+        ahead = 7200
         assert await other.claim("k", "second", LONG) is Claim.HELD
+        ahead = -3600
         asked(table, "UPDATE rpcq_answers SET until = now()")
-        monkeypatch.setattr(time, "time", lambda: clock() - 3600)
         assert await other.claim("k", "second", LONG) is Claim.LAPSED
 
 
