@@ -134,7 +134,9 @@ async def test_what_was_refused_because_the_queues_node_was_taken_for_lost_is_a_
                     await load.through(200, HEALS)
                 await asyncio.gather(*burst)
         told = [dict(load.ledger.counts) for load in loads]
-        assert any(failed_though_run(scene, load) for load in loads), f"it struck nobody whose handler had begun: {told}"
+        assert any(failed_though_run(scene, load) for load in loads), (
+            f"it struck nobody whose handler had begun: {told}"
+        )
         await scene.check()
 
 
