@@ -8,6 +8,10 @@ In this order:
 4. As root on Debian or Ubuntu: install ``rabbitmq-server`` with apt, then as 3.
 5. Otherwise :class:`Unavailable`, saying what to install. Nothing is ever skipped quietly.
 
+``RPCQ_TEST_IMAGE``, an image such as ``rabbitmq:4.3-management``, leaves the second way alone, with that image: so one
+chooses the version. ``RPCQ_TEST_WAY`` leaves one way alone too: ``container``, or ``node`` for 3 and 4. Both hold for
+whatever is started here or by `cluster.py`, also for what a test starts beside the broker of ``RPCQ_TEST_URL``.
+
 What is started belongs to a *guard*: this same file run as a small process in a session of its own, which waits
 for its standard input to close, and then kills and deletes what it guards. A normal end closes that pipe, and so
 does the kernel when the test process is killed, so that there is one way of cleaning up and every run uses it.
@@ -65,6 +69,7 @@ __all__ = [
 ]
 
 IMAGE = "rabbitmq:4.0-management"
+"""The image of containers, where RPCQ_TEST_IMAGE does not name another."""
 VHOST = "rpcq-test"
 """Default vhost of a broker started here: `Broker.url` is a fresh vhost without a call of rabbitmqctl."""
 
@@ -210,6 +215,8 @@ class Setup:
     """The host by which the broker will be reached -> its files, name -> content."""
     ports: int = 0
     """How many further ports it is to have."""
+    erl_args: str = ""
+    """Further arguments of its Erlang VM."""
 
     def written(self, host: str, folder: str, ports: Sequence[int]) -> dict[str, bytes]:
         """All files, the configuration with them, by their paths in the folder."""
@@ -248,6 +255,18 @@ class Server(ABC):
     def wait(self) -> str:
         """Wait until AMQP answers, and return the version."""
         return wait_for_amqp(self.host, self.port, START_SECONDS, self._gone)
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Let it stand still, with its connections open, as a machine that is suspended."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Let it go on."""
+
+    @abstractmethod
+    def reached(self) -> tuple[str, Sequence[str]]:
+        """The address by which its kin reach it, and what a command is begun with to see packets that come to that."""
 
     @abstractmethod
     def _gone(self) -> str | None:
@@ -300,6 +319,10 @@ class Facts:
 
     url: str = field(default="", repr=False)
     """RPCQ_TEST_URL; not shown, as there may be a password in it."""
+    image: str = IMAGE
+    """Of containers."""
+    way: str = ""
+    """The only way to try: RPCQ_TEST_WAY, or "container" where RPCQ_TEST_IMAGE is set; empty for all of them."""
     engine_problem: str = ""
     """Why containers are out of the question; empty if a Docker engine answers."""
     server: Path | None = None
@@ -308,8 +331,16 @@ class Facts:
     """Root, on a system with apt and a rabbitmq-server package."""
 
 
+ALLOWED = {
+    "": frozenset(Way),
+    "container": frozenset({Way.URL, Way.CONTAINER}),
+    "node": frozenset({Way.URL, Way.NODE, Way.INSTALL}),
+}
+"""RPCQ_TEST_WAY -> the ways that it leaves."""
+
+
 def plan(facts: Facts) -> tuple[Way, ...]:
-    """The ways to try, in order. A URL that was given is the only way: another broker would be a surprise."""
+    """The ways to try, in order. What was asked for is the only way: another broker would be a surprise."""
     if facts.url:
         return (Way.URL,)
     ways: list[Way] = []
@@ -319,7 +350,7 @@ def plan(facts: Facts) -> tuple[Way, ...]:
         ways.append(Way.NODE)
     elif facts.can_install:
         ways.append(Way.INSTALL)
-    return tuple(ways)
+    return tuple(way for way in ways if way in ALLOWED[facts.way])
 
 
 Found = TypeVar("Found")
@@ -334,6 +365,8 @@ def first(
 ) -> Found:
     """What the first way that works gives; `Unavailable` with every reason and the advice otherwise."""
     reasons = [] if facts.url or not facts.engine_problem else [f"{Way.CONTAINER.value}: {facts.engine_problem}"]
+    if facts.way:
+        reasons.append(f"no other way than: {facts.way}, as RPCQ_TEST_WAY or RPCQ_TEST_IMAGE says")
     if facts.server is None and not facts.url:
         reasons.append("rabbitmq-server: not on PATH, nor in " + ", ".join(SERVER_FOLDERS))
     for number, way in enumerate(ways, start=1):
@@ -347,10 +380,17 @@ def first(
 
 
 def gather(environ: Mapping[str, str]) -> Facts:
-    """Look at the machine; quick, and starts nothing."""
+    """Look at the machine; quick, and starts nothing. Raises `Unavailable` for what cannot be meant."""
     if url := environ.get("RPCQ_TEST_URL", ""):
         return Facts(url=url)
+    image, way = environ.get("RPCQ_TEST_IMAGE", ""), environ.get("RPCQ_TEST_WAY", "")
+    if way not in ALLOWED:
+        raise Unavailable(f"RPCQ_TEST_WAY is {way!r}: it has to be container or node")
+    if image and way == "node":
+        raise Unavailable(f"RPCQ_TEST_IMAGE is {image}, and RPCQ_TEST_WAY is node: an image is for containers")
     return Facts(
+        image=image or IMAGE,
+        way="container" if image else way,
         engine_problem=engine_problem(),
         server=find_server(environ.get("PATH", os.defpath)),
         can_install=can_apt_install(),
@@ -367,7 +407,7 @@ def starters(facts: Facts, say: Say, setup: Setup = PLAIN) -> dict[Way, Callable
 
     return {
         Way.URL: lambda: use_url(facts.url),
-        Way.CONTAINER: lambda: start_container(say, setup),
+        Way.CONTAINER: lambda: start_container(say, facts.image, setup),
         Way.NODE: lambda: node(facts.server),
         Way.INSTALL: lambda: node(install(say)),
     }
@@ -494,17 +534,17 @@ def _engine_problem() -> str:
     return ""
 
 
-def start_container(say: Say, setup: Setup = PLAIN) -> Broker:
-    """A container of `IMAGE`. Whatever goes wrong on the way makes containers unavailable, no more than that."""
-    return unless_a_port_is_taken(lambda: _start_container(say, setup))
+def start_container(say: Say, image: str, setup: Setup = PLAIN) -> Broker:
+    """A container. Whatever goes wrong on the way makes containers unavailable, no more than that."""
+    return unless_a_port_is_taken(lambda: _start_container(say, image, setup))
 
 
-def _start_container(say: Say, setup: Setup) -> Broker:
-    pull_image(say)
+def _start_container(say: Say, image: str, setup: Setup) -> Broker:
+    pull_image(say, image)
     label = new_label()
     guard = Guard({"label": label})
     try:
-        container = Container(label, setup)
+        container = Container(image, label, setup)
         version = container.wait()
     except BaseException as error:
         guard.stop()
@@ -518,21 +558,21 @@ def _start_container(say: Say, setup: Setup) -> Broker:
 
     url = f"amqp://guest:guest@{container.host}:{container.port}/{VHOST}"
     return Broker(
-        url, f"container {IMAGE} ({version})", version, container.ctl, stop, container.ports, _server=container
+        url, f"container {image} ({version})", version, container.ctl, stop, container.ports, _server=container
     )
 
 
-def pull_image(say: Say) -> None:
-    """Have `IMAGE` there."""
+def pull_image(say: Say, image: str) -> None:
+    """Have the image there."""
     try:
         from testcontainers.core.docker_client import DockerClient
 
         with contextlib.closing(DockerClient().client) as client:
-            if not client.images.list(name=IMAGE):
-                say(f"pulling the image {IMAGE}, which may take a minute")
-                client.images.pull(IMAGE)
+            if not client.images.list(name=image):
+                say(f"pulling the image {image}, which may take a minute")
+                client.images.pull(image)
     except Exception as error:
-        raise Unavailable(f"the image {IMAGE} cannot be had ({_brief(error)})") from error
+        raise Unavailable(f"the image {image} cannot be had ({_brief(error)})") from error
 
 
 def new_label() -> str:
@@ -541,14 +581,14 @@ def new_label() -> str:
 
 
 class Container(Server):
-    """A container of `IMAGE`, which the guard of `label` takes away.
+    """A container, which the guard of `label` takes away.
 
     Its ports are chosen here: those that Docker chooses are others after a restart. With a name, it is known by that
     in a network of its kin, which share a cookie.
     """
 
     def __init__(
-        self, label: str, setup: Setup = PLAIN, *, name: str = "", network: str = "", cookie: str = ""
+        self, image: str, label: str, setup: Setup = PLAIN, *, name: str = "", network: str = "", cookie: str = ""
     ) -> None:
         from testcontainers.core.config import testcontainers_config
         from testcontainers.core.container import DockerContainer
@@ -556,7 +596,7 @@ class Container(Server):
         # The guard does what Ryuk would do, without a second image to pull and the engine's socket to mount.
         testcontainers_config.ryuk_disabled = True
         inside = range(CONTAINER_PORT, CONTAINER_PORT + setup.ports)
-        container = DockerContainer(IMAGE).with_env("RABBITMQ_DEFAULT_VHOST", VHOST)
+        container = DockerContainer(image).with_env("RABBITMQ_DEFAULT_VHOST", VHOST)
         for one, port in zip((5672, *inside), free_ports(1 + setup.ports), strict=True):
             container.with_bind_ports(one, port)
         kwargs: dict[str, Any] = {"labels": {"rpcq-test": label}}
@@ -564,6 +604,8 @@ class Container(Server):
             kwargs |= {"hostname": name, "network": network}
             container.with_name(name).with_env("RABBITMQ_ERLANG_COOKIE", cookie)
         container.with_kwargs(**kwargs)
+        if setup.erl_args:
+            container.with_env("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", setup.erl_args)
         if setup != PLAIN:
             container.with_env("RABBITMQ_CONFIG_FILES", f"{CONTAINER_FOLDER}/conf.d").with_command(["sh", "-c", WAIT])
         self._client: Any = container.get_docker_client().client
@@ -604,6 +646,20 @@ class Container(Server):
     def up_soon(self) -> None:
         """Start it again, without waiting."""
         self._container.start()
+
+    def pause(self) -> None:
+        """Let it stand still."""
+        self._container.pause()
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._container.unpause()
+
+    def reached(self) -> tuple[str, Sequence[str]]:
+        """Its address in the network of its kin, and how to be there."""
+        self._container.reload()
+        [network] = self._container.attrs["NetworkSettings"]["Networks"].values()
+        return network["IPAddress"], ("nsenter", "--net", "--target", str(self._container.attrs["State"]["Pid"]))
 
     def _running(self) -> bool:
         self._container.reload()
@@ -665,18 +721,20 @@ class Kin:
 
     epmd_port: int
     cookie: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+    addresses: Sequence[str] = ()
+    """Those of the loopback network that nodes have to themselves, if they have."""
 
 
-def node_name() -> str:
+def node_name(host: str = "localhost") -> str:
     """A name for a node that no other has."""
-    return f"rpcq-test-{secrets.token_hex(4)}@localhost"
+    return f"rpcq-test-{secrets.token_hex(4)}@{host}"
 
 
 class Node(Server):
     """A rabbitmq-server in a folder of its own, under a guard of its own; starting, once this returns.
 
     Without `kin` it has a port mapper and a secret of its own. With `kin` it uses theirs, and starts the port mapper
-    if nobody has.
+    if nobody has. If it is named after an address of its kin, it talks with them from there.
     """
 
     host = "127.0.0.1"
@@ -689,6 +747,13 @@ class Node(Server):
         self._folder = Path(tempfile.mkdtemp(prefix="rpcq-test-"))
         self._exited = self._folder / "exited"
         self._environ = node_environment(self._folder, self.name, self.port, dist_port, kin.epmd_port, kin.cookie)
+        erl_args = setup.erl_args
+        if (host := self.name.partition("@")[2]) in kin.addresses:
+            own = f"{{{host.replace('.', ',')}}}"
+            erl_args += f" -kernel inet_dist_use_interface {own} -kernel inet_dist_connect_options [{{ip,{own}}}]"
+            self._environ["RABBITMQ_USE_LONGNAME"] = "true"
+            self._environ["ERL_EPMD_ADDRESS"] = ",".join(kin.addresses)
+        self._environ["RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS"] = erl_args
         for path, content in setup.written(self.host, str(self._folder), self.ports).items():
             (self._folder / path).parent.mkdir(exist_ok=True)
             (self._folder / path).write_bytes(content)
@@ -740,6 +805,18 @@ class Node(Server):
             # Before the guard starts it, and by us, so that the file is there again only if this start fails.
             self._exited.unlink()
             self._guard.tell("start")
+
+    def pause(self) -> None:
+        """Let it stand still."""
+        self._guard.tell("pause")
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._guard.tell("resume")
+
+    def reached(self) -> tuple[str, Sequence[str]]:
+        """Its address, which is one of this machine's."""
+        return self.name.partition("@")[2], ()
 
     def wait(self) -> str:
         """Wait until AMQP answers, and return the version."""
@@ -895,8 +972,9 @@ def no_services_started(policy: Path) -> Iterator[None]:
 class Guard:
     """Our end of a guard process: it takes away what `spec` describes once its standard input closes.
 
-    The first line it is sent is `spec`. The guard of a node takes further ones: `kill`, `terminate` and `start`. What
-    became of them is seen in the node's folder: the guard makes the file `exited` whenever the node has ended.
+    The first line it is sent is `spec`. The guard of a node takes further ones: `kill`, `terminate`, `pause`, `resume`
+    and `start`. What became of them is seen in the node's folder: the guard makes the file `exited` whenever the node
+    has ended.
     """
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
@@ -950,11 +1028,15 @@ def guard_main() -> int:
     if not line.endswith(b"\n"):
         return 0
     spec: dict[str, Any] = json.loads(line)
-    if "label" in spec:
+    if "folder" not in spec:
         with contextlib.suppress(_Ended):
             for _ in _commands(spec["parent"], lambda: None):
                 pass
-        remove_containers(spec["label"])
+        for command in spec.get("undo", ()):
+            with contextlib.suppress(OSError):
+                subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        if "label" in spec:
+            remove_containers(spec["label"])
         return 0
     folder = Path(spec["folder"])
     try:
@@ -1008,7 +1090,12 @@ def _run_node(spec: Mapping[str, Any], folder: Path) -> None:
             os.kill(node, _SIGNALS[command])
 
 
-_SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}
+_SIGNALS = {
+    "kill": signal.SIGKILL,
+    "terminate": signal.SIGTERM,
+    "pause": signal.SIGSTOP,
+    "resume": signal.SIGCONT,
+}
 
 
 def _commands(parent: int, check: Callable[[], None]) -> Iterator[str]:
@@ -1076,6 +1163,8 @@ def remove_containers(label: str) -> None:
     client: Any = DockerClient().client
     labelled = {"label": f"rpcq-test={label}"}
     for container in client.containers.list(all=True, filters=labelled):
+        if container.status == "paused":
+            container.unpause()  # some versions of Docker do not end one that is paused
         container.remove(force=True, v=True)
     for network in client.networks.list(filters=labelled):
         network.remove()

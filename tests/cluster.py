@@ -1,8 +1,9 @@
 """A RabbitMQ cluster for tests that take nodes of it down: started here, and taken away again.
 
 Nodes of an installed ``rabbitmq-server``, or containers in a network of their own, or, as root on Debian or Ubuntu,
-nodes of a ``rabbitmq-server`` that is installed for it; otherwise :class:`~broker.Unavailable`. Each node belongs to a
-guard of `broker.py`, so that nothing is left when the test process is killed. All methods block, for a second or more.
+nodes of a ``rabbitmq-server`` that is installed for it; otherwise :class:`~broker.Unavailable`. ``RPCQ_TEST_IMAGE`` and
+``RPCQ_TEST_WAY`` choose, as for `broker.py`. Each node belongs to a guard of that, so that nothing is left when the
+test process is killed. All methods block, for a second or more.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from urllib.parse import urlsplit
 
 import broker as harness
 from broker import VHOST, Container, CtlFailed, Guard, Kin, Node, Server, Setup, Unavailable, Way
+from links import Links, check_links, own_addresses
 
 __all__ = ["Cluster", "Connection", "Member", "cluster"]
 
@@ -33,7 +35,7 @@ FIND_SECONDS = 30.0
 
 CONFIG = "raft.wal_max_size_bytes = 16000000\nloopback_users.guest = false\n"
 """A node holds in memory what is in the log that it writes, by default up to 512 MB; guest comes to a container too."""
-ENVIRONMENT = b"SERVER_ADDITIONAL_ERL_ARGS='+S 2:2'\n"
+ERL_ARGS = "+S 2:2"
 """Two schedulers a node, however many cores there are: each has memory of its own."""
 
 
@@ -65,7 +67,7 @@ class Member:
     _server: Server = field(repr=False)
     _cluster: Cluster = field(repr=False)
     up: bool = True
-    """Whether it is to be running: not between `kill` and `start`."""
+    """Whether it is to be running: not between `kill` and `start`, nor between `pause` and `resume`."""
 
     @property
     def name(self) -> str:
@@ -89,6 +91,16 @@ class Member:
         self.up = False
         self._server.down(kill=True)
 
+    def pause(self) -> None:
+        """Let it stand still, with all its connections open, until `resume`; others notice by their own means."""
+        self.up = False
+        self._server.pause()
+
+    def resume(self) -> None:
+        """Let it go on, and do not wait for anything."""
+        self._server.resume()
+        self.up = True
+
     def start(self) -> None:
         """Start it again, with its data, and wait until it is back in the cluster."""
         self._cluster.start(self)
@@ -101,6 +113,7 @@ class Cluster:
     nodes: list[Member] = field(default_factory=list)
     origin: str = ""
     """What it is made of, for people."""
+    _links: Links | None = field(default=None, repr=False)
 
     @property
     def url(self) -> str:
@@ -113,6 +126,26 @@ class Cluster:
             if node.up:
                 return node.ctl(*args)
         raise CtlFailed(f"rabbitmqctl {' '.join(args)}: no node is up")
+
+    @property
+    def links(self) -> Links:
+        """What its nodes reach each other by. Raises `Unavailable` if it was not started with links."""
+        if self._links is None:
+            raise Unavailable("this cluster was started without links that can be cut")
+        return self._links
+
+    def cut(self, start: Member, end: Member) -> None:
+        """Drop whatever one node sends to another one, from now on. The way back is a link of its own."""
+        self.links.cut(start._server, end._server)
+
+    def part(self, one: Member, other: Member) -> None:
+        """Drop whatever these two send to each other."""
+        self.cut(one, other)
+        self.cut(other, one)
+
+    def heal(self) -> None:
+        """Let everything through again."""
+        self.links.heal()
 
     def start(self, *nodes: Member) -> None:
         """Start several nodes that were killed, at the same time, and wait until they are back in the cluster.
@@ -164,15 +197,44 @@ class Cluster:
         return [Connection.of(line) for line in table.splitlines() if line]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a cluster is to be like."""
+
+    count: int
+    """How many nodes."""
+    links: bool = False
+    """Whether its links can be cut."""
+    config: str = CONFIG
+    erl_args: str = ERL_ARGS
+
+    def setup(self, more: str) -> Setup:
+        return Setup(self.config + more, erl_args=self.erl_args)
+
+
 @contextlib.contextmanager
-def cluster(nodes: int = 3, say: harness.Say = harness._say) -> Iterator[Cluster]:
-    """Start a cluster, and take it away at the end. `say` gets what people should know."""
+def cluster(
+    nodes: int = 3, say: harness.Say = harness._say, *, links: bool = False, config: str = "", tick: int = 0
+) -> Iterator[Cluster]:
+    """Start a cluster, and take it away at the end.
+
+    Args:
+        nodes: how many.
+        say: gets what people should know.
+        links: whether links between nodes can be cut, which takes root; see `links.py`.
+        config: further lines of rabbitmq.conf.
+        tick: seconds without a word after which a node takes another one for lost, give or take a quarter; 0 for the
+            default, 60.
+    """
     # What runs elsewhere is of no use: nodes are to be killed.
     facts = harness.gather({**os.environ, "RPCQ_TEST_URL": ""})
+    if links:
+        check_links()
+    plan = Plan(nodes, links, CONFIG + config, f"{ERL_ARGS} -kernel net_ticktime {tick}" if tick else ERL_ARGS)
     starters: dict[Way, Callable[[], _Started]] = {
-        Way.NODE: lambda: of_nodes(facts.server, nodes),
-        Way.INSTALL: lambda: of_nodes(harness.install(say), nodes),
-        Way.CONTAINER: lambda: of_containers(say, nodes),
+        Way.NODE: lambda: of_nodes(facts.server, plan),
+        Way.INSTALL: lambda: of_nodes(harness.install(say), plan),
+        Way.CONTAINER: lambda: of_containers(say, facts.image, plan),
     }
     # Nodes are preferred, where they need not be installed: they start in less time than containers.
     ways = sorted(harness.plan(facts), key=lambda way: way is not Way.NODE)
@@ -186,78 +248,59 @@ def cluster(nodes: int = 3, say: harness.Say = harness._say) -> Iterator[Cluster
 _Started = tuple[Cluster, Callable[[], None]]
 
 
-def of_nodes(server: Path | None, count: int) -> _Started:
+def of_nodes(server: Path | None, plan: Plan) -> _Started:
     """A cluster of private nodes, and what ends it."""
     if server is None:
         raise Unavailable("no rabbitmq-server found")
-    return harness.unless_a_port_is_taken(lambda: _of_nodes(server, count))
+    return harness.unless_a_port_is_taken(lambda: _of_nodes(server, plan))
 
 
-def _of_nodes(server: Path, count: int) -> _Started:
-    kin = Kin(harness.free_ports(1)[0])
-    names = [harness.node_name() for _ in range(count)]
-    servers: list[Server] = []
-
-    def stop() -> None:
-        for one in servers:
-            one.stop()
-
-    with _undone_by(stop):
-        found = _joined(names, servers, lambda name, setup: Node(server, setup, name=name, kin=kin))
-    return found, stop
+def _of_nodes(server: Path, plan: Plan) -> _Started:
+    addresses = own_addresses(plan.count) if plan.links else []
+    kin = Kin(harness.free_ports(1)[0], addresses=addresses)
+    names = [harness.node_name(host) for host in addresses or ["localhost"] * plan.count]
+    with contextlib.ExitStack() as stack:
+        found = _joined(plan, names, stack, lambda name, setup: Node(server, setup, name=name, kin=kin))
+        return found, stack.pop_all().close
 
 
-def of_containers(say: harness.Say, count: int) -> _Started:
+def of_containers(say: harness.Say, image: str, plan: Plan) -> _Started:
     """A cluster of containers, and what ends it."""
-    harness.pull_image(say)
-    return harness.unless_a_port_is_taken(lambda: _of_containers(count))
+    harness.pull_image(say, image)
+    return harness.unless_a_port_is_taken(lambda: _of_containers(image, plan))
 
 
-def _of_containers(count: int) -> _Started:
+def _of_containers(image: str, plan: Plan) -> _Started:
     from testcontainers.core.docker_client import DockerClient
 
     label, cookie = harness.new_label(), secrets.token_hex(16)
-    names = [f"{label}-{number}" for number in range(1, count + 1)]
-    guard = Guard({"label": label})
-    servers: list[Server] = []
+    names = [f"rabbit@{label}-{number}" for number in range(1, plan.count + 1)]
 
-    def stop() -> None:
-        guard.stop()
-        for one in servers:
-            one.stop()
+    def start(name: str, setup: Setup) -> Server:
+        return Container(image, label, setup, name=name.removeprefix("rabbit@"), network=label, cookie=cookie)
 
-    with _undone_by(stop):
+    with contextlib.ExitStack() as stack:
         try:
+            guard = Guard({"label": label})
+            stack.callback(guard.stop)
             with contextlib.closing(DockerClient().client) as client:
                 client.networks.create(label, labels={"rpcq-test": label})
-            found = _joined(
-                [f"rabbit@{name}" for name in names],
-                servers,
-                lambda name, setup: Container(
-                    label, setup, name=name.removeprefix("rabbit@"), network=label, cookie=cookie
-                ),
-            )
+            found = _joined(plan, names, stack, start)
         except Unavailable:
             raise
         except Exception as error:
             raise Unavailable(f"the containers could not be started ({harness._brief(error)})") from error
-    return found, stop
+        return found, stack.pop_all().close
 
 
-@contextlib.contextmanager
-def _undone_by(stop: Callable[[], None]) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        stop()
-        raise
-
-
-def _joined(names: Sequence[str], servers: list[Server], start: Callable[[str, Setup], Server]) -> Cluster:
+def _joined(
+    plan: Plan, names: Sequence[str], stack: contextlib.ExitStack, start: Callable[[str, Setup], Server]
+) -> Cluster:
     """Start the first node, then all others at the same time, which join it while they start."""
+    servers: list[Server] = []
     for number, name in enumerate(names):
-        config = CONFIG + (joining(names) if number else "")
-        servers.append(start(name, Setup(config, lambda _: {"rabbitmq-env.conf": ENVIRONMENT})))
+        servers.append(start(name, plan.setup(joining(names) if number else "")))
+        stack.callback(servers[-1].stop)
         if not number:
             version = servers[0].wait()
     for one in servers[1:]:
@@ -267,6 +310,8 @@ def _joined(names: Sequence[str], servers: list[Server], start: Callable[[str, S
     for one in servers:
         found.nodes.append(Member(f"amqp://guest:guest@{one.host}:{one.port}/{VHOST}", one, found))
     found.wait(found.nodes[0])
+    if plan.links:
+        found._links = stack.enter_context(Links(servers))
     return found
 
 

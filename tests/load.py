@@ -147,7 +147,7 @@ class Load:
         method: of the service "target"; it takes `nonce`, and what is in `params`.
         idempotent: whether the caller says so.
         timeout: seconds that each call has.
-        think: seconds between two calls of one caller.
+        think: seconds between two calls of one caller; the callers' first calls are spread over as long.
         params: further parameters of each call.
         options: further options of each call.
 
@@ -186,7 +186,8 @@ class Load:
         self._stopping = False
 
     async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._call_on()) for _ in range(self._callers)]
+        begins = (self._think * number / self._callers for number in range(self._callers))
+        self._tasks = [asyncio.create_task(self._call_on(after)) for after in begins]
         return self
 
     async def __aexit__(
@@ -204,7 +205,8 @@ class Load:
         wanted = counts["result"] + count
         await until(lambda: counts["result"] >= wanted, seconds, f"no {count} calls came through: {counts}")
 
-    async def _call_on(self) -> None:
+    async def _call_on(self, after: float) -> None:
+        await asyncio.sleep(after)
         while not self._stopping:
             await self.call()
             await asyncio.sleep(self._think)
@@ -335,9 +337,14 @@ class Scene:
         for worker in living:
             assert await worker.exit_code() == 0, "\n".join(worker.lines[-20:])
         assert self.ledgers, "nothing was called"
+        problems: list[str] = []
         for ledger in self.ledgers:
             assert ledger.ended, "nothing was called"
-            ledger.check(self.runs)
+            try:
+                ledger.check(self.runs)
+            except AssertionError as error:
+                problems.append(f"{error}; in all: {dict(ledger.counts)}")
+        assert not problems, "\n".join(problems)
 
     async def __aenter__(self) -> Self:
         return self

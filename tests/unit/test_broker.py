@@ -31,6 +31,10 @@ SERVER = Path("/somewhere/rabbitmq-server")
         (Facts(engine_problem="none", server=SERVER, can_install=True), (Way.NODE,)),
         (Facts(engine_problem="none", server=None, can_install=True), (Way.INSTALL,)),
         (Facts(engine_problem="none", server=None, can_install=False), ()),
+        (Facts(way="container", engine_problem="", server=SERVER, can_install=True), (Way.CONTAINER,)),
+        (Facts(way="container", engine_problem="none", server=SERVER, can_install=True), ()),
+        (Facts(way="node", engine_problem="", server=SERVER, can_install=True), (Way.NODE,)),
+        (Facts(way="node", engine_problem="", server=None, can_install=True), (Way.INSTALL,)),
     ],
 )
 def test_the_ways_are_tried_in_this_order(facts: Facts, ways: tuple[Way, ...]) -> None:
@@ -39,6 +43,55 @@ def test_the_ways_are_tried_in_this_order(facts: Facts, ways: tuple[Way, ...]) -
 
 def test_a_given_url_is_all_that_is_looked_at() -> None:
     assert harness.gather({"RPCQ_TEST_URL": "amqp://there/"}) == Facts(url="amqp://there/")
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which nothing is looked for."""
+    monkeypatch.setattr(harness, "engine_problem", lambda: "")
+    monkeypatch.setattr(harness, "find_server", lambda _: SERVER)
+    monkeypatch.setattr(harness, "can_apt_install", lambda: True)
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize(
+    ("environ", "image", "way"),
+    [
+        ({}, harness.IMAGE, ""),
+        ({"RPCQ_TEST_IMAGE": ""}, harness.IMAGE, ""),
+        ({"RPCQ_TEST_IMAGE": "rabbitmq:x"}, "rabbitmq:x", "container"),
+        ({"RPCQ_TEST_IMAGE": "rabbitmq:x", "RPCQ_TEST_WAY": "container"}, "rabbitmq:x", "container"),
+        ({"RPCQ_TEST_WAY": "container"}, harness.IMAGE, "container"),
+        ({"RPCQ_TEST_WAY": "node"}, harness.IMAGE, "node"),
+    ],
+)
+def test_an_image_that_is_named_is_the_one_and_leaves_containers_alone(
+    environ: dict[str, str], image: str, way: str
+) -> None:
+    facts = harness.gather(environ)
+    assert (facts.image, facts.way) == (image, way)
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize(
+    ("environ", "problem"),
+    [
+        ({"RPCQ_TEST_WAY": "boat"}, "has to be container or node"),
+        ({"RPCQ_TEST_WAY": "node", "RPCQ_TEST_IMAGE": "rabbitmq:x"}, "an image is for containers"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(environ: dict[str, str], problem: str) -> None:
+    with pytest.raises(Unavailable, match=problem):
+        harness.gather(environ)
+
+
+def test_a_container_is_of_the_image_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Broker("amqp://there/", "a container", "4.0.5")
+    asked: list[str] = []
+    monkeypatch.setattr(harness, "start_container", lambda _say, image, _setup: asked.append(image) or there)
+    facts = Facts(image="rabbitmq:x", way="container")
+    assert harness.first(harness.plan(facts), harness.starters(facts, print), facts) is there
+    assert asked == ["rabbitmq:x"]
 
 
 def _fails(reason: str) -> Callable[[], Broker]:
@@ -71,6 +124,12 @@ def test_with_nothing_to_try_the_error_says_what_to_install() -> None:
         harness.first(harness.plan(facts), {}, facts)
     for expected in ("Docker", "apt-get install rabbitmq-server", "RPCQ_TEST_URL", "no Docker engine answers", "PATH"):
         assert expected in str(error.value)
+
+
+def test_with_only_one_way_allowed_the_error_says_so() -> None:
+    facts = Facts(way="container", engine_problem="no Docker engine answers", server=SERVER)
+    with pytest.raises(Unavailable, match="no other way than: container, as RPCQ_TEST_WAY or RPCQ_TEST_IMAGE says"):
+        harness.first(harness.plan(facts), {}, facts)
 
 
 def test_when_every_way_fails_the_error_has_every_reason() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import broker as harness
 import cluster
+import links
 from broker import Broker, Facts, Unavailable
 from cluster import Cluster, Connection, Member
 from rpcq import url
@@ -33,6 +35,15 @@ class Stub(harness.Server):
 
     def up_soon(self) -> None:
         pass
+
+    def pause(self) -> None:
+        self.says = "paused"
+
+    def resume(self) -> None:
+        self.says = "resumed"
+
+    def reached(self) -> tuple[str, Sequence[str]]:
+        return f"127.0.0.{self.port - 20000}", ("within",) * (self.port - 20001)
 
     def wait(self) -> str:
         return "4.0.5"
@@ -100,6 +111,16 @@ def test_a_node_that_was_killed_leads_nothing_and_is_not_asked(monkeypatch: pyte
     assert not servers[0].asked
 
 
+def test_a_node_that_is_paused_is_not_asked() -> None:
+    found, servers = stubs()
+    found.nodes[0].pause()
+    found.ctl("status")
+    assert [len(it.asked) for it in servers] == [0, 1, 0]
+    found.nodes[0].resume()
+    found.ctl("status")
+    assert [(len(it.asked), it.says) for it in servers] == [(1, "resumed"), (1, ""), (0, "")]
+
+
 def test_a_node_that_comes_back_waits_for_those_that_are_up() -> None:
     found, servers = stubs()
     one, two, _ = found.nodes
@@ -119,11 +140,116 @@ def test_with_nothing_to_make_one_of_the_error_says_what_to_install(monkeypatch:
     assert "RPCQ_TEST_URL" not in str(error.value)
 
 
+@pytest.mark.parametrize(("way", "expected"), [("", "nodes"), ("node", "nodes"), ("container", "containers of image")])
+def test_a_cluster_is_of_nodes_unless_containers_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, way: str, expected: str
+) -> None:
+    facts = Facts(image="image", way=way, server=Path("/somewhere/rabbitmq-server"))
+    monkeypatch.setattr(harness, "gather", lambda _: facts)
+    monkeypatch.setattr(cluster, "of_nodes", lambda *_: (Cluster(origin="nodes"), list))
+    monkeypatch.setattr(
+        cluster, "of_containers", lambda _say, image, *_: (Cluster(origin=f"containers of {image}"), list)
+    )
+    with cluster.cluster() as found:
+        assert found.origin == expected
+
+
 def test_a_broker_that_is_not_ours_is_not_taken_down() -> None:
     found = Broker("amqp://there/x", "RPCQ_TEST_URL", "unknown")
     for break_it in (found.restart, found.kill, found.start):
         with pytest.raises(Unavailable, match="RPCQ_TEST_URL is not ours"):
             break_it()
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The commands that links have run."""
+    commands: list[str] = []
+    monkeypatch.setattr(links, "_run", lambda command: commands.append(" ".join(command)))
+    return commands
+
+
+def rule(action: str, start: int, end: int) -> str:
+    return f"iptables --wait {action} INPUT --source 127.0.0.{start} --destination 127.0.0.{end} --jump DROP"
+
+
+def test_a_link_is_cut_where_packets_arrive_and_each_way_is_one_of_its_own(ran: list[str]) -> None:
+    found, servers = stubs()
+    one, two, three = found.nodes
+    with links.Links(servers) as found._links:
+        found.cut(three, one)
+        found.cut(three, one)
+        found.part(one, two)
+        assert ran == [rule("--insert", 3, 1), f"within {rule('--insert', 1, 2)}", rule("--insert", 2, 1)]
+        del ran[:]
+        found.heal()
+        found.heal()
+        assert ran == [rule("--delete", 2, 1), f"within {rule('--delete', 1, 2)}", rule("--delete", 3, 1)]
+
+
+def test_a_cluster_that_was_started_without_links_has_none_to_cut() -> None:
+    found, _ = stubs()
+    with pytest.raises(Unavailable, match="started without links"):
+        found.part(*found.nodes[:2])
+
+
+@pytest.mark.parametrize(
+    ("user", "found", "problem"),
+    [(1000, "/sbin/it", "this is not root"), (0, None, "missing: iptables, nsenter")],
+)
+def test_where_no_link_can_be_cut_it_is_said_why(
+    monkeypatch: pytest.MonkeyPatch, user: int, found: str | None, problem: str
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setattr(shutil, "which", lambda _: found)
+    with pytest.raises(Unavailable, match=f"that takes root, iptables and nsenter; {problem}"):
+        links.check_links()
+
+
+def test_a_command_that_fails_is_told_with_what_it_said() -> None:
+    with pytest.raises(Unavailable, match="cannot be cut: sh -c echo no >&2; exit 1: no"):
+        links._run(["sh", "-c", "echo no >&2; exit 1"])
+    with pytest.raises(Unavailable, match="cannot be cut: FileNotFoundError"):
+        links._run(["/no/such/program"])
+
+
+def test_nodes_with_addresses_of_their_own_are_side_by_side_on_the_loopback_network() -> None:
+    assert [it.rpartition(".")[2] for it in links.own_addresses(3)] == ["1", "2", "3"]
+    assert len({it.rpartition(".")[0] for it in links.own_addresses(3)}) == 1
+    assert links.own_addresses(1)[0].startswith("127.")
+
+
+def test_a_guard_undoes_what_it_was_told_of_when_its_parent_lets_go(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.touch()
+    guard = harness.Guard({"undo": [["/no/such/program"], ["false"], ["rm", str(there)]]})
+    time.sleep(0.1)
+    assert there.exists()
+    guard.stop()
+    assert not there.exists()
+
+
+def test_a_guard_pauses_what_it_started_and_lets_it_go_on_and_ends_it_while_it_is_paused(tmp_path: Path) -> None:
+    folder, beats = tmp_path / "folder", tmp_path / "beats"
+    folder.mkdir()
+    beats.touch()
+    script = tmp_path / "command"
+    script.write_text(f"#!/bin/sh\nwhile :; do echo $$ >> {beats}; sleep 0.01; done\n", "utf-8")
+    script.chmod(0o755)
+    guard = harness.Guard({"folder": str(folder), "environ": dict(os.environ), "command": [str(script)], "epmd": None})
+    try:
+        for _ in range(2):
+            size = beats.stat().st_size
+            until(lambda: beats.stat().st_size > size)  # noqa: B023 - used at once
+            guard.tell("pause")
+            pid = int(beats.read_text("utf-8").split()[0])
+            until(lambda: ") T " in Path(f"/proc/{pid}/stat").read_text("utf-8"))  # noqa: B023 - used at once
+            guard.tell("resume")
+        guard.tell("pause")
+    finally:
+        guard.stop()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def until(what: Callable[[], bool]) -> None:
