@@ -47,7 +47,7 @@ test-faults: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	$(BIN)/python -m pytest tests/faults tests/security tests/unit/test_cli_bench.py tests/unit/test_operations.py tests/docs -m '' $(ARGS)
 
 soak: $(VENV)/.installed-test $(VENV)/.installed-uvloop
-	$(BIN)/python tests/soak.py $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m soak $(ARGS)
 
 check: $(VENV)/.installed-uvloop $(VENV)/.installed-check $(VENV)/.installed-docs
 	$(BIN)/ruff format --check $(SOURCES)
