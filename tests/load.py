@@ -242,6 +242,7 @@ class Load:
         calling: Awaitable[Any],
         is_right: Callable[[Any], bool],
         more: Callable[[Any], str] = lambda _: "",
+        seconds: float | None = None,
     ) -> Any:
         """A call, entered into the ledger: its result, or the error that it ended with.
 
@@ -250,6 +251,7 @@ class Load:
             calling: the call.
             is_right: whether a result is that of this call.
             more: what the ledger is to know besides, from the result or the error.
+            seconds: that it has, if not those of all calls.
 
         """
         ledger, loop = self.ledger, asyncio.get_running_loop()
@@ -273,7 +275,7 @@ class Load:
             told, kind = error, "foreign"
             ledger.violations.append(f"{nonce} got {error!r}")
         finally:
-            late = loop.time() - began - self._timeout
+            late = loop.time() - began - (self._timeout if seconds is None else seconds)
             if late > SLACK:
                 ledger.violations.append(f"{nonce} ended as {kind} {late:.3f} s after its deadline")
             ledger.wrote(nonce, idempotent=self._idempotent, told=kind, began=at, more=more(told))

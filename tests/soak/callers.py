@@ -11,33 +11,41 @@ from load import Load, Scene
 from rpcq import Client, Retry
 from soak.oracle import KeyLedger
 
+TIMEOUTS = (1.0, 5.0)
+"""Seconds that a call of a key may have. A worker has the key for as long, and a second."""
 PATIENT = Retry(max_attempts=20, initial_backoff=0.05, max_backoff=1.0)
 
 
 class KeyedLoad(Load):
-    """Callers that make each call twice or three times under one key, as who does not know what became of the first."""
+    """Callers that make each call twice or three times under one key, as who does not know what became of the first.
 
-    def __init__(self, client: Client, folder: Path, dice: random.Random, **options: Any) -> None:
-        super().__init__(client, KeyLedger(folder / f"told-keys-{Load._number}"), service="other", **options)
+    Args:
+        longest: seconds within which all of them begin: at once, or when the time of the first one has passed.
+
+    """
+
+    def __init__(self, client: Client, folder: Path, dice: random.Random, *, longest: float, **options: Any) -> None:
+        ledger = KeyLedger(folder / f"told-keys-{Load._number}")
+        super().__init__(client, ledger, service="other", timeout=max(TIMEOUTS), **options)
         self._dice = dice
-        self._options = {"timeout": self._timeout}
+        self._longest = longest
 
     async def call(self, **params: Any) -> None:
         self._count += 1
         key = f"{self.prefix}{self._count}"
-        longest = self._dice.choice([0.0, 0.05, 2.0])
-        pauses = [0.0, *(self._dice.uniform(0, longest) for _ in range(self._dice.choice([1, 1, 2])))]
+        pauses = [0.0, *(self._dice.uniform(0, self._longest) for _ in range(self._dice.choice([1, 1, 2])))]
         await asyncio.gather(*(self._one(key, f"{key}.{nth}", pause) for nth, pause in enumerate(pauses)))
 
     async def _one(self, key: str, call: str, pause: float) -> None:
+        timeout = self._dice.choice(TIMEOUTS)
         await asyncio.sleep(pause)
-        maker = self.client.with_options(**self._options, idempotency_key=key, metadata={"x-call": call})
-        calling = maker.call(self._target, nonce=key, **self._params)
+        maker = self.client.with_options(timeout=timeout, idempotency_key=key, metadata={"x-call": call})
         await self.entered(
             call,
-            calling,
+            maker.call(self._target, nonce=key, **self._params),
             lambda told: isinstance(told, str) and told.startswith(f"{key}."),
             lambda told: f"{key} {told if isinstance(told, str) else '-'}",
+            timeout,
         )
 
 
@@ -48,22 +56,15 @@ def plain_load(scene: Scene, client: Client) -> Load:
 
 def other_loads(scene: Scene, client: Client, dice: random.Random) -> list[Load]:
     """All other calls."""
-    quick, held = {"seconds": 0.01}, {"seconds": 0.05}
+    # What is held for a while is what is redelivered when a worker is lost.
+    quick, held = {"seconds": 0.01}, {"seconds": 0.2}
 
     def load(**options: Any) -> Load:
         return scene.load(client, **options)
 
-    def keyed(callers: int, method: str, seconds: float, think: float = 0.05) -> Load:
-        made = KeyedLoad(
-            client,
-            scene.folder,
-            random.Random(dice.getrandbits(64)),
-            callers=callers,
-            method=method,
-            timeout=5.0,
-            think=think,
-            params={"seconds": seconds},
-        )
+    def keyed(callers: int, method: str, seconds: float, longest: float = 0.05) -> Load:
+        options: dict[str, Any] = {"callers": callers, "method": method, "params": {"seconds": seconds}, "think": 0.05}
+        made = KeyedLoad(client, scene.folder, random.Random(dice.getrandbits(64)), longest=longest, **options)
         scene.ledgers.append(made.ledger)
         return made
 
@@ -78,14 +79,18 @@ def other_loads(scene: Scene, client: Client, dice: random.Random) -> list[Load]
         # The other service, with a store of answers that its workers share.
         load(callers=5, service="other", params=quick, think=0.02),
         load(callers=5, service="other", method="again", **again),
-        keyed(4, "keyed", 0.01),
-        keyed(2, "keyed", 0.3),
-        keyed(2, "keyed", 5.0, think=0.5),  # which its time is too short for: the key is free again
+        keyed(2, "keyed", 0.01, 0.0),
+        keyed(3, "keyed", 0.3),
+        keyed(15, "keyed", 0.3, 8.0),
         keyed(2, "keyed_thread", 0.1),
-        keyed(2, "keyed_fails", 0.02),
-        # Both generations: each has workers that refuse its calls.
+        keyed(8, "keyed_thread", 0.3, 8.0),
+        keyed(5, "keyed", 2.0, 2.0),  # which some have too little time for: the key is free again
+        keyed(5, "keyed_fails", 0.02, 0.5),
+        # Both generations: each has workers that refuse its calls, also those that were redelivered or moved.
+        keyed(5, "former_keyed", 0.2, 2.0),
+        keyed(5, "latter_keyed", 0.2, 2.0),
         *(
-            load(callers=2, service=service, method=method, params=params, think=0.05)
+            load(callers=2, service=service, method=method, params=params, think=0.02)
             for service in ("target", "other")
             for method, params in (
                 ("former", held),
@@ -95,7 +100,7 @@ def other_loads(scene: Scene, client: Client, dice: random.Random) -> list[Load]
             )
         ),
         *(
-            load(callers=2, service=service, method=method, retry=PATIENT, **again | {"think": 0.05})
+            load(callers=5, service=service, method=method, **again | {"think": 0.02, "params": held})
             for service in ("target", "other")
             for method in ("former_again", "latter_again")
         ),

@@ -81,6 +81,12 @@ class SeveralNodes(Ground):
         one, other = dice.sample(self.cluster.nodes, 2)
         return one, other
 
+    async def started(self, *nodes: Member) -> None:
+        """Start nodes that were killed, and wait until the cluster is whole."""
+        with contextlib.suppress(brokers.CtlFailed):  # they do not see each other yet
+            await asyncio.to_thread(self.cluster.start, *nodes)
+        await self.whole()
+
     async def whole(self) -> None:
         """Wait until each node sees all others again."""
         deadline = time.monotonic() + WHOLE_SECONDS

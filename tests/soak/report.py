@@ -53,7 +53,7 @@ class Report:
     held: dict[str, list[Held]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     told: Counter[str] = field(default_factory=Counter)
-    moved: int = 0
+    taken: int = 0
     seconds: float = 0.0
 
     def note(self, who: str, held: Held) -> Held:
@@ -67,7 +67,7 @@ class Report:
             f"{self.told.total()} calls in {self.seconds:.0f} s, {self.told.total() / self.seconds:.0f} a second; "
             f"{struck.total()} faults; {len(self.problems)} violations of the oracle\n"
         )
-        say(f"{self.moved} requests were published again by what moves or copies messages\n")
+        say(f"{self.taken} requests or copies of them were taken by consumers that are not rpcq's\n")
         say("| what callers were told | calls |\n|---|---|")
         for kind, count in self.told.most_common():
             say(f"| {kind.replace('/', ', executed ')} | {count} |")

@@ -89,7 +89,7 @@ class Soak:
             yield strike(stores.FAULTS, stage, kind, 3.0)
             if kind == "classic":
                 yield strike(moving.FAULTS, stage, kind, 1.0)
-        yield strike(brokers.faults_of(found), found, "", 20.0)
+        yield strike(brokers.faults_of(found), found, "", 20.0 if self.nodes == 1 else 5.0)
 
     async def all_is_back(self, seconds: float) -> None:
         """Wait until of the calls that are not meant to fail none does, which has to be so after that time."""
@@ -127,7 +127,7 @@ class Soak:
                 await stage.scene.drain()
             except AssertionError as error:
                 self.report.problems.append(f"{stage.scene.queue_type}: a worker did not drain: {error}")
-            self.report.moved += stage.moved
+            self.report.taken += stage.taken
             ran = lines_of(stage.scene.runs)
             for ledger in stage.scene.ledgers:
                 self.report.told.update(ledger.counts)

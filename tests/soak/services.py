@@ -78,8 +78,10 @@ for _service in (target, other):
     if os.environ["RPCQ_TEST_GENERATION"] == "former":
         _service.method(name="former")(once)
         _service.method(name="former_again", idempotent=True)(targets.again)
+        _service.method(name="former_keyed")(keyed)
         _service.method(name="changed")(changed_former)
     else:
         _service.method(name="latter")(once)
         _service.method(name="latter_again", idempotent=True)(targets.again)
+        _service.method(name="latter_keyed")(keyed)
         _service.method(name="changed")(changed_latter)

@@ -42,8 +42,8 @@ class Stage:
     """Calls that are faults themselves."""
     victims: list[WorkerProcess] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
-    moved: int = 0
-    """Requests that somebody who is not rpcq's has published again."""
+    taken: int = 0
+    """Requests that a consumer which is not rpcq's has taken, or copies of them."""
 
     @property
     def queues(self) -> list[str]:

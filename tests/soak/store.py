@@ -185,13 +185,13 @@ class StoreProcess:
 async def serve(path: str) -> None:
     server = Server(random.Random(path))
     # Under another name until it listens: who sees the file connects.
-    listening = await asyncio.start_unix_server(server.serve, path + "~", backlog=1000)
+    await asyncio.start_unix_server(server.serve, path + "~", backlog=1000)
     os.rename(path + "~", path)  # noqa: PTH104 - quick, and before anybody waits
     told = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(told), sys.stdin)
     while line := await told.readline():
         server.trouble = Trouble(**json.loads(line))
-    listening.close()
+    os._exit(0)  # those who are connected need no goodbye
 
 
 if __name__ == "__main__":

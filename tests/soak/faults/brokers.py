@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 
+from broker import CtlFailed
 from soak.faults import Fault
 from soak.ground import TICK, Ground, OneNode, SeveralNodes
 from soak.stage import SERVICES, Stage
@@ -69,9 +71,11 @@ NODE_FAULTS: tuple[Fault, ...] = (memory_alarm, connections_closed, broker_resta
 async def node_restarted(ground: SeveralNodes, dice: random.Random) -> None:
     async with ground.young:
         node = dice.choice(ground.cluster.nodes)
-        await asyncio.to_thread(node.ctl, "stop_app")
+        with contextlib.suppress(CtlFailed):
+            await asyncio.to_thread(node.ctl, "stop_app")
         await asyncio.sleep(dice.uniform(0, 3))
-        await asyncio.to_thread(node.ctl, "start_app")
+        with contextlib.suppress(CtlFailed):  # then `whole` fails
+            await asyncio.to_thread(node.ctl, "start_app")
         await ground.whole()
 
 
@@ -80,16 +84,14 @@ async def node_killed(ground: SeveralNodes, dice: random.Random) -> None:
         node = dice.choice(ground.cluster.nodes)
         await asyncio.to_thread(node.kill)
         await asyncio.sleep(dice.uniform(0, 2 * TICK))
-        await asyncio.to_thread(node.start)
-        await ground.whole()
+        await ground.started(node)
 
 
 async def all_nodes_killed(ground: SeveralNodes, dice: random.Random) -> None:
     async with ground.young:
         nodes = ground.cluster.nodes
         await asyncio.gather(*(asyncio.to_thread(node.kill) for node in nodes))
-        await asyncio.to_thread(ground.cluster.start, *nodes)
-        await ground.whole()
+        await ground.started(*nodes)
 
 
 async def node_paused(ground: SeveralNodes, dice: random.Random) -> None:

@@ -44,10 +44,15 @@ def foreign(fault: Callable[[Stage, random.Random, AbstractChannel], Awaitable[N
     return strike
 
 
-async def _take(channel: AbstractChannel, queue: str, seconds: float) -> AsyncIterator[DeliveredMessage]:
+async def _take(stage: Stage, channel: AbstractChannel, queue: str, seconds: float) -> AsyncIterator[DeliveredMessage]:
     """Requests from a queue, as they come within that time."""
     came: asyncio.Queue[DeliveredMessage] = asyncio.Queue()
-    consuming = await channel.basic_consume(queue, came.put)
+
+    async def take(message: DeliveredMessage) -> None:
+        stage.taken += 1
+        came.put_nowait(message)
+
+    consuming = await channel.basic_consume(queue, take)
     until = time.monotonic() + seconds
     with contextlib.suppress(TimeoutError):
         while (left := until - time.monotonic()) > 0:
@@ -58,10 +63,9 @@ async def _take(channel: AbstractChannel, queue: str, seconds: float) -> AsyncIt
         yield came.get_nowait()
 
 
-async def _publish(stage: Stage, channel: AbstractChannel, message: DeliveredMessage, queue: str) -> None:
+async def _publish(channel: AbstractChannel, message: DeliveredMessage, queue: str) -> None:
     with contextlib.suppress(aiormq.DeliveryError):  # the queue is full or gone: the request is lost
         await channel.basic_publish(message.body, routing_key=queue, properties=message.header.properties)
-        stage.moved += 1
 
 
 async def _ack(channel: AbstractChannel, message: DeliveredMessage) -> None:
@@ -71,9 +75,9 @@ async def _ack(channel: AbstractChannel, message: DeliveredMessage) -> None:
 
 async def _moved(stage: Stage, dice: random.Random, channel: AbstractChannel, start: str, end: str) -> None:
     pause = dice.choice([0.0, 0.0, 0.05])
-    async for message in _take(channel, start, dice.uniform(0.5, 2)):
+    async for message in _take(stage, channel, start, dice.uniform(0.5, 2)):
         await asyncio.sleep(pause)
-        await _publish(stage, channel, message, end)
+        await _publish(channel, message, end)
         await _ack(channel, message)
 
 
@@ -95,20 +99,20 @@ async def moved_away_and_back(stage: Stage, dice: random.Random, channel: Abstra
     start = dice.choice(stage.queues)
     place = f"{stage.scene.namespace}-parked-{secrets.token_hex(4)}"
     await channel.queue_declare(place, auto_delete=True, arguments={"x-expires": 60_000})
-    async for message in _take(channel, start, dice.uniform(0.3, 1)):
-        await _publish(stage, channel, message, place)
+    async for message in _take(stage, channel, start, dice.uniform(0.3, 1)):
+        await _publish(channel, message, place)
         await _ack(channel, message)
     await asyncio.sleep(dice.uniform(0, 1))
     end = dice.choice([start, start, *stage.queues])
-    async for message in _take(channel, place, 1.0):
-        await _publish(stage, channel, message, end)
+    async for message in _take(stage, channel, place, 1.0):
+        await _publish(channel, message, end)
         await _ack(channel, message)
 
 
 @foreign
 async def taken_and_dropped(stage: Stage, dice: random.Random, channel: AbstractChannel) -> None:
     """Held unacknowledged for a moment by one whose connection ends then: they are redelivered."""
-    async for _ in _take(channel, dice.choice(stage.queues), dice.uniform(0.1, 0.5)):
+    async for _ in _take(stage, channel, dice.choice(stage.queues), dice.uniform(0.1, 0.5)):
         pass
     await asyncio.sleep(dice.uniform(0, 1.5))
 
@@ -117,17 +121,17 @@ async def taken_and_dropped(stage: Stage, dice: random.Random, channel: Abstract
 async def moved_and_dropped(stage: Stage, dice: random.Random, channel: AbstractChannel) -> None:
     """Published again by one whose connection ends before it acknowledges: both are there."""
     end = dice.choice(stage.queues)
-    async for message in _take(channel, dice.choice(stage.queues), dice.uniform(0.1, 0.5)):
-        await _publish(stage, channel, message, end)
+    async for message in _take(stage, channel, dice.choice(stage.queues), dice.uniform(0.1, 0.5)):
+        await _publish(channel, message, end)
     await asyncio.sleep(dice.uniform(0, 1.5))
 
 
 @foreign
 async def taken_and_given_back(stage: Stage, dice: random.Random, channel: AbstractChannel) -> None:
     """As who looks at messages in the management UI: they are requeued, some after having been copied."""
-    async for message in _take(channel, dice.choice(stage.queues), dice.uniform(0.3, 1)):
+    async for message in _take(stage, channel, dice.choice(stage.queues), dice.uniform(0.3, 1)):
         if dice.random() < 0.3:
-            await _publish(stage, channel, message, dice.choice(stage.queues))
+            await _publish(channel, message, dice.choice(stage.queues))
         assert message.delivery_tag is not None
         await channel.basic_reject(message.delivery_tag, requeue=True)
 
@@ -142,9 +146,9 @@ async def copied(stage: Stage, dice: random.Random, channel: AbstractChannel) ->
     seconds = dice.uniform(0.3, 1)
     if dice.random() < 0.5:
         await asyncio.sleep(1)  # then most have been answered
-    async for message in _take(channel, place, seconds):
+    async for message in _take(stage, channel, place, seconds):
         for _ in range(times):
-            await _publish(stage, channel, message, dice.choice(stage.queues))
+            await _publish(channel, message, dice.choice(stage.queues))
         await _ack(channel, message)
 
 
