@@ -211,11 +211,15 @@ class Load:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stopping = True
+        self.stop()
         if kind is not None:
             for task in self._tasks:
                 task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=kind is not None)
+
+    def stop(self) -> None:
+        """Make no further calls; those under way end as they may."""
+        self._stopping = True
 
     async def through(self, count: int = 200, seconds: float = READY) -> None:
         """Wait until this many further calls have had results."""

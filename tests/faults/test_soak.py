@@ -10,7 +10,7 @@ import pytest
 
 from soak.stage import environment
 
-MINUTES = "0.25"
+MINUTES = "0.2"
 """Of faults; besides, its broker has to start, and what was lost to come back."""
 SECONDS = 180
 """On a machine that does much else meanwhile."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,11 @@ class KeyedLoad(Load):
 
     async def _one(self, key: str, call: str, pause: float) -> None:
         timeout = self._dice.choice(TIMEOUTS)
-        await asyncio.sleep(pause)
+        begins = time.monotonic() + pause
+        while (left := begins - time.monotonic()) > 0:
+            if self._stopping:
+                return
+            await asyncio.sleep(min(left, 0.2))
         maker = self.client.with_options(timeout=timeout, idempotency_key=key, metadata={"x-call": call})
         await self.entered(
             call,

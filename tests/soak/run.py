@@ -58,6 +58,8 @@ class Soak:
                     for load in self.loads:
                         await calling.enter_async_context(load)
                     await self.under_load(found)
+                    for load in self.loads:
+                        load.stop()
                 await self.at_rest(idle)
                 await self.verdict()
         return self.report
@@ -72,7 +74,7 @@ class Soak:
         progress = asyncio.create_task(self.tell(began))
         await asyncio.gather(*self.struck(found, began + self.minutes * 60))
         progress.cancel()
-        await self.all_is_back(found.calm)
+        await self.all_is_back(found.calm if self.nodes > 1 else min(found.calm, 10.0 + self.minutes * 10))
         self.report.note(US, Held.here(self.stages))
         self.report.seconds = time.monotonic() - start
 
