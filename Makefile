@@ -2,7 +2,7 @@
 # make web     a page at http://127.0.0.1:8000 that sends requests and shows their answers live; the same
 # make test    all tests, on a real RabbitMQ too (tests/broker.py says where it comes from)
 # make test-faults  every fault of docs/reliability.md, and all else that takes long
-# make soak    mixed load for 10 minutes while faults strike at random; ARGS='--minutes 1 --seed 7'
+# make soak    mixed load for 10 minutes while faults strike at random; ARGS='--minutes 1 --seed 7 --nodes 3'
 # make check   format, lint, types, structure, and the documentation
 # make docs    the documentation at http://127.0.0.1:8000, built again at every change
 # make fmt     mend what the checks can mend
@@ -47,7 +47,7 @@ test-faults: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	$(BIN)/python -m pytest tests/faults tests/security tests/conformance/test_differential.py tests/unit/test_cli_bench.py tests/unit/test_operations.py tests/docs -m '' $(ARGS)
 
 soak: $(VENV)/.installed-test $(VENV)/.installed-uvloop
-	$(BIN)/python tests/soak.py $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m soak $(ARGS)
 
 check: $(VENV)/.installed-uvloop $(VENV)/.installed-check $(VENV)/.installed-docs
 	$(BIN)/ruff format --check $(SOURCES)

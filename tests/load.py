@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +79,11 @@ class WorkerProcess(Process):
         self.signal(signal.SIGCONT)
 
 
+def lines_of(runs: Path) -> Counter[str]:
+    """The lines of a file of runs."""
+    return Counter(runs.read_text("ascii").split("\n")) if runs.exists() else Counter()
+
+
 class Ledger:
     """What callers were told, written to a file as they are told it: a long run would not fit into memory.
 
@@ -107,9 +112,33 @@ class Ledger:
     def failed(self) -> int:
         return self.ended - self.counts["result"] - self.counts["cancelled"]
 
-    def wrote(self, nonce: str, *, idempotent: bool, told: str) -> None:
+    def wrote(self, nonce: str, *, idempotent: bool, told: str, began: float, more: str = "") -> None:
+        """A call has ended; `began` on the wall clock, and `more` is for ledgers that hold calls to more."""
         self.counts[told] += 1
-        self._file.write(f"{nonce} {'idempotent' if idempotent else 'once'} {told}\n")
+        kind = "idempotent" if idempotent else "once"
+        self._file.write(f"{nonce} {kind} {told} {began:.3f} {time.time():.3f} {more}\n")
+
+    def lines(self) -> Iterator[list[str]]:
+        """All calls that have ended: nonce, kind, what was told, when it began and ended, and more."""
+        self._file.flush()
+        with self.path.open(encoding="ascii") as file:
+            for line in file:
+                yield line.split()
+
+    def verdict(self, ran: Counter[str]) -> list[str]:
+        """What breaks the oracle, each with its nonce first; `ran` has the lines of the file of runs."""
+        violations = list(self.violations)
+        if self.ended != self.begun:
+            violations.append(f"{self.begun - self.ended} calls have not ended")
+        for nonce, kind, told, *_ in self.lines():
+            times = ran[nonce]
+            executed = "yes" if told == "result" else told.partition("/")[2]
+            most = MAX_ATTEMPTS if kind == "idempotent" else 1
+            if times > most:
+                violations.append(f"{nonce} ({kind}) ran {times} times; it ended as {told}")
+            if (executed == "no" and times) or (executed == "yes" and not times):
+                violations.append(f"{nonce} ended as {told}, and ran {times} times")
+        return violations
 
     def check(self, runs: Path) -> None:
         """Hold what callers were told against what ran.
@@ -117,20 +146,7 @@ class Ledger:
         Raises:
             AssertionError: with the violations.
         """
-        self._file.flush()
-        assert self.ended == self.begun, f"{self.begun - self.ended} calls have not ended"
-        ran = Counter(runs.read_text("ascii").split("\n")) if runs.exists() else Counter()
-        violations = self.violations
-        with self.path.open(encoding="ascii") as file:
-            for line in file:
-                nonce, kind, told = line.split()
-                times = ran[nonce]
-                executed = "yes" if told == "result" else told.partition("/")[2]
-                most = MAX_ATTEMPTS if kind == "idempotent" else 1
-                if times > most:
-                    violations.append(f"{nonce} ({kind}) ran {times} times; it ended as {told}")
-                if (executed == "no" and times) or (executed == "yes" and not times):
-                    violations.append(f"{nonce} ended as {told}, and ran {times} times")
+        violations = self.verdict(lines_of(runs))
         assert not violations, f"{len(violations)} violations: {'; '.join(violations[:10])}"
 
     def close(self) -> None:
@@ -144,7 +160,8 @@ class Load:
         client: who calls.
         ledger: where outcomes go.
         callers: how many at once.
-        method: of the service "target"; it takes `nonce`, and what is in `params`.
+        method: of the service; it takes `nonce`, and what is in `params`.
+        service: whose.
         idempotent: whether the caller says so.
         timeout: seconds that each call has.
         think: seconds between two calls of one caller; the callers' first calls are spread over as long.
@@ -164,6 +181,7 @@ class Load:
         *,
         callers: int = 50,
         method: str = "once",
+        service: str = "target",
         idempotent: bool = False,
         timeout: float = 10.0,
         think: float = 0.005,
@@ -176,7 +194,7 @@ class Load:
         self.prefix = f"{os.getpid()}-{Load._number}-"
         self._count = 0
         self._callers = callers
-        self._method = method
+        self._target = f"{service}.{method}"
         self._idempotent = idempotent
         self._timeout = timeout
         self._think = think
@@ -193,11 +211,15 @@ class Load:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stopping = True
+        self.stop()
         if kind is not None:
             for task in self._tasks:
                 task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=kind is not None)
+
+    def stop(self) -> None:
+        """Make no further calls; those under way end as they may."""
+        self._stopping = True
 
     async def through(self, count: int = 200, seconds: float = READY) -> None:
         """Wait until this many further calls have had results."""
@@ -213,16 +235,37 @@ class Load:
 
     async def call(self, **params: Any) -> Any:
         """One call, entered into the ledger: its result, or the error that it ended with."""
-        ledger, loop = self.ledger, asyncio.get_running_loop()
         self._count += 1
         nonce = f"{self.prefix}{self._count}"
+        calling = self._maker.call(self._target, nonce=nonce, **self._params, **params)
+        return await self.entered(nonce, calling, lambda told: told == nonce)
+
+    async def entered(
+        self,
+        nonce: str,
+        calling: Awaitable[Any],
+        is_right: Callable[[Any], bool],
+        more: Callable[[Any], str] = lambda _: "",
+        seconds: float | None = None,
+    ) -> Any:
+        """A call, entered into the ledger: its result, or the error that it ended with.
+
+        Args:
+            nonce: names the call.
+            calling: the call.
+            is_right: whether a result is that of this call.
+            more: what the ledger is to know besides, from the result or the error.
+            seconds: that it has, if not those of all calls.
+
+        """
+        ledger, loop = self.ledger, asyncio.get_running_loop()
         ledger.begun += 1
-        began = loop.time()
+        began, at = loop.time(), time.time()
         told: Any = None
         kind = "result"
         try:
-            told = await self._maker.call(f"target.{self._method}", nonce=nonce, **self._params, **params)
-            if told != nonce:
+            told = await calling
+            if not is_right(told):
                 ledger.violations.append(f"{nonce} got the answer {told!r}")
         except CallError as error:
             told, kind = error, f"{type(error).__name__}/{error.executed}"
@@ -236,10 +279,10 @@ class Load:
             told, kind = error, "foreign"
             ledger.violations.append(f"{nonce} got {error!r}")
         finally:
-            late = loop.time() - began - self._timeout
+            late = loop.time() - began - (self._timeout if seconds is None else seconds)
             if late > SLACK:
                 ledger.violations.append(f"{nonce} ended as {kind} {late:.3f} s after its deadline")
-            ledger.wrote(nonce, idempotent=self._idempotent, told=kind)
+            ledger.wrote(nonce, idempotent=self._idempotent, told=kind, began=at, more=more(told))
         return told
 
 
@@ -252,6 +295,7 @@ class Scene:
         namespace: this test's own.
         queue_type: of the request queue.
         folder: where the processes run; each nonce that ran is a line of its file `runs`.
+        services: those that have queues.
     """
 
     url: str
@@ -261,6 +305,7 @@ class Scene:
     workers: list[WorkerProcess] = field(default_factory=list)
     ledgers: list[Ledger] = field(default_factory=list)
     is_checked: bool = False
+    services: tuple[str, ...] = ("target",)
 
     @property
     def runs(self) -> Path:
@@ -268,7 +313,10 @@ class Scene:
 
     @property
     def queue(self) -> str:
-        return f"{self.namespace}.{'once' if self.queue_type == 'quorum' else 'req'}.target"
+        return self.queue_of("target")
+
+    def queue_of(self, service: str) -> str:
+        return f"{self.namespace}.{'once' if self.queue_type == 'quorum' else 'req'}.{service}"
 
     def ran(self, nonce: str = "") -> list[str]:
         """The lines of the file of runs that begin so."""
@@ -327,15 +375,19 @@ class Scene:
         """A load with a ledger of its own."""
         return Load(client, self.ledger(), **options)
 
-    async def check(self) -> None:
-        """Let the workers that live drain and end, and hold what callers were told against what ran."""
-        self.is_checked = True
+    async def drain(self) -> None:
+        """Let the workers that live end what they have in hand, and end."""
         living = [it for it in self.workers if it.is_alive]
         for worker in living:
             worker.thaw()
             worker.signal(signal.SIGTERM)
         for worker in living:
             assert await worker.exit_code() == 0, "\n".join(worker.lines[-20:])
+
+    async def check(self) -> None:
+        """Let the workers drain, and hold what callers were told against what ran."""
+        self.is_checked = True
+        await self.drain()
         assert self.ledgers, "nothing was called"
         problems: list[str] = []
         for ledger in self.ledgers:
@@ -359,5 +411,5 @@ class Scene:
         for ledger in self.ledgers:
             ledger.close()
         with contextlib.suppress(ConnectionError):  # a broker that the test has ended
-            await asyncio.to_thread(delete_queues, self.url, self.namespace, ("target",))
+            await asyncio.to_thread(delete_queues, self.url, self.namespace, self.services)
         assert kind is not None or self.is_checked, "the test has not held the calls to the oracle"

@@ -1,7 +1,7 @@
 """What the workers of the fault tests serve. Each handler first appends its nonce to a file, so that runs are counted.
 
 A worker process imports this as `rpcq worker targets:target`. RPCQ_TEST_RUNS names the file, and RPCQ_TEST_QUEUE_TYPE
-the kind of the request queue.
+the kind of the request queue. RPCQ_TEST_TIMES may name another file, for when and in which process they ran.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 
 from rpcq import Context, DomainError, Service
 
-_runs = os.open(os.environ["RPCQ_TEST_RUNS"], os.O_APPEND | os.O_CREAT | os.O_WRONLY)
+APPEND = os.O_APPEND | os.O_CREAT | os.O_WRONLY
+_runs = os.open(os.environ["RPCQ_TEST_RUNS"], APPEND)
+_times = os.open(os.environ["RPCQ_TEST_TIMES"], APPEND) if "RPCQ_TEST_TIMES" in os.environ else None
 
 target = Service("target", queue_type=os.environ.get("RPCQ_TEST_QUEUE_TYPE", "classic"))  # type: ignore[arg-type]
 
@@ -23,13 +25,20 @@ class Refused(DomainError):
     """What the service says no to."""
 
 
-def began(nonce: str) -> None:
-    """Say that the handler of this call was entered; one write, so that lines of several processes do not mix."""
-    os.write(_runs, f"{nonce}\n".encode())
+def began(nonce: str, *more: str) -> None:
+    """Say that the handler of this call was entered, and perhaps more about it."""
+    write(nonce, *more)
+    if _times is not None:
+        os.write(_times, f"{nonce} {time.time():.3f} {os.getpid()}\n".encode())
 
 
 def cancelled(nonce: str) -> None:
-    os.write(_runs, f"cancelled {nonce}\n".encode())
+    write(f"cancelled {nonce}")
+
+
+def write(*lines: str) -> None:
+    """One write, so that lines of several processes do not mix."""
+    os.write(_runs, "".join(f"{line}\n" for line in lines).encode())
 
 
 @target.method

@@ -84,9 +84,7 @@ async def until_lost(node: Member, other: Member) -> None:
 
 def told_of(load: Load, nonces: set[str]) -> dict[str, str]:
     """What the callers of these were told, so far."""
-    load.ledger._file.flush()
-    lines = [line.split() for line in load.ledger.path.read_text("ascii").splitlines()]
-    return {nonce: told for nonce, _, told in lines if nonce in nonces}
+    return {nonce: told for nonce, _, told, *_ in load.ledger.lines() if nonce in nonces}
 
 
 def failed_though_run(scene: Scene, load: Load) -> dict[str, str]:

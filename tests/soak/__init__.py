@@ -1,0 +1,6 @@
+"""Mixed load for minutes while faults strike at random, and an oracle that is held against every call.
+
+`__main__` has the arguments, `run` the run, `report` what comes of it. `ground` is the broker or the cluster, `stage`
+what plays on it: workers that serve `services`, with answers in a `store` that they share, and `callers`. `oracle` is
+what calls of one key are held to, beyond what `load.py` holds all calls to. `faults` strike.
+"""
