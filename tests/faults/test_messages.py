@@ -84,6 +84,7 @@ class Stranger:
         self._exchange = await self._channel.get_exchange(f"{self._scene.namespace}.requests")
         self._inbox = await self._channel.declare_queue(exclusive=True)
         self._given_up = await self._channel.declare_queue(exclusive=True)
+        await self._given_up.bind(f"{self._scene.namespace}.notices", self._given_up.name)
         self._counter = await self._channel.declare_queue(exclusive=True)
         await self._inbox.consume(self._on_reply, no_ack=True)
         await self._counter.consume(self._on_request, no_ack=True)
