@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 import sys
 import typing
@@ -17,13 +18,24 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar, overload
 
 import pydantic
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter
+from pydantic import PydanticUserError
 
 from rpcq import wire
 from rpcq.deadline import Deadline
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply
 from rpcq.idempotency import AnswerStore
+from rpcq.schemas import Codec, make_codec
 from rpcq.settings import CallOptions, check_errors, check_name
+from rpcq.values import (
+    EXPONENT,
+    MARKS,
+    MAX_DIGITS,
+    OWN_SECRETS,
+    NotCarried,
+    refuse_beyond_float,
+    refuse_changed,
+    refuse_nan,
+)
 
 METHOD_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,100}\Z")
 """A method's name has no dot: `a.b.c` is method `c` of service `a.b`."""
@@ -32,8 +44,6 @@ T = TypeVar("T")
 C = TypeVar("C")
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
-
-_NUMBERS: Final = ConfigDict(ser_json_inf_nan="constants")  # written out, so that `refuse_nan` sees them
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +113,10 @@ class Method:
             raise ConfigurationError(f"{self.label} is a generator; a method returns one value")
         hints = type_hints(self.label, function)
         self.context_parameter, signature = _without_context(self.label, handler, hints)
-        self._parameters = _parameters_adapter(self.label, signature)
-        self._read = self._parameters.validator.validate_json
+        parameters = _parameters_codec(self.label, signature)
+        self._read, self._floats = parameters.read, parameters.floats
         returns = hints.get("return", Any)
-        self._result = None if returns is Any else result_adapter(self.label, returns)
+        self._result = None if returns is Any else result_adapter(self.label, returns, written=True)
         self.signature = signature.replace(return_annotation=returns)
 
     def read_params(self, body: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -120,14 +130,19 @@ class Method:
             if body[:1] not in (b"{", b"[") and body.lstrip()[:1] not in (b"{", b"["):
                 wire.loads(body)  # on its own: what is an array only with the brackets is none
                 body = b"[%b]" % body
-            return self._read(wire.refuse_nan(body))  # type: ignore[no-any-return]  # what `_parameters_adapter` made
+            found: tuple[tuple[Any, ...], dict[str, Any]] = self._read(refuse_nan(body))
+            if self._floats:
+                refuse_beyond_float(body, found, self._read)
         except pydantic.ValidationError as error:
             raise _invalid_params(self.label, error) from error
+        except NotCarried as error:
+            raise InvalidParams(f"the parameters of {self.label} cannot be taken: {error}") from error
         except ValueError as error:
             raise InvalidParams(f"the parameters of {self.label} are not JSON: {error}") from error
         except Exception as error:
             msg = f"the parameters of {self.label} could not be validated: a validator raised {type(error).__name__}"
             raise InvalidParams(msg) from error
+        return found
 
     def call(self, args: tuple[Any, ...], params: dict[str, Any], context: Callable[[], Context]) -> Any:
         """Call the handler; what it returns is a coroutine if it is an `async def`.
@@ -155,6 +170,9 @@ class Method:
         except pydantic.ValidationError as error:
             msg = f"{self.label} returned a {type(value).__name__}, which does not fit its annotation"
             raise InvalidReply(msg) from error
+        except NotCarried as error:
+            msg = f"{self.label} returned a {type(value).__name__} that JSON cannot carry: {error}"
+            raise InvalidReply(msg) from error
         except Exception as error:
             msg = f"{self.label} returned a {type(value).__name__} that JSON cannot carry"
             raise InvalidReply(msg) from error
@@ -167,35 +185,48 @@ class Method:
 class Result:
     """Reads and writes values of one type."""
 
-    def __init__(self, adapter: TypeAdapter[Any]) -> None:
-        self._validate = adapter.validator.validate_python
-        self._dump = adapter.serializer.to_json
-        self._plain = adapter.serializer.to_python
-        self.read = adapter.validator.validate_json
+    def __init__(self, label: str, codec: Codec) -> None:
+        self.label = label
+        self._check = codec.check
+        self._write = codec.write
+        self._plain = codec.plain
+        self._read = codec.read
+        self.read: Callable[[bytes], Any] = self._read_floats if codec.floats else codec.read
+        """A value from JSON. Raises pydantic's ValidationError, and InvalidReply."""
+
+    def _read_floats(self, body: bytes) -> Any:
+        value = self._read(body)
+        if type(value) is float and math.isfinite(value):
+            return value
+        # The first look is here, not behind another call, as in `wire.loads`.
+        is_odd = len(body) > 200 or body.translate(MARKS, b"+").rfind(EXPONENT) >= 0
+        if is_odd or body.find(b"N") >= 0 or body.find(b"I") >= 0:
+            try:
+                refuse_beyond_float(refuse_nan(body), value, self._read)
+            except ValueError as error:
+                raise InvalidReply(f"the result of {self.label} cannot be taken: {error}") from error
+        return value
 
     def write(self, value: Any) -> bytes:
         """A value as JSON, by aliases: that is how the other side reads it."""
-        valid = self._validate(value)
-        body = wire.refuse_nan(self._dump(valid, by_alias=True))
+        valid = self._check(value)
+        body = refuse_nan(self._write(valid, by_alias=True))
         if body.find(b"null") >= 0 and valid is not None:  # perhaps a model's NaN, which has a mode of its own
             wire.dumps(self._plain(valid, mode="json", by_alias=True))
+        if body.find(b"*") >= 0 or len(body) > MAX_DIGITS or OWN_SECRETS():
+            refuse_changed(valid, body)
         return body
 
 
-def result_adapter(label: str, returns: Any) -> Result:
-    """Reads and writes what `label` returns.
+def result_adapter(label: str, returns: Any, *, written: bool = False) -> Result:
+    """Reads what `label` returns, and writes it if `written`.
 
     Raises:
-        ConfigurationError: pydantic has no schema for the type.
+        ConfigurationError: pydantic has no schema for the type, or its secrets or bytes would arrive as something else.
 
     """
     try:
-        try:
-            return Result(TypeAdapter(returns, config=_NUMBERS))
-        except PydanticUserError as error:
-            if error.code != "type-adapter-config-unused":
-                raise
-            return Result(TypeAdapter(returns))  # a model or dataclass with a config of its own
+        return Result(label, make_codec(returns, f"{label} returns", written=written))
     except (PydanticUserError, NameError, TypeError) as error:
         msg = f"{label} returns {returns!r}, which pydantic cannot handle: {error}"
         raise ConfigurationError(msg) from error
@@ -411,7 +442,7 @@ def _without_context(
     return context_parameter, inspect.Signature(parameters)
 
 
-def _parameters_adapter(label: str, signature: inspect.Signature) -> TypeAdapter[Any]:
+def _parameters_codec(label: str, signature: inspect.Signature) -> Codec:
     """Validates a JSON object or array as the arguments of a function, and gives them as (args, kwargs)."""
 
     def capture(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -421,7 +452,7 @@ def _parameters_adapter(label: str, signature: inspect.Signature) -> TypeAdapter
     capture.__signature__ = signature  # type: ignore[attr-defined]  # what pydantic reads
     capture.__annotations__ = {it.name: it.annotation for it in signature.parameters.values()}
     try:
-        return TypeAdapter(capture)  # type: ignore[arg-type]  # pydantic takes functions too
+        return make_codec(capture, f"{label} takes", written=False)
     except (PydanticUserError, NameError, TypeError) as error:
         msg = f"{label} takes a parameter that pydantic cannot handle: {error}"
         raise ConfigurationError(msg) from error

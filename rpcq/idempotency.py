@@ -60,6 +60,8 @@ class AnswerStore(Protocol):
     async def claim(self, key: str, owner: str, seconds: float) -> Answer | Claim:
         """The answer under this key; where there is none, take the key for `owner`, unless another owner has it.
 
+        An owner that has the key and claims it once more is told what it was told before, and its time begins anew.
+
         Args:
             key: of the call.
             owner: who asks; another one for each request.
@@ -109,8 +111,11 @@ class MemoryAnswers:
         now = self._now()
         if entry is not None and entry.until > now and entry.owner != owner:
             return Claim.HELD
-        self._enter(key, _Claimed(owner, now + seconds))
-        return Claim.TAKEN if entry is None else Claim.LAPSED
+        found = Claim.TAKEN
+        if entry is not None:
+            found = entry.found if entry.owner == owner else Claim.LAPSED
+        self._enter(key, _Claimed(owner, now + seconds, found))
+        return found
 
     async def put(self, key: str, answer: Answer) -> None:
         """Remember an answer, and forget what was not asked for longest where there is no room."""
@@ -139,6 +144,7 @@ class _Claimed(NamedTuple):
 
     owner: str
     until: float
+    found: Claim
 
 
 def _size_of(entry: Answer | _Claimed) -> int:

@@ -12,6 +12,7 @@ import itertools
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final, Protocol
 
 from rpcq import logs
@@ -107,6 +108,8 @@ class Replays:
         if once.barred is not None:
             raise Refused(once.barred)
         if found is Claim.LAPSED and not job.method.idempotent:
+            # Nothing runs under it: whoever asks next is to hear the same at once, and not to wait for this one's time.
+            self._in_background(once.key, partial(store.claim, once.key, owner, 0.0))
             raise Refused(MayHaveRun("a worker that ran a request with its idempotency key was lost"))
         return None
 
@@ -149,15 +152,17 @@ class Replays:
 
     def _release(self, store: AnswerStore, key: str, owner: str) -> None:
         """Release a key, while its caller is told that the call failed."""
+        self._in_background(key, partial(store.release, key, owner))
 
-        async def release() -> None:
+    def _in_background(self, key: str, end: Callable[[], Awaitable[object]]) -> None:
+        async def finish() -> None:
             try:
                 async with asyncio.timeout(RELEASE_TIMEOUT):
-                    await store.release(key, owner)
+                    await end()
             except Exception:
                 log.exception("an idempotency key cannot be released", key=key)
 
-        releasing = asyncio.get_running_loop().create_task(release())
+        releasing = asyncio.get_running_loop().create_task(finish())
         self._releases.add(releasing)
         releasing.add_done_callback(self._releases.discard)
 

@@ -1,8 +1,8 @@
 """The wire contract, version 1: requests, replies and notices, bytes <-> values. Pure.
 
 `docs/wire.md` is the contract. Bodies are JSON (RFC 8259), read and written by pydantic's core: it carries what
-pydantic serialises, keeps integers of any size, and bounds nesting. NaN and Infinity are not JSON: they are refused,
-not turned into null.
+pydantic serialises, keeps integers of up to 4300 digits, and bounds nesting. Bytes are base64. NaN and Infinity are not
+JSON: they are refused, not turned into null.
 """
 
 from __future__ import annotations
@@ -19,6 +19,17 @@ from rpcq import properties as amqp
 from rpcq.errors import InvalidParams, InvalidReply, NotSerializable, TooLarge
 from rpcq.properties import LENGTHS, MalformedProperties, Properties, short
 from rpcq.settings import MAX_HEADERS, OWNED_HEADERS
+from rpcq.values import (
+    EXPONENT,
+    FLOATLESS,
+    MARKS,
+    MAX_DIGITS,
+    OWN_SECRETS,
+    NotCarried,
+    refuse_beyond_float,
+    refuse_changed,
+    refuse_nan,
+)
 
 JSON: Final = b"application/json"
 DEADLINE: Final = "rpcq-deadline"
@@ -50,26 +61,14 @@ def dumps(value: Any) -> bytes:
         ValueError: JSON cannot carry it.
 
     """
-    body = refuse_nan(to_json(value, inf_nan_mode="constants"))
+    body = to_json(value, bytes_mode="base64", inf_nan_mode="constants")
+    if body.find(b"N") >= 0 or body.find(b"I") >= 0:
+        refuse_nan(body)
     if body.find(b"null") >= 0 and value is not None:  # perhaps a model's NaN, which has a mode of its own
-        refuse_nan(to_json(to_jsonable_python(value, inf_nan_mode="constants"), inf_nan_mode="constants"))
-    return body
-
-
-def refuse_nan(body: bytes) -> bytes:
-    """The body, if it has none of the constants that pydantic writes for numbers that JSON does not have.
-
-    Raises:
-        ValueError: it has.
-
-    """
-    # `in` takes twice as long: it tries whether bytes are a number first.
-    if body.find(b"NaN") >= 0 or body.find(b"Infinity") >= 0:  # perhaps inside a string: only then is it parsed
-        try:
-            from_json(body, allow_inf_nan=False)
-        except ValueError as error:
-            msg = "NaN and Infinity are not JSON"
-            raise ValueError(msg) from error
+        plain = to_jsonable_python(value, bytes_mode="base64", inf_nan_mode="constants")
+        refuse_nan(to_json(plain, inf_nan_mode="constants"))
+    if body.find(b"*") >= 0 or len(body) > MAX_DIGITS or OWN_SECRETS():
+        refuse_changed(value, body)
     return body
 
 
@@ -78,9 +77,14 @@ def loads(body: bytes) -> Any:
 
     Raises:
         ValueError: it is not one, or it is nested deeper than about 200.
+        NotCarried: a ValueError too: a number in it is beyond the range of a float.
 
     """
-    return from_json(body, allow_inf_nan=False)
+    value = from_json(body, allow_inf_nan=False)
+    # Each untyped reply comes this way: the first look is here, not behind another call.
+    if type(value) not in FLOATLESS and (len(body) > 200 or body.translate(MARKS, b"+").rfind(EXPONENT) >= 0):
+        refuse_beyond_float(body, value)
+    return value
 
 
 def encode_params(args: tuple[Any, ...], params: Mapping[str, Any], max_body: int) -> bytes:
@@ -110,13 +114,17 @@ def encode_params(args: tuple[Any, ...], params: Mapping[str, Any], max_body: in
     return body
 
 
+_MEND: Final = "; a class with bytes needs ConfigDict(ser_json_bytes='base64', val_json_bytes='base64')"
+
+
 def _name_culprit(args: tuple[Any, ...], params: Mapping[str, Any], error: Exception) -> NotSerializable:
     named = [(repr(name), value) for name, value in params.items()] + [(str(at), it) for at, it in enumerate(args)]
     for name, value in named:
         try:
             dumps(value)
         except (ValueError, TypeError, RecursionError) as cause:
-            return NotSerializable(f"JSON cannot carry parameter {name}, a {type(value).__name__}: {cause}")
+            mend = _MEND if "invalid utf-8" in str(cause) else ""
+            return NotSerializable(f"JSON cannot carry parameter {name}, a {type(value).__name__}: {cause}{mend}")
     return NotSerializable(f"JSON cannot carry the parameters: {error}")
 
 
@@ -474,6 +482,8 @@ def read_body(reply: Reply) -> Any:
         raise InvalidReply(msg, executed=executed)
     try:
         return loads(reply.body)
+    except NotCarried as error:
+        raise InvalidReply(f"the reply cannot be taken: {error}", executed=executed) from error
     except ValueError as error:
         raise InvalidReply(f"the reply's body is not JSON: {error}", executed=executed) from error
 

@@ -972,9 +972,8 @@ def no_services_started(policy: Path) -> Iterator[None]:
 class Guard:
     """Our end of a guard process: it takes away what `spec` describes once its standard input closes.
 
-    The first line it is sent is `spec`. The guard of a node takes further ones: `kill`, `terminate`, `pause`, `resume`
-    and `start`. What became of them is seen in the node's folder: the guard makes the file `exited` whenever the node
-    has ended.
+    The first line it is sent is `spec`. The guard of a node takes further ones: `start`, and those of `_SIGNALS`. What
+    became of them is seen in the node's folder: the guard makes the file `exited` whenever the node has ended.
     """
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
@@ -1091,6 +1090,7 @@ def _run_node(spec: Mapping[str, Any], folder: Path) -> None:
 
 
 _SIGNALS = {
+    "interrupt": signal.SIGINT,
     "kill": signal.SIGKILL,
     "terminate": signal.SIGTERM,
     "pause": signal.SIGSTOP,

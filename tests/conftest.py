@@ -1,6 +1,6 @@
 """Fixtures that every test may ask for.
 
-RabbitMQ is started when the first test asks for it, once in each process that runs tests.
+RabbitMQ, and PostgreSQL, are started when the first test asks for them, once in each process that runs tests.
 """
 
 from __future__ import annotations
@@ -8,16 +8,22 @@ from __future__ import annotations
 import contextlib
 import secrets
 import sys
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from broker import Broker, Unavailable
 from broker import broker as a_broker
 
+if TYPE_CHECKING:
+    from postgres import Postgres
+
 _in_use = pytest.StashKey[Broker | str]()
 """The broker of this session, or why there is none; not there before a test has asked."""
+
+_database = pytest.StashKey["Postgres | str"]()
+"""The PostgreSQL of this session, or why there is none; the same."""
 
 _told = pytest.StashKey[set[str]]()
 """What the processes that ran tests, if they were others, tell of theirs."""
@@ -40,6 +46,21 @@ def _broker_of(config: pytest.Config) -> Broker | str:
     except Unavailable as error:
         config.stash[_in_use] = str(error)
     return config.stash[_in_use]
+
+
+def _postgres_of(config: pytest.Config) -> Postgres | str:
+    """The same for PostgreSQL."""
+    if _database in config.stash:
+        return config.stash[_database]
+    import postgres  # not every run has tests that need one
+
+    stack = contextlib.ExitStack()
+    config.add_cleanup(stack.close)
+    try:
+        config.stash[_database] = stack.enter_context(postgres.postgres(_teller(config, "postgres")))
+    except Unavailable as error:
+        config.stash[_database] = str(error)
+    return config.stash[_database]
 
 
 def _teller(config: pytest.Config, who: str) -> Callable[[str], None]:
@@ -68,13 +89,15 @@ def _program_of(config: pytest.Config, fixture: str) -> str | Unavailable:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Have the broker, or a program, before the clock of the test that asks first is started.
+    """Have the broker, the database, or a program, before the clock of the test that asks first is started.
 
     A test's timeout is for the test, where pulling an image or installing a package has bounds of its own.
     """
     names = getattr(item, "fixturenames", ())
     if "broker" in names:
         _broker_of(item.config)
+    if "postgres" in names:
+        _postgres_of(item.config)
     for fixture in PROGRAMS:
         if fixture in names:
             _program_of(item.config, fixture)
@@ -89,6 +112,28 @@ def broker(pytestconfig: pytest.Config) -> Broker:
         # The message is all there is to know; a traceback through the harness would bury it.
         pytest.fail(found, pytrace=False)
     return found
+
+
+@pytest.fixture(scope="session")
+def postgres(pytestconfig: pytest.Config) -> Postgres:
+    """The PostgreSQL of this session. There is no skipping."""
+    found = _postgres_of(pytestconfig)
+    if isinstance(found, str):
+        pytest.fail(found, pytrace=False)
+    return found
+
+
+@pytest.fixture(scope="session")
+def postgres_url(postgres: Postgres) -> str:
+    """URL of a database of PostgreSQL, of a user who may create others; shared with all tests of this session."""
+    return postgres.url
+
+
+@pytest.fixture
+def database_url(postgres: Postgres, namespace: str) -> Iterator[str]:
+    """URL of a database of this test's own."""
+    yield postgres.create(namespace)
+    postgres.drop(namespace)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import time
@@ -28,6 +29,7 @@ from rpcq.errors import (
     TopologyMismatch,
     VhostNotFound,
 )
+from rpcq.observability.management import UNANSWERED, Management, management_of
 from rpcq.processes import run
 from rpcq.settings import ClientOptions
 from rpcq.transport.opening import open_admin
@@ -39,6 +41,12 @@ if TYPE_CHECKING:
 
 OLDEST: Final = (3, 10)
 """The oldest RabbitMQ that is supported."""
+
+UNCOUNTED_FROM: Final = (4, 3)
+"""The first RabbitMQ that takes requests back from consumers on lost nodes without counting a delivery."""
+
+DISCONNECTED: Final = "consumer-disconnected-timeout"
+"""The key of a policy, in milliseconds, for how long it waits before it does."""
 
 CLOCKS_APART: Final = 1.0
 """Seconds that two clocks may differ without a word."""
@@ -85,6 +93,14 @@ def doctor(
     services: Services = None,
     url: Url = None,
     namespace: Namespace = None,
+    management: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RPCQ_MANAGEMENT",
+            metavar="URL",
+            help="The management API, such as http://localhost:15672; asked at RabbitMQ's own port if not given.",
+        ),
+    ] = None,
     log_level: LogLevel = Level.ERROR,
 ) -> None:
     """Check that the broker can be reached and used, queues are as they should be, and clocks agree; say the mend.
@@ -98,7 +114,7 @@ def doctor(
 
     async def examine() -> bool:
         good = True
-        async for finding in _examine(broker, broker_url(url), options, found):
+        async for finding in _examine(broker, broker_url(url), options, found, management):
             good = good and finding.grade is not Grade.BAD
             console.print(f"{finding.grade.value} {escape(finding.text)}", soft_wrap=True)
             if finding.mend:
@@ -109,7 +125,9 @@ def doctor(
         raise typer.Exit(FAILED)
 
 
-async def _examine(broker: BrokerURL, url: str, options: ClientOptions, services: list[Service]) -> Findings:
+async def _examine(
+    broker: BrokerURL, url: str, options: ClientOptions, services: list[Service], management: str | None
+) -> Findings:
     yield _settings(url, options)
     if broker.scheme == "memory":
         yield Found(Grade.GOOD, "memory:// is a broker inside each process: there is nothing to reach")
@@ -126,6 +144,8 @@ async def _examine(broker: BrokerURL, url: str, options: ClientOptions, services
                     yield await _queue(admin, queue)
                     async for finding in _others(admin, Names(options.namespace), service, queue):
                         yield finding
+                    if service.queue_type == "quorum" and _numbers(admin) >= UNCOUNTED_FROM:
+                        yield await _policy(management_of(broker, management), queue.name, options)
         except BrokerError as error:
             yield Found(Grade.BAD, f"{host}:{port}: {error}", MENDS.get(type(error), ""))
     if reached:
@@ -143,12 +163,40 @@ def _version(admin: Admin) -> Found:
     told = f"{admin.product} {admin.version}"
     if admin.product != "RabbitMQ":
         return Found(Grade.DOUBT, told, "rpcq is tested with RabbitMQ alone")
-    numbers = re.match(r"(\d+)\.(\d+)", admin.version)
-    if numbers is None:
+    numbers = _numbers(admin)
+    if not numbers:
         return Found(Grade.DOUBT, f"{told}: a version that says nothing")
-    if (int(numbers[1]), int(numbers[2])) < OLDEST:
+    if numbers < OLDEST:
         return Found(Grade.BAD, f"{told} is too old", "use RabbitMQ 3.10 or later")
     return Found(Grade.GOOD, told)
+
+
+def _numbers(admin: Admin) -> tuple[int, ...]:
+    """The first two numbers of the broker's version; none where it says none."""
+    found = re.match(r"(\d+)\.(\d+)", admin.version)
+    return tuple(int(it) for it in found.groups()) if found else ()
+
+
+async def _policy(management: Management | None, queue: str, options: ClientOptions) -> Found:
+    """Whether a policy has the broker take requests back from lost nodes sooner than clients believe."""
+    least = options.disconnected_timeout
+    mend = f"name the management API with --management; the policy must not set {DISCONNECTED} below {least * 1000:.0f}"
+    if management is None:
+        return Found(Grade.DOUBT, f"queue {queue}: its policy is not known: no management API to ask", mend)
+    try:
+        found = await asyncio.to_thread(management.queue, queue, ("effective_policy_definition",))
+        policy = (found or {}).get("effective_policy_definition") or {}
+        set_to = float(policy.get(DISCONNECTED, least * 1000)) / 1000
+    except UNANSWERED as error:
+        return Found(Grade.DOUBT, f"queue {queue}: its policy is not known: the management API failed: {error}", mend)
+    if set_to >= least:
+        return Found(Grade.GOOD, f"queue {queue}: no policy sets {DISCONNECTED} below {least:g} s")
+    return Found(
+        Grade.BAD,
+        f"queue {queue}: a policy sets {DISCONNECTED} to {set_to:g} s, and clients count on {least:g} s: "
+        "they may be told 'no' of what has run",
+        f"take it out of the policy, or tell all clients: disconnected_timeout={set_to:g}",
+    )
 
 
 async def _queue(admin: Admin, queue: Queue) -> Found:

@@ -7,36 +7,26 @@ does not, which needs no plugin and no further right.
 from __future__ import annotations
 
 import asyncio
-import base64
-import http.client
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Unpack
-from urllib.parse import quote, unquote, urlsplit
-
-import orjson
 
 from rpcq import logs
 from rpcq.contract import Service
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import BrokerError, ConfigurationError
+from rpcq.observability.management import UNANSWERED, Management, management_of
 from rpcq.settings import ConnectionOptions, ConnectionSettings
 from rpcq.transport.admin import Admin
-from rpcq.transport.connection import tls_context
 from rpcq.transport.opening import open_admin
 from rpcq.transport.topology import Names
-from rpcq.url import PORTS, BrokerURL, parse
-
-MANAGEMENT_TIMEOUT: Final = 5.0
-"""Seconds that the management API has to answer."""
+from rpcq.url import parse
 
 MANAGEMENT_AGAIN: Final = 20
 """Looks without the management API, over one connection, before it is tried again."""
 
-NO_URL: Final = "management is no URL such as 'http://localhost:15672'"
-
-_PORTS: Final = {"amqp": ("http", 15672), "amqps": ("https", 15671)}
+_COLUMNS: Final = ("messages_ready", "messages_unacknowledged", "consumers")
 
 log = logs.get_logger("rpcq.queues")
 
@@ -100,7 +90,7 @@ class QueueWatch:
     ) -> None:
         self._options = options_from(ConnectionOptions, options)
         self._broker = parse(broker_url(url))
-        if self._broker.scheme not in _PORTS:
+        if self._broker.scheme == "memory":
             raise ConfigurationError("queues are looked at on RabbitMQ; the in-process broker is not asked")
         if not every > 0:
             raise ConfigurationError(f"every is {every!r}; it is a number of seconds above 0")
@@ -109,7 +99,7 @@ class QueueWatch:
         if not self._queues:
             raise ConfigurationError("no services to look at; name at least one")
         self._every = every
-        self._management = _management(self._broker, management)
+        self._management = management_of(self._broker, management)
         self._threshold = threshold
         self._on_threshold = on_threshold
         self._on_depth = on_depth
@@ -151,8 +141,8 @@ class QueueWatch:
         if self._management is None:
             return None
         try:
-            return await asyncio.to_thread(self._management.look, self._queues)
-        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+            return await asyncio.to_thread(_look, self._management, self._queues)
+        except UNANSWERED as error:
             log.info("the management API does not answer; queues are declared passively", cause=str(error))
             return None
 
@@ -202,86 +192,29 @@ def _queues(names: Names, service: Service | str) -> list[tuple[str, str]]:
     return [(service, names.request_queue(service, kind).name) for kind in ("classic", "quorum")]
 
 
-def _management(broker: BrokerURL, url: str | None) -> _Management | None:
-    """The API that is to be asked, if any."""
-    if url is not None:
-        return _Management(broker, url) if url else None
-    host, port = broker.hosts[0]
-    if port != PORTS[broker.scheme]:
-        return None  # behind another port, what answers at 15672 may be another broker
-    scheme, port = _PORTS[broker.scheme]
-    return _Management(broker, f"{scheme}://{_bracketed(host)}:{port}")
+def _look(management: Management, queues: Sequence[tuple[str, str]]) -> list[QueueDepth]:
+    """Each queue that is there; blocks.
 
+    Raises:
+        One of `UNANSWERED`: the management API does not answer as it should.
+        ConfigurationError: a file that the broker's URL names for TLS cannot be used.
 
-class _Management:
-    """RabbitMQ's management API: https://www.rabbitmq.com/docs/management#http-api."""
-
-    def __init__(self, broker: BrokerURL, url: str) -> None:
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError:  # of a port that is none; what it says may be a part of a password
-            raise ConfigurationError(NO_URL) from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigurationError(NO_URL)
-        self._scheme = parts.scheme
-        self._host, self._port = parts.hostname, port
-        self._path = f"{parts.path.rstrip('/')}/api/queues/{quote(broker.vhost, safe='')}/"
-        user = broker.user if parts.username is None else unquote(parts.username)
-        password = broker.password if parts.password is None else unquote(parts.password)
-        self._authorization = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
-        self._broker = broker
-
-    def look(self, queues: Sequence[tuple[str, str]]) -> list[QueueDepth]:
-        """Each queue that is there; blocks.
-
-        Raises:
-            OSError, HTTPException, ValueError, KeyError, TypeError: it does not answer as it should.
-            ConfigurationError: a file that the broker's URL names for TLS cannot be used.
-
-        """
-        connection = self._connection()
-        try:
-            answers = [(service, queue, self._get(connection, queue)) for service, queue in queues]
-        finally:
-            connection.close()
-        if not any(it for _, _, it in answers):
-            raise ValueError("it knows none of the queues")  # it may be another broker's; a declaration tells
-        return [
-            QueueDepth(
-                service,
-                queue,
-                int(it["messages_ready"]),
-                int(it["messages_unacknowledged"]),
-                int(it["consumers"]),
-                "management",
-            )
-            for service, queue, it in answers
-            if it is not None
-        ]
-
-    def _connection(self) -> http.client.HTTPConnection:
-        if self._scheme == "http":
-            return http.client.HTTPConnection(self._host, self._port, timeout=MANAGEMENT_TIMEOUT)
-        context = tls_context(self._broker)
-        return http.client.HTTPSConnection(self._host, self._port, timeout=MANAGEMENT_TIMEOUT, context=context)
-
-    def _get(self, connection: http.client.HTTPConnection, queue: str) -> dict[str, Any] | None:
-        columns = "messages_ready,messages_unacknowledged,consumers"
-        path = f"{self._path}{quote(queue, safe='')}?columns={columns}"
-        connection.request("GET", path, headers={"Authorization": self._authorization})
-        response = connection.getresponse()
-        body = response.read()
-        if response.status == http.client.NOT_FOUND:
-            return None
-        if response.status != http.client.OK:
-            msg = f"it answered {response.status} {response.reason}"
-            raise OSError(msg)
-        found: dict[str, Any] = orjson.loads(body)
-        if "messages_ready" not in found:
-            raise ValueError("it has no figures yet: statistics come a few seconds after a queue")
-        return found
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+    """
+    answers = [
+        (service, queue, it) for service, queue in queues if (it := management.queue(queue, _COLUMNS)) is not None
+    ]
+    if not answers:
+        raise ValueError("it knows none of the queues")  # it may be another broker's; a declaration tells
+    if any("messages_ready" not in it for _, _, it in answers):
+        raise ValueError("it has no figures yet: statistics come a few seconds after a queue")
+    return [
+        QueueDepth(
+            service,
+            queue,
+            int(it["messages_ready"]),
+            int(it["messages_unacknowledged"]),
+            int(it["consumers"]),
+            "management",
+        )
+        for service, queue, it in answers
+    ]

@@ -158,6 +158,12 @@ class LiveQueue:
         else:
             self.ready.extendleft(reversed(entries))
 
+    def put_last(self, entry: Entry) -> None:
+        """Return what a consumer gave back to a quorum queue without a delivery limit: behind all others."""
+        entry.deliveries += 1
+        entry.position = next(self.positions)
+        self.ready.append(entry)
+
 
 class LiveExchange:
     """An exchange that was declared, and what is bound to it: binding key -> queues.
@@ -379,16 +385,18 @@ class Vhost:
             raise TopologyMismatch(msg)
         consumer, _, entry = handed
         queue = consumer.queue
-        if not accept:
-            if requeue:
-                self._return(queue, [entry], now)
-            elif not queue.deleted:
-                self._dead_letter(queue, entry, "rejected", now)
+        if requeue and queue.quorum and queue.delivery_limit is None:
+            queue.put_last(entry)
+        elif requeue:
+            self._return(queue, [entry], now)
         if consumer.held == consumer.prefetch and not consumer.cancelled:
             queue.available.append(consumer)
         consumer.held -= 1
         if queue.ready:
             self._serve(queue, now)
+        if not accept and not requeue and not queue.deleted:
+            # Last: a queue that is its own dead letters' finds the room that the consumer's next message leaves.
+            self._dead_letter(queue, entry, "rejected", now)
 
     def expire(self, now: float) -> None:
         """Give up what is dead at the head of its queue."""

@@ -68,22 +68,22 @@ class Link:
         await channel.initialize()
         return channel, (await channel.get_underlay_channel()).number
 
-    async def ensure_exchange(self, exchange: Exchange) -> None:
-        """Declare it, unless it is there: a user may be allowed to use an exchange and not to declare it.
+    async def ensure_exchanges(self, exchanges: Sequence[Exchange]) -> None:
+        """Declare those that are not there: a user may be allowed to use an exchange and not to declare it.
 
         RabbitMQ 4.3 refuses even the question to a user who has no permission on it: the exchange is used as it is.
         """
         channel, _ = await self.channel(confirms=False)
-        try:
-            await channel.declare_exchange(exchange.name, exchange.type, passive=True)
-        except Exception as error:
-            refused = translate(error, self.protocol.lost)
-            if isinstance(refused, AccessRefused):
-                return
-            if not isinstance(refused, TopologyMismatch):
-                raise
-            channel, _ = await self.channel(confirms=False)
-            await declare_exchange(channel, exchange)
+        for exchange in exchanges:
+            try:
+                await channel.declare_exchange(exchange.name, exchange.type, passive=True)
+            except Exception as error:
+                refused = translate(error, self.protocol.lost)
+                if not isinstance(refused, AccessRefused | TopologyMismatch):
+                    raise
+                channel, _ = await self.channel(confirms=False)  # the refusal closed the other one
+                if isinstance(refused, TopologyMismatch):
+                    await declare_exchange(channel, exchange)
         await channel.close()
 
     async def close(self) -> None:
@@ -188,8 +188,7 @@ class Session:
         link = Link(connection, protocol)
         try:
             with heeding_cancellation():
-                for exchange in self._exchanges:
-                    await link.ensure_exchange(exchange)
+                await link.ensure_exchanges(self._exchanges)
                 await self._set_up(link)
                 self._check_wanted(protocol)
         except BaseException as error:

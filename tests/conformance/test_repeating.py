@@ -325,6 +325,23 @@ async def test_of_two_workers_that_share_a_store_one_runs_a_call_of_a_key_and_th
     assert len(runs) == 1
 
 
+async def test_after_the_time_of_a_lost_owner_each_caller_of_its_key_hears_of_it_at_once(place: Place) -> None:
+    store, runs = Shared(), []
+    service = place.service(answer_store=store)
+
+    @service.method
+    async def work() -> None:
+        runs.append(1)
+
+    await store.claim("things/k", "lost", 0.1)
+    async with place.worker(service), place.client() as client:
+        caller = client.with_options(idempotency_key="k", timeout=30)
+        for _ in range(3):
+            with pytest.raises(OutcomeUnknown, match="a worker that ran a request with its idempotency key was lost"):
+                await asyncio.wait_for(caller.call("things.work"), 5)
+    assert runs == []
+
+
 async def test_a_call_that_failed_releases_its_key(place: Place) -> None:
     store, runs = Shared(), []
     service = place.service(answer_store=store, errors=[Busy])

@@ -34,6 +34,9 @@ import yaml
 ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
+DATABASE: Final = ("shared-answers",)
+"""Pages that have a PostgreSQL at DATABASE_URL."""
+
 RUN: Final = ("python", "sh", "console")
 READ: Final[dict[str, Callable[[str], Any]]] = {"json": json.loads, "toml": tomllib.loads, "yaml": yaml.safe_load}
 SHOWN: Final = ("javascript", "ini", "drawing")
@@ -187,9 +190,23 @@ def environment(rabbitmq_url: str, namespace: str, tmp_path: Path) -> dict[str, 
             path, id=str(path.relative_to(ROOT)), marks=[pytest.mark.long] if path.stem == "load-testing" else []
         )
         for path in PAGES
+        if path.stem not in DATABASE
     ],
 )
 def test_the_blocks_of_a_page_do_what_it_says(path: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    _check(path, request, tmp_path)
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("name", DATABASE)
+def test_the_blocks_of_a_page_about_a_database_do_what_it_says(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, database_url: str
+) -> None:
+    (path,) = (path for path in PAGES if path.stem == name)
+    _check(path, request, tmp_path, DATABASE_URL=database_url)
+
+
+def _check(path: Path, request: pytest.FixtureRequest, tmp_path: Path, **more: str) -> None:
     blocks = blocks_of(path.read_text())
     for block in blocks:
         assert block.language in (*RUN, "text", *READ, *SHOWN), f"line {block.line} is in {block.language!r}"
@@ -197,11 +214,11 @@ def test_the_blocks_of_a_page_do_what_it_says(path: Path, request: pytest.Fixtur
             READ[block.language](block.text)
     if not any(block.language in RUN for block in blocks):
         return  # no broker is wanted for it
-    environment = request.getfixturevalue("environment")
+    environment = request.getfixturevalue("environment") | more
     # What a page says of a broker at its usual place is done on the broker and in the namespace of this test.
     namespace = environment["RPCQ_NAMESPACE"]
     here = {"amqp://localhost/": environment["RPCQ_URL"], **{name: f"{namespace}.{name}" for name in OUTSIDE}}
-    here |= {f"rpcq.{name}": f"{namespace}.{name}" for name in ("requests", "control", "req.", "once.")}
+    here |= {f"rpcq.{name}": f"{namespace}.{name}" for name in ("requests", "control", "notices", "req.", "once.")}
     for usual, ours in here.items():
         blocks = [replace(block, text=block.text.replace(usual, ours)) for block in blocks]
     folder = tmp_path / "page"

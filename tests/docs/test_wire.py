@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
+import pydantic
 import pytest
 
 from rpcq import wire
@@ -29,9 +31,11 @@ from rpcq.errors import (
 )
 from rpcq.properties import Properties, decode, encode
 from rpcq.proxy import make_target
+from rpcq.schemas import make_codec
 from rpcq.sending import Sender
 from rpcq.settings import MAX_HEADERS, NAME, CallOptions, ClientOptions, ConnectionOptions
 from rpcq.transport.topology import EVERY_SERVICE, Exchange, Names, Queue
+from rpcq.values import MAX_DIGITS, NotCarried
 from rpcq.wire import Reply
 
 DOCS: Final = Path(__file__).parents[2] / "docs"
@@ -130,6 +134,32 @@ def test_another_content_type_is_refused() -> None:
     assert "anything else that the worker has no codec for is refused" in PAGE
     assert not wire.read_request(encode(Properties(content_type=b"application/json"))).problem
     assert wire.read_request(encode(Properties(content_type=b"application/msgpack"))).problem
+
+
+def test_values_stand_in_json_as_the_contract_says() -> None:
+    said = {row[0]: row for row in rows(section("wire.md", "Values"), "value", "in JSON", "read")}
+    everything = bytes(range(256))
+    written = wire.loads(wire.dumps(everything))
+    assert quoted(said["bytes"][1]) == ["-", "_"]
+    assert base64.urlsafe_b64decode(written) == everything
+    assert set("-_=") < set(written)
+    read = make_codec(bytes, "s.m takes", written=False).read
+    standard = base64.b64encode(everything).decode()
+    assert quoted(said["bytes"][2]) == ["+", "/"]
+    for text in (written, standard, written.rstrip("="), standard.rstrip("=")):
+        assert read(wire.dumps(text)) == everything
+    for text in ("-/8=", "+_8="):
+        with pytest.raises(pydantic.ValidationError):
+            read(wire.dumps(text))
+    assert said["integer"][1] == f"its digits, up to {MAX_DIGITS}"
+    beyond, within = quoted(said["float"][2])
+    with pytest.raises(NotCarried):
+        wire.loads(beyond.encode())
+    assert wire.loads(within.encode()) == 0
+    for name in ("SecretStr", "SecretBytes"):
+        assert name in quoted(next(it for it in said if it.startswith("secret")))
+        with pytest.raises(ConfigurationError, match="is a secret"):
+            make_codec(getattr(pydantic, name), "s.m returns", written=True)
 
 
 def test_headers_that_the_contract_gives_to_rabbitmq_are_refused_and_not_shown() -> None:

@@ -131,7 +131,10 @@ async def test_what_was_refused_because_the_queues_node_was_taken_for_lost_is_a_
                 for load in loads:
                     await load.through(200, HEALS)
                 await asyncio.gather(*burst)
-        assert any(failed_though_run(scene, load) for load in loads), "it struck nobody whose handler had begun"
+        told = [dict(load.ledger.counts) for load in loads]
+        assert any(failed_though_run(scene, load) for load in loads), (
+            f"it struck nobody whose handler had begun: {told}"
+        )
         await scene.check()
 
 

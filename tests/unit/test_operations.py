@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import cProfile
+import json
 import pstats
 import re
 import signal
@@ -23,17 +24,21 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from broker import Broker, Setup, free_ports
+from broker import Broker, Setup, free_ports, vhost_of
 from broker import broker as a_broker
 from command import Process, Rpcq, wait_until
 from load import until
 from proxy import proxy
 from rpcq import Client, ConfigurationError, Service, Worker
+from rpcq.cli.doctor import DISCONNECTED, UNCOUNTED_FROM, _examine, _policy
 from rpcq.cli.watching import Watching
 from rpcq.observability.health import HealthServer, parse_address
+from rpcq.observability.management import management_of
 from rpcq.observability.metrics import Metrics
 from rpcq.observability.queues import MANAGEMENT_AGAIN, QueueDepth, QueueWatch
 from rpcq.observer import Observer, SeenCall
+from rpcq.settings import ClientOptions
+from rpcq.url import parse
 
 ROOT = Path(__file__).parents[2]
 ALERTS = ROOT / "docker/alerts.yml"
@@ -286,6 +291,69 @@ async def test_the_management_api_also_tells_what_is_unacknowledged(managed: Bro
         assert [(it.messages, it.source) for it in await wrong.look()] == [(2, "declare")]
         release.set()
         await asyncio.gather(*calls)
+
+
+@pytest.mark.long
+async def test_the_doctor_looks_for_a_policy_that_makes_a_no_wrong(managed: Broker, namespace: str) -> None:
+    """RabbitMQ knows the policy from 4.3 on; before, nothing comes back uncounted, and the doctor does not ask."""
+    service = Service("things", queue_type="quorum")
+    service.method(name="work")(asyncio.Event().wait)
+    management = f"http://127.0.0.1:{next(iter(managed.ports.values()))}"
+    knows = tuple(int(it) for it in managed.version.split(".")[:2]) >= UNCOUNTED_FROM
+    options = ClientOptions(namespace=namespace)
+
+    async def said() -> list[str]:
+        examined = _examine(parse(managed.url), managed.url, options, [service], management)
+        return [f"{it.grade.name} {it.text} {it.mend}" async for it in examined if DISCONNECTED in it.text + it.mend]
+
+    async with Worker(service, url=managed.url, namespace=namespace):
+        if not knows:
+            assert await said() == []
+            return
+        async with asyncio.timeout(20):
+            while not any("no policy sets" in it for it in await said()):  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.2)
+        where = "-p", vhost_of(managed.url)
+        policy = json.dumps({DISCONNECTED: 30_000})
+        pattern = rf"^{namespace}\.once\."
+        managed.ctl("set_policy", *where, namespace, pattern, policy, "--apply-to", "queues")
+        async with asyncio.timeout(20):
+            while "BAD" not in (told := " ".join(await said())):  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
+        assert "to 30 s, and clients count on 60 s" in told
+        assert "disconnected_timeout=30" in told
+
+
+@pytest.mark.parametrize(
+    ("answer", "grade", "text"),
+    [
+        ({"effective_policy_definition": {DISCONNECTED: 59_999}}, "BAD", "to 59.999 s, and clients count on 60 s"),
+        ({"effective_policy_definition": {DISCONNECTED: 60_000}}, "GOOD", "no policy sets"),
+        ({"effective_policy_definition": {"max-length": 5}}, "GOOD", "no policy sets"),
+        ({"effective_policy_definition": None}, "GOOD", "no policy sets"),
+        ({"effective_policy_definition": {DISCONNECTED: "soon"}}, "DOUBT", "is not known: the management API failed"),
+        (None, "DOUBT", "is not known: the management API failed"),
+    ],
+)
+async def test_what_the_doctor_makes_of_a_policy(answer: object, grade: str, text: str) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        body = json.dumps(answer).encode() if answer else b"no JSON"
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        management = management_of(parse("amqp://localhost/"), f"http://127.0.0.1:{port}")
+        found = await _policy(management, "rpcq.once.x", ClientOptions())
+    assert (found.grade.name, text in found.text) == (grade, True)
+
+
+async def test_without_a_management_api_the_doctor_says_that_a_policy_is_not_known() -> None:
+    found = await _policy(None, "rpcq.once.x", ClientOptions())
+    assert found.grade.name == "DOUBT"
+    assert "--management" in found.mend
 
 
 async def test_a_queue_that_crosses_its_threshold_is_told_once_each_way(rabbitmq_url: str, namespace: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from rpcq import Client, Service, Worker
 from rpcq.watchdog import Watchdog
 
 LIMIT = 0.1
@@ -41,7 +42,19 @@ def run_uvloop(main: Coroutine[Any, Any, None]) -> None:
     run(main, new_uvloop)
 
 
-both_loops = pytest.mark.parametrize("run", [run, run_uvloop], ids=["asyncio", "uvloop"])
+def new_eager() -> asyncio.AbstractEventLoop:
+    """One that runs a task's first step where it is made; CPython has it from 3.12 on."""
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)
+    return loop
+
+
+def run_eager(main: Coroutine[Any, Any, None]) -> None:
+    run(main, new_eager)
+
+
+RUNS = {"asyncio": run, "uvloop": run_uvloop} | ({"eager": run_eager} if hasattr(asyncio, "eager_task_factory") else {})
+every_loop = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +85,14 @@ def line_of(function: Callable[..., object], offset: int = 1) -> str:
     return f"test_watchdog.py:{code.co_firstlineno + offset} in {code.co_qualname}"
 
 
+async def titled(blocking: Callable[[], Coroutine[Any, Any, None]], title: str) -> None:
+    """Name the task from inside: a loop that starts tasks at once names them afterwards."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.set_name(title)
+    await blocking()
+
+
 async def until_told(
     logs: pytest.LogCaptureFixture,
     count: int = 1,
@@ -81,12 +102,12 @@ async def until_told(
     """Block until it is told; again where a busy machine kept the watchdog itself from looking in time."""
     while said(logs).count(GOES_ON) < count:
         before = len(said(logs))
-        await asyncio.create_task(blocking(), name=title)
+        await asyncio.create_task(titled(blocking, title))
         while len(said(logs)) == before or said(logs)[-1] == BLOCKED:  # noqa: ASYNC110 - nothing sets an event
             await asyncio.sleep(0.01)
 
 
-@both_loops
+@every_loop
 def test_it_names_the_handler_that_blocks_and_where_it_stands_and_tells_how_long_it_took(
     run: Run, logs: pytest.LogCaptureFixture
 ) -> None:
@@ -139,7 +160,7 @@ def test_it_says_rarely_that_it_still_hangs(logs: pytest.LogCaptureFixture) -> N
     assert records(logs, GOES_ON)[0]["blocked_for"] >= 0.8
 
 
-@both_loops
+@every_loop
 def test_it_points_at_the_code_that_called_a_library_and_not_at_what_runs_the_loop(
     run: Run, logs: pytest.LogCaptureFixture
 ) -> None:
@@ -216,7 +237,7 @@ def test_a_loop_that_does_not_run_is_not_blocked(logs: pytest.LogCaptureFixture)
     assert BLOCKED not in said(logs)
 
 
-@both_loops
+@every_loop
 def test_it_can_be_closed_while_the_loop_is_blocked(run: Run, logs: pytest.LogCaptureFixture) -> None:
     closed_after = []
 
@@ -243,7 +264,7 @@ def test_it_can_be_closed_while_the_loop_is_blocked(run: Run, logs: pytest.LogCa
     assert GOES_ON not in said(logs)
 
 
-@both_loops
+@every_loop
 def test_a_loop_that_is_closed_first_ends_it(run: Run, logs: pytest.LogCaptureFixture) -> None:
     watchdogs: list[Watchdog] = []
 
@@ -273,6 +294,31 @@ def test_what_cannot_be_named_is_told_nonetheless(logs: pytest.LogCaptureFixture
     run(main())
     assert "LookupError: nameless" in logs.text
     assert {it["at"] for it in records(logs, BLOCKED)} == {line_of(block)}
+
+
+@every_loop
+def test_a_handler_that_blocks_is_named_from_its_first_step_on(run: Run, logs: pytest.LogCaptureFixture) -> None:
+    service = Service("things")
+
+    @service.method(name="block")
+    async def blocks() -> None:
+        await block()
+
+    @service.method(name="later")
+    async def later() -> None:
+        await asyncio.sleep(0.01)
+        await block()
+
+    async def main() -> None:
+        worker = Worker(service, url="memory://", blocked_after=LIMIT)
+        async with worker, Client("memory://") as client:
+            for method in ("block", "later"):
+                while not any(it.get("method") == f"things.{method}" for it in records(logs, BLOCKED)):
+                    await client.call(f"things.{method}")
+                    await asyncio.sleep(0.05)
+            assert worker.in_flight == 0
+
+    run(main())
 
 
 STOPPED = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import enum
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field, RootModel, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, RootModel, Secret, SecretBytes, SecretStr, field_serializer
 
 from rpcq import properties as amqp
 from rpcq import wire
@@ -64,6 +65,16 @@ class Item(BaseModel):
 
 class Number(RootModel[float]):
     """A number alone."""
+
+
+class Blob(BaseModel):
+    model_config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+
+    data: bytes
+
+
+class SilentBlob(BaseModel):
+    data: bytes
 
 
 class Exploding(BaseModel):
@@ -159,6 +170,27 @@ def test_what_is_no_json_is_refused(text: bytes) -> None:
         wire.loads(text)
 
 
+@pytest.mark.parametrize("number", [b"1e400", b"-1E+400", b"123456.7e999", b"1" + b"0" * 400 + b".5"])
+@pytest.mark.parametrize("around", [b"%b", b"[%b]", b'{"a": [{"b": %b}]}'])
+def test_a_number_beyond_a_float_is_refused_and_never_infinite(number: bytes, around: bytes) -> None:
+    with pytest.raises(ValueError, match=r"a number is beyond the range of a float, about 1\.8e308"):
+        wire.loads(around.replace(b"%b", number))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (b"1e-400", 0.0),
+        (b"0e999", 0.0),
+        (b"[1e308, 1e-400]", [1e308, 0.0]),
+        (b'{"1e400": "1e400"}', {"1e400": "1e400"}),
+        (b"1" + b"0" * 400, 10**400),
+    ],
+)
+def test_numbers_that_only_look_so_are_read(text: bytes, value: Any) -> None:
+    assert wire.loads(text) == value
+
+
 @pytest.mark.parametrize("text", [b"[" * 100_000, b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 100_000])
 def test_json_nested_100_000_deep_is_refused(text: bytes) -> None:
     with pytest.raises(ValueError, match="recursion limit"):
@@ -202,7 +234,13 @@ def test_parameters_are_an_object_by_name_an_array_by_position_and_a_lone_scalar
         (Decimal("1.10"), "1.10"),
         (uuid.UUID(int=1), "00000000-0000-0000-0000-000000000001"),
         (Colour.RED, "red"),
-        (b"bytes", "bytes"),
+        (b"bytes", "Ynl0ZXM="),
+        (b"\xfb\xff", "-_8="),
+        (bytes(range(256)), base64.urlsafe_b64encode(bytes(range(256))).decode()),
+        (bytearray(b"\xff"), "_w=="),
+        ([{"a": (b"\xff", None)}], [{"a": ["_w==", None]}]),
+        ({b"\xff": 1}, {"_w==": 1}),
+        (Blob(data=b"\xff"), {"data": "_w=="}),
         (Item(stockKeepingUnit="a", price=1.5), {"stockKeepingUnit": "a", "price": 1.5}),
         (Point(1.5, 2), {"x": 1.5, "y": 2}),
         ({7}, [7]),
@@ -228,7 +266,8 @@ def _fails() -> Any:
         (object, "object"),
         (lambda: print, "builtin_function_or_method"),
         (lambda: range(3), "range"),
-        (lambda: b"\xff", "bytes"),
+        (lambda: memoryview(b"a"), "memoryview"),
+        (lambda: SilentBlob(data=b"\xff"), "SilentBlob"),
         (lambda: "half a \ud800 pair", "str"),
         (lambda: math.nan, "float"),
         (lambda: -math.inf, "float"),
@@ -236,7 +275,11 @@ def _fails() -> Any:
         (lambda: Item(stockKeepingUnit="a", price=math.nan), "Item"),
         (Exploding, "Exploding"),
         (lambda: nested(100_000), "list"),
-        (lambda: {b"\xff": 1}, "dict"),
+        (lambda: SecretStr("s3cr3t"), "SecretStr"),
+        (lambda: [{"a": SecretBytes(b"s3cr3t")}], "list"),
+        (lambda: {1: Secret[int](5)}, "dict"),
+        (lambda: 10**4300, "int"),
+        (lambda: {"a": [-(10**5000)]}, "dict"),
     ],
 )
 def test_a_parameter_that_json_cannot_carry_is_named_with_its_type(make: Any, kind: str) -> None:
@@ -248,6 +291,33 @@ def test_a_parameter_that_json_cannot_carry_is_named_with_its_type(make: Any, ki
         params("good", make(), None)
     with pytest.raises(NotSerializable, match=f"JSON cannot carry parameter 0, a {kind}: "):
         params(make())
+
+
+def test_a_parameter_that_is_a_secret_is_told_with_its_mend_and_without_its_value() -> None:
+    with pytest.raises(NotSerializable) as caught:
+        params(user="a", password=SecretStr("s3cr3t"))
+    said = (
+        "parameter 'password', a SecretStr: a secret would arrive as asterisks; pass secret.get_secret_value() instead"
+    )
+    assert said in str(caught.value)
+    assert "s3cr3t" not in repr(caught.value) + repr(caught.value.__cause__)
+    assert params(password=SecretStr("s3cr3t").get_secret_value()) == b'{"password":"s3cr3t"}'
+
+
+def test_a_parameter_of_asterisks_is_sent() -> None:
+    assert params(x="**********", y=["**"]) == b'{"x":"**********","y":["**"]}'
+
+
+def test_bytes_of_a_class_that_writes_them_as_text_are_refused_with_their_mend() -> None:
+    with pytest.raises(NotSerializable, match=r"invalid utf-8 .*needs ConfigDict\(ser_json_bytes='base64'"):
+        params(x=SilentBlob(data=b"\xff"))
+
+
+def test_the_longest_integer_that_is_read_is_written() -> None:
+    longest = 10**4300 - 1
+    assert wire.loads(wire.encode_params(([longest],), {}, 5000)) == [[longest]]
+    with pytest.raises(NotSerializable, match="an integer of more than 4300 digits can be written, and not be read"):
+        wire.encode_params(([longest + 1],), {}, 5000)
 
 
 def test_a_list_that_holds_itself_is_refused() -> None:
@@ -601,6 +671,8 @@ def test_a_type_that_this_client_does_not_read_is_refused_by_name(kind: bytes, s
         (b"oops", JSON, "is not JSON"),
         (b"NaN", JSON, "is not JSON"),
         (b"[" * 100_000, JSON, "is not JSON"),
+        (b"1e400", JSON, "beyond the range of a float"),
+        (b'{"details": [-1E+999]}', JSON, "beyond the range of a float"),
         (b"1", b"application/msgpack", "application/msgpack"),
     ],
 )

@@ -837,3 +837,29 @@ def test_what_comes_back_to_a_quorum_queue_stands_before_the_rest_in_the_order_o
     world.disconnect(second)
     world.disconnect(first)
     assert world.ready("q") == [b"c", b"d", b"a", b"b", b"e"]
+
+
+@pytest.mark.parametrize(("limit", "then"), [(2, [b"a", b"b", b"c"]), (None, [b"b", b"c", b"a"])])
+def test_what_a_consumer_gives_back_stands_last_in_a_quorum_queue_without_a_delivery_limit(
+    world: World, limit: int | None, then: list[bytes]
+) -> None:
+    quorum(world, limit)
+    world.consume("q", prefetch=1)
+    for body in (b"a", b"b", b"c"):
+        world.publish("q", body)
+    world.settle(1, requeue=True)
+    for tag in (2, 3):
+        world.settle(tag, accept=True)
+    assert world.bodies()[1:] == then
+
+
+def test_a_rejected_message_comes_back_to_its_own_full_queue_in_the_room_of_the_one_that_is_delivered_next(
+    world: World,
+) -> None:
+    world.queue("q", max_length=2, overflow="reject-publish", dead_letter_exchange="")
+    world.consume("q", prefetch=1)
+    for body in (b"a", b"b", b"c"):
+        assert world.publish("q", body) is Settled.CONFIRMED
+    world.settle(1)
+    assert world.bodies() == [b"a", b"b"]
+    assert world.ready("q") == [b"c", b"a"]

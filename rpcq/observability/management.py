@@ -1,0 +1,105 @@
+"""RabbitMQ's management API, as far as it is asked: https://www.rabbitmq.com/docs/management#http-api."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+from collections.abc import Sequence
+from typing import Any, Final
+from urllib.parse import quote, unquote, urlsplit
+
+import orjson
+
+from rpcq.errors import ConfigurationError
+from rpcq.transport.connection import tls_context
+from rpcq.url import PORTS, BrokerURL
+
+TIMEOUT: Final = 5.0
+"""Seconds that the API has to answer."""
+
+UNANSWERED: Final = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
+"""What is raised where there is no such API, or it does not answer as it should."""
+
+NO_URL: Final = "management is no URL such as 'http://localhost:15672'"
+
+_PORTS: Final = {"amqp": ("http", 15672), "amqps": ("https", 15671)}
+
+
+def management_of(broker: BrokerURL, url: str | None) -> Management | None:
+    """The API of a broker that is to be asked, if any.
+
+    Args:
+        broker: whose it is.
+        url: where it is; None for the broker's first host at RabbitMQ's own port, if the broker is at its own port too;
+            an empty string for none.
+
+    Raises:
+        ConfigurationError: the URL cannot be used.
+
+    """
+    if url is not None:
+        return Management(broker, url) if url else None
+    host, port = broker.hosts[0]
+    if port != PORTS[broker.scheme]:
+        return None  # behind another port, what answers at 15672 may be another broker
+    scheme, port = _PORTS[broker.scheme]
+    return Management(broker, f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
+
+
+class Management:
+    """The API of one node. Its methods block.
+
+    Args:
+        broker: gives the vhost, and user and password where the URL has none.
+        url: where it is.
+
+    Raises:
+        ConfigurationError: the URL cannot be used.
+
+    """
+
+    def __init__(self, broker: BrokerURL, url: str) -> None:
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError:  # of a port that is none; what it says may be a part of a password
+            raise ConfigurationError(NO_URL) from None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigurationError(NO_URL)
+        self._scheme = parts.scheme
+        self._host, self._port = parts.hostname, port
+        self._path = f"{parts.path.rstrip('/')}/api/queues/{quote(broker.vhost, safe='')}/"
+        user = broker.user if parts.username is None else unquote(parts.username)
+        password = broker.password if parts.password is None else unquote(parts.password)
+        self._authorization = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+        self._broker = broker
+
+    def queue(self, name: str, columns: Sequence[str]) -> dict[str, Any] | None:
+        """What it knows of a queue; None if there is no such queue.
+
+        Raises:
+            One of `UNANSWERED`: it does not answer as it should.
+            ConfigurationError: a file that the broker's URL names for TLS cannot be used.
+
+        """
+        connection = self._connection()
+        try:
+            path = f"{self._path}{quote(name, safe='')}?columns={','.join(columns)}"
+            connection.request("GET", path, headers={"Authorization": self._authorization})
+            response = connection.getresponse()
+            body = response.read()
+        finally:
+            connection.close()
+        if response.status == http.client.NOT_FOUND:
+            return None
+        if response.status != http.client.OK:
+            msg = f"it answered {response.status} {response.reason}"
+            raise OSError(msg)
+        found: dict[str, Any] = orjson.loads(body)
+        return found
+
+    def _connection(self) -> http.client.HTTPConnection:
+        if self._scheme == "http":
+            return http.client.HTTPConnection(self._host, self._port, timeout=TIMEOUT)
+        context = tls_context(self._broker)
+        return http.client.HTTPSConnection(self._host, self._port, timeout=TIMEOUT, context=context)
