@@ -38,14 +38,11 @@ class Repeatable(Protocol):
 
     may_have_run: MayHaveRun | None
     task: asyncio.Task[None] | None
+    keeps_key: bool
 
     @property
     def id(self) -> str:
         """The correlation ID, for logs."""
-
-    @property
-    def outlasts(self) -> bool:
-        """Whether its handler still runs though its call has ended: in a thread, which cannot be ended."""
 
 
 class Replays:
@@ -141,8 +138,9 @@ class Replays:
             except Exception:  # noqa: BLE001 - told where the reply is made
                 return value
         finally:
-            # A handler that outlasts its call keeps its key until the time of that has passed.
-            if answer is None and not run.outlasts:
+            # A handler that outlasts its call keeps its key until the time of that has passed, and so does one that
+            # succeeded at the moment at which its call ended.
+            if answer is None and not run.keeps_key:
                 self._release(store, once.key, owner)
         try:
             await store.put(once.key, answer)

@@ -58,6 +58,7 @@ class Running(Outgoing):
         said: what an error reply's body says; there with it.
         job: what runs; None where it was refused, and once it has ended.
         began: whether the handler was entered.
+        keeps_key: its call ended by itself, and the handler, in a thread, goes on or has just succeeded.
         seen: what observers are told of it; None where there are none.
         endings: who of them wants to be told of its end; None until they were told that it begins.
 
@@ -72,6 +73,7 @@ class Running(Outgoing):
         "endings",
         "handler_ms",
         "job",
+        "keeps_key",
         "key",
         "kind",
         "may_have_run",
@@ -105,6 +107,7 @@ class Running(Outgoing):
         self.thread: Future[Ended] | None = None
         self.result: asyncio.Future[Ended] | None = None
         self.began = False
+        self.keeps_key = False
         self.timed_out = False
         self.cancelled = False
         self.seen: SeenRequest | None = None
@@ -338,7 +341,12 @@ class Runs:
             log.error("a handler cannot begin", method=job.method.label, correlation_id=run.id, cause=str(error))  # noqa: TRY400 - its cause is all there is to it
             raise Refused(ServiceUnavailable(f"the worker could not begin: {error}")) from error
         run.result = asyncio.wrap_future(run.thread)
-        return (await asyncio.shield(run.result)).unwrap(job.method.label)
+        try:
+            ended = await asyncio.shield(run.result)
+        except asyncio.CancelledError:
+            run.keeps_key = not run.thread.done() or (not run.thread.cancelled() and run.thread.result().error is None)
+            raise
+        return ended.unwrap(job.method.label)
 
     def _finished(self, run: Running) -> None:
         if run.started:

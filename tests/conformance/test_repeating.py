@@ -370,6 +370,32 @@ class Cancelling(MemoryAnswers):
         raise asyncio.CancelledError
 
 
+async def test_a_def_handler_that_ends_as_the_time_of_its_call_does_keeps_its_key(place: Place) -> None:
+    """The worker's loop learns of both at once: the handler has run to its end, and must not run again."""
+    service, runs = place.service(answer_store=MemoryAnswers(10_000)), 0
+    began = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    @service.method
+    def book() -> int:
+        nonlocal runs
+        runs += 1
+        loop.call_soon_threadsafe(began.set)
+        time.sleep(0.1)
+        return runs
+
+    async with place.worker(service), place.client() as client:
+        caller = client.with_options(idempotency_key="order-17", timeout=0.4)
+        first = asyncio.create_task(caller.call("things.book"))
+        await began.wait()
+        time.sleep(0.6)  # noqa: ASYNC251 - as a handler does that blocks the loop
+        with pytest.raises(CallTimeout):
+            await first
+        with pytest.raises(OutcomeUnknown, match="was lost"):
+            await client.with_options(idempotency_key="order-17", timeout=5.0).call("things.book")
+    assert runs == 1
+
+
 async def test_a_store_that_is_cancelled_by_itself_ends_no_call_as_one_that_ran(place: Place) -> None:
     service, runs = place.service(answer_store=Cancelling(0)), []
 

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import signal
 import sys
 
 from rpcq import Client, RpcqError
@@ -45,6 +46,7 @@ def main() -> int:
     logging.getLogger("rpcq").setLevel(logging.CRITICAL)
     seed = random.SystemRandom().getrandbits(32) if given.seed is None else given.seed
     say(f"seed {seed}, {given.minutes:g} minutes, {given.nodes} node{'s' if given.nodes > 1 else ''}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left behind
     report = asyncio.run(Soak(given.minutes, seed, given.nodes).run())
     report.say()
     return 1 if report.problems else 0

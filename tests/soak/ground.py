@@ -50,6 +50,13 @@ class Ground(ABC):
             return False
         return True
 
+    async def has_policy(self, vhost: str, name: str) -> bool:
+        """Whether there is such a policy, as far as can be known: a command that fails may have done its work."""
+        try:
+            return name in await asyncio.to_thread(self.ctl, "list_policies", "--vhost", vhost)
+        except brokers.CtlFailed:
+            return True
+
     def order(self, first: int) -> list[str]:
         """The URLs of all nodes, beginning with that one."""
         first %= len(self.urls)

@@ -29,11 +29,11 @@ async def queue_full(stage: Stage, dice: random.Random) -> None:
     vhost = ("--vhost", stage.vhost)
     pattern = "^" + stage.scene.queue_of(dice.choice(SERVICES)).replace(".", "[.]") + "$"
     name = f"full-{stage.scene.namespace}"
-    if not await stage.ground.try_ctl("set_policy", *vhost, name, pattern, '{"max-length":1}', "--apply-to", "queues"):
-        return
+    await stage.ground.try_ctl("set_policy", *vhost, name, pattern, '{"max-length":1}', "--apply-to", "queues")
     await asyncio.sleep(0.5)
-    while not await stage.ground.try_ctl("clear_policy", *vhost, name):  # noqa: ASYNC110 - until it is there again
-        await asyncio.sleep(1)
+    while await stage.ground.has_policy(stage.vhost, name):
+        await stage.ground.try_ctl("clear_policy", *vhost, name)
+        await asyncio.sleep(0.5)
 
 
 SCENE_FAULTS: tuple[Fault, ...] = (request_queue_deleted, reply_queue_deleted, queue_full)
