@@ -295,7 +295,7 @@ HUGE = "1" + "0" * 400
         (_item, '{"x": {"stockKeepingUnit": "a", "price": "1E+400"}}'),
         (_item, '{"x": {"stockKeepingUnit": "a", "other": 1e400}}'),
     ],
-    ids=lambda it: str(it)[:30],
+    ids=lambda it: getattr(it, "__name__", str(it))[:30],
 )
 def test_a_number_beyond_a_float_is_refused_and_never_infinite(handler: Callable[..., Any], body: str) -> None:
     # Some versions of pydantic refuse a long integer for a float by themselves.
