@@ -18,7 +18,7 @@ import signal
 import sys
 
 from rpcq import Client, RpcqError
-from soak.report import say
+from soak.report import Report, say
 from soak.run import Soak
 
 
@@ -29,6 +29,14 @@ async def call_on(url: str, namespace: str) -> None:
         while True:
             calls = (client.call("target.again", nonce=f"of-the-killed-{number}", seconds=0.1) for number in range(50))
             await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def until_terminated(run: Soak) -> Report:
+    """Run it; a SIGTERM ends it in an orderly way, with all processes that it has started."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await run.run()
 
 
 def main() -> int:
@@ -46,8 +54,10 @@ def main() -> int:
     logging.getLogger("rpcq").setLevel(logging.CRITICAL)
     seed = random.SystemRandom().getrandbits(32) if given.seed is None else given.seed
     say(f"seed {seed}, {given.minutes:g} minutes, {given.nodes} node{'s' if given.nodes > 1 else ''}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left behind
-    report = asyncio.run(Soak(given.minutes, seed, given.nodes).run())
+    try:
+        report = asyncio.run(until_terminated(Soak(given.minutes, seed, given.nodes)))
+    except asyncio.CancelledError:
+        return 128 + signal.SIGTERM
     report.say()
     return 1 if report.problems else 0
 
