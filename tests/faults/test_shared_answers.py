@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -43,6 +44,7 @@ async def worker(scene: Scene, url: str, *arguments: str) -> WorkerProcess:
 async def call(client: Client, ledger: Ledger, nonce: str, method: str = "once", **params: Any) -> Any:
     """A call with its nonce as its key, entered into the ledger: its result, or the error that it ended with."""
     ledger.begun += 1
+    began = time.time()
     told: Any = None
     kind = "result"
     try:
@@ -50,7 +52,7 @@ async def call(client: Client, ledger: Ledger, nonce: str, method: str = "once",
         assert told == nonce
     except CallError as error:
         told, kind = error, f"{type(error).__name__}/{error.executed}"
-    ledger.wrote(nonce, idempotent=method == "again", told=kind)
+    ledger.wrote(nonce, idempotent=method == "again", told=kind, began=began)
     return told
 
 
