@@ -223,7 +223,7 @@ class Control:
         return True
 
     def close(self) -> None:
-        """Whoever waits for answers, or to ask, gets no more."""
+        """End all questions: no further answers come, and nothing more is asked."""
         for answers in self._asked.values():
             answers.put_nowait(None)
         for waiting in self._not_ready:

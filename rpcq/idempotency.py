@@ -70,7 +70,7 @@ class AnswerStore(Protocol):
         """
 
     async def put(self, key: str, answer: Answer) -> None:
-        """Remember an answer, whoever has the key; it may be forgotten again whenever room or time asks for it."""
+        """Remember an answer, even if another owner holds the key. The store may forget it later."""
 
     async def release(self, key: str, owner: str) -> None:
         """Give the key back, if it is this owner's and has no answer: the call failed, and may be tried again."""

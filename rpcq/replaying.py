@@ -96,7 +96,7 @@ class Replays:
         pause = FIRST_LOOK
         while (found := await self._look(run, job, once, store, owner)) is Claim.HELD:
             if job.method.idempotent and job.request.attempt > 1:
-                return None  # whoever has the key may be lost, and to run twice does no harm
+                return None  # the worker that holds the key may be lost, and running twice does no harm
             _wait_for_twin(run)
             await asyncio.sleep(pause)
             pause = min(1.5 * pause, LONGEST_LOOK)
@@ -108,7 +108,7 @@ class Replays:
         if once.barred is not None:
             raise Refused(once.barred)
         if found is Claim.LAPSED and not job.method.idempotent:
-            # Nothing runs under it: whoever asks next is to hear the same at once, and not to wait for this one's time.
+            # The handler does not run: let the claim end now, so that the next request does not wait for it.
             self._in_background(once.key, partial(store.claim, once.key, owner, 0.0))
             raise Refused(MayHaveRun("a worker that ran a request with its idempotency key was lost"))
         return None

@@ -114,7 +114,7 @@ def encode_params(args: tuple[Any, ...], params: Mapping[str, Any], max_body: in
     return body
 
 
-_MEND: Final = "; a class with bytes needs ConfigDict(ser_json_bytes='base64', val_json_bytes='base64')"
+_FIX: Final = "; a class with bytes needs ConfigDict(ser_json_bytes='base64', val_json_bytes='base64')"
 
 
 def _name_culprit(args: tuple[Any, ...], params: Mapping[str, Any], error: Exception) -> NotSerializable:
@@ -123,8 +123,8 @@ def _name_culprit(args: tuple[Any, ...], params: Mapping[str, Any], error: Excep
         try:
             dumps(value)
         except (ValueError, TypeError, RecursionError) as cause:
-            mend = _MEND if "invalid utf-8" in str(cause) else ""
-            return NotSerializable(f"JSON cannot carry parameter {name}, a {type(value).__name__}: {cause}{mend}")
+            fix = _FIX if "invalid utf-8" in str(cause) else ""
+            return NotSerializable(f"JSON cannot carry parameter {name}, a {type(value).__name__}: {cause}{fix}")
     return NotSerializable(f"JSON cannot carry the parameters: {error}")
 
 

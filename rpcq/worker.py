@@ -308,11 +308,10 @@ class Worker:
         if self._cancels and self._cancels.pop(key, None) is not None:
             delivery.ack()
             return
+        moved = delivery.exchange != self._requests
         may_have_run = None
-        if delivery.redelivered or delivery.exchange != self._requests:
-            may_have_run = why_it_may_have_run(
-                request, redelivered=delivery.redelivered, moved=delivery.exchange != self._requests
-            )
+        if delivery.redelivered or moved:
+            may_have_run = why_it_may_have_run(request, redelivered=delivery.redelivered, moved=moved)
         if may_have_run is not None and self._runs.holds(key):
             delivery.ack()  # a copy of a call that runs here, and will be answered
             return

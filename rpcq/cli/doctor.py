@@ -180,15 +180,15 @@ def _numbers(admin: Admin) -> tuple[int, ...]:
 async def _policy(management: Management | None, queue: str, options: ClientOptions) -> Found:
     """Whether a policy has the broker take requests back from lost nodes sooner than clients believe."""
     least = options.disconnected_timeout
-    mend = f"name the management API with --management; the policy must not set {DISCONNECTED} below {least * 1000:.0f}"
+    fix = f"give the URL of the management API with --management; {DISCONNECTED} must be at least {least * 1000:.0f}"
     if management is None:
-        return Found(Grade.DOUBT, f"queue {queue}: its policy is not known: no management API to ask", mend)
+        return Found(Grade.DOUBT, f"queue {queue}: the policy is not known, because there is no management API", fix)
     try:
         found = await asyncio.to_thread(management.queue, queue, ("effective_policy_definition",))
         policy = (found or {}).get("effective_policy_definition") or {}
         set_to = float(policy.get(DISCONNECTED, least * 1000)) / 1000
     except UNANSWERED as error:
-        return Found(Grade.DOUBT, f"queue {queue}: its policy is not known: the management API failed: {error}", mend)
+        return Found(Grade.DOUBT, f"queue {queue}: the policy is not known, because its API failed: {error}", fix)
     if set_to >= least:
         return Found(Grade.GOOD, f"queue {queue}: no policy sets {DISCONNECTED} below {least:g} s")
     return Found(

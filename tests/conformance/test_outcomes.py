@@ -273,18 +273,25 @@ async def test_a_reply_of_a_server_that_copies_headers_is_a_reply(place: Place) 
 
 @pytest.mark.parametrize("seconds", [0.0005, 0.001, 0.002, 0.004])
 async def test_a_timeout_of_a_moment_is_a_timeout(place: Place, seconds: float) -> None:
-    service, runs = working(place)
+    service, runs = place.service(), []
+
+    @service.method
+    async def work(nonce: int) -> None:
+        runs.append(nonce)
+
     async with place.worker(service), place.client() as client:
         await client.wait_for_service("things")
-        for _ in range(20):
-            ran = len(runs)
+        told = {}
+        for nonce in range(20):
             try:
-                await client.with_options(timeout=seconds).call("things.work")
+                await client.with_options(timeout=seconds).call("things.work", nonce=nonce)
             except CallTimeout as error:
-                told = error.executed
+                told[nonce] = error.executed
             else:
-                told = "result"
-            assert told != "result" or len(runs) > ran
+                told[nonce] = "yes"
+        await client.call("things.work", nonce=20)  # whatever was sent before has run, or never will
+    assert {nonce for nonce, executed in told.items() if executed == "yes"} <= set(runs)
+    assert set(runs).isdisjoint(nonce for nonce, executed in told.items() if executed == "no")
 
 
 async def test_the_first_timeout_of_half_a_millisecond_says_that_nothing_was_sent(place: Place) -> None:

@@ -331,8 +331,12 @@ async def test_the_doctor_looks_for_a_policy_that_makes_a_no_wrong(managed: Brok
         ({"effective_policy_definition": {DISCONNECTED: 60_000}}, "GOOD", "no policy sets"),
         ({"effective_policy_definition": {"max-length": 5}}, "GOOD", "no policy sets"),
         ({"effective_policy_definition": None}, "GOOD", "no policy sets"),
-        ({"effective_policy_definition": {DISCONNECTED: "soon"}}, "DOUBT", "is not known: the management API failed"),
-        (None, "DOUBT", "is not known: the management API failed"),
+        (
+            {"effective_policy_definition": {DISCONNECTED: "soon"}},
+            "DOUBT",
+            "the policy is not known, because its API failed",
+        ),
+        (None, "DOUBT", "the policy is not known, because its API failed"),
     ],
 )
 async def test_what_the_doctor_makes_of_a_policy(answer: object, grade: str, text: str) -> None:
