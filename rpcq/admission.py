@@ -1,15 +1,24 @@
 """From a request's properties and body to a job that may run, or to the error that its caller gets. Pure.
 
-The order is fixed: whether it may run at all, its deadline, its method, its parameters.
+The order is fixed: whether it may run at all, its deadline, its method, who may call that, its parameters.
 """
 
 from __future__ import annotations
 
 from typing import Any, Final
+from urllib.parse import quote
 
-from rpcq.contract import Context, Method, Service
+from rpcq.contract import Authorize, Context, Method, Service
 from rpcq.deadline import Deadline
-from rpcq.errors import CallError, CallTimeout, InvalidParams, MethodNotFound, OutcomeUnknown, TooLarge
+from rpcq.errors import (
+    CallError,
+    CallTimeout,
+    InvalidParams,
+    MethodNotFound,
+    OutcomeUnknown,
+    PermissionDenied,
+    TooLarge,
+)
 from rpcq.idempotency import AnswerStore, fingerprint
 from rpcq.settings import MAX_TIMEOUT
 from rpcq.wire import Request
@@ -23,7 +32,7 @@ class Once:
     """What makes several requests one call.
 
     Attributes:
-        key: the service's name, a slash, and the idempotency key.
+        key: the service's name, whose key it is, and the idempotency key, with slashes between.
         fingerprint: of the method and the parameters: under the same key they have to be the same.
         store: where the service remembers answers; None for where the worker does.
         barred: why it may not run, where no answer is remembered; None if it may.
@@ -49,10 +58,11 @@ class Job:
         queue_ms: milliseconds since the caller sent it, by the wall clocks of both; None where the caller told none.
         state: what the service's lifespan gave.
         once: where it has an idempotency key; else None.
+        authorize: the service's own function that says whether the caller may make this call, or None.
 
     """
 
-    __slots__ = ("args", "deadline", "method", "once", "params", "queue_ms", "request", "state")
+    __slots__ = ("args", "authorize", "deadline", "method", "once", "params", "queue_ms", "request", "state")
 
     def __init__(
         self,
@@ -63,6 +73,7 @@ class Job:
         queue_ms: float | None,
         state: Any,
         once: Once | None,
+        authorize: Authorize | None = None,
     ) -> None:
         self.request = request
         self.method = method
@@ -71,10 +82,11 @@ class Job:
         self.queue_ms = queue_ms
         self.state = state
         self.once = once
+        self.authorize = authorize
 
     def call(self) -> Any:
         """Call the handler; what it returns is a coroutine if it is an `async def`."""
-        return self.method.call(self.args, self.params, self._context)
+        return self.method.call(self.args, self.params, self.context)
 
     def names(self) -> dict[str, Any]:
         """What tells the call apart, for logs."""
@@ -85,7 +97,8 @@ class Job:
             "attempt": request.attempt,
         }
 
-    def _context(self) -> Context:
+    def context(self) -> Context:
+        """What the handler may know of the request."""
         request = self.request
         return Context(
             service=self.method.service,
@@ -95,9 +108,18 @@ class Job:
             attempt=request.attempt,
             idempotency_key=request.idempotency_key,
             caller=request.app_id or None,
+            user=request.user or None,
             metadata=request.metadata,
             state=self.state,
         )
+
+
+def key_of(request: Request, service: str, scope: str) -> str:
+    """What answers are remembered by: the same idempotency key of another service or in another scope is another one.
+
+    The scope is the broker's user, unless the service's `authorize` says otherwise; empty where neither is known.
+    """
+    return f"{service}/{quote(scope, safe='')}/{request.idempotency_key}"
 
 
 class Refused(Exception):
@@ -195,6 +217,9 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
         barred = OutcomeUnknown(f"{method.label} is not declared idempotent, and an earlier attempt may have run")
         if key is None:
             raise barred
+    if method.allow is not None and request.user not in method.allow:
+        who = f"the user {request.user!r}" if request.user else "who does not say who they are (identify=True)"
+        raise PermissionDenied(f"{method.label} is not for {who}")
     if body is None or body_size > max_body:
         raise TooLarge(f"the parameters are {body_size} bytes of JSON; the worker's limit is {max_body} (max_body)")
     arguments = method.read_params(body)
@@ -203,8 +228,10 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
         limit = method.timeout
     once = None
     if key is not None:
-        once = Once(f"{service.name}/{key}", fingerprint(method.name, body), service.answer_store, barred)
-    return Job(request, method, arguments, now + limit, queue_ms, state, once)
+        once = Once(
+            key_of(request, service.name, request.user), fingerprint(method.name, body), service.answer_store, barred
+        )
+    return Job(request, method, arguments, now + limit, queue_ms, state, once, service.authorize)
 
 
 def _time_left(service: Service, request: Request, wall_ms: float) -> tuple[float, float | None]:

@@ -8,6 +8,7 @@ caller declared the call idempotent.
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ MAX_ATTEMPTS: Final = 3
 
 REMEMBERED_CALLS: Final = 10_000
 """Calls that ended without a reply, by which a late one is told from one that came twice."""
+
+_SECRET: Final = 16
+"""Characters of the random part of a correlation ID: 64 bits."""
+_SECRETS: Final = 512
+"""Random parts that are made at once: to ask the system for each would cost more than all else of an ID."""
 
 
 class State(IntEnum):
@@ -129,7 +135,7 @@ _FULL: Final = _fail(Overloaded, "no", "the broker refused it: the request queue
 _REFUSED: Final = _fail(
     Overloaded, "maybe", "the broker refused it: the request queue is full, or its node cannot be reached"
 )
-_TOO_LARGE: Final = _fail(TooLarge, "no", "the broker takes no message of that size (its max_message_size)")
+_TOO_LARGE: Final = _fail(TooLarge, "no", "the broker takes no such message (max_message_size, frame_max)")
 _TOO_LATE: Final = _fail(CallTimeout, "no", "the deadline passed before the call was sent")
 _NO_WORD: Final = _fail(CallTimeout, "maybe", "no reply until the deadline")
 _EXPIRED: Final = _fail(CallTimeout, "maybe", "the request expired in the queue")
@@ -201,6 +207,11 @@ _EVENT_WRITE = Event.WRITE
 Outcome = Reply | CallError
 
 
+def public_id(correlation_id: str) -> str:
+    """The part of a client's correlation ID that anybody may know: it names the call, and nobody can reply with it."""
+    return correlation_id.rpartition("-")[0]
+
+
 class Call:
     """One call under way. Subclasses say who is told.
 
@@ -253,9 +264,9 @@ class PendingCalls:
     def __init__(self, limit: int) -> None:
         self._calls: dict[bytes, Call] = {}
         self._limit = limit
-        # 64 random bits keep the IDs of clients apart, a counter those of one client.
         self._prefix = secrets.token_hex(8).encode() + b"-"
         self._count = 0
+        self._secrets: list[bytes] = []
         self._unanswered: dict[bytes, None] = {}  # sent, and ended without a reply: the last of them, in order
         self.late = 0
         self.duplicate = 0
@@ -277,9 +288,16 @@ class PendingCalls:
         return call.correlation_id in self._calls
 
     def next_id(self) -> bytes:
-        """A correlation ID that no other call has."""
+        """A correlation ID that no other call has, and that nobody can guess who knows all the others.
+
+        64 random bits keep the IDs of clients apart, and a counter those of one client. Further 64 bits keep them
+        secret from workers that do not serve the call: whoever knows a reply queue and an ID can forge the reply.
+        """
+        if not self._secrets:
+            made = os.urandom(_SECRETS * _SECRET // 2).hex().encode()
+            self._secrets = [made[at : at + _SECRET] for at in range(0, len(made), _SECRET)]
         self._count += 1
-        return self._prefix + b"%x" % self._count
+        return b"%b%x-%b" % (self._prefix, self._count, self._secrets.pop())
 
     def add(self, call: Call) -> None:
         """A call begins.

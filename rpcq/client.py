@@ -14,7 +14,7 @@ from typing import Any, Final, Self, TypeVar, Unpack, cast
 from rpcq import logs, observer, processes, wire
 from rpcq.answers import Answers, meaning
 from rpcq.calls import MAX_ATTEMPTS, Event, PendingCalls
-from rpcq.control import Control, WorkerInfo, WorkerStats, read
+from rpcq.control import Control, WorkerInfo, WorkerStats
 from rpcq.deadline import Deadline, inherit
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import BrokerError, CallError, CallTimeout, ClosedError, Executed, ServiceUnavailable, UsageError
@@ -27,7 +27,7 @@ from rpcq.timeouts import Timeouts
 from rpcq.transport.base import Delivery, Listener, Subscription, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.transport.topology import Names
-from rpcq.url import mask
+from rpcq.url import mask, parse
 from rpcq.wire import Notice, Reply
 
 T = TypeVar("T")
@@ -72,13 +72,16 @@ class Client:
         self._answers = Answers()
         self._observers = Observers(observers, self)
         self._on_call = self._observers.calls
-        self._sender = Sender(self._transport, self._calls, self.options.name, self.options.unrun_within)
+        self._user = parse(self._url).user
+        user = self._user if self.options.identify else ""
+        self._sender = Sender(self._transport, self._calls, self.options.name, user, self.options.unrun_within)
         self._thread = 0
         self._timeouts: Timeouts[ClientCall]
         self._generation = -1
         self._state = "new"
         self._closing: asyncio.Task[None] | None = None
         self._pausing: set[asyncio.Future[None]] = set()  # of calls that are to be made again
+        self._seldom = logs.Seldom(log)
         self.retried = 0
         self._control = Control(self._transport, self.names, self._sender.reply_queue, self._calls.next_id)
 
@@ -100,7 +103,7 @@ class Client:
         self._timeouts = Timeouts(self._sender.loop, self._sender.expire)
         self._generation = processes.generation
         self._state = "open"
-        own = self.names.reply_queue(self.options.reply_exchange)
+        own = self.names.reply_queue(self.options.reply_exchange, self._user)
         reply_queue = Subscription(own, self._on_delivery, no_ack=True)
         listener = Listener(
             consuming=self._consuming,
@@ -260,7 +263,7 @@ class Client:
             check_name("the service", service)
         async with aclosing(self._control.ask(question, service, wait)) as answers:
             async for answer in answers:
-                if (found := read(kind, answer)) is not None:
+                if (found := self._control.read(kind, answer)) is not None:
                     yield found
 
     def invoke(
@@ -419,11 +422,13 @@ class Client:
             came = wire.read_reply(delivery.properties, delivery.body, b"" if encoder is None else encoder.reply_to)
         except MalformedProperties as error:
             self._calls.stray += 1
-            log.warning("reply dropped", cause=str(error))
+            self._seldom.warning("reply dropped", cause=str(error))
             return
         if came is None:
             self._calls.stray += 1
-            log.warning("a copy of a request came to the reply queue, and is dropped: something moves messages")
+            self._seldom.warning(
+                "a copy of a request came to the reply queue, and is dropped: something moves messages"
+            )
             return
         request_id = came.correlation_id
         if self._control.answered(request_id, delivery.body):

@@ -12,7 +12,7 @@ import math
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar, overload
@@ -45,6 +45,9 @@ C = TypeVar("C")
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
 
+EVERY_METHOD: Final = "*"
+"""In `allow`, all methods that it does not name; no method can be called that."""
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -57,7 +60,9 @@ class Context:
         deadline: when the call ends; calls that the handler makes inherit it.
         attempt: 1 + the number of earlier attempts that may have run.
         idempotency_key: the same for every attempt at one call, or None.
-        caller: the client's name, or None.
+        caller: the client's name, as it gives it itself, or None.
+        user: the broker's user that the client is, which the broker has checked; None where the client does not say it
+            (its option `identify`).
         metadata: the caller's own headers, those that begin with `x-`.
         state: what the service's `lifespan` gave, or None.
 
@@ -70,8 +75,12 @@ class Context:
     attempt: int = 1
     idempotency_key: str | None = None
     caller: str | None = None
+    user: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     state: Any = None
+
+
+Authorize = Callable[[Context], Awaitable[str | None]]
 
 
 class Method:
@@ -85,6 +94,7 @@ class Method:
         idempotent: running it twice does no harm.
         errors: the domain errors that callers get to see.
         timeout: seconds that it may run, whatever the caller's deadline; None for the caller's alone.
+        allow: the broker's users that may call it; None for everybody.
         context_parameter: the place (past all, if by name only) and name of the parameter that takes a `Context`,
             or None.
 
@@ -99,6 +109,7 @@ class Method:
         idempotent: bool,
         errors: tuple[type[DomainError], ...],
         timeout: float | None,
+        allow: frozenset[str] | None,
     ) -> None:
         self.service = service
         self.label = f"{service}.{name}"
@@ -109,6 +120,7 @@ class Method:
         self.idempotent = idempotent
         self.errors = errors
         self.timeout = timeout
+        self.allow = allow
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise ConfigurationError(f"{self.label} is a generator; a method returns one value")
         hints = type_hints(self.label, function)
@@ -247,13 +259,18 @@ class Service:
             what it yields is `Context.state`.
         answer_store: where results are remembered by idempotency key, for workers that are to share them; None for the
             memory of each worker.
+        allow: methods -> the broker's users that may call them, such as `{"refund": ["billing"]}`; "*" stands for all
+            methods that are not named, which everybody may call otherwise. Clients need `identify=True`.
+        authorize: an `async def` that is called with the `Context` of each request before its handler, and before an
+            answer is replayed. It raises `PermissionDenied` to refuse the call. It may give a string, such as a tenant:
+            callers with different ones never share an idempotency key; None for the broker's user.
 
     Raises:
         ConfigurationError: an argument cannot be; the message names it.
 
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that is said of a service
         self,
         name: str,
         *,
@@ -264,6 +281,8 @@ class Service:
         errors: Iterable[type[DomainError]] = (),
         lifespan: Lifespan | None = None,
         answer_store: AnswerStore | None = None,
+        allow: Mapping[str, Iterable[str]] | None = None,
+        authorize: Authorize | None = None,
     ) -> None:
         self.name = check_name("the service", name)
         if queue_type not in ("classic", "quorum"):
@@ -276,6 +295,10 @@ class Service:
         self.errors = options.errors
         self.lifespan = lifespan
         self.answer_store = answer_store
+        self.allow = _check_allow(name, {} if allow is None else allow)
+        if authorize is not None and not inspect.iscoroutinefunction(_function(authorize)):
+            raise ConfigurationError(f"authorize of service {name!r} is {authorize!r}; it is an async def, or None")
+        self.authorize = authorize
         self.methods: dict[str, Method] = {}
 
     @overload
@@ -334,6 +357,7 @@ class Service:
                 idempotent=idempotent,
                 errors=(*self.errors, *check_errors(errors)),
                 timeout=timeout,
+                allow=self.allow.get(called, self.allow.get(EVERY_METHOD)),
             )
             return handler
 
@@ -351,13 +375,15 @@ class Service:
         """That it can be served.
 
         Raises:
-            ConfigurationError: it has no methods, or its default method is none of them.
+            ConfigurationError: it has no methods, its default method is none of them, or `allow` has another.
 
         """
         if not self.methods:
             raise ConfigurationError(f"service {self.name!r} has no methods; add one with @{self.name}.method")
         if self.default_method is not None and self.default_method not in self.methods:
             raise ConfigurationError(f"service {self.name!r} has no method {self.default_method!r}, its default")
+        if unknown := sorted(self.allow.keys() - self.methods.keys() - {EVERY_METHOD}):
+            raise ConfigurationError(f"allow of service {self.name!r} has {unknown[0]!r}, which is none of its methods")
 
     def __repr__(self) -> str:
         return f"<Service {self.name!r}: {', '.join(self.methods) or 'no methods'}>"
@@ -393,6 +419,22 @@ def contract(
         return api
 
     return mark
+
+
+def _check_allow(service: str, allow: Any) -> dict[str, frozenset[str]]:
+    if not isinstance(allow, Mapping):
+        raise ConfigurationError(f"allow of service {service!r} is {allow!r}; it maps methods to users: {_ALLOW_FORM}")
+    found = {}
+    for method, users in allow.items():
+        if isinstance(users, str) or not isinstance(users, Iterable):
+            raise ConfigurationError(f"allow of service {service!r} has {users!r} for {method!r}; {_ALLOW_FORM}")
+        found[method] = frozenset(users)
+        if not all(isinstance(user, str) and user for user in found[method]):
+            raise ConfigurationError(f"allow of service {service!r} has users of {method!r} that are no names of users")
+    return found
+
+
+_ALLOW_FORM: Final = 'it is written {"method": ["user", ...]}'
 
 
 def _function(handler: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,10 +10,11 @@ import inspect
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -24,6 +25,12 @@ from rpcq.transport.base import Message, Settled, Transport
 from rpcq.transport.topology import EVERY_SERVICE, Names
 
 T = TypeVar("T")
+
+MOST_ANSWERS: Final = 16
+"""Answers of a worker that the broker has not confirmed."""
+
+MOST_QUESTIONS: Final = 1000
+"""Questions that a worker keeps until it can answer them."""
 
 log = logs.get_logger("rpcq.control")
 
@@ -156,36 +163,86 @@ def _describe_method(method: Method) -> MethodInfo:
 class Answerer:
     """A worker's side: answers what is asked of it.
 
+    Anybody may ask as often as they like. So no more than `MOST_ANSWERS` are on their way to the broker at once, and
+    what is asked beyond `MOST_QUESTIONS` is dropped.
+
     Args:
         transport: where answers go.
         reply_exchange: the exchange that they go through; None for the default one.
         info: what the worker says of itself.
         stats: gives how it fares.
+        max_body: bytes of an answer.
 
     """
 
     def __init__(
-        self, transport: Transport, reply_exchange: str | None, info: WorkerInfo, stats: Callable[[], WorkerStats]
+        self,
+        transport: Transport,
+        reply_exchange: str | None,
+        info: WorkerInfo,
+        stats: Callable[[], WorkerStats],
+        max_body: int,
     ) -> None:
         self._transport = transport
         self._exchange = (reply_exchange or "").encode()
         self._encoder = wire.ReplyEncoder()
-        services = [service.name for service in info.services]
-        self._answers: dict[bytes, Callable[[], Any]] = {
-            wire.PING: lambda: {"name": info.name, "services": services},
-            wire.DESCRIBE: lambda: asdict(info),
-            wire.STATS: lambda: asdict(stats()),
+        ping = wire.dumps({"name": info.name, "services": [service.name for service in info.services]})
+        description = _fitting(info, max_body)
+        self._answers: dict[bytes, Callable[[], bytes]] = {
+            wire.PING: lambda: ping,
+            wire.DESCRIBE: lambda: description,
+            wire.STATS: lambda: wire.dumps(asdict(stats())),
         }
+        self._questions: deque[tuple[bytes, bytes, bytes]] = deque()
+        self._under_way = 0
+        self._seldom = logs.Seldom(log)
+        self._is_answering = False
 
     def answer(self, kind: bytes, reply_to: bytes, correlation_id: bytes) -> bool:
         """Answer a question; False if it is of no kind that is known."""
-        found = self._answers.get(kind)
-        if found is None:
+        if kind not in self._answers:
             return False
-        properties = self._encoder.encode(wire.RESULT, correlation_id, None, 0.0)
-        body = wire.dumps(found())
-        self._transport.publish(Message(self._exchange, reply_to, correlation_id, properties, body, lambda _: None))
+        if len(self._questions) >= MOST_QUESTIONS:
+            self._seldom.warning("question dropped: there are too many", reply_to=reply_to.decode("utf-8", "replace"))
+        else:
+            self._questions.append((kind, reply_to, correlation_id))
+            self._go_on()
         return True
+
+    def _go_on(self) -> None:
+        if self._is_answering:  # told at once that an answer was not sent
+            return
+        self._is_answering = True
+        while self._questions and self._under_way < MOST_ANSWERS:
+            kind, reply_to, correlation_id = self._questions.popleft()
+            properties = self._encoder.encode(wire.RESULT, correlation_id, None, 0.0)
+            self._under_way += 1
+            body = self._answers[kind]()
+            self._transport.publish(Message(self._exchange, reply_to, correlation_id, properties, body, self._settled))
+        self._is_answering = False
+
+    def _settled(self, _: Settled) -> None:
+        self._under_way -= 1
+        self._go_on()
+
+
+def _fitting(info: WorkerInfo, max_body: int) -> bytes:
+    """A description that fits: without docs, then signatures, then methods, where it is too large."""
+    described = asdict(info)
+    body = wire.dumps(described)
+    for left_out in ("doc", "signature"):
+        if len(body) <= max_body:
+            return body
+        log.warning("this worker's description is larger than max_body: part of it is left out", part=left_out)
+        for service in described["services"]:
+            for method in service["methods"]:
+                method[left_out] = ""
+        body = wire.dumps(described)
+    if len(body) > max_body:
+        for service in described["services"]:
+            service["methods"] = []
+        body = wire.dumps(described)
+    return body
 
 
 class Control:
@@ -208,6 +265,7 @@ class Control:
         self._next_id = next_id
         self._asked: dict[bytes, asyncio.Queue[bytes | None]] = {}
         self._not_ready: set[asyncio.Task[bytes]] = set()
+        self._seldom = logs.Seldom(log)
 
     def cancel(self, service: bytes, correlation_id: bytes, reply_to: bytes, deadline_ms: int) -> None:
         """Tell all workers of a service that the caller of this request is gone."""
@@ -219,7 +277,10 @@ class Control:
         found = self._asked.get(correlation_id) if self._asked else None
         if found is None:
             return False
-        found.put_nowait(body or b"")
+        if body is None:
+            self._seldom.warning("answer of a worker dropped: it is larger than this client's max_body")
+        else:
+            found.put_nowait(body)
         return True
 
     def close(self) -> None:
@@ -261,6 +322,15 @@ class Control:
         finally:
             del self._asked[correlation_id]
 
+    def read(self, kind: type[T], answer: bytes) -> T | None:
+        """An answer as what it should be; None if it is not, which is logged: another worker's may be."""
+        try:
+            found: T = _adapter(kind).validate_json(answer)  # type: ignore[arg-type]  # a class is hashable
+        except ValidationError as error:
+            self._seldom.warning("answer of a worker dropped", cause=error.errors()[0]["msg"], expected=kind.__name__)
+            return None
+        return found
+
     async def _reply_to(self, wait: float) -> bytes | None:
         """Where answers go; None where nothing can be asked within `wait` seconds, or before `close`."""
 
@@ -275,16 +345,6 @@ class Control:
         finally:
             self._not_ready.discard(waiting)
             waiting.cancel()
-
-
-def read(kind: type[T], answer: bytes) -> T | None:
-    """An answer as what it should be; None if it is not, which is logged: another worker's may be."""
-    try:
-        found: T = _adapter(kind).validate_json(answer)  # type: ignore[arg-type]  # a class is hashable
-    except ValidationError as error:
-        log.warning("answer of a worker dropped", cause=error.errors()[0]["msg"], expected=kind.__name__)
-        return None
-    return found
 
 
 @cache

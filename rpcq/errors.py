@@ -16,6 +16,7 @@
         |   +-- NotSerializable (TypeError)   JSON cannot carry a parameter; not sent     no        no
         |   +-- TooLarge (ValueError)         body or headers over the limit; not sent    no        no
         +-- MethodNotFound                    the service has no such method              no        no
+        +-- PermissionDenied                  the caller may not make this call           no        no
         +-- ServiceUnavailable                nobody could take the call                  no        yes
         +-- Overloaded                        a queue or a limit is full                  no        yes
         +-- CallTimeout (TimeoutError)        the deadline passed                         any       if no
@@ -190,6 +191,13 @@ class MethodNotFound(CallError):
     default_executed = "no"
 
 
+class PermissionDenied(CallError):
+    """The service does not let this caller make this call: by its `allow`, or by its `authorize`, which raises it."""
+
+    code = "PERMISSION_DENIED"
+    default_executed = "no"
+
+
 class ServiceUnavailable(CallError):
     """Nobody could take the call: no such service, no connection until the deadline, or the worker shuts down."""
 
@@ -284,6 +292,7 @@ BY_CODE: Final[dict[str, type[CallError]]] = {
     for kind in (
         InvalidParams,
         MethodNotFound,
+        PermissionDenied,
         ServiceUnavailable,
         Overloaded,
         CallTimeout,

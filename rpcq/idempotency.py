@@ -46,8 +46,9 @@ class Claim(Enum):
 class AnswerStore(Protocol):
     """Where answers are remembered; `Service(answer_store=...)` shares one among the workers of a service.
 
-    A key is the service's name, a slash, and the idempotency key. Before a handler runs, its worker claims the key, so
-    that of two requests with one key, on whatever workers, only one runs at a time. `claim` must be atomic.
+    A key is the service's name, the scope that the idempotency key belongs to, and that key, with slashes between.
+    Before a handler runs, its worker claims the key, so that of two requests with one key, on whatever workers, only
+    one runs at a time. `claim` must be atomic.
 
     Where `get` or `claim` raises, the request is not run, and its caller's client sends it again; where `put` or
     `release` raises, that is logged, and the caller gets its answer all the same. `get`, `claim` and `put` are part of

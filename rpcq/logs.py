@@ -7,7 +7,9 @@ them readable on a terminal and JSON elsewhere. No line holds a password, a body
 from __future__ import annotations
 
 import logging
+import math
 import sys
+import time
 from contextvars import ContextVar
 from typing import Any, Final, Protocol
 
@@ -26,6 +28,9 @@ class Named(Protocol):
 
 current: Final[ContextVar[Named | None]] = ContextVar("rpcq_call", default=None)
 """The call that the handler of this context runs for. Setting it is all that a call pays: `add_call` reads it."""
+
+SELDOM: Final = 1.0
+"""Seconds between two warnings of one kind that a peer can cause as often as it likes."""
 
 QUIET: Final = ("aio_pika", "aiormq")
 """At DEBUG they log bodies and headers; what they log above that, rpcq reports itself, by name."""
@@ -76,6 +81,31 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
         context_class=dict,
     )
     return logger
+
+
+class Seldom:
+    """Warnings that a peer can cause as often as it likes: each is written at most once a second.
+
+    Args:
+        log: where they are written, with how many there were since the last one.
+
+    """
+
+    def __init__(self, log: structlog.stdlib.BoundLogger) -> None:
+        self._log = log
+        self._times: dict[str, float] = {}
+        self._unsaid: dict[str, int] = {}
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """Write it, or count it; `event` is one of a few."""
+        now = time.monotonic()
+        if now - self._times.get(event, -math.inf) < SELDOM:
+            self._unsaid[event] = self._unsaid.get(event, 0) + 1
+            return
+        self._times[event] = now
+        if unsaid := self._unsaid.pop(event, 0):
+            fields["unsaid"] = unsaid
+        self._log.warning(event, **fields)
 
 
 def silence(name: str) -> None:

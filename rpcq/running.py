@@ -15,6 +15,7 @@ from typing import Any, Final
 from rpcq import deadline as deadlines
 from rpcq import logs, observer, wire
 from rpcq.admission import Job, MayHaveRun, Refused, never_no
+from rpcq.authorization import authorize
 from rpcq.errors import (
     CallError,
     CallTimeout,
@@ -291,6 +292,8 @@ class Runs:
             run.seen.ran = True
             run.endings = self._tell_begin(run, run.seen)
         try:
+            if job.authorize is not None:
+                await authorize(job, job.authorize)
             if job.once is not None:
                 value = await self._replays.run(run, job, job.once, partial(self._enter, run, job))
             elif job.method.is_async:
@@ -475,7 +478,7 @@ class Runs:
             self._reply_in_short(run)
         else:
             self.unroutable_replies += 1
-            log.info("the caller is gone", correlation_id=run.id, reply=settled.value)
+            log.debug("the caller is gone", correlation_id=run.id, reply=settled.value)
             self._settle(run)
 
     def _reply_in_short(self, run: Running) -> None:

@@ -131,7 +131,7 @@ class _Request(Outgoing):
         if settled is _CONFIRMED:
             call.sender.calls.happened(call, _CONFIRM)
         else:
-            call.sender.failed(call, settled)
+            call.sender.failed(call, settled, len(self.properties))
 
 
 class Sender:
@@ -141,6 +141,7 @@ class Sender:
         transport: what carries them.
         calls: the table of calls under way.
         name: the client's, which requests carry.
+        user: the broker's user, which they carry as well where the client is to be known by it; else empty.
         unrun_within: seconds after it was sent within which an expiry proves that a request was never delivered.
 
     Attributes:
@@ -152,10 +153,11 @@ class Sender:
 
     """
 
-    def __init__(self, transport: Transport, calls: PendingCalls, name: str, unrun_within: float) -> None:
+    def __init__(self, transport: Transport, calls: PendingCalls, name: str, user: str, unrun_within: float) -> None:
         self._transport = transport
         self.calls = calls
         self._name = name
+        self._user = user
         self._unrun_within = unrun_within
         # Services that have no queue which delivers once -> when that was found, on the monotonic clock.
         self._not_once: dict[bytes, float] = {}
@@ -182,7 +184,7 @@ class Sender:
 
     def consuming(self, reply_queue: str) -> None:
         """The consuming session is up, with this queue."""
-        self.encoder = wire.RequestEncoder(reply_queue, self._name)
+        self.encoder = wire.RequestEncoder(reply_queue, self._name, self._user)
         self._consuming_up.set()
 
     def consuming_lost(self) -> None:
@@ -221,11 +223,11 @@ class Sender:
         self._not_once[call.target.routing_key] = time.monotonic()
         self.loop.call_soon(self._resend, call)
 
-    def failed(self, call: ClientCall, settled: Settled) -> None:
-        """The broker does not have the request of a call, or it is not known."""
+    def failed(self, call: ClientCall, settled: Settled, size: int) -> None:
+        """The broker does not have the request of a call, whose properties are `size` bytes, or it is not known."""
         event, why = _BY_SETTLED[settled], ""
         if settled is Settled.TOO_LARGE:
-            why = f"{len(call.body)} bytes"
+            why = f"its body is {len(call.body)} bytes, its properties are {size}"
         elif settled is Settled.REFUSED and call.is_once:
             event = Event.REFUSED_UNRUN
         elif settled is Settled.RETURNED and call.is_once and call.target.is_ours:

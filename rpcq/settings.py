@@ -16,7 +16,10 @@ from typing import Any, Final, TypedDict
 from rpcq.errors import DOMAIN_CODE, STATUS_CODES, ConfigurationError, DomainError
 
 NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,100}\Z")
-"""What services, namespaces and clients may be called."""
+"""What services and clients may be called."""
+
+NAMESPACE: Final = re.compile(r"(?!amq\Z)[A-Za-z0-9_-]{1,100}\Z")
+"""What namespaces may be called: without a dot, so that no two pairs of namespace and service share a queue."""
 
 MAX_HEADERS: Final = 8 * 1024
 """All headers of a message together; RabbitMQ ends a connection over far larger ones."""
@@ -207,12 +210,12 @@ class ConnectionOptions:
 
     Attributes:
         name: what this program is called: in RabbitMQ's list of connections, and as `app_id` of its requests.
-        namespace: prefix of all queues and exchanges, so that environments can share a vhost.
+        namespace: prefix of all queues and exchanges, so that environments can share a vhost; it has no dot.
         heartbeat: seconds; a connection on which nothing arrives for two of them is given up. 5 to 20 is sensible.
         connect_timeout: seconds until an attempt to connect and declare is given up.
         max_body: bytes of a message; larger ones are refused before they are sent, and again where they arrive. More
             than the broker takes is of no use: its `max_message_size`, by default 16 MiB from RabbitMQ 4.0 on.
-        reply_exchange: the direct exchange that replies go through, for brokers whose users may not write to every
+        reply_exchange: the topic exchange that replies go through, for brokers whose users may not write to every
             queue, the same for clients and workers; None for the default exchange.
 
     """
@@ -226,7 +229,12 @@ class ConnectionOptions:
 
     def __post_init__(self) -> None:
         check_name("the program", self.name)
-        check_name("the namespace", self.namespace)
+        if not isinstance(self.namespace, str) or not NAMESPACE.match(self.namespace):
+            msg = (
+                f"the namespace is called {self.namespace!r}; a name is 1 to 100 of A-Z a-z 0-9 _ -, and not "
+                "'amq', which begins the broker's own names"
+            )
+            raise ConfigurationError(msg)
         _check_seconds("heartbeat", self.heartbeat, 3600)
         if self.heartbeat != int(self.heartbeat):
             msg = f"heartbeat is {self.heartbeat!r}; it is a whole number of seconds from 1 to 3600"
@@ -242,6 +250,7 @@ class ClientSettings(ConnectionSettings, total=False):
 
     timeout: float
     max_in_flight: int
+    identify: bool
     disconnected_timeout: float
 
 
@@ -252,6 +261,8 @@ class ClientOptions(ConnectionOptions):
     Attributes:
         timeout: seconds that a call has unless `with_options` says otherwise.
         max_in_flight: calls that may be under way at once; one more gets `Overloaded`.
+        identify: tell services the user of the URL, as `Context.user`; the broker checks that it is true. Not for
+            tokens of OAuth 2, whose user has another name than the URL.
         disconnected_timeout: seconds that the broker at least waits for a consumer whose node was lost, before it gives
             what that held to another one: `consumer_disconnected_timeout` of RabbitMQ 4.3, 60 s by default. A request
             that expires in a quorum queue sooner than that after it was sent has certainly not run; the client allows
@@ -261,12 +272,16 @@ class ClientOptions(ConnectionOptions):
 
     timeout: float = 30.0
     max_in_flight: int = 100_000
+    identify: bool = False
     disconnected_timeout: float = 60.0
 
     def __post_init__(self) -> None:
         ConnectionOptions.__post_init__(self)
         _check_seconds("timeout", self.timeout, MAX_TIMEOUT)
         _check_count("max_in_flight", self.max_in_flight, 1, 10_000_000)
+        if not isinstance(self.identify, bool):
+            msg = f"identify is {self.identify!r}; it is True or False"
+            raise ConfigurationError(msg)
         _check_seconds("disconnected_timeout", self.disconnected_timeout)
 
     @property

@@ -383,6 +383,7 @@ class FakeService(Service):
             idempotent=self._contract is None or name in self._idempotent,
             errors=(DomainError,),
             timeout=None,
+            allow=None,
         )
 
     def _handler(self, name: str) -> Callable[..., Any]:

@@ -173,18 +173,20 @@ class RequestEncoder:
     Args:
         reply_to: the client's reply queue, in the current session.
         app_id: the client's name.
+        user: the broker's user that the client is, where its requests say so; else empty.
 
     """
 
-    def __init__(self, reply_to: str, app_id: str) -> None:
+    def __init__(self, reply_to: str, app_id: str, user: str = "") -> None:
         self.reply_to = reply_to.encode()
         address = _U32.pack(len(self.reply_to)) + self.reply_to
         self._cc = b"\x02CCA" + _U32.pack(len(address) + 1) + b"S" + address
-        self._start = _U16.pack(_REQUEST_FLAGS) + short(JSON)
-        self._start_typed = _U16.pack(_REQUEST_FLAGS | amqp.TYPE) + short(JSON)
+        flags = _REQUEST_FLAGS | amqp.USER_ID if user else _REQUEST_FLAGS
+        self._start = _U16.pack(flags) + short(JSON)
+        self._start_typed = _U16.pack(flags | amqp.TYPE) + short(JSON)
         self._usual = self._start_typed + _U32.pack(45 + len(self._cc)) + self._cc
         self._reply_to = short(self.reply_to)
-        self._app_id = short(app_id.encode())
+        self._sender = (short(user.encode()) if user else b"") + short(app_id.encode())
 
     def encode(
         self,
@@ -227,7 +229,7 @@ class RequestEncoder:
                 LENGTHS[len(expiration)],
                 expiration,
                 LENGTHS[len(method)] + method if method else b"",
-                self._app_id,
+                self._sender,
             )
         )
 
@@ -248,6 +250,7 @@ class Request:
         headers: all of them, but for those that are told here.
         problem: why it may not be run; empty if it may.
         has_copy: it has the header `CC`, which only requests have that were sent through the requests exchange.
+        user: the broker's user that sent it, which the broker has checked; empty where the request does not say.
 
     """
 
@@ -262,6 +265,7 @@ class Request:
     headers: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
     has_copy: bool = False
+    user: str = ""
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -274,7 +278,9 @@ class Request:
 
 
 _NO_HEADERS: Final[Mapping[str, Any]] = MappingProxyType({})  # many requests share it
-_FAST_START: Final = _U16.pack(_REQUEST_FLAGS | amqp.TYPE) + short(JSON)
+_FAST_STARTS: Final = tuple(
+    _U16.pack(_REQUEST_FLAGS | amqp.TYPE | user_id) + short(JSON) for user_id in (0, amqp.USER_ID)
+)
 
 
 def read_request(data: bytes) -> Request:
@@ -284,9 +290,9 @@ def read_request(data: bytes) -> Request:
         MalformedProperties: `data` are not properties.
 
     """
-    if data.startswith(_FAST_START):  # what rpcq's clients send
+    if data.startswith(_FAST_STARTS):  # what rpcq's clients send
         try:
-            fast = _read_fast(data, len(_FAST_START))
+            fast = _read_fast(data, len(_FAST_STARTS[0]))
         except (IndexError, struct.error, UnicodeDecodeError) as error:
             raise MalformedProperties("the properties of a request are malformed") from error
         if fast is not None:
@@ -304,6 +310,7 @@ def read_request(data: bytes) -> Request:
         idempotency_key=headers.get(KEY),
         headers=headers,
         has_copy="CC" in headers,
+        user=_text(found.user_id),
     )
     request.problem = _problem(found, request)
     return request
@@ -328,12 +335,16 @@ def _read_fast(data: bytes, at: int) -> Request | None:
     end += 1 + data[end]  # the broker has dealt with the expiration
     at = end + 1 + data[end]
     method = data[end + 1 : at].decode()
+    user = ""
+    if data[1] & amqp.USER_ID:
+        end, at = at, at + 1 + data[at]
+        user = data[end + 1 : at].decode()
     end = at + 1 + data[at]
     if end != len(data):
         raise IndexError(end)
     app_id = data[at + 1 : end].decode()
     return Request(
-        correlation_id, reply_to, method or None, deadline, timeout, app_id, 1, None, _NO_HEADERS, "", has_copy
+        correlation_id, reply_to, method or None, deadline, timeout, app_id, 1, None, _NO_HEADERS, "", has_copy, user
     )
 
 

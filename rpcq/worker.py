@@ -1,6 +1,7 @@
 """The worker: a consumer pool that runs handlers and replies.
 
-Its order is fixed: parse, check the deadline, validate, run, publish the reply, wait for its confirm, acknowledge.
+Its order is fixed: parse, check the deadline and who may call, validate, run, publish the reply, wait for its confirm,
+acknowledge.
 Every delivery starts in the loop iteration that brings it: prefetch is the concurrency, and there is no backlog.
 """
 
@@ -111,12 +112,14 @@ class Worker:
         self._stopping = asyncio.Event()
         self._closing: asyncio.Task[bool] | None = None
         self._watchdog: Watchdog | None = None
-        self._last_warning = 0.0
+        self._seldom = logs.Seldom(log)
         self._consuming_up = False
         self._publishing_up = False
         self._started = time.monotonic()
         self._info = describe(self.options.name, self.options.prefetch, services, self._names)
-        self._answerer = Answerer(self._transport, self.options.reply_exchange, self._info, self._stats)
+        self._answerer = Answerer(
+            self._transport, self.options.reply_exchange, self._info, self._stats, self.options.max_body
+        )
         self.expired_on_arrival = 0
 
     # Starting and stopping.
@@ -336,7 +339,7 @@ class Worker:
                 state=served.state,
             )
         except CallError as error:
-            self._refused(error, key)
+            self._refused(served.service, error, key)
             self._runs.refuse(run, error)
         else:
             self._runs.begin(run, job, now)
@@ -358,7 +361,7 @@ class Worker:
         try:
             request = wire.read_request(delivery.properties)
         except MalformedProperties as error:
-            log.warning("request refused", service=service.name, cause=str(error))
+            self._seldom.warning("request dropped", service=service.name, cause=str(error))
             return None
         reply_to = request.reply_to
         if request.correlation_id and reply_to.startswith(self._reply_prefixes):
@@ -374,22 +377,28 @@ class Worker:
             if self.options.reply_exchange is not None:
                 why += ", and rpcq clients need the option reply_exchange as this worker has it"
         correlation_id = request.correlation_id.decode("utf-8", "replace")
-        log.warning("request refused", service=service.name, correlation_id=correlation_id, cause=why)
+        self._seldom.warning("request dropped", service=service.name, correlation_id=correlation_id, cause=why)
         return None
 
-    def _refused(self, error: CallError, key: tuple[bytes, bytes]) -> None:
-        """Count what tells that something is wrong elsewhere."""
+    def _refused(self, service: Service, error: CallError, key: tuple[bytes, bytes]) -> None:
+        """Say what tells that something is wrong elsewhere, and what nobody else will hear of."""
+        correlation_id = key[1].decode("utf-8", "replace")
         if isinstance(error, ExpiredOnArrival):
             self.expired_on_arrival += 1
-            now = time.monotonic()
-            if now - self._last_warning > 1.0:  # under overload there are thousands
-                self._last_warning = now
-                log.warning(
-                    "request expired on arrival; if this goes on, compare the clocks of callers and workers",
-                    correlation_id=key[1].decode("utf-8", "replace"),
-                    late_ms=round(error.late_ms),
-                    so_far=self.expired_on_arrival,
-                )
+            self._seldom.warning(
+                "request expired on arrival; if this goes on, compare the clocks of callers and workers",
+                correlation_id=correlation_id,
+                late_ms=round(error.late_ms),
+                so_far=self.expired_on_arrival,
+            )
+        elif not key[0]:
+            self._seldom.warning(
+                "request refused, and its caller wants no reply",
+                service=service.name,
+                correlation_id=correlation_id,
+                code=error.code,
+                cause=error.message,
+            )
 
     def _start_pump(self) -> asyncio.Task[None]:
         if self._pump is None or self._pump.done():
@@ -433,17 +442,17 @@ class Worker:
         try:
             found = decode(delivery.properties)
         except MalformedProperties as error:
-            log.warning("control message dropped", cause=str(error))
+            self._seldom.warning("control message dropped", cause=str(error))
             return
         reply_to, correlation_id = found.reply_to or b"", found.correlation_id or b""
         if not reply_to or not correlation_id:
-            log.warning("control message dropped", cause="it has no reply_to or no correlation_id")
+            self._seldom.warning("control message dropped", cause="it has no reply_to or no correlation_id")
         elif found.type == wire.CANCEL:
             self._cancel((reply_to, correlation_id), found)
         elif not reply_to.startswith(self._reply_prefixes):
-            log.warning("control message dropped", cause=f"its reply_to is {reply_to!r}")
+            self._seldom.warning("control message dropped", cause=f"its reply_to is {reply_to!r}")
         elif not self._answerer.answer(found.type or b"", reply_to, correlation_id):
-            log.warning(
+            self._seldom.warning(
                 "control message dropped", cause=f"its type is {found.type!r}, which this version does not know"
             )
 

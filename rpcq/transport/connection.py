@@ -133,8 +133,11 @@ class LaneProtocol(asyncio.StreamReaderProtocol):
         self._frames.lanes.pop(channel, None)
 
     def write(self, data: bytes) -> None:
-        """Write now. Dropped once the connection is lost: its loss has been told."""
-        if self.lost is None and self._transport_ is not None:
+        """Write now. Dropped once the connection is lost: its loss has been told, or is about to be.
+
+        aiormq closes the socket by itself when its tasks are cancelled, as they are when the event loop ends.
+        """
+        if self.lost is None and self._transport_ is not None and not self._transport_.is_closing():
             self._transport_.write(data)
 
     def fail(self, cause: BrokerError) -> None:

@@ -362,6 +362,9 @@ class Encoder:
         channel: its number.
         frame_max: bytes of a frame, as tuned with the broker; 0 for no limit.
 
+    Attributes:
+        most_properties: bytes of the properties of a message; the header that has them is one frame, however long.
+
     """
 
     _KEEP = 1024  # method frames remembered: one for each pair of exchange and routing key in use
@@ -369,6 +372,7 @@ class Encoder:
     def __init__(self, channel: int, frame_max: int) -> None:
         self._channel = channel
         self._max_payload = (frame_max or MAX_FRAME) - FRAME_OVERHEAD
+        self.most_properties = self._max_payload - 12
         self._methods: dict[tuple[bytes, bytes, bool], bytes] = {}
 
     def publish(self, messages: Iterable[Outgoing]) -> list[bytes]:

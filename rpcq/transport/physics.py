@@ -26,7 +26,7 @@ from secrets import token_urlsafe
 from typing import Any, Final
 
 from rpcq.errors import AccessRefused, TopologyMismatch
-from rpcq.properties import EXPIRATION, HEADERS, MalformedProperties, decode, encode
+from rpcq.properties import EXPIRATION, HEADERS, USER_ID, MalformedProperties, decode, encode
 from rpcq.transport.base import Settled
 from rpcq.transport.routing import LiveExchange
 from rpcq.transport.rules import (
@@ -34,6 +34,7 @@ from rpcq.transport.rules import (
     check_arguments,
     check_equivalent,
     check_reserved,
+    check_user,
     is_cycle,
     milliseconds,
     record_death,
@@ -291,8 +292,8 @@ class Vhost:
         """Route a message to its queues: confirmed, returned or refused.
 
         Raises:
-            TopologyMismatch: RabbitMQ closes the channel over it, with 404 or 406: there is no such exchange, or the
-                expiration or the CC header is not one.
+            TopologyMismatch: RabbitMQ closes the channel over it, with 404 or 406: there is no such exchange, the
+                expiration or the CC header is not one, or the user's name is that of another user.
             AccessRefused: RabbitMQ closes the channel over it, with 403: the exchange is internal.
             MalformedProperties: the properties cannot be read. Only what is needed of them is.
 
@@ -315,6 +316,8 @@ class Vhost:
             targets = live.route(routing_key, found.headers)
         else:
             targets = live.bound_to(routing_key)
+        if properties[1] & USER_ID:
+            check_user(decode(properties).user_id)
         if not targets:
             return Settled.RETURNED if mandatory else Settled.CONFIRMED
         settled = Settled.CONFIRMED

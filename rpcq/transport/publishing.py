@@ -90,6 +90,7 @@ class PublishingSession(Session):
         self._room = asyncio.Event()  # set to wake those who wait for `ready`
         self._is_blocked = False
         self._most: int | None = None  # bytes of a message, once the broker has said so
+        self._most_properties = 0  # of one, while the session is up
         self._lost_over_size = False
 
     @property
@@ -103,7 +104,9 @@ class PublishingSession(Session):
         if not self._up:
             message.on_settled(Settled.UNSENT)
             return
-        if self._most is not None and len(message.body) > self._most:
+        if len(message.properties) > self._most_properties or (
+            self._most is not None and len(message.body) > self._most
+        ):
             message.on_settled(Settled.TOO_LARGE)
             return
         if self._flushing:  # written with all else of this iteration of the loop
@@ -142,6 +145,7 @@ class PublishingSession(Session):
 
     async def _set_up(self, link: Link) -> None:
         self._channels = [await self._open_channel(link)]
+        self._most_properties = self._channels[0].encoder.most_properties
         self._is_blocked = False
         link.protocol.on_writable = self._wake
 

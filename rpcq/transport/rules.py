@@ -72,6 +72,14 @@ def milliseconds(expiration: bytes) -> int:
     return int(expiration)
 
 
+def check_user(user: bytes | None) -> None:
+    """Raise `TopologyMismatch` where a message names another user than its sender, who is guest in this broker."""
+    if user is not None and user != b"guest":
+        named = user.decode(errors="replace")
+        msg = f"PRECONDITION_FAILED - user_id property set to {named!r} but authenticated user was 'guest'"
+        raise TopologyMismatch(msg)
+
+
 def record_death(
     headers: dict[str, Any],
     queue: str,

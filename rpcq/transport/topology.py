@@ -6,6 +6,7 @@ changed once it is declared: those below are part of the wire contract.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,11 +19,12 @@ QueueType = Literal["classic", "quorum"]
 MAX_LENGTH: Final = 100_000
 """Messages that a request queue holds; what is published beyond is refused (`Overloaded`)."""
 
-EVERY_SERVICE: Final = "*"
+EVERY_SERVICE: Final = "@all"
 """The routing key of control messages for every worker of the namespace; no service can be called that."""
 
 DIRECT_REPLY_TO: Final = b"amq.rabbitmq.reply-to"
 
+_USER: Final = re.compile(r"[A-Za-z0-9_.@+-]{1,150}\Z")
 
 CONSUMER_TIMEOUT: Final = 24 * 60 * 60 * 1000
 """Milliseconds that a consumer of requests may hold one, by the broker's clock: far longer than any handler runs.
@@ -88,8 +90,12 @@ class Names:
 
     @property
     def control(self) -> Exchange:
-        """Rare messages to all workers of a service: cancel, ping."""
-        return Exchange(f"{self.namespace}.control")
+        """Rare messages to all workers of a service: cancel, ping.
+
+        It is a topic exchange, because topic permissions can keep a worker from binding under the name of a service
+        that it does not run. No key has a wildcard.
+        """
+        return Exchange(f"{self.namespace}.control", "topic")
 
     @property
     def notices(self) -> Exchange:
@@ -134,9 +140,20 @@ class Names:
             name=name, durable=True, arguments=arguments, bindings=tuple((self.requests.name, key) for key in keys)
         )
 
-    def reply_queue(self, exchange: str | None = None) -> Queue:
-        """A client's own, gone with its connection: named by the broker, or reached through a reply exchange."""
-        prefix = "" if exchange is None else self._reply
+    def reply_queue(self, exchange: str | None = None, user: str = "guest") -> Queue:
+        """A client's own, gone with its connection: named by the broker, or reached through a reply exchange.
+
+        In the latter case its name has the user's in it, so that permissions can keep a user from binding under, or
+        reading, the reply queues of others.
+
+        Raises:
+            ConfigurationError: the user's name cannot be part of a routing key, or has a wildcard.
+
+        """
+        if exchange is not None and not _USER.match(user):
+            msg = f"the user is called {user!r}; with a reply exchange, that is 1 to 150 of A-Z a-z 0-9 _ . @ + -"
+            raise ConfigurationError(msg)
+        prefix = "" if exchange is None else f"{self._reply}{user}."
         bound_by_name = (self.notices.name,) if exchange is None else (self.notices.name, exchange)
         return Queue(name="", prefix=prefix, exclusive=True, auto_delete=True, bound_by_name=bound_by_name)
 
@@ -177,4 +194,4 @@ class Names:
     def exchanges(self, reply_exchange: str | None = None) -> list[Exchange]:
         """Those that clients and workers use, besides the default one."""
         own = [self.requests, self.control, self.notices]
-        return own if reply_exchange is None else [*own, Exchange(reply_exchange)]
+        return own if reply_exchange is None else [*own, Exchange(reply_exchange, "topic")]

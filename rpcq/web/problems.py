@@ -5,6 +5,7 @@
     NotSerializable                   500   a fault of the app, which made the parameters of it
     MethodNotFound                    502   the app calls what its service does not have; the user asked for nothing
                                             wrong, as 404 would say, and caches may keep 404 and 501
+    PermissionDenied                  403   the service does not let this app, or its user, make the call
     ServiceUnavailable, Overloaded    503   it did not run, and may later; with Retry-After
     CallTimeout                       504   no timely answer from behind the app
     OutcomeUnknown                    502   the way to the service broke: it was not time that lacked, as 504 says
@@ -14,8 +15,8 @@
     BrokerError, ClosedError          503   no connection yet, or the app shuts down; with Retry-After
     anything else                     500   a fault of the app
 
-The statuses are those of RFC 9110: 413 in 15.5.14, 422 in 15.5.21, 500 in 15.6.1, 502 to 504 in 15.6.3 to 15.6.5. None
-says whether a request may be sent again: `executed` and `retryable` do.
+The statuses are those of RFC 9110: 403 in 15.5.4, 413 in 15.5.14, 422 in 15.5.21, 500 in 15.6.1, 502 to 504 in 15.6.3
+to 15.6.5. None says whether a request may be sent again: `executed` and `retryable` do.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from rpcq import logs, wire
+from rpcq.calls import public_id
 from rpcq.errors import (
     BrokerError,
     CallError,
@@ -42,6 +44,7 @@ from rpcq.errors import (
     NotSerializable,
     OutcomeUnknown,
     Overloaded,
+    PermissionDenied,
     RemoteError,
     ServiceUnavailable,
     TooLarge,
@@ -113,6 +116,7 @@ _KINDS: Final[dict[type[BaseException], _Kind]] = {
     TooLarge: _Kind(413, "Too large", "What was sent is larger than can be passed on."),
     NotSerializable: _Kind(500, "Internal error", "The app could not pass this request on."),
     MethodNotFound: _Kind(502, "Not available here", "The service behind this app does not know this request."),
+    PermissionDenied: _Kind(403, "Forbidden", "This request is not allowed."),
     ServiceUnavailable: _Kind(503, "Service unavailable", "Nobody could take the request; it did not run."),
     Overloaded: _Kind(503, "Overloaded", "There are too many requests; this one did not run."),
     CallTimeout: _Kind(504, "Timed out", "The service behind this app did not answer in time; 'executed' says more."),
@@ -133,7 +137,8 @@ def problem(error: BaseException, domain: Domain | None = None, *, retry_after: 
     `type` (3.1.1) is a URN for each class of errors, `urn:rpcq:problem:call-timeout`, and for each code of a domain
     error, `urn:rpcq:domain:out_of_stock`: names to compare, which nobody is meant to open. `title` (3.1.3) is the same
     for each type; `detail` (3.1.4) is the error's own message only for parameters that do not fit and for domain errors
-    of the table, since others may name hosts and queues (section 5); `instance` (3.1.5) names the call.
+    of the table, since others may name hosts and queues (section 5); `instance` (3.1.5) names the call: its correlation
+    ID without the last part, which is secret.
 
     Args:
         error: any; what is no error of rpcq's is 500, and says nothing of itself.
@@ -198,8 +203,8 @@ def on_call_error(
 def _extensions(error: CallError) -> dict[str, Any]:
     """What a program can decide by; `details` come later, and for some."""
     found: dict[str, Any] = {"code": error.code, "executed": error.executed, "retryable": error.retryable}
-    if error.correlation_id:
-        found["instance"] = _urn("call", error.correlation_id)
+    if error.correlation_id and (public := public_id(error.correlation_id)):
+        found["instance"] = _urn("call", public)
     if error.incident:
         found["incident"] = error.incident
     if type(error) is InvalidParams:

@@ -12,7 +12,9 @@ import pytest
 
 from places import Place
 from rpcq import CallTimeout, ClosedError, ConfigurationError, Context, DomainError, Service
-from rpcq.control import MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
+from rpcq.control import MOST_ANSWERS, MOST_QUESTIONS, MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
+from rpcq.properties import Properties, encode
+from rpcq.transport.base import Message, Outgoing
 
 
 class OutOfStock(DomainError):
@@ -206,3 +208,72 @@ async def test_a_caller_that_does_not_name_the_reply_exchange_is_not_served(
         with pytest.raises(CallTimeout):
             await client.with_options(timeout=0.5).call("shop.price", article="a")
     assert any("reply_exchange" in str(record.__dict__.get("cause")) for record in caplog.records)
+
+
+# Peers that ask too much.
+
+
+async def test_a_worker_has_few_answers_on_the_way_however_much_is_asked(place: Place) -> None:
+    async with place.worker(shop(place)) as worker, place.client() as client:
+        transport, most = worker._transport, 0
+        publish = transport.publish
+
+        def watched(message: Outgoing) -> None:
+            nonlocal most
+            publish(message)
+            most = max(most, worker._answerer._under_way)
+
+        transport.publish = watched  # type: ignore[method-assign]
+        found = await asyncio.gather(*(workers(client, "shop", wait=3) for _ in range(300)))
+        assert [len(it) for it in found] == [1] * 300  # none of them is over the limit of questions
+        assert most == MOST_ANSWERS
+        assert (worker._answerer._under_way, len(worker._answerer._questions)) == (0, 0)
+        asked = [worker._answerer.answer(b"ping", b"amq.gen-gone", b"%d" % it) for it in range(3 * MOST_QUESTIONS)]
+        assert all(asked)
+        assert len(worker._answerer._questions) <= MOST_QUESTIONS
+        await client.wait_for_service("shop", timeout=10)
+
+
+async def test_a_description_that_does_not_fit_leaves_its_docs_out_and_then_more(place: Place) -> None:
+    async def methods(most: int) -> list[tuple[str, str, str]]:
+        service = place.service("shop")
+
+        async def long(article: int = 1) -> int:
+            return article
+
+        long.__doc__ = "word " * 400
+        for number in range(20):
+            service.method(name=f"m{number}")(long)
+        async with place.worker(service, max_body=most), place.client() as client:
+            (worker,) = await workers(client, "shop", wait=0.5)
+            return [(it.name, it.signature, it.doc[:4]) for it in worker.services[0].methods]
+
+    names, signature = [f"m{number}" for number in range(20)], "(article: int = 1) -> int"
+    assert await methods(100_000) == [(name, signature, "word") for name in names]
+    assert await methods(4_000) == [(name, signature, "") for name in names]
+    assert await methods(2_300) == [(name, "", "") for name in names]
+    assert await methods(1_000) == []
+
+
+async def test_an_answer_that_is_larger_than_the_client_takes_is_named(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with place.worker(shop(place)), place.client(max_body=100) as client:
+        assert await workers(client, "shop", wait=0.5) == []
+    assert any("larger than this client's max_body" in record.message for record in caplog.records)
+
+
+async def test_a_refused_request_that_wants_no_reply_is_logged_but_not_each(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with place.worker(shop(place)) as worker, place.client() as client:
+        properties = encode(Properties(type=b"steal"))
+        for _ in range(200):
+            exchange = client.names.requests.name.encode()
+            client._transport.publish(Message(exchange, b"shop", b"", properties, b"{}", lambda _: None))
+        async with asyncio.timeout(10):
+            while worker.counts()["finished"] < 200:  # noqa: ASYNC110 - what is waited for sets no event
+                await asyncio.sleep(0.01)
+    told = [record for record in caplog.records if "wants no reply" in record.message]
+    assert 1 <= len(told) <= 10
+    assert {record.code for record in told} == {"UNIMPLEMENTED"}  # type: ignore[attr-defined]

@@ -226,6 +226,8 @@ def impatient() -> Iterator[Broker]:
 async def test_a_handler_that_outlasts_the_consumer_timeout_costs_its_worker_a_session_and_no_more(
     impatient: Broker, namespace: str, queue_type: Any, tmp_path: Path
 ) -> None:
+    # From 4.3 on it is the business of quorum queues alone, where the consumer's own argument beats it.
+    strikes = tuple(int(it) for it in impatient.version.split(".")[:2]) < (4, 3)
     async with Scene(impatient.url, namespace, queue_type, tmp_path) as scene:
         worker = await scene.worker()
         async with scene.client() as client:
@@ -233,8 +235,9 @@ async def test_a_handler_that_outlasts_the_consumer_timeout_costs_its_worker_a_s
                 scene.load(client, callers=20) as quick,
                 scene.load(client, callers=20, timeout=30, params={"seconds": CONSUMER_TIMEOUT * 1.7}) as slow,
             ):
-                await until(lambda: logged(worker, "session up again"))
-                assert "delivery acknowledgement on channel" in logged(worker, "session down")[0]["cause"]
+                if strikes:
+                    await until(lambda: logged(worker, "session up again"))
+                    assert "delivery acknowledgement on channel" in logged(worker, "session down")[0]["cause"]
                 await quick.through()
                 await until(lambda: slow.ledger.ended >= 20)
             async with scene.load(client) as afterwards:
@@ -242,7 +245,9 @@ async def test_a_handler_that_outlasts_the_consumer_timeout_costs_its_worker_a_s
             assert afterwards.ledger.failed == 0
             check_kinds(set(quick.ledger.counts), "OutcomeUnknown/maybe")
             check_kinds(set(slow.ledger.counts), "OutcomeUnknown/maybe")
-            if queue_type == "quorum":
+            if not strikes:
+                assert (quick.ledger.failed, slow.ledger.failed, logged(worker, "session down")) == (0, 0, [])
+            elif queue_type == "quorum":
                 assert slow.ledger.count(OutcomeUnknown) >= 20
             else:  # it is delivered again to the worker that still runs it
                 assert slow.ledger.count("result") >= 20
@@ -257,6 +262,13 @@ MOST = 1000
 def narrow() -> Iterator[Broker]:
     """A broker that takes small messages alone; RabbitMQ's own limit is 128 MiB, and 16 MiB from 4.0 on."""
     with a_broker(setup=Setup(f"max_message_size = {MOST}\nloopback_users.guest = false\n")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def tight() -> Iterator[Broker]:
+    """A broker with the smallest frames that AMQP allows."""
+    with a_broker(setup=Setup("frame_max = 4096\nloopback_users.guest = false\n")) as found:
         yield found
 
 
@@ -289,7 +301,7 @@ async def test_a_request_that_the_broker_takes_for_too_large_is_told_so_and_cost
     async with beside_load(narrow, namespace, queue_type, tmp_path) as it:
         for size in (100_000, MOST, 3_000_000):
             for idempotent in (False, True):
-                with pytest.raises(TooLarge, match=rf"max_message_size\): {size + 12} bytes") as told:
+                with pytest.raises(TooLarge, match=rf"max_message_size.*its body is {size + 12} bytes") as told:
                     await it.client.with_options(idempotent=idempotent).call("target.once", nonce="y" * size)
                 assert (told.value.executed, told.value.retryable) == ("no", False)
         assert len(await it.client.call("target.once", nonce="z" * (MOST - 12))) == MOST - 12
@@ -317,6 +329,22 @@ async def test_a_reply_that_the_broker_takes_for_too_large_is_an_invalid_reply_a
     assert len(it.scene.ran("large")) == 3
     assert len(logged(it.worker, "session down")) == 1
     assert len(logged(it.worker, "a reply is larger than the broker takes (its max_message_size)")) == 5
+
+
+async def test_headers_that_do_not_fit_into_a_frame_cost_their_call_alone(
+    tight: Broker, namespace: str, queue_type: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with beside_load(tight, namespace, queue_type, tmp_path) as it:
+        for size in (3500, 4000, 6000):
+            caller = it.client.with_options(metadata={"x-note": "n" * size})
+            if size > 3500:
+                with pytest.raises(TooLarge, match=r"frame_max.*its properties are") as told:
+                    await caller.call("target.once", nonce="y")
+                assert (told.value.executed, told.value.retryable) == ("no", False)
+            else:
+                await caller.call("target.once", nonce="z")
+    assert (it.scene.ran("y"), len(it.scene.ran("z"))) == ([], 1)
+    assert [record for record in caplog.records if record.getMessage() == "session down"] == []
 
 
 async def test_a_broker_that_came_back_is_asked_again_how_much_it_takes(

@@ -5,125 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import secrets
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
-from urllib.parse import quote, urlsplit, urlunsplit
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 import aio_pika
 import aiormq.exceptions
 import pytest
-from aio_pika.abc import AbstractChannel
 
-from broker import Broker
-from rpcq import CallTimeout, Client, Service, Worker
+from rpcq import CallTimeout, Service, Worker
 from rpcq.errors import AccessRefused
 from rpcq.settings import ConnectionOptions
 from rpcq.transport.opening import open_admin
 from rpcq.transport.topology import Names, Queue
 from rpcq.url import parse
-
-SECURITY = Path(__file__).parents[2] / "docs" / "security.md"
-SERVED = {"worker": "things", "other worker": "others"}
-KINDS: dict[str, Literal["classic", "quorum"]] = {"things": "classic", "others": "quorum"}
-
-
-def patterns(role: str, namespace: str, service: str) -> list[str]:
-    """The regular expressions for configure, write and read, as the page has them, for names of this test."""
-    form = rf"^rabbitmqctl set_permissions -p VHOST {role} \\\n((?: +'.*\n)+)"
-    command = re.search(form, SECURITY.read_text(), re.MULTILINE)
-    assert command is not None
-    found = re.findall(r"'(.*)'", command[1])
-    assert len(found) == 3
-    return [it.replace("rpcq\\.", f"{namespace}\\.").replace("calculator", service) for it in found]
-
-
-def topic_patterns(namespace: str) -> list[str]:
-    """The exchange that a client's topic permissions are for, and their regular expressions for write and read."""
-    form = r"^rabbitmqctl set_topic_permissions -p VHOST client (\S+) '(.*)' '(.*)'$"
-    command = re.search(form, SECURITY.read_text(), re.MULTILINE)
-    assert command is not None
-    exchange, *found = command.groups()
-    return [exchange.replace("rpcq.", f"{namespace}."), *(it.replace("rpcq\\.", f"{namespace}\\.") for it in found)]
-
-
-@dataclass(frozen=True)
-class Place:
-    """A namespace that an administrator has set up, and users that may use it."""
-
-    broker: Broker
-    names: Names
-    users: dict[str, str]
-
-    @property
-    def exchange(self) -> str:
-        return f"{self.names.namespace}.replies"
-
-    def queue(self, service: str) -> str:
-        return self.names.request_queue(service, KINDS[service]).name
-
-    def client(self, user: str = "client") -> Client:
-        return Client(self.users[user], namespace=self.names.namespace, reply_exchange=self.exchange)
-
-    def worker(self, user: str = "worker", service: str | None = None) -> Worker:
-        made = served(service or SERVED[user])
-        return Worker(made, url=self.users[user], namespace=self.names.namespace, reply_exchange=self.exchange)
-
-    async def declare(self) -> None:
-        queues = [self.names.request_queue(name, kind) for name, kind in KINDS.items()]
-        async with self._admin() as admin:
-            await admin.declare(self.names.exchanges(self.exchange), queues)
-
-    async def delete(self) -> None:
-        exchanges = [it.name for it in self.names.exchanges(self.exchange)]
-        async with self._admin() as admin:
-            await admin.delete([self.queue(name) for name in KINDS], exchanges)
-
-    def _admin(self):  # type: ignore[no-untyped-def]
-        url = parse(self.broker.url)
-        return open_admin(url, ConnectionOptions(), *url.hosts[0])
-
-
-def served(name: str) -> Service:
-    service = Service(name, queue_type=KINDS[name])
-
-    @service.method
-    async def add(x: int, y: int) -> int:
-        return x + y
-
-    @service.method
-    async def wait() -> None:
-        await asyncio.sleep(60)
-
-    return service
-
-
-@pytest.fixture(scope="module")
-def place(broker: Broker) -> Iterator[Place]:
-    if not broker.can_ctl:
-        pytest.skip("no users can be made: RPCQ_TEST_URL names a broker whose rabbitmqctl is not at hand")
-    namespace = f"t{secrets.token_hex(8)}"
-    parts = urlsplit(broker.url)
-    vhost = parts.path.removeprefix("/") or "/"
-    users: dict[str, str] = {}
-    found = Place(broker, Names(namespace), users)
-    asyncio.run(found.declare())  # RabbitMQ 4.3 knows topic permissions only for an exchange that is there
-    for role in ("client", "other client", *SERVED):
-        user, password = f"{namespace}-{role.replace(' ', '-')}", secrets.token_hex(8)
-        broker.ctl("add_user", user, password)
-        three = patterns(role.split()[-1], namespace, SERVED.get(role, ""))
-        broker.ctl("set_permissions", "-p", vhost, user, *three)
-        if "client" in role:
-            broker.ctl("set_topic_permissions", "-p", vhost, user, *topic_patterns(namespace))
-        at = f"{quote(user)}:{password}@{parts.hostname}:{parts.port or 5672}"
-        users[role] = urlunsplit(("amqp", at, parts.path, "", ""))
-    yield found
-    asyncio.run(found.delete())
-    for url in users.values():
-        broker.ctl("delete_user", urlsplit(url).username or "")
-
+from security.realm import CLIENT, KINDS, SERVED, WORKER, Place
 
 # What works.
 
@@ -167,86 +63,6 @@ async def test_both_sides_come_back_with_the_rights_of_the_page(place: Place) ->
 # What is refused.
 
 
-async def publish(channel: AbstractChannel, exchange: str, key: str) -> None:
-    at = await channel.get_exchange(exchange, ensure=False) if exchange else channel.default_exchange
-    await at.publish(aio_pika.Message(b"{}", correlation_id="forged"), key)
-
-
-async def consume(channel: AbstractChannel, queue: str) -> None:
-    async def never(_: object) -> None: ...
-
-    await (await channel.get_queue(queue, ensure=False)).consume(never)
-
-
-async def bind(channel: AbstractChannel, queue: str, exchange: str, key: str) -> None:
-    await (await channel.get_queue(queue, ensure=False)).bind(exchange, key)
-
-
-async def _get(channel: AbstractChannel, queue: str) -> None:
-    await (await channel.get_queue(queue, ensure=False)).get()
-
-
-async def _purge(channel: AbstractChannel, queue: str) -> None:
-    await (await channel.get_queue(queue, ensure=False)).purge()
-
-
-async def _listen(channel: AbstractChannel, place: Place) -> None:
-    queue = await channel.declare_queue(f"{place.names.namespace}.reply.{secrets.token_hex(4)}", exclusive=True)
-    await queue.bind(place.names.requests.name, "things")
-
-
-async def _listen_to_notices(channel: AbstractChannel, place: Place, key: str) -> None:
-    queue = await channel.declare_queue(f"{place.names.namespace}.reply.{secrets.token_hex(4)}", exclusive=True)
-    await queue.bind(place.names.notices.name, key)
-
-
-async def _listen_to_replies(channel: AbstractChannel, place: Place, victim: str) -> None:
-    queue = await channel.declare_queue(exclusive=True)
-    await queue.bind(place.exchange, victim)
-
-
-Deed = Callable[[AbstractChannel, Place, str], Awaitable[object]]
-
-ANYBODY: dict[str, Deed] = {
-    "read another service's requests": lambda channel, place, _: consume(channel, place.queue("others")),
-    "read a client's replies": lambda channel, _, victim: consume(channel, victim),
-    "look at a client's replies": lambda channel, _, victim: _get(channel, victim),
-    "forge a reply through the default exchange": lambda channel, _, victim: publish(channel, "", victim),
-    "put a request into a queue past the exchange": lambda channel, place, _: publish(
-        channel, "", place.queue("others")
-    ),
-    "declare a request queue": lambda channel, place, _: channel.declare_queue(f"{place.queue('things')}-mine"),
-    "declare a request queue anew": lambda channel, place, _: channel.declare_queue(
-        place.queue("others"), durable=True
-    ),
-    "declare an exchange": lambda channel, place, _: channel.declare_exchange(f"{place.names.namespace}.mine"),
-    "delete a request queue": lambda channel, place, _: channel.queue_delete(place.queue("others")),
-    "delete an exchange": lambda channel, place, _: channel.exchange_delete(place.names.requests.name),
-    "purge a request queue": lambda channel, place, _: _purge(channel, place.queue("others")),
-    "bind a request queue elsewhere": lambda channel, place, _: bind(
-        channel, place.queue("others"), place.names.requests.name, "mine"
-    ),
-}
-CLIENT: dict[str, Deed] = ANYBODY | {
-    "read a service's requests": lambda channel, place, _: consume(channel, place.queue("things")),
-    "forge a reply through the reply exchange": lambda channel, place, victim: publish(channel, place.exchange, victim),
-    "listen in on requests": lambda channel, place, _: _listen(channel, place),
-    "listen in on what a service gave up": lambda channel, place, _: _listen_to_notices(channel, place, "things"),
-    "listen in on what a quorum queue gave up": lambda channel, place, _: _listen_to_notices(
-        channel, place, place.queue("others")
-    ),
-    "listen in on all notices": lambda channel, place, _: _listen_to_notices(channel, place, "#"),
-    "listen in on notices of three words": lambda channel, place, _: _listen_to_notices(channel, place, "*.*.*"),
-    "forge a notice": lambda channel, place, victim: publish(channel, place.names.notices.name, victim),
-}
-WORKER: dict[str, Deed] = ANYBODY | {
-    "call a service": lambda channel, place, _: publish(channel, place.names.requests.name, "others"),
-    "cancel calls": lambda channel, place, _: publish(channel, place.names.control.name, "others"),
-    "declare a reply queue": lambda channel, place, _: channel.declare_queue(f"{place.names.namespace}.reply.mine"),
-    "listen in on replies": _listen_to_replies,
-}
-
-
 @pytest.mark.parametrize(
     ("user", "deed"),
     [pytest.param("client", it, id=f"client: {it}") for it in CLIENT]
@@ -287,10 +103,25 @@ async def test_a_client_cannot_have_the_broker_write_into_other_queues(place: Pl
             await admin.delete([bank, other.name], [it.name for it in stranger.exchanges()])
 
 
-async def test_a_worker_of_another_service_is_refused_its_queue_by_name(
+@contextmanager
+def may_hear(place: Place, service: str) -> Iterator[None]:
+    """Let the worker hear what is asked of another service."""
+    own, parts = urlsplit(place.users["worker"]).username or "", urlsplit(place.broker.url)
+    for name in (service, "things"):
+        place.broker.ctl(
+            *("set_topic_permissions", "-p", parts.path.removeprefix("/") or "/", own),
+            *(place.names.control.name, "^$", f"^({name}|@all)$"),
+        )
+        if name == service:
+            yield
+
+
+async def test_a_worker_of_another_service_is_refused_its_control_messages_and_its_queue_by_name(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.ERROR), pytest.raises(AccessRefused, match=re.escape(place.queue("others"))):
+    with caplog.at_level(logging.ERROR), pytest.raises(AccessRefused, match="access to topic 'others'"):
+        await place.worker("worker", "others").start()
+    with may_hear(place, "others"), pytest.raises(AccessRefused, match=re.escape(place.queue("others"))):
         await place.worker("worker", "others").start()
 
 
@@ -298,7 +129,7 @@ async def test_a_worker_whose_queue_nobody_declared_says_how_it_is_done(place: P
     missing = Worker(
         _new_service(), url=place.users["worker"], namespace=place.names.namespace, reply_exchange=place.exchange
     )
-    with pytest.raises(AccessRefused, match="rpcq setup"):
+    with may_hear(place, "new"), pytest.raises(AccessRefused, match="rpcq setup"):
         await missing.start()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -18,6 +20,7 @@ from rpcq.calls import (
     PendingCalls,
     State,
     honest,
+    public_id,
 )
 from rpcq.errors import (
     CallError,
@@ -224,6 +227,16 @@ def test_a_correlation_id_that_is_taken_is_refused() -> None:
 def test_ids_of_clients_and_calls_differ() -> None:
     ids = {calls.next_id() for calls in (PendingCalls(1), PendingCalls(1)) for _ in range(1000)}
     assert len(ids) == 2000
+
+
+def test_an_id_does_not_follow_from_all_others_and_its_public_part_does_not_tell_it() -> None:
+    calls = PendingCalls(1)
+    ids = [calls.next_id().decode() for _ in range(2000)]
+    secrets = [it.removeprefix(f"{public_id(it)}-") for it in ids]
+    assert all(re.fullmatch("[0-9a-f]{16}", it) for it in secrets)  # 64 bits each
+    assert len(set(secrets)) == 2000
+    assert len({bit for it in secrets for bit in enumerate(f"{int(it, 16):064b}")}) == 128  # each is 0 and 1
+    assert [public_id(it).rpartition("-")[2] for it in ids] == [f"{it:x}" for it in range(1, 2001)]
 
 
 def test_a_call_that_has_ended_never_changes() -> None:

@@ -47,6 +47,7 @@ SET = {
     "RPCQ_REPLY_EXCHANGE": ("staging.replies", "staging.replies"),
     "RPCQ_TIMEOUT": ("0.5", 0.5),
     "RPCQ_MAX_IN_FLIGHT": ("10", 10),
+    "RPCQ_IDENTIFY": ("true", True),
     "RPCQ_DISCONNECTED_TIMEOUT": ("90", 90.0),
     "RPCQ_PREFETCH": ("7", 7),
     "RPCQ_GRACE": ("1", 1.0),

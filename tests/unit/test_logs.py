@@ -190,3 +190,19 @@ def test_a_building_block_is_silenced_unless_the_application_set_its_level() -> 
     assert unset.level == logging.CRITICAL
     assert chosen.level == logging.DEBUG
     assert logs.QUIET == ("aio_pika", "aiormq")
+
+
+def test_what_a_peer_can_cause_at_will_is_written_once_a_second_with_how_often_it_came(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now)
+    seldom = logs.Seldom(logs.get_logger("rpcq.some"))
+    for _ in range(500):
+        seldom.warning("dropped", cause="odd")
+    seldom.warning("refused")
+    now += logs.SELDOM
+    seldom.warning("dropped", cause="last")
+    seldom.warning("dropped", cause="after it")
+    told = [(it.message, getattr(it, "cause", None), getattr(it, "unsaid", 0)) for it in caplog.records]
+    assert told == [("dropped", "odd", 0), ("refused", None, 0), ("dropped", "last", 499)]

@@ -67,6 +67,12 @@ def test_a_name_that_cannot_be_is_refused_with_what_it_names(name: Any) -> None:
         check_name("the service", name)
 
 
+@pytest.mark.parametrize("value", ["a.b", ".", "amq"])
+def test_a_namespace_has_no_dot_so_that_no_two_services_have_the_same_queue(value: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"the namespace is called '{value}'.* not 'amq'"):
+        ConnectionOptions(namespace=value)
+
+
 @pytest.mark.parametrize("value", [*NO_SECONDS, MAX_TIMEOUT + 1])
 @pytest.mark.parametrize("options", [CallOptions, ClientOptions])
 def test_a_timeout_that_is_no_number_of_seconds_is_refused(options: Any, value: Any) -> None:

@@ -501,21 +501,32 @@ def test_headers_that_rabbitmq_owns_and_other_values_are_never_shown_as_metadata
     assert read(headers=mine | dict.fromkeys(owned, "forged") | others).metadata == mine
 
 
+@pytest.mark.parametrize("metadata", [{}, {"x-a": "b"}])
+def test_the_user_of_the_broker_stands_beside_the_clients_own_name(metadata: dict[str, str]) -> None:
+    headers = wire.encode_headers(key=None, attempt=1, metadata=metadata)
+    known = RequestEncoder("amq.gen-1", "shop", "billing").encode(b"id", b"add", 5000, 10**12, headers, notify=True)
+    assert amqp.decode(known).user_id == b"billing"
+    request, anonymous = wire.read_request(known), wire.read_request(_REQUEST)
+    assert (request.user, request.app_id, request.method, request.metadata) == ("billing", "shop", "add", metadata)
+    assert (anonymous.user, anonymous.app_id, amqp.decode(_REQUEST).user_id) == ("", "shop", None)
+
+
 @dozens
 @given(st.binary(max_size=80))
 def test_whatever_bytes_a_request_has_they_are_read_or_malformed(data: bytes) -> None:
-    for noise in (data, _REQUEST[: len(data)] + data, wire._FAST_START + data):
+    for noise in (data, _REQUEST[: len(data)] + data, *(start + data for start in wire._FAST_STARTS)):
         with contextlib.suppress(MalformedProperties):
             assert isinstance(wire.read_request(noise), Request)
 
 
 _REQUEST = RequestEncoder("amq.gen-1", "shop").encode(b"id", b"add", 5000, 10**12, b"", notify=True)
+_KNOWN = RequestEncoder("amq.gen-1", "shop", "billing").encode(b"id", b"add", 5000, 10**12, b"", notify=True)
 _REPLY = ReplyEncoder().encode(RESULT, b"id", 1.0, 2.0)
 
 
-@pytest.mark.parametrize("data", [_REQUEST, _REPLY])
+@pytest.mark.parametrize("data", [_REQUEST, _KNOWN, _REPLY])
 def test_properties_that_end_early_or_go_on_too_long_are_malformed(data: bytes) -> None:
-    reader = wire.read_request if data is _REQUEST else lambda it: wire.read_reply(it, b"", OWN)
+    reader = wire.read_request if data is not _REPLY else lambda it: wire.read_reply(it, b"", OWN)
     assert reader(data)
     for end in range(len(data)):
         with pytest.raises(MalformedProperties):

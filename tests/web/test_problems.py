@@ -288,8 +288,16 @@ def test_a_timeout_says_what_is_known() -> None:
         assert (document["executed"], document["retryable"]) == (executed, executed == "no")
 
 
-def test_ids_are_quoted_where_a_foreign_server_made_them() -> None:
-    assert problem(RemoteError("", correlation_id="a b/\u00e9")).document["instance"] == "urn:rpcq:call:a%20b%2F%C3%A9"
+def test_a_call_is_named_without_what_would_let_somebody_forge_its_reply() -> None:
+    document = problem(RemoteError("", correlation_id="5f0c-1a-0123456789abcdef")).document
+    assert document["instance"] == "urn:rpcq:call:5f0c-1a"
+    assert "0123456789abcdef" not in str(document)
+    assert "instance" not in problem(RemoteError("", correlation_id="0123456789abcdef")).document
+
+
+def test_ids_are_quoted() -> None:
+    document = problem(RemoteError("", correlation_id="a b/\u00e9-1")).document
+    assert document["instance"] == "urn:rpcq:call:a%20b%2F%C3%A9"
 
 
 def test_a_table_that_cannot_be_is_told_when_it_is_given() -> None:

@@ -12,7 +12,7 @@ ARGUMENTS = {"x-max-length": 100_000, "x-overflow": "reject-publish", "x-dead-le
 
 def test_exchanges_have_the_names_and_types_of_the_wire_contract() -> None:
     assert Names().requests == Exchange("rpcq.requests", "direct")
-    assert Names().control == Exchange("rpcq.control", "direct")
+    assert Names().control == Exchange("rpcq.control", "topic")
     assert Names().notices == Exchange("rpcq.notices", "topic", internal=True)
     assert MAX_LENGTH == 100_000
 
@@ -57,23 +57,30 @@ def test_queues_of_one_session_are_exclusive_and_named_by_the_broker() -> None:
         "",
         exclusive=True,
         auto_delete=True,
-        bindings=(("rpcq.control", "a"), ("rpcq.control", "b"), ("rpcq.control", "*")),
+        bindings=(("rpcq.control", "a"), ("rpcq.control", "b"), ("rpcq.control", "@all")),
     )
 
 
 def test_a_queue_that_is_reached_through_a_reply_exchange_has_a_name_of_its_own_in_each_session() -> None:
-    queue = Names("staging").reply_queue("replies")
+    queue = Names("staging").reply_queue("replies", "shop")
     assert (queue.name, queue.prefix, queue.bound_by_name) == (
         "",
-        "staging.reply.",
+        "staging.reply.shop.",
         ("staging.notices", "replies"),
     )
     names = {queue.for_session().name for _ in range(100)}
     assert len(names) == 100
-    assert all(name.startswith("staging.reply.") and len(name) > 30 for name in names)
+    assert all(name.startswith("staging.reply.shop.") and len(name) > 35 for name in names)
     once = queue.for_session()
     assert once.for_session() is once
     assert Names().reply_queue().for_session() == Names().reply_queue()
+
+
+@pytest.mark.parametrize("user", ["#", "a.#.b", "*", "a b", "", "x" * 151, "é"])
+def test_a_user_whose_name_would_be_a_pattern_of_keys_is_refused_with_a_reply_exchange(user: str) -> None:
+    with pytest.raises(ConfigurationError, match="the user is called"):
+        Names().reply_queue("replies", user)
+    assert Names().reply_queue(None, user).prefix == ""
 
 
 def test_with_a_reply_exchange_workers_reply_to_nothing_else() -> None:
@@ -98,7 +105,7 @@ def test_a_namespace_prefixes_every_name() -> None:
     assert names.request_queue("a", "classic").name == "staging.req.a"
     assert names.request_queue("a", "classic").bindings == (("staging.requests", "a"),)
     assert names.request_queue("a", "quorum").name == "staging.once.a"
-    assert names.control_queue(("a",)).bindings == (("staging.control", "a"), ("staging.control", "*"))
+    assert names.control_queue(("a",)).bindings == (("staging.control", "a"), ("staging.control", "@all"))
 
 
 @pytest.mark.parametrize(
