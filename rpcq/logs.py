@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 import orjson
 import structlog
 
-from rpcq.url import mask
+from rpcq.url import mask_urls
 
 
 class Named(Protocol):
@@ -37,7 +37,7 @@ _RECORD: Final = frozenset({*vars(logging.makeLogRecord({})), "message", "asctim
 def _mask_urls(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     for key, value in event.items():
         if isinstance(value, str) and "://" in value:
-            event[key] = mask(value)
+            event[key] = mask_urls(value)
     return event
 
 

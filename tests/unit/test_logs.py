@@ -114,6 +114,16 @@ def test_the_text_of_an_exception_has_no_password() -> None:
         assert "ValueError: cannot connect to amqp://user:***@" in line["exception"]
 
 
+def test_a_traceback_after_a_url_is_kept() -> None:
+    stderr = configured()
+    try:
+        raise ValueError(f"cannot use {URL}\nask ada@example.org")  # noqa: TRY301 - its traceback is what it is about
+    except ValueError:
+        logs.get_logger("rpcq.some").exception("handler failed", url=URL)
+    (line,) = lines(stderr)
+    assert line["exception"].endswith("cannot use amqp://user:***@rabbit:5672/\nask ada@example.org")
+
+
 def test_a_terminal_shows_tracebacks_without_passwords_and_values_of_variables() -> None:
     terminal = configured(terminal=True)
     try:
