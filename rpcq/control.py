@@ -13,9 +13,9 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from rpcq import logs, wire
 from rpcq.contract import Method, Service
@@ -24,6 +24,9 @@ from rpcq.transport.base import Message, Settled, Transport
 from rpcq.transport.topology import EVERY_SERVICE, Names
 
 T = TypeVar("T")
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""What a worker answers may be anything: of larger numbers, a sum could have more digits than Python writes."""
 
 log = logs.get_logger("rpcq.control")
 
@@ -46,7 +49,7 @@ class MethodInfo:
     signature: str
     doc: str = ""
     idempotent: bool = False
-    timeout: float | None = None
+    timeout: FiniteFloat | None = None
     errors: tuple[str, ...] = ()
 
 
@@ -84,9 +87,9 @@ class WorkerInfo:
 
     name: str
     host: str
-    pid: int
+    pid: Count
     version: str
-    prefetch: int
+    prefetch: Count
     services: tuple[ServiceInfo, ...]
 
 
@@ -111,15 +114,15 @@ class WorkerStats:
 
     name: str
     host: str
-    pid: int
-    time_ms: float
-    uptime: float
-    in_flight: int
-    finished: int
-    refused_redeliveries: int
-    expired_on_arrival: int
-    unroutable_replies: int
-    replayed: int = 0
+    pid: Count
+    time_ms: FiniteFloat
+    uptime: FiniteFloat
+    in_flight: Count
+    finished: Count
+    refused_redeliveries: Count
+    expired_on_arrival: Count
+    unroutable_replies: Count
+    replayed: Count = 0
 
 
 def describe(name: str, prefetch: int, services: Sequence[Service], names: Names) -> WorkerInfo:

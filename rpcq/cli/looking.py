@@ -12,11 +12,11 @@ from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from rpcq import logs, wire
+from rpcq import logs
 from rpcq.cli.options import Json, Level, LogLevel, Namespace, Url, Wait, default_name, given
+from rpcq.cli.text import plain, print_json
 from rpcq.client import Client
 from rpcq.control import MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
 from rpcq.errors import ServiceUnavailable
@@ -45,7 +45,7 @@ def list_services(
 
     workers, stats = run(ask())
     if as_json:
-        print(wire.dumps({"workers": [asdict(it) for it in workers], "stats": [asdict(it) for it in stats]}).decode())
+        print_json({"workers": [asdict(it) for it in workers], "stats": [asdict(it) for it in stats]})
     elif not workers:
         console.print(f"no worker answered within {wait:g} s", style="yellow")
     else:
@@ -67,7 +67,8 @@ def _services_table(workers: list[WorkerInfo], stats: list[WorkerStats]) -> Tabl
         methods = sorted({method.name for _, service in found for method in service.methods})
         queues = sorted({service.queue for _, service in found})
         slots = sum(worker.prefetch for worker, _ in found)
-        table.add_row(name, ", ".join(queues), str(len(found)), str(slots), ", ".join(methods))
+        cells = name, ", ".join(queues), len(found), slots, ", ".join(methods)
+        table.add_row(*(plain(cell) for cell in cells))
     total = sum(in_flight.values())
     table.caption = f"{len(workers)} workers, {total} calls in hand"
     return table
@@ -92,7 +93,7 @@ def describe(
     if not workers:
         raise ServiceUnavailable(f"no worker of {service!r} answered within {wait:g} s")
     if as_json:
-        print(wire.dumps({"workers": [asdict(it) for it in workers]}).decode())
+        print_json({"workers": [asdict(it) for it in workers]})
         return
     told: dict[ServiceInfo, list[WorkerInfo]] = defaultdict(list)
     for worker in workers:
@@ -106,17 +107,19 @@ def describe(
 
 
 def _print_service(service: ServiceInfo, workers: list[WorkerInfo]) -> None:
-    console.print(f"[bold]{service.name}[/]  {service.queue_type} queue {service.queue}")
+    console.print(plain(service.name, "bold") + plain(f"  {service.queue_type} queue {service.queue}"))
     for method in service.methods:
-        console.print(f"\n  [bold]{method.name}[/]{escape(method.signature)}", soft_wrap=True)
+        console.print()
+        console.print(" ", plain(method.name, "bold") + plain(method.signature), soft_wrap=True)
         for line in method.doc.splitlines():
-            console.print(f"      {line}", markup=False, soft_wrap=True)
+            console.print("     ", plain(line), soft_wrap=True)
         for line in _marks(method):
-            console.print(f"      {line}", style="dim", markup=False)
+            console.print("     ", plain(line, "dim"))
     console.print()
     for worker in workers:
         where = f"{worker.name} on {worker.host}, process {worker.pid}"
-        console.print(f"  worker {where}: rpcq {worker.version}, prefetch {worker.prefetch}", soft_wrap=True)
+        told = f"worker {where}: rpcq {worker.version}, prefetch {worker.prefetch}"
+        console.print(" ", plain(told), soft_wrap=True)
 
 
 def _marks(method: MethodInfo) -> list[str]:
@@ -157,4 +160,6 @@ def ping(
         who = f"worker {worker!r} of {service!r}" if worker else f"worker of {service!r}"
         raise ServiceUnavailable(f"no {who} answered within {timeout:g} s")
     stats, ms = found
-    console.print(f"{stats.name} on {stats.host}, process {stats.pid}: {ms:.1f} ms, {stats.in_flight} calls in hand")
+    console.print(
+        plain(f"{stats.name} on {stats.host}, process {stats.pid}: {ms:.1f} ms, {stats.in_flight} calls in hand")
+    )
