@@ -32,6 +32,7 @@ from proxy import proxy
 from rpcq import Client, ConfigurationError, Service, Worker
 from rpcq.cli.doctor import DISCONNECTED, UNCOUNTED_FROM, _examine, _policy
 from rpcq.cli.watching import Watching
+from rpcq.errors import STATUS_CODES
 from rpcq.observability.health import HealthServer, parse_address
 from rpcq.observability.management import management_of
 from rpcq.observability.metrics import Metrics
@@ -502,6 +503,58 @@ def test_methods_beyond_the_limit_are_counted_together(monkeypatch: pytest.Monke
 
     assert [counted("shop", f"m{number}") for number in range(5)] == [2, 1, 1, None, None]
     assert counted("other", "") == 3
+
+
+class Counted:
+    """Metrics of calls that end with given codes."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.metrics = Metrics(self.registry)
+
+    def end(self, code: str, method: str = "price") -> None:
+        call = SeenCall(b"", "shop", method, f"shop.{method}")
+        ended = self.metrics.on_call(call)
+        call.code = code
+        ended(call)
+
+    def codes(self, method: str = "price") -> dict[str, float]:
+        return self._by("code", "rpcq_client_calls_finished_total", method)
+
+    def reasons(self) -> dict[str, float]:
+        return self._by("reason", "rpcq_client_notices_total", None)
+
+    def _by(self, label: str, name: str, method: str | None) -> dict[str, float]:
+        samples = (sample for family in self.registry.collect() for sample in family.samples)
+        return {it.labels[label]: it.value for it in samples if it.name == name and it.labels.get("method") == method}
+
+
+def test_codes_that_a_worker_makes_up_are_counted_together_beyond_the_limit() -> None:
+    counted = Counted()
+    for number in range(500):
+        counted.end(f"made_up_{number}")
+    for code in ("OK", "CANCELLED", *STATUS_CODES, "made_up_7", "made_up_499"):
+        counted.end(code)
+    own = {f"made_up_{number}": 1.0 for number in range(50)}
+    named = {"OK": 1.0, **dict.fromkeys(STATUS_CODES, 1.0), "CANCELLED": 2.0}
+    assert counted.codes() == {**own, **named, "made_up_7": 2.0, "OTHER": 451.0}
+    counted.end("made_up_499", "sell")
+    assert counted.codes("sell") == {"made_up_499": 1.0}
+
+
+@pytest.mark.parametrize("code", ["", "MADE_UP", "x" * 101, 'a"b', "a\nb", "OTHER"])
+def test_what_is_no_code_is_counted_as_another(code: str) -> None:
+    counted = Counted()
+    counted.end(code)
+    counted.end("out_of_stock")
+    assert counted.codes() == {"OTHER": 1.0, "out_of_stock": 1.0}
+
+
+def test_reasons_that_rabbitmq_does_not_have_are_counted_together() -> None:
+    counted = Counted()
+    for reason in ("expired", "delivery_limit", "rejected", "maxlen", "expired", *map(str, range(100))):
+        counted.metrics.on_notice(reason)
+    assert counted.reasons() == {"expired": 2, "delivery_limit": 1, "rejected": 1, "maxlen": 1, "OTHER": 100}
 
 
 def test_the_page_has_every_metric_and_no_other() -> None:
