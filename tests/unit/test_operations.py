@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,7 +23,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Info
 
 from broker import Broker, Setup, free_ports, vhost_of
 from broker import broker as a_broker
@@ -33,7 +34,7 @@ from rpcq import Client, ConfigurationError, Service, Worker
 from rpcq.cli.doctor import DISCONNECTED, UNCOUNTED_FROM, _examine, _policy
 from rpcq.cli.watching import Watching
 from rpcq.errors import STATUS_CODES
-from rpcq.observability.health import HealthServer, parse_address
+from rpcq.observability.health import MAX_CONNECTIONS, HealthServer, parse_address
 from rpcq.observability.management import management_of
 from rpcq.observability.metrics import Metrics
 from rpcq.observability.queues import MANAGEMENT_AGAIN, QueueDepth, QueueWatch
@@ -161,6 +162,77 @@ async def test_an_event_loop_that_is_blocked_is_not_alive_and_one_that_goes_on_i
         assert await asyncio.to_thread(get, at) == (200, "ok\n")
     finally:
         server.close()
+
+
+@pytest.fixture
+async def health(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
+    """The port of a server that gives its clients one second."""
+    monkeypatch.setattr("rpcq.observability.health.CLIENT_TIMEOUT", 1.0)
+    registry = CollectorRegistry()
+    Info("large", "More than a socket's buffers hold.", registry=registry).info({"text": "a" * 20_000_000})
+    server = HealthServer("127.0.0.1:0", str, registry=registry)
+    server.start()
+    yield server.port
+    server.close()
+
+
+def serving() -> int:
+    """The threads that serve a connection."""
+    return sum("process_request_thread" in thread.name for thread in threading.enumerate())
+
+
+async def test_idle_connections_have_a_bounded_number_of_threads_and_end(
+    health: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    most = 0
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", health), 10)) for _ in range(200)]
+        for connection in idle:
+            most = max(most, serving())
+            with contextlib.suppress(ConnectionResetError):
+                assert await asyncio.to_thread(connection.recv, 1) == b""
+        await until(lambda: serving() == 0)
+    assert 0 < most <= MAX_CONNECTIONS
+    assert await asyncio.to_thread(get, f"http://127.0.0.1:{health}/livez") == (200, "ok\n")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+async def test_a_client_that_sends_a_byte_now_and_then_is_dropped(
+    health: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def trickle() -> float:
+        began = time.monotonic()
+        with socket.create_connection(("127.0.0.1", health), 10) as connection, contextlib.suppress(ConnectionError):
+            while time.monotonic() < began + 10:
+                connection.sendall(b"G")
+                time.sleep(0.2)
+        return time.monotonic() - began
+
+    assert await asyncio.to_thread(trickle) < 5
+    await until(lambda: serving() == 0)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+async def test_a_client_that_does_not_take_its_response_is_dropped(
+    health: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_connection(("127.0.0.1", health), 10) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        await until(lambda: serving() == 1)
+        await until(lambda: serving() == 0)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("request_", [b"GET /" + b"a" * 40_000, b"GET / HTTP/1.0\r\nA: " + b"a" * 40_000])
+async def test_a_request_that_is_too_large_is_dropped(health: int, request_: bytes) -> None:
+    def send() -> bytes:
+        with socket.create_connection(("127.0.0.1", health), 10) as connection, contextlib.suppress(ConnectionError):
+            connection.sendall(request_)
+            return connection.recv(1)
+        return b""
+
+    assert await asyncio.to_thread(send) == b""
+    await until(lambda: serving() == 0)
 
 
 @pytest.mark.parametrize(
