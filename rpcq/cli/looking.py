@@ -21,6 +21,7 @@ from rpcq.client import Client
 from rpcq.control import MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
 from rpcq.errors import ServiceUnavailable
 from rpcq.processes import run
+from rpcq.settings import check_seconds
 
 T = TypeVar("T")
 
@@ -36,6 +37,7 @@ def list_services(
 ) -> None:
     """List the services that answer, with their workers and methods."""
     logs.configure(log_level.upper())
+    check_seconds("--wait", wait)
 
     async def ask() -> tuple[list[WorkerInfo], list[WorkerStats]]:
         async with Client(url, **given(namespace=namespace, name=default_name("list"))) as client:
@@ -84,6 +86,7 @@ def describe(
 ) -> None:
     """Describe a service: its methods with their types and docs, and its workers."""
     logs.configure(log_level.upper())
+    check_seconds("--wait", wait)
 
     async def ask() -> list[WorkerInfo]:
         async with Client(url, **given(namespace=namespace, name=default_name("describe"))) as client:
@@ -145,6 +148,7 @@ def ping(
 ) -> None:
     """Ask whether a worker of a service is there. The exit code is 0 if one answers, and 5 if none does."""
     logs.configure(log_level.upper())
+    check_seconds("--timeout", timeout)
 
     async def ask() -> tuple[WorkerStats, float] | None:
         async with Client(url, **given(namespace=namespace, name="rpcq-ping")) as client:
