@@ -22,7 +22,7 @@ from rpcq.observer import Observer, Observers, SeenCall
 from rpcq.properties import MalformedProperties
 from rpcq.proxy import CallMaker, ServiceProxy, Target
 from rpcq.sending import ClientCall, Sender
-from rpcq.settings import CallOptions, CallSettings, ClientOptions, ClientSettings, Retry, check_name
+from rpcq.settings import CallOptions, CallSettings, ClientOptions, ClientSettings, Retry, check_name, check_seconds
 from rpcq.timeouts import Timeouts
 from rpcq.transport.base import Delivery, Listener, Subscription, Transport
 from rpcq.transport.opening import open_transport
@@ -220,14 +220,16 @@ class Client:
 
         Args:
             name: the service's.
-            timeout: seconds.
+            timeout: seconds, above 0.
 
         Raises:
             ServiceUnavailable: none did until then.
+            ConfigurationError: the name or the timeout cannot be used.
             ClosedError: the client is not open, or was closed meanwhile.
 
         """
         check_name("the service", name)
+        check_seconds("timeout", timeout)
         deadline = Deadline.after(timeout)
         pause = 0.05
         while (left := deadline.remaining()) > 0:
@@ -245,9 +247,11 @@ class Client:
 
         Args:
             service: of this service alone; None for every worker of the namespace.
-            wait: seconds to wait for answers; how many are to come, nobody knows. It ends at once where none is there.
+            wait: seconds to wait for answers, above 0; the number of answers is not known. It ends at once where no
+                worker is there.
 
         Raises:
+            ConfigurationError: the service or the wait cannot be used.
             ClosedError: the client is not open.
 
         """
@@ -261,6 +265,7 @@ class Client:
         self._check_usable()
         if service is not None:
             check_name("the service", service)
+        check_seconds("wait", wait)
         async with aclosing(self._control.ask(question, service, wait)) as answers:
             async for answer in answers:
                 if (found := self._control.read(kind, answer)) is not None:

@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from rpcq import logs, wire
 from rpcq.contract import Method, Service
@@ -31,6 +31,9 @@ MOST_ANSWERS: Final = 16
 
 MOST_QUESTIONS: Final = 1000
 """Questions that a worker keeps until it can answer them."""
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""What a worker answers may be anything: of larger numbers, a sum could have more digits than Python writes."""
 
 log = logs.get_logger("rpcq.control")
 
@@ -53,7 +56,7 @@ class MethodInfo:
     signature: str
     doc: str = ""
     idempotent: bool = False
-    timeout: float | None = None
+    timeout: FiniteFloat | None = None
     errors: tuple[str, ...] = ()
 
 
@@ -91,9 +94,9 @@ class WorkerInfo:
 
     name: str
     host: str
-    pid: int
+    pid: Count
     version: str
-    prefetch: int
+    prefetch: Count
     services: tuple[ServiceInfo, ...]
 
 
@@ -118,15 +121,15 @@ class WorkerStats:
 
     name: str
     host: str
-    pid: int
-    time_ms: float
-    uptime: float
-    in_flight: int
-    finished: int
-    refused_redeliveries: int
-    expired_on_arrival: int
-    unroutable_replies: int
-    replayed: int = 0
+    pid: Count
+    time_ms: FiniteFloat
+    uptime: FiniteFloat
+    in_flight: Count
+    finished: Count
+    refused_redeliveries: Count
+    expired_on_arrival: Count
+    unroutable_replies: Count
+    replayed: Count = 0
 
 
 def describe(name: str, prefetch: int, services: Sequence[Service], names: Names) -> WorkerInfo:

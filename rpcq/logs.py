@@ -16,7 +16,8 @@ from typing import Any, Final, Protocol
 import orjson
 import structlog
 
-from rpcq.url import mask
+from rpcq.terminal import printable, printable_json
+from rpcq.url import mask_urls
 
 
 class Named(Protocol):
@@ -42,8 +43,20 @@ _RECORD: Final = frozenset({*vars(logging.makeLogRecord({})), "message", "asctim
 def _mask_urls(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     for key, value in event.items():
         if isinstance(value, str) and "://" in value:
-            event[key] = mask(value)
+            event[key] = mask_urls(value)
     return event
+
+
+def _printable(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """For a terminal, which obeys what a worker or a caller put into a text. The renderer quotes what is no text."""
+    for key, value in event.items():
+        if isinstance(value, str):
+            event[key] = printable(value, lines=True)
+    return event
+
+
+def _json(value: Any, **_: Any) -> str:
+    return printable_json(orjson.dumps(value, default=str).decode())
 
 
 def _step_aside(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
@@ -128,11 +141,9 @@ def configure(level: str = "INFO") -> None:
     ]
     final: list[structlog.typing.Processor]
     if sys.stderr.isatty():
-        final = [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+        final = [_printable, structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
     else:
-        final = [
-            structlog.processors.JSONRenderer(serializer=lambda value, **_: orjson.dumps(value, default=str).decode())
-        ]
+        final = [structlog.processors.JSONRenderer(serializer=_json)]
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

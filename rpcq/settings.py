@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypedDict
@@ -47,8 +48,15 @@ def check_name(what: str, name: str) -> str:
     return name
 
 
-def _check_seconds(name: str, value: float, most: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most or value == math.inf:
+def check_seconds(name: str, value: float, most: float = math.inf) -> None:
+    """Check a number of seconds.
+
+    Raises:
+        ConfigurationError: it is not a finite number above 0 and at most `most`; the message has its name.
+
+    """
+    largest = min(most, sys.float_info.max)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= largest:
         upper = "" if most == math.inf else f" and at most {most:g}"
         msg = f"{name} is {value!r}; it is a number of seconds above 0{upper}"
         raise ConfigurationError(msg)
@@ -115,8 +123,8 @@ class Retry:
 
     def __post_init__(self) -> None:
         _check_count("max_attempts", self.max_attempts, 2, 1000)
-        _check_seconds("initial_backoff", self.initial_backoff)
-        _check_seconds("max_backoff", self.max_backoff)
+        check_seconds("initial_backoff", self.initial_backoff)
+        check_seconds("max_backoff", self.max_backoff)
         object.__setattr__(self, "codes", _check_several("codes", self.codes))
         for code in self.codes:
             if not isinstance(code, str) or not (code in STATUS_CODES or DOMAIN_CODE.match(code)):
@@ -169,7 +177,7 @@ class CallOptions:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_seconds("timeout", self.timeout, MAX_TIMEOUT)
+        check_seconds("timeout", self.timeout, MAX_TIMEOUT)
         object.__setattr__(self, "errors", check_errors(self.errors))
         if self.queue is not None and not 1 <= _size(self.queue) <= 255:
             msg = f"queue is {self.queue!r}; the name of a queue has 1 to 255 bytes"
@@ -235,11 +243,11 @@ class ConnectionOptions:
                 "'amq', which begins the broker's own names"
             )
             raise ConfigurationError(msg)
-        _check_seconds("heartbeat", self.heartbeat, 3600)
+        check_seconds("heartbeat", self.heartbeat, 3600)
         if self.heartbeat != int(self.heartbeat):
             msg = f"heartbeat is {self.heartbeat!r}; it is a whole number of seconds from 1 to 3600"
             raise ConfigurationError(msg)
-        _check_seconds("connect_timeout", self.connect_timeout)
+        check_seconds("connect_timeout", self.connect_timeout)
         _check_count("max_body", self.max_body, 1, 512 * 1024 * 1024)
         if self.reply_exchange is not None:
             check_name("the reply exchange", self.reply_exchange)
@@ -277,12 +285,12 @@ class ClientOptions(ConnectionOptions):
 
     def __post_init__(self) -> None:
         ConnectionOptions.__post_init__(self)
-        _check_seconds("timeout", self.timeout, MAX_TIMEOUT)
+        check_seconds("timeout", self.timeout, MAX_TIMEOUT)
         _check_count("max_in_flight", self.max_in_flight, 1, 10_000_000)
         if not isinstance(self.identify, bool):
             msg = f"identify is {self.identify!r}; it is True or False"
             raise ConfigurationError(msg)
-        _check_seconds("disconnected_timeout", self.disconnected_timeout)
+        check_seconds("disconnected_timeout", self.disconnected_timeout)
 
     @property
     def unrun_within(self) -> float:
@@ -327,9 +335,9 @@ class WorkerOptions(ConnectionOptions):
     def __post_init__(self) -> None:
         ConnectionOptions.__post_init__(self)
         _check_count("prefetch", self.prefetch, 1, 65_535)
-        _check_seconds("grace", self.grace)
+        check_seconds("grace", self.grace)
         _check_count("remember", self.remember, 0, 1024**4)
-        _check_seconds("blocked_after", self.blocked_after)
+        check_seconds("blocked_after", self.blocked_after)
         object.__setattr__(self, "reply_to", _check_several("reply_to", self.reply_to))
         for pattern in self.reply_to:
             try:

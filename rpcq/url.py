@@ -24,6 +24,11 @@ _URL: Final = re.compile(
 )
 _HOST: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\[\]:,\s]+)(?::(?P<port>[0-9]{1,5}))?\Z")
 
+_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_IN_TEXT: Final = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30})://\S*")
+_PUNCTUATION: Final = "'\"`)]}>,;:.!?"
+_COLON: Final = re.compile(r"(?:\A|(?<=,))(?P<ipv6>\[[0-9A-Fa-f:.%]+\])|:(?!\Z)(?P<port>[0-9]{1,5}(?=[,/?]|\Z))?")
+
 
 @dataclass(frozen=True, slots=True)
 class BrokerURL:
@@ -44,10 +49,45 @@ class BrokerURL:
 
 
 def mask(url: str) -> str:
-    """The URL with its password hidden, for logs and messages: all up to the last @, for it may not be quoted."""
-    if "://" not in url:  # no URL, and all the more reason not to show what may be a password
-        return re.sub(r".*@", "***@", url, flags=re.DOTALL)
-    return re.sub(r"(://[^:@/?#]*):.*@", r"\1:***@", url, flags=re.DOTALL)
+    """The URL with its password hidden, for logs and messages; the whole string is one URL, well-formed or not.
+
+    What stands between the first colon of the user's part and the last @ is hidden: a password may not be quoted. What
+    follows another colon is shown if it is a port number, and hidden otherwise: it may be a password without a host.
+    """
+    scheme = _SCHEME.match(url)
+    before, at, hosts = url[scheme.end() if scheme else 0 :].rpartition("@")
+    if at and scheme is None:
+        before = "***"  # not a URL, so all of it may be the password
+    user, colon, _ = before.partition(":")
+    return f"{scheme[0] if scheme else ''}{user}{':***' if colon else ''}{at}{_mask_hosts(hosts)}"
+
+
+def mask_urls(text: str) -> str:
+    """The text with the passwords of all URLs in it hidden.
+
+    A URL in a text ends at white space. So what follows white space in a password is shown, if that is not quoted.
+    Without an @, only URLs of AMQP are changed: a colon in the path of another one is no secret.
+    """
+    return _IN_TEXT.sub(_mask_word, text)
+
+
+def _mask_word(found: re.Match[str]) -> str:
+    word = found[0]
+    if "@" not in word and not found["scheme"].lower().endswith(("amqp", "amqps")):
+        return word
+    url = word.rstrip(_PUNCTUATION)
+    return mask(url) + word[len(url) :]
+
+
+def _mask_hosts(text: str) -> str:
+    for found in _COLON.finditer(text):
+        if found["ipv6"] is None and not _is_port(found["port"] or ""):
+            return f"{text[: found.start()]}:***"
+    return text
+
+
+def _is_port(digits: str) -> bool:
+    return digits != "" and 0 < int(digits) < 65536
 
 
 def parse(url: str) -> BrokerURL:
@@ -58,7 +98,7 @@ def parse(url: str) -> BrokerURL:
 
     """
     if not isinstance(url, str):
-        msg = f"the broker's URL is {url!r}; it is a string such as 'amqp://localhost/'"
+        msg = f"the broker's URL must be a string such as 'amqp://localhost/'; got {type(url).__name__}"
         raise ConfigurationError(msg)
     match = _URL.match(url)
     if match is None:
@@ -69,6 +109,7 @@ def parse(url: str) -> BrokerURL:
         return BrokerURL(scheme, hosts=((match["hosts"], 0),))
     if scheme not in PORTS:
         raise _refuse(url, f"its scheme is {scheme!r}, and may be amqp, amqps or memory")
+    hosts = tuple(_host(url, host, PORTS[scheme]) for host in match["hosts"].split(","))  # before any part of the query
     query = tuple(parse_qsl(match["query"] or "", keep_blank_values=True))
     for name, _ in query:
         if name not in TLS_PARAMETERS or scheme != "amqps":
@@ -82,7 +123,7 @@ def parse(url: str) -> BrokerURL:
     user, colon, password = (match["credentials"] or "guest:guest").partition(":")
     return BrokerURL(
         scheme,
-        hosts=tuple(_host(url, host, PORTS[scheme]) for host in match["hosts"].split(",")),
+        hosts=hosts,
         user=unquote(user),
         password=unquote(password) if colon else "guest",
         vhost=unquote(match["vhost"] or "/"),
@@ -93,11 +134,11 @@ def parse(url: str) -> BrokerURL:
 def _host(url: str, text: str, default_port: int) -> tuple[str, int]:
     match = _HOST.match(text)
     if match is None:
-        raise _refuse(url, f"its host is {text!r}" if text else "it names no host")
-    port = int(match["port"] or default_port)
-    if not 0 < port < 65536:
-        raise _refuse(url, f"its port is {port}, and may be 1 to 65535")
-    return match["host"].strip("[]"), port
+        hint = "; a colon is followed by a port, and an IPv6 address is written in [ ]" if ":" in text else ""
+        raise _refuse(url, f"its host is {_mask_hosts(text)!r}{hint}" if text else "it names no host")
+    if match["port"] and not _is_port(match["port"]):
+        raise _refuse(url, "its port must be a number from 1 to 65535")
+    return match["host"].strip("[]"), int(match["port"] or default_port)
 
 
 def _refuse(url: str, why: str) -> ConfigurationError:

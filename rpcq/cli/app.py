@@ -14,6 +14,7 @@ from rpcq.cli.doctor import doctor, setup
 from rpcq.cli.looking import describe, list_services, ping
 from rpcq.cli.options import EXIT_CODES, USAGE, errors, exit_code
 from rpcq.cli.serving import worker
+from rpcq.cli.text import plain
 from rpcq.errors import CallError, RpcqError
 from rpcq.processes import own_version
 
@@ -57,5 +58,5 @@ def main(arguments: list[str] | None = None) -> None:
     except RpcqError as error:
         code = exit_code(error)
         who = type(error).__name__ if isinstance(error, CallError) or code != USAGE else "rpcq"
-        errors.print(f"[red]{who}:[/]", error, soft_wrap=True)
+        errors.print(plain(f"{who}:", "red"), plain(error, lines=True), soft_wrap=True)
         sys.exit(code)

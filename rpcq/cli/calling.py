@@ -20,9 +20,11 @@ from rpcq.cli.options import (
     exit_code,
     given,
 )
+from rpcq.cli.text import print_json
 from rpcq.client import Client
 from rpcq.errors import CallError, ConfigurationError, to_wire
 from rpcq.processes import run
+from rpcq.terminal import printable_json
 
 
 def call(
@@ -64,12 +66,12 @@ def call(
         if not as_json:
             raise
         told = {"type": type(error).__name__, **to_wire(error), "correlation_id": error.correlation_id}
-        print(wire.dumps({"error": told}).decode())
+        print_json({"error": told})
         raise typer.Exit(exit_code(error)) from error
     if as_json:
-        print(wire.dumps({"result": result}).decode())
+        print_json({"result": result})
     else:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print(printable_json(json.dumps(result, indent=2, ensure_ascii=False)))
 
 
 def read_parameters(words: list[str]) -> tuple[list[Any], dict[str, Any]]:

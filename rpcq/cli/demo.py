@@ -13,6 +13,7 @@ from rich.syntax import Syntax
 
 from rpcq import logs
 from rpcq.cli.options import Level, LogLevel, given
+from rpcq.cli.text import plain
 from rpcq.client import Client
 from rpcq.contract import Service
 from rpcq.errors import CallError, DomainError
@@ -80,7 +81,7 @@ async def _show(url: str, calls: int) -> None:
     async with Worker(shop(), url=url, **options), Client(url, **options) as client:
         await client.wait_for_service("shop")
         console.print('[bold]await client.call("shop.price", article="tea", count=2)[/]')
-        console.print("   ", await client.call("shop.price", article="tea", count=2))
+        console.print("   ", plain(await client.call("shop.price", article="tea", count=2)))
         console.print(f"[bold]{calls:,} calls at once, each with its own answer[/]")
         await _many(client, calls)
         for code, failing, why in (

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Final, get_args
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from rpcq import logs
 from rpcq.cli.options import FAILED, Level, LogLevel, Namespace, Url, given
 from rpcq.cli.serving import load_services
+from rpcq.cli.text import plain
 from rpcq.client import Client
 from rpcq.contract import Service
 from rpcq.environment import broker_url, options_from, settings
@@ -116,9 +116,9 @@ def doctor(
         good = True
         async for finding in _examine(broker, broker_url(url), options, found, management):
             good = good and finding.grade is not Grade.BAD
-            console.print(f"{finding.grade.value} {escape(finding.text)}", soft_wrap=True)
+            console.print(finding.grade.value, plain(finding.text), soft_wrap=True)
             if finding.mend:
-                console.print(f"       {finding.mend}", style="dim", markup=False, soft_wrap=True)
+                console.print("      ", plain(finding.mend, "dim"), soft_wrap=True)
         return good
 
     if not run(examine()):
@@ -290,4 +290,5 @@ def setup(
             return await admin.declare(exchanges, queues)
 
     declared = run(declare())
-    console.print(f"exchanges {', '.join(it.name for it in exchanges)}; queues {', '.join(declared)}", soft_wrap=True)
+    told = f"exchanges {', '.join(it.name for it in exchanges)}; queues {', '.join(declared)}"
+    console.print(plain(told), soft_wrap=True)

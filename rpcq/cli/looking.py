@@ -12,15 +12,16 @@ from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from rpcq import logs, wire
+from rpcq import logs
 from rpcq.cli.options import Json, Level, LogLevel, Namespace, Url, Wait, default_name, given
+from rpcq.cli.text import plain, print_json
 from rpcq.client import Client
 from rpcq.control import MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
 from rpcq.errors import ServiceUnavailable
 from rpcq.processes import run
+from rpcq.settings import check_seconds
 
 T = TypeVar("T")
 
@@ -36,6 +37,7 @@ def list_services(
 ) -> None:
     """List the services that answer, with their workers and methods."""
     logs.configure(log_level.upper())
+    check_seconds("--wait", wait)
 
     async def ask() -> tuple[list[WorkerInfo], list[WorkerStats]]:
         async with Client(url, **given(namespace=namespace, name=default_name("list"))) as client:
@@ -45,7 +47,7 @@ def list_services(
 
     workers, stats = run(ask())
     if as_json:
-        print(wire.dumps({"workers": [asdict(it) for it in workers], "stats": [asdict(it) for it in stats]}).decode())
+        print_json({"workers": [asdict(it) for it in workers], "stats": [asdict(it) for it in stats]})
     elif not workers:
         console.print(f"no worker answered within {wait:g} s", style="yellow")
     else:
@@ -67,7 +69,8 @@ def _services_table(workers: list[WorkerInfo], stats: list[WorkerStats]) -> Tabl
         methods = sorted({method.name for _, service in found for method in service.methods})
         queues = sorted({service.queue for _, service in found})
         slots = sum(worker.prefetch for worker, _ in found)
-        table.add_row(name, ", ".join(queues), str(len(found)), str(slots), ", ".join(methods))
+        cells = name, ", ".join(queues), len(found), slots, ", ".join(methods)
+        table.add_row(*(plain(cell) for cell in cells))
     total = sum(in_flight.values())
     table.caption = f"{len(workers)} workers, {total} calls in hand"
     return table
@@ -83,6 +86,7 @@ def describe(
 ) -> None:
     """Describe a service: its methods with their types and docs, and its workers."""
     logs.configure(log_level.upper())
+    check_seconds("--wait", wait)
 
     async def ask() -> list[WorkerInfo]:
         async with Client(url, **given(namespace=namespace, name=default_name("describe"))) as client:
@@ -92,7 +96,7 @@ def describe(
     if not workers:
         raise ServiceUnavailable(f"no worker of {service!r} answered within {wait:g} s")
     if as_json:
-        print(wire.dumps({"workers": [asdict(it) for it in workers]}).decode())
+        print_json({"workers": [asdict(it) for it in workers]})
         return
     told: dict[ServiceInfo, list[WorkerInfo]] = defaultdict(list)
     for worker in workers:
@@ -106,17 +110,19 @@ def describe(
 
 
 def _print_service(service: ServiceInfo, workers: list[WorkerInfo]) -> None:
-    console.print(f"[bold]{service.name}[/]  {service.queue_type} queue {service.queue}")
+    console.print(plain(service.name, "bold") + plain(f"  {service.queue_type} queue {service.queue}"))
     for method in service.methods:
-        console.print(f"\n  [bold]{method.name}[/]{escape(method.signature)}", soft_wrap=True)
+        console.print()
+        console.print(" ", plain(method.name, "bold") + plain(method.signature), soft_wrap=True)
         for line in method.doc.splitlines():
-            console.print(f"      {line}", markup=False, soft_wrap=True)
+            console.print("     ", plain(line), soft_wrap=True)
         for line in _marks(method):
-            console.print(f"      {line}", style="dim", markup=False)
+            console.print("     ", plain(line, "dim"))
     console.print()
     for worker in workers:
         where = f"{worker.name} on {worker.host}, process {worker.pid}"
-        console.print(f"  worker {where}: rpcq {worker.version}, prefetch {worker.prefetch}", soft_wrap=True)
+        told = f"worker {where}: rpcq {worker.version}, prefetch {worker.prefetch}"
+        console.print(" ", plain(told), soft_wrap=True)
 
 
 def _marks(method: MethodInfo) -> list[str]:
@@ -142,6 +148,7 @@ def ping(
 ) -> None:
     """Ask whether a worker of a service is there. The exit code is 0 if one answers, and 5 if none does."""
     logs.configure(log_level.upper())
+    check_seconds("--timeout", timeout)
 
     async def ask() -> tuple[WorkerStats, float] | None:
         async with Client(url, **given(namespace=namespace, name="rpcq-ping")) as client:
@@ -157,4 +164,6 @@ def ping(
         who = f"worker {worker!r} of {service!r}" if worker else f"worker of {service!r}"
         raise ServiceUnavailable(f"no {who} answered within {timeout:g} s")
     stats, ms = found
-    console.print(f"{stats.name} on {stats.host}, process {stats.pid}: {ms:.1f} ms, {stats.in_flight} calls in hand")
+    console.print(
+        plain(f"{stats.name} on {stats.host}, process {stats.pid}: {ms:.1f} ms, {stats.in_flight} calls in hand")
+    )

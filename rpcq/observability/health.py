@@ -1,11 +1,13 @@
 """`/metrics`, `/livez` and `/readyz` of a process, served from a thread: they answer while the event loop is blocked.
 
-The server is the standard library's, as prometheus-client uses it. Needs prometheus-client.
+The server is the standard library's, as prometheus-client uses it, with limits. Needs prometheus-client.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import re
 import socket
 import threading
@@ -22,6 +24,15 @@ from rpcq.errors import ConfigurationError
 
 BEAT: Final = 1.0
 """Seconds between two signs of life of the event loop."""
+
+CLIENT_TIMEOUT: Final = 5.0
+"""Seconds that a client has to send its request, and to take each part of the response."""
+
+MAX_REQUEST: Final = 32 * 1024
+"""Bytes of a request with its headers."""
+
+MAX_CONNECTIONS: Final = 32
+"""Connections that are served at once, each in a thread; further ones are closed."""
 
 _ADDRESS: Final = re.compile(r"(?:(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\[\]:\s]*):)?(?P<port>[0-9]{1,5})\Z")
 
@@ -89,11 +100,11 @@ class HealthServer:
         loop = asyncio.get_running_loop()
         server = type(
             "Server",
-            (ThreadingWSGIServer,),
+            (_Server,),
             {"address_family": socket.AF_INET6 if ":" in self._host else socket.AF_INET},
         )
         try:
-            self._server = make_server(self._host, self.port, self._answer, server, handler_class=_Silent)
+            self._server = make_server(self._host, self.port, self._answer, server, handler_class=_Handler)
         except OSError as error:
             msg = f"cannot listen on {self._host}:{self.port}: {error.strerror or error}"
             raise ConfigurationError(msg) from error
@@ -137,8 +148,103 @@ class HealthServer:
         return [f"{why or 'ok'}\n".encode()]
 
 
-class _Silent(WSGIRequestHandler):
-    """Writes no line for each request."""
+class _Server(ThreadingWSGIServer):
+    """Has a thread for each of at most `MAX_CONNECTIONS`."""
+
+    request_queue_size = 128  # with the default of five, connections of a burst are lost, and retried after a second
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Begin to serve a connection, or close it."""
+        if not self._free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread could be started
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve it, in its thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+
+class _Request(io.RawIOBase):
+    """What a client sends, at most `MAX_REQUEST`, and for at most `CLIENT_TIMEOUT` in all, however slowly it comes."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._until = time.monotonic() + CLIENT_TIMEOUT
+        self._size = 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what comes next.
+
+        Raises:
+            OSError: the client takes too long, sends too much, or is gone.
+
+        """
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._connection.settimeout(left)
+        count = self._connection.recv_into(buffer)
+        self._connection.settimeout(CLIENT_TIMEOUT)  # for the response
+        self._size += count
+        if self._size > MAX_REQUEST:
+            raise ConnectionAbortedError
+        return count
+
+
+class _Response(io.BufferedIOBase):
+    """What a client gets; it has `CLIENT_TIMEOUT` to take each part."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def write(self, part: Any) -> int:
+        """Send a part, whole.
+
+        Raises:
+            OSError: the client takes too long, or is gone.
+
+        """
+        try:
+            self._connection.sendall(part)
+        except TimeoutError as error:  # of which the base would print a traceback
+            raise ConnectionAbortedError from error
+        return len(part)
+
+
+class _Handler(WSGIRequestHandler):
+    """Drops clients that are slow, or send too much, and writes no line for each request."""
+
+    def setup(self) -> None:
+        """Read by `_Request`, and answer by `_Response`."""
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(_Request(self.connection))
+        self.wfile = _Response(self.connection)
+
+    def handle(self) -> None:
+        """Serve one request."""
+        with contextlib.suppress(OSError):
+            super().handle()
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
         """Nothing."""

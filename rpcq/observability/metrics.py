@@ -24,7 +24,8 @@ from prometheus_client.core import (
     Metric,
 )
 
-from rpcq.observer import Observer, Role, Seen, SeenCall, SeenRequest, Watched
+from rpcq.errors import DOMAIN_CODE, STATUS_CODES
+from rpcq.observer import OK, Observer, Role, Seen, SeenCall, SeenRequest, Watched
 from rpcq.processes import own_version
 
 if TYPE_CHECKING:
@@ -42,6 +43,18 @@ MAX_METHODS: Final = 1000
 """Methods that have series of their own at one side; calls of further ones are told together, as `OTHER`."""
 
 OTHER: Final = "other"
+
+MAX_CODES: Final = 50
+"""Codes of services' own errors that have series of their own for each method at one side."""
+
+OTHER_CODE: Final = "OTHER"
+"""All further codes and reasons together. In capitals, because a service's own error may have the code "other"."""
+
+STATUSES: Final = frozenset({OK, *STATUS_CODES})
+"""Codes that always have series of their own."""
+
+REASONS: Final = frozenset({"expired", "delivery_limit", "rejected", "maxlen"})
+"""Why RabbitMQ gives a message up: https://www.rabbitmq.com/docs/dlx."""
 
 OWNED: Final[Mapping[str, tuple[str, str, Mapping[str, str]]]] = {
     "pending_replies": ("rpcq_client_pending_replies", "Calls that wait for a reply.", {}),
@@ -105,6 +118,14 @@ class _Method:
         self.queue = _Histogram()
 
 
+def _new_code(codes: dict[str, int], code: str) -> str:
+    """The code that is counted where `code` comes for the first time: a worker may answer with any text."""
+    is_own = DOMAIN_CODE.match(code) is not None and len(codes.keys() - STATUSES) < MAX_CODES
+    code = code if code in STATUSES or is_own else OTHER_CODE
+    codes.setdefault(code, 0)
+    return code
+
+
 @dataclass
 class _Sessions:
     """Of one role."""
@@ -115,6 +136,10 @@ class _Sessions:
 
 class Metrics(Observer):
     """Counts what happens, for Prometheus. One will do for all clients and workers of an event loop.
+
+    No peer can make series without end. At most 1000 methods have series of their own. For each of them, gRPC's status
+    names have series of their own, and so have the first 50 codes of services' own errors; all further codes are
+    counted together as `OTHER`, and so are reasons of notices that RabbitMQ does not have.
 
     Args:
         registry: where it registers itself; None for prometheus-client's own.
@@ -156,7 +181,7 @@ class Metrics(Observer):
 
     def on_notice(self, reason: str) -> None:
         """See `Observer`."""
-        self._notices[reason] += 1
+        self._notices[reason if reason in REASONS else OTHER_CODE] += 1
 
     def on_session(self, owner: Watched, role: Role, cause: BaseException | None) -> None:
         """See `Observer`."""
@@ -200,8 +225,10 @@ class Metrics(Observer):
 
         def ended(seen: Seen) -> None:
             method = find(seen.label) or methods[OTHER]
-            codes = method.codes
-            codes[seen.code] = codes.get(seen.code, 0) + 1
+            codes, code = method.codes, seen.code
+            if code not in codes:
+                code = _new_code(codes, code)
+            codes[code] += 1
             if not isinstance(seen, SeenRequest) or seen.ran:
                 method.seconds.add(seen.seconds)
 

@@ -99,6 +99,15 @@ def test_who_is_not_there_is_told(rpcq: Rpcq) -> None:
     assert "no worker answered" in shown(rpcq.run("list", RPCQ_NAMESPACE=f"{rpcq.namespace}-empty"))
 
 
+def test_a_time_that_is_none_is_named(rpcq: Rpcq) -> None:
+    commands = (["list", "--wait"], ["describe", "things", "--wait"], ["ping", "things", "--timeout"])
+    for command in (*commands, ["call", "things.add", "--timeout"]):
+        option = command[-1] if command[0] != "call" else "timeout"
+        assert f"{option} is nan; it is a number of seconds above 0" in rpcq.refused(*command, "nan", code=2)
+    for seconds in ("0", "-1", "inf"):
+        assert "--wait is " in rpcq.refused("list", "--wait", seconds, code=2)
+
+
 def test_settings_come_from_the_environment_and_arguments_beat_it(rpcq: Rpcq) -> None:
     rpcq.worker()
     assert shown(rpcq.run("call", "things.add", "1", "2", RPCQ_NAMESPACE=rpcq.namespace)) == "3\n"

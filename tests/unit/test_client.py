@@ -343,6 +343,18 @@ async def test_a_service_that_nobody_serves_is_waited_for_and_told(things: Thing
         assert not client._control._asked
 
 
+@pytest.mark.parametrize(
+    "seconds", [float("nan"), float("inf"), pytest.param(10**400, id="huge"), -1, -0.1, 0, True, "1", None]
+)
+async def test_a_wait_that_is_no_number_of_seconds_is_named(things: Things, seconds: Any) -> None:
+    async with things.client() as client:
+        for ask in (client.workers, client.stats):
+            with pytest.raises(ConfigurationError, match=f"wait is {seconds!r}; it is a number of seconds above 0"):
+                await anext(ask(wait=seconds))
+        with pytest.raises(ConfigurationError, match=f"timeout is {seconds!r}; it is a number of seconds above 0"):
+            await client.wait_for_service("things", timeout=seconds)
+
+
 # Options and the URL.
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,6 +115,16 @@ def test_the_text_of_an_exception_has_no_password() -> None:
         assert "ValueError: cannot connect to amqp://user:***@" in line["exception"]
 
 
+def test_a_traceback_after_a_url_is_kept() -> None:
+    stderr = configured()
+    try:
+        raise ValueError(f"cannot use {URL}\nask ada@example.org")  # noqa: TRY301 - its traceback is what it is about
+    except ValueError:
+        logs.get_logger("rpcq.some").exception("handler failed", url=URL)
+    (line,) = lines(stderr)
+    assert line["exception"].endswith("cannot use amqp://user:***@rabbit:5672/\nask ada@example.org")
+
+
 def test_a_terminal_shows_tracebacks_without_passwords_and_values_of_variables() -> None:
     terminal = configured(terminal=True)
     try:
@@ -125,6 +136,39 @@ def test_a_terminal_shows_tracebacks_without_passwords_and_values_of_variables()
     assert "amqp://user:***@" in text
     assert SECRET not in text
     assert SECRET.upper() not in text
+
+
+HOSTILE = "\x1b]0;title\x07\x9b31m\x7f\u202e"
+
+
+def _log_hostile() -> None:
+    logs.get_logger("rpcq.some").warning(
+        "control message dropped", cause=f"{HOSTILE}[red]", code=HOSTILE, all=[HOSTILE]
+    )
+    try:
+        raise ValueError(f"{HOSTILE}\nsecond line")  # noqa: TRY301 - its traceback is what it is about
+    except ValueError:
+        logging.getLogger("foreign").exception("a message of %s", HOSTILE)
+
+
+def test_a_terminal_obeys_nothing_that_is_logged() -> None:
+    terminal = configured(terminal=True)
+    _log_hostile()
+    text = re.sub(r"\x1b\[\d*m", "", terminal.getvalue())  # the renderer's own colours
+    assert text.replace("\n", "").isprintable()
+    assert r"code=\x1b]0;title\x07\x9b31m\x7f\u202e" in text
+    assert "Traceback (most recent call last):\n  File " in text
+    assert "\nsecond line" in text
+
+
+def test_lines_of_json_have_nothing_that_a_terminal_obeys_and_keep_their_values() -> None:
+    stderr = configured()
+    _log_hostile()
+    assert stderr.getvalue().replace("\n", "").isprintable()
+    first, second = lines(stderr)
+    assert (first["cause"], first["code"], first["all"]) == (f"{HOSTILE}[red]", HOSTILE, [HOSTILE])
+    assert second["event"] == f"a message of {HOSTILE}"
+    assert second["exception"].endswith(f"{HOSTILE}\nsecond line")
 
 
 def test_an_error_that_is_handed_over_is_shown() -> None:

@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,7 +23,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Info
 
 from broker import Broker, Setup, free_ports, vhost_of
 from broker import broker as a_broker
@@ -32,7 +33,8 @@ from proxy import proxy
 from rpcq import Client, ConfigurationError, Service, Worker
 from rpcq.cli.doctor import DISCONNECTED, UNCOUNTED_FROM, _examine, _policy
 from rpcq.cli.watching import Watching
-from rpcq.observability.health import HealthServer, parse_address
+from rpcq.errors import STATUS_CODES
+from rpcq.observability.health import MAX_CONNECTIONS, HealthServer, parse_address
 from rpcq.observability.management import management_of
 from rpcq.observability.metrics import Metrics
 from rpcq.observability.queues import MANAGEMENT_AGAIN, QueueDepth, QueueWatch
@@ -160,6 +162,77 @@ async def test_an_event_loop_that_is_blocked_is_not_alive_and_one_that_goes_on_i
         assert await asyncio.to_thread(get, at) == (200, "ok\n")
     finally:
         server.close()
+
+
+@pytest.fixture
+async def health(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
+    """The port of a server that gives its clients one second."""
+    monkeypatch.setattr("rpcq.observability.health.CLIENT_TIMEOUT", 1.0)
+    registry = CollectorRegistry()
+    Info("large", "More than a socket's buffers hold.", registry=registry).info({"text": "a" * 20_000_000})
+    server = HealthServer("127.0.0.1:0", str, registry=registry)
+    server.start()
+    yield server.port
+    server.close()
+
+
+def serving() -> int:
+    """The threads that serve a connection."""
+    return sum("process_request_thread" in thread.name for thread in threading.enumerate())
+
+
+async def test_idle_connections_have_a_bounded_number_of_threads_and_end(
+    health: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    most = 0
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", health), 10)) for _ in range(200)]
+        for connection in idle:
+            most = max(most, serving())
+            with contextlib.suppress(ConnectionResetError):
+                assert await asyncio.to_thread(connection.recv, 1) == b""
+        await until(lambda: serving() == 0)
+    assert 0 < most <= MAX_CONNECTIONS
+    assert await asyncio.to_thread(get, f"http://127.0.0.1:{health}/livez") == (200, "ok\n")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+async def test_a_client_that_sends_a_byte_now_and_then_is_dropped(
+    health: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def trickle() -> float:
+        began = time.monotonic()
+        with socket.create_connection(("127.0.0.1", health), 10) as connection, contextlib.suppress(ConnectionError):
+            while time.monotonic() < began + 10:
+                connection.sendall(b"G")
+                time.sleep(0.2)
+        return time.monotonic() - began
+
+    assert await asyncio.to_thread(trickle) < 5
+    await until(lambda: serving() == 0)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+async def test_a_client_that_does_not_take_its_response_is_dropped(
+    health: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_connection(("127.0.0.1", health), 10) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        await until(lambda: serving() == 1)
+        await until(lambda: serving() == 0)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("request_", [b"GET /" + b"a" * 40_000, b"GET / HTTP/1.0\r\nA: " + b"a" * 40_000])
+async def test_a_request_that_is_too_large_is_dropped(health: int, request_: bytes) -> None:
+    def send() -> bytes:
+        with socket.create_connection(("127.0.0.1", health), 10) as connection, contextlib.suppress(ConnectionError):
+            connection.sendall(request_)
+            return connection.recv(1)
+        return b""
+
+    assert await asyncio.to_thread(send) == b""
+    await until(lambda: serving() == 0)
 
 
 @pytest.mark.parametrize(
@@ -502,6 +575,58 @@ def test_methods_beyond_the_limit_are_counted_together(monkeypatch: pytest.Monke
 
     assert [counted("shop", f"m{number}") for number in range(5)] == [2, 1, 1, None, None]
     assert counted("other", "") == 3
+
+
+class Counted:
+    """Metrics of calls that end with given codes."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.metrics = Metrics(self.registry)
+
+    def end(self, code: str, method: str = "price") -> None:
+        call = SeenCall(b"", "shop", method, f"shop.{method}")
+        ended = self.metrics.on_call(call)
+        call.code = code
+        ended(call)
+
+    def codes(self, method: str = "price") -> dict[str, float]:
+        return self._by("code", "rpcq_client_calls_finished_total", method)
+
+    def reasons(self) -> dict[str, float]:
+        return self._by("reason", "rpcq_client_notices_total", None)
+
+    def _by(self, label: str, name: str, method: str | None) -> dict[str, float]:
+        samples = (sample for family in self.registry.collect() for sample in family.samples)
+        return {it.labels[label]: it.value for it in samples if it.name == name and it.labels.get("method") == method}
+
+
+def test_codes_that_a_worker_makes_up_are_counted_together_beyond_the_limit() -> None:
+    counted = Counted()
+    for number in range(500):
+        counted.end(f"made_up_{number}")
+    for code in ("OK", "CANCELLED", *STATUS_CODES, "made_up_7", "made_up_499"):
+        counted.end(code)
+    own = {f"made_up_{number}": 1.0 for number in range(50)}
+    named = {"OK": 1.0, **dict.fromkeys(STATUS_CODES, 1.0), "CANCELLED": 2.0}
+    assert counted.codes() == {**own, **named, "made_up_7": 2.0, "OTHER": 451.0}
+    counted.end("made_up_499", "sell")
+    assert counted.codes("sell") == {"made_up_499": 1.0}
+
+
+@pytest.mark.parametrize("code", ["", "MADE_UP", "x" * 101, 'a"b', "a\nb", "OTHER"])
+def test_what_is_no_code_is_counted_as_another(code: str) -> None:
+    counted = Counted()
+    counted.end(code)
+    counted.end("out_of_stock")
+    assert counted.codes() == {"OTHER": 1.0, "out_of_stock": 1.0}
+
+
+def test_reasons_that_rabbitmq_does_not_have_are_counted_together() -> None:
+    counted = Counted()
+    for reason in ("expired", "delivery_limit", "rejected", "maxlen", "expired", *map(str, range(100))):
+        counted.metrics.on_notice(reason)
+    assert counted.reasons() == {"expired": 2, "delivery_limit": 1, "rejected": 1, "maxlen": 1, "OTHER": 100}
 
 
 def test_the_page_has_every_metric_and_no_other() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rpcq.errors import ConfigurationError
-from rpcq.url import BrokerURL, mask, parse
+from rpcq.url import BrokerURL, mask, mask_urls, parse
 
 SECRET = "s3cr3t"
 dozens = settings(
@@ -86,9 +88,9 @@ def test_a_memory_url_may_have_a_name() -> None:
 @pytest.mark.parametrize(
     ("url", "part"),
     [
-        (None, "it is a string"),
-        (5, "it is a string"),
-        (b"amqp://rabbit", "it is a string"),
+        (None, "must be a string"),
+        (5, "must be a string"),
+        (b"amqp://rabbit", "must be a string"),
         ("", "not of the form"),
         ("rabbit", "not of the form"),
         ("rabbit:5672", "not of the form"),
@@ -105,12 +107,12 @@ def test_a_memory_url_may_have_a_name() -> None:
         ("amqp://rab bit", "its host is 'rab bit'"),
         ("amqp://rabbit\n", "its host is"),
         ("amqp://rabbit:", "its host is 'rabbit:'"),
-        ("amqp://rabbit:amqp", "its host is 'rabbit:amqp'"),
-        ("amqp://::1", "its host is '::1'"),
+        ("amqp://rabbit:amqp", "its host is 'rabbit:***'"),
+        ("amqp://::1", "an IPv6 address is written in [ ]"),
         ("amqp://[::1", "its host is"),
-        ("amqp://rabbit:0", "its port is 0"),
-        ("amqp://rabbit:65536", "its port is 65536"),
-        ("amqp://rabbit:123456", "its host is 'rabbit:123456'"),
+        ("amqp://rabbit:0", "its port must be a number from 1 to 65535"),
+        ("amqp://rabbit:65536", "its port must be a number from 1 to 65535"),
+        ("amqp://rabbit:123456", "its host is 'rabbit:***'"),
         ("amqp://rabbit/?cafile=x", "its query has 'cafile'; amqp takes none"),
         ("amqp://rabbit/?heartbeat=5", "its query has 'heartbeat'; amqp takes none"),
         ("amqps://rabbit/?heartbeat=5", "its query has 'heartbeat'; amqps takes cafile"),
@@ -143,6 +145,18 @@ def test_a_part_that_cannot_be_is_named(url: Any, part: str) -> None:
         f"amqp://u:{SECRET}@{SECRET}@rabbit/",
         f"amqp://u:p@{SECRET}/{SECRET}@rabbit/",
         f"amqp://u:{SECRET} {SECRET}/\n{SECRET}@rabbit/",
+        f"amqp://us/er:{SECRET}@rabbit/",
+        f"amqp://us#er:{SECRET}@rabbit/",
+        f"amqp://us@er:{SECRET}@rabbit/",
+        # Without a host, or a scheme:
+        f"amqp://u:{SECRET}",
+        f"amqp://u:{SECRET}#{SECRET}",
+        f"amqp://u:{SECRET}?{SECRET}",
+        f"amqp://u:{SECRET},{SECRET}/",
+        f"amqp://u@v:{SECRET}",
+        f"amqp://u/v:{SECRET}#",
+        f"u:{SECRET}",
+        f"u:{SECRET}://{SECRET}@rabbit",
     ],
 )
 def test_no_message_shows_a_password_however_badly_it_is_quoted(url: str) -> None:
@@ -150,6 +164,12 @@ def test_no_message_shows_a_password_however_badly_it_is_quoted(url: str) -> Non
         parse(url)
     assert SECRET not in str(caught.value)
     assert "***" in str(caught.value)
+
+
+def test_a_url_that_is_no_string_is_not_shown() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse(f"amqp://u:{SECRET}@rabbit/".encode())  # type: ignore[arg-type]
+    assert SECRET not in str(caught.value)
 
 
 def test_a_url_does_not_show_its_password_when_it_is_printed() -> None:
@@ -166,13 +186,97 @@ def test_a_url_does_not_show_its_password_when_it_is_printed() -> None:
         ("amqp://u:@rabbit", "amqp://u:***@rabbit"),
         ("amqp://u:p%40q@one,two", "amqp://u:***@one,two"),
         ("amqp://u:p@q/r@rabbit", "amqp://u:***@rabbit"),
-        ("connecting to amqp://u:p@rabbit failed", "connecting to amqp://u:***@rabbit failed"),
+        ("amqp://a@b:p@rabbit", "amqp://a@b:***@rabbit"),
+        ("amqp://a/b#c?:p@rabbit", "amqp://a/b#c?:***@rabbit"),
+        ("amqp://u:p@one:5671,two:5672/v", "amqp://u:***@one:5671,two:5672/v"),
+        ("amqp://u:p@[::1]:5672,[fe80::1]/v", "amqp://u:***@[::1]:5672,[fe80::1]/v"),
+        ("amqp://[::1]:5672,[fe80::1]", "amqp://[::1]:5672,[fe80::1]"),
+        ("amqp://u:p", "amqp://u:***"),
+        ("amqp://u:p#q", "amqp://u:***"),
+        ("amqp://u:99999", "amqp://u:***"),
+        ("amqp://u:12#q", "amqp://u:***"),
+        ("amqp://rabbit:5672,u:p", "amqp://rabbit:5672,u:***"),
+        ("amqp://rabbit:", "amqp://rabbit:"),
+        ("u:p", "u:***"),
+        ("rabbit:5672", "rabbit:5672"),
+        ("u:p@rabbit", "***@rabbit"),
         ("memory://", "memory://"),
         ("", ""),
     ],
 )
 def test_a_masked_url_has_all_but_the_password(url: str, masked: str) -> None:
     assert mask(url) == masked
+
+
+odd = st.text(alphabet="ab12:/?#@%,;[]'\"\\ \t\n", max_size=12)
+
+
+@settings(dozens, max_examples=1000)
+@given(user=odd, before=odd, after=odd, host=st.sampled_from(["", "@rabbit", "@rabbit:5672/v", "@[::1]/?cafile=x"]))
+def test_no_mask_shows_a_password_whatever_it_and_the_user_are_made_of(
+    user: str, before: str, after: str, host: str
+) -> None:
+    if not host:  # what may be a host, or a port, is taken for one
+        user, before, after = (re.sub("[:@]", "", part) for part in (user, before, after))
+        before = before.lstrip("12")
+    masked = mask(f"amqp://{user}:{before}{SECRET}{after}{host}")
+    assert SECRET not in masked
+    assert masked.endswith(f":***{host}")
+    assert masked.startswith(f"amqp://{user.partition(':')[0]}:***")
+    assert mask(masked) == masked
+
+
+# URLs in a text.
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("connecting to amqp://u:p@rabbit failed", "connecting to amqp://u:***@rabbit failed"),
+        ("amqp://u:p@one and https://v:q@two/x", "amqp://u:***@one and https://v:***@two/x"),
+        ("amqp://u:p@rabbit\nTraceback:\n  a@b", "amqp://u:***@rabbit\nTraceback:\n  a@b"),
+        ("('amqp://u:p@one:5672', 'amqp://two:5672')", "('amqp://u:***@one:5672', 'amqp://two:5672')"),
+        ("amqp://rabbit:5672: refused", "amqp://rabbit:5672: refused"),
+        ("AMQP://u:p, said x@y", "AMQP://u:***, said x@y"),
+        ("see https://rabbitmq.com/a:b, or a@b", "see https://rabbitmq.com/a:b, or a@b"),
+        ("amqp://a@b:p@rabbit.", "amqp://a@b:***@rabbit."),
+        ("a://b", "a://b"),
+        ("no URL: a@b", "no URL: a@b"),
+    ],
+)
+def test_the_urls_in_a_text_are_masked_and_the_rest_is_kept(text: str, masked: str) -> None:
+    assert mask_urls(text) == masked
+
+
+compact = st.text(alphabet="ab12:/?#@%,;[]'\"\\", max_size=12)
+words = st.text(alphabet="ab12:/?#@ \n", max_size=30)
+
+
+@settings(dozens, max_examples=1000)
+@given(words, st.lists(st.tuples(compact, compact, compact, words), min_size=1, max_size=3))
+def test_no_text_shows_a_password_and_what_is_around_its_urls_is_kept(
+    begin: str, urls: list[tuple[str, str, str, str]]
+) -> None:
+    begin += " "
+    text = begin + "".join(
+        f"amqp://{user}:{before}{SECRET}{after}@rabbit\n{rest}\t" for user, before, after, rest in urls
+    )
+    masked = mask_urls(text)
+    assert SECRET not in masked
+    pieces = [begin, *(f":***@rabbit\n{rest}\t" for *_, rest in urls)]
+    for piece in pieces:
+        found, _, masked = masked.partition(piece)
+        assert not any(it.isspace() for it in found)
+    assert masked == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 100_000, "amqp://" + "." * 100_000, "amqp://" * 20_000, "x://" + ":1," * 30_000]
+)
+def test_a_long_text_is_masked_in_time(text: str) -> None:
+    began = time.process_time()
+    mask_urls(text)
+    assert time.process_time() - began < 2
 
 
 @settings(dozens, max_examples=300)
