@@ -3,7 +3,7 @@
 # make test    all tests, on a real RabbitMQ too (tests/broker.py says where it comes from)
 # make test-faults  every fault of docs/reliability.md, and all else that takes long
 # make soak    mixed load for 10 minutes while faults strike at random; ARGS='--minutes 1 --seed 7 --nodes 3'
-# make check   format, lint, types, structure, and the documentation
+# make check   format, lint, types, structure, the documentation, and known holes of the dependencies
 # make docs    the documentation at http://127.0.0.1:8000, built again at every change
 # make fmt     mend what the checks can mend
 # make bench   against aio-pika's RPC and FastStream on the same broker; takes about 5 minutes
@@ -55,6 +55,11 @@ check: $(VENV)/.installed-uvloop $(VENV)/.installed-check $(VENV)/.installed-doc
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@if $(BIN)/python tests/lowest.py --reachable; then \
+		$(BIN)/pip-audit --progress-spinner off --skip-editable && \
+		$(BIN)/python tests/lowest.py >$(VENV)/lowest.txt && \
+		$(BIN)/pip-audit --progress-spinner off --no-deps --disable-pip --requirement $(VENV)/lowest.txt; \
+	else echo 'pypi.org does not tell known holes here: the dependencies are NOT audited for known holes'; fi
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
