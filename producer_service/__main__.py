@@ -22,6 +22,7 @@ from consumer_service.echo import echo
 from producer_service.load import send
 from rpcq import Client, RpcqError, Worker
 from rpcq.bench import Measured
+from rpcq.cli.text import plain
 
 console = Console()
 
@@ -117,7 +118,7 @@ def main() -> int:
     try:
         found = asyncio.run(run(arguments()))
     except RpcqError as error:
-        console.print(f"[red]producer_service:[/] {error}", highlight=False)
+        console.print(plain("producer_service:", "red"), plain(error))
         return 2
     except KeyboardInterrupt:
         return 130
