@@ -14,7 +14,7 @@ from typing import Any, Final, Self, TypeVar, Unpack, cast
 from rpcq import logs, observer, processes, wire
 from rpcq.answers import Answers, meaning
 from rpcq.calls import MAX_ATTEMPTS, Event, PendingCalls
-from rpcq.control import Control, WorkerInfo, WorkerStats
+from rpcq.control import Control, WorkerInfo, WorkerStats, read
 from rpcq.deadline import Deadline, inherit
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import BrokerError, CallError, CallTimeout, ClosedError, Executed, ServiceUnavailable, UsageError
@@ -268,7 +268,7 @@ class Client:
         check_seconds("wait", wait)
         async with aclosing(self._control.ask(question, service, wait)) as answers:
             async for answer in answers:
-                if (found := self._control.read(kind, answer)) is not None:
+                if (found := read(kind, answer, self._seldom)) is not None:
                     yield found
 
     def invoke(

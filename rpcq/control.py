@@ -325,15 +325,6 @@ class Control:
         finally:
             del self._asked[correlation_id]
 
-    def read(self, kind: type[T], answer: bytes) -> T | None:
-        """An answer as what it should be; None if it is not, which is logged: another worker's may be."""
-        try:
-            found: T = _adapter(kind).validate_json(answer)  # type: ignore[arg-type]  # a class is hashable
-        except ValidationError as error:
-            self._seldom.warning("answer of a worker dropped", cause=error.errors()[0]["msg"], expected=kind.__name__)
-            return None
-        return found
-
     async def _reply_to(self, wait: float) -> bytes | None:
         """Where answers go; None where nothing can be asked within `wait` seconds, or before `close`."""
 
@@ -348,6 +339,16 @@ class Control:
         finally:
             self._not_ready.discard(waiting)
             waiting.cancel()
+
+
+def read(kind: type[T], answer: bytes, seldom: logs.Seldom) -> T | None:
+    """An answer as what it should be; None if it is not, which is logged: another worker's may be."""
+    try:
+        found: T = _adapter(kind).validate_json(answer)  # type: ignore[arg-type]  # a class is hashable
+    except ValidationError as error:
+        seldom.warning("answer of a worker dropped", cause=error.errors()[0]["msg"], expected=kind.__name__)
+        return None
+    return found
 
 
 @cache

@@ -199,7 +199,7 @@ async def test_a_client_notices_that_a_service_has_another_queue_since(place: Pl
         async with place.worker(quorum):
             await client.call("things.work")  # it is bound under the service's name as well
             client._sender._not_once[b"things"] -= 5.0
-            client._sender.failed(_last_call(sent), Settled.REFUSED)  # more would have been known
+            client._sender.failed(_last_call(sent), Settled.REFUSED, 0)  # more would have been known
             await client.call("things.work")
             assert [it.routing_key for it in sent] == [keys[1], keys[0]]
 

@@ -333,7 +333,7 @@ async def test_after_the_time_of_a_lost_owner_each_caller_of_its_key_hears_of_it
     async def work() -> None:
         runs.append(1)
 
-    await store.claim("things/k", "lost", 0.1)
+    await store.claim("things//k", "lost", 0.1)
     async with place.worker(service), place.client() as client:
         caller = client.with_options(idempotency_key="k", timeout=30)
         for _ in range(3):

@@ -261,7 +261,7 @@ def test_a_notice_means_what_the_contract_says() -> None:
     assert (no, once, option, maybe) == ("no", "rpcq.once.", "disconnected_timeout", "maybe")
     assert f"`{option}` ({ClientOptions.disconnected_timeout:g} s) less two heartbeats" in said
     options = ClientOptions()
-    sender = Sender(None, PendingCalls(1), "", options.unrun_within)  # type: ignore[arg-type]  # nothing is sent
+    sender = Sender(None, PendingCalls(1), "", "", options.unrun_within)  # type: ignore[arg-type]  # nothing is sent
     target = make_target(NAMES, "x", "work", None)
     soon, late = 0.0, options.disconnected_timeout - 2 * options.heartbeat
     for is_once, queue, ago, event in (
@@ -320,7 +320,7 @@ QUEUES: Final = rows(
 def test_queues_are_declared_as_the_page_on_queues_says(what: str, queue: Queue) -> None:
     (row,) = (row for row in QUEUES if row[0] == what)
     _, name, durable, exclusive, arguments, bound = row
-    assert (quoted(name) or [""])[0] == (queue.name or queue.prefix)
+    assert "".join(quoted(name)) == (queue.name or queue.prefix)
     assert (durable, exclusive) == tuple("yes" if it else "no" for it in (queue.durable, queue.exclusive))
     said = quoted(arguments)
     if "the same" in arguments:
@@ -335,8 +335,5 @@ def test_queues_are_declared_as_the_page_on_queues_says(what: str, queue: Queue)
 
 def test_the_exchanges_of_the_page_on_queues_are_all_there_are() -> None:
     text = section("explanations/queues.md", "Names and arguments")
-    ((direct, topic),) = re.findall(
-        r"The exchanges (.+?) are direct and durable; (.+?) is topic, internal and durable", text
-    )
-    said = [Exchange(name) for name in quoted(direct)] + [Exchange(name, "topic", True) for name in quoted(topic)]
-    assert said == NAMES.exchanges()
+    found = re.findall(r"`(\S+)` is a (direct|topic) exchange(, and internal)?", text)
+    assert [Exchange(name, kind, bool(internal)) for name, kind, internal in found] == NAMES.exchanges()
