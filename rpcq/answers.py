@@ -8,6 +8,7 @@ from typing import Any
 import pydantic
 
 from rpcq import wire
+from rpcq.bounds import Refused, first_error
 from rpcq.calls import Call, Event, honest
 from rpcq.contract import Result, result_adapter
 from rpcq.errors import InvalidReply, from_wire
@@ -60,8 +61,8 @@ class Answers:
             value = wire.read_body(reply)
         except InvalidReply as error:
             raise honest(call, error) from None
-        except pydantic.ValidationError as error:
-            why = error.errors()[0]["msg"]
+        except (pydantic.ValidationError, Refused) as error:
+            why = first_error(error)
             raise honest(call, InvalidReply(f"{label} gave what does not fit {options.returns!r}: {why}")) from error
         except Exception as error:  # what validators of the caller's own type raise
             raise honest(call, InvalidReply(f"the result of {label} could not be read: {error!r}")) from error

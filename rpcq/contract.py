@@ -21,6 +21,7 @@ import pydantic
 from pydantic import PydanticUserError
 
 from rpcq import wire
+from rpcq.bounds import MOST_ERRORS, Refused
 from rpcq.deadline import Deadline
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply
 from rpcq.idempotency import AnswerStore
@@ -147,7 +148,7 @@ class Method:
                 refuse_beyond_float(body, found, self._read)
         except pydantic.ValidationError as error:
             raise _invalid_params(self.label, error) from error
-        except NotCarried as error:
+        except (NotCarried, Refused) as error:
             raise InvalidParams(f"the parameters of {self.label} cannot be taken: {error}") from error
         except ValueError as error:
             raise InvalidParams(f"the parameters of {self.label} are not JSON: {error}") from error
@@ -204,7 +205,7 @@ class Result:
         self._plain = codec.plain
         self._read = codec.read
         self.read: Callable[[bytes], Any] = self._read_floats if codec.floats else codec.read
-        """A value from JSON. Raises pydantic's ValidationError, and InvalidReply."""
+        """A value from JSON. Raises pydantic's ValidationError, `bounds.Refused` and InvalidReply."""
 
     def _read_floats(self, body: bytes) -> Any:
         value = self._read(body)
@@ -500,13 +501,31 @@ def _parameters_codec(label: str, signature: inspect.Signature) -> Codec:
         raise ConfigurationError(msg) from error
 
 
+_MOST_DETAILS: Final = 100
+_LONGEST_DETAIL: Final = 1000
+"""Characters of a message and of the names that lead to a field: both may have text from the body in them."""
+
+
 def _invalid_params(label: str, error: pydantic.ValidationError) -> InvalidParams:
-    details = [
-        {"loc": list(it["loc"]), "msg": it["msg"], "type": it["type"]}
-        for it in error.errors(include_url=False, include_context=False, include_input=False)
-    ]
+    count = error.error_count()
+    if count > MOST_ERRORS:
+        return InvalidParams(f"the parameters do not fit {label}: {count} errors, too many to list")
+    errors = error.errors(include_url=False, include_context=False, include_input=False)[:_MOST_DETAILS]
+    details = [{"loc": _in_short(it["loc"]), "msg": it["msg"][:_LONGEST_DETAIL], "type": it["type"]} for it in errors]
     if details and details[0]["type"] == "json_invalid":
         return InvalidParams(f"the parameters of {label} are not JSON: {details[0]['msg']}", details=details)
     named = "; ".join(f"{'.'.join(str(part) for part in it['loc']) or 'parameters'}: {it['msg']}" for it in details[:5])
-    more = f"; and {len(details) - 5} more" if len(details) > 5 else ""
-    return InvalidParams(f"the parameters do not fit {label}: {named}{more}", details=details[:100])
+    more = f"; and {count - 5} more" if count > 5 else ""
+    return InvalidParams(f"the parameters do not fit {label}: {named}{more}", details=details)
+
+
+def _in_short(loc: tuple[int | str, ...]) -> list[int | str]:
+    """The names that lead to a field; the first ones alone, and "..." after them, where they are long."""
+    found: list[int | str] = []
+    left = _LONGEST_DETAIL
+    for part in loc:
+        if len(str(part)) > left:
+            return [*found, f"{str(part)[:left]}..."]
+        found.append(part)
+        left -= len(str(part)) + 1
+    return found

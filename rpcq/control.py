@@ -16,11 +16,13 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Annotated, Any, Final, TypeVar
 
-from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, ValidationError
 
 from rpcq import logs, wire
+from rpcq.bounds import Refused, first_error
 from rpcq.contract import Method, Service
 from rpcq.processes import own_version
+from rpcq.schemas import Codec, make_codec
 from rpcq.transport.base import Message, Settled, Transport
 from rpcq.transport.topology import EVERY_SERVICE, Names
 
@@ -344,13 +346,13 @@ class Control:
 def read(kind: type[T], answer: bytes, seldom: logs.Seldom) -> T | None:
     """An answer as what it should be; None if it is not, which is logged: another worker's may be."""
     try:
-        found: T = _adapter(kind).validate_json(answer)  # type: ignore[arg-type]  # a class is hashable
-    except ValidationError as error:
-        seldom.warning("answer of a worker dropped", cause=error.errors()[0]["msg"], expected=kind.__name__)
+        found: T = _codec(kind).read(answer)  # type: ignore[arg-type]  # a class is hashable
+    except (ValidationError, Refused) as error:
+        seldom.warning("answer of a worker dropped", cause=first_error(error), expected=kind.__name__)
         return None
     return found
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+def _codec(kind: type[Any]) -> Codec:
+    return make_codec(kind, kind.__name__, written=False)

@@ -16,6 +16,7 @@ from pydantic.types import Base64Encoder, Base64UrlEncoder
 from pydantic_core import CoreConfig, SchemaSerializer, SchemaValidator
 from typing_extensions import TypeAliasType
 
+from rpcq.bounds import bounded
 from rpcq.errors import ConfigurationError
 
 # Infinities are written out, so that `refuse_nan` sees them.
@@ -42,8 +43,8 @@ class Codec:
     """Reads and writes one type.
 
     Attributes:
-        read: from JSON; raises pydantic's ValidationError.
-        check: from Python; raises the same.
+        read: from JSON, within bounds; raises pydantic's ValidationError, and `bounds.Refused`.
+        check: from Python; raises ValidationError.
         write: to JSON.
         plain: to what Python has for JSON.
         floats: whether it may read a number as a float.
@@ -81,18 +82,12 @@ def make_codec(kind: Any, label: str, *, written: bool) -> Codec:
         adapter.rebuild()
     look = _Look(label)
     schema = look.at(adapter.core_schema, _Spot(written=written))
+    validator: Any = adapter.validator
+    serializer: Any = adapter.serializer
     if look.rewritten:
         validator, serializer = SchemaValidator(schema, _CORE_CONFIG), SchemaSerializer(schema, _CORE_CONFIG)
-        return Codec(
-            validator.validate_json, validator.validate_python, serializer.to_json, serializer.to_python, look.floats
-        )
-    return Codec(
-        adapter.validator.validate_json,
-        adapter.validator.validate_python,
-        adapter.serializer.to_json,
-        adapter.serializer.to_python,
-        look.floats,
-    )
+    read = bounded(schema, _CORE_CONFIG, validator.validate_json)
+    return Codec(read, validator.validate_python, serializer.to_json, serializer.to_python, look.floats)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import resource
 import threading
 from decimal import Decimal
 from typing import Any, Self
@@ -40,6 +41,19 @@ class Odd(BaseException):
 
 class Broken(DomainError):
     pass
+
+
+class Pair(BaseModel):
+    first: int
+    second: int
+
+
+class Sum(BaseModel):
+    left: int | Sum | Difference
+
+
+class Difference(BaseModel):
+    left: int | Sum | Difference
 
 
 async def test_whatever_a_handler_raises_its_caller_is_told_and_its_slot_is_free_again(place: Place) -> None:
@@ -374,6 +388,41 @@ async def test_a_number_beyond_a_float_in_a_request_is_refused_and_never_infinit
         assert not seen
         await client.call("things.take", x=1e308, other=[10**400, Decimal("1e400"), "1e400"])
         assert seen == [(1e308, None, [10**400, "1E+400", "1e400"])]
+
+
+async def test_large_and_deep_bodies_that_do_not_fit_are_refused_soon_and_cost_little_memory(place: Place) -> None:
+    service, runs = place.service(), []
+
+    @service.method
+    async def take(pairs: list[Pair]) -> None:
+        runs.append(pairs)
+
+    @service.method
+    async def add(sum: Sum) -> None:  # noqa: A002
+        runs.append(sum)
+
+    @service.method
+    async def echo(value: Any) -> Any:
+        return value
+
+    deep: Any = "wrong"
+    for _ in range(40):  # as many branches as 2 ** 40
+        deep = {"left": deep}
+    wrong = [{"first": "x"}] * 70_000
+    async with place.worker(service), place.client(timeout=30) as client:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(InvalidParams, match=r"pairs\.0\.first: .*; pairs\.0\.second: ") as caught:
+            await client.call("things.take", pairs=wrong)
+        assert len(caught.value.details) == 2
+        with pytest.raises(InvalidParams, match="nested too deeply"):
+            await client.call("things.add", sum=deep)
+        assert runs == []
+        with pytest.raises(InvalidReply, match="Input should be a valid integer"):
+            await client.with_options(returns=list[Pair]).call("things.echo", value=wrong)
+        with pytest.raises(InvalidReply, match="nested too deeply"):
+            await client.with_options(returns=Sum).call("things.echo", value=deep)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 150_000  # kB; 140 000 errors take more
 
 
 async def test_what_is_written_can_be_read_on_the_other_side(place: Place) -> None:

@@ -29,9 +29,10 @@ from pydantic import (
     SecretStr,
     field_validator,
 )
-from typing_extensions import TypedDict
+from typing_extensions import TypeAliasType, TypedDict
 
 from rpcq import wire
+from rpcq.bounds import Refused
 from rpcq.contract import Context as Ctx
 from rpcq.contract import Contract, Method, Service, contract, result_adapter
 from rpcq.deadline import Deadline
@@ -51,6 +52,18 @@ class CardDeclined(DomainError):
 class Item(BaseModel):
     sku: str = Field(alias="stockKeepingUnit")
     price: float | None = None
+
+
+class Apple(BaseModel):
+    kind: Literal["apple"]
+
+
+class Pear(BaseModel):
+    kind: Literal["pear"]
+
+
+Tagged = Annotated[Apple | Pear, Field(discriminator="kind")]
+Twice = TypeAliasType("Twice", "list[Twice] | tuple[Twice, ...]")  # type: ignore[misc]
 
 
 class Strict(BaseModel):
@@ -219,6 +232,42 @@ def test_only_a_few_of_many_faults_are_spelt_out() -> None:
     with pytest.raises(InvalidParams, match="; and 195 more") as caught:
         called(total, wire.dumps({"numbers": ["a"] * 200}))
     assert len(caught.value.details) == 100
+
+
+def test_of_very_many_faults_only_the_number_is_told() -> None:
+    with pytest.raises(InvalidParams, match=r"the parameters do not fit s\.m: 5000 errors, too many to list") as caught:
+        called(add, wire.dumps({"x": 1, "y": 2} | dict.fromkeys(map(str, range(5000)))))
+    assert caught.value.details is None
+
+
+def test_names_and_messages_from_the_body_are_cut() -> None:
+    def take(models: dict[str, Basket], kind: Tagged) -> None: ...
+
+    named = "n" * 100_000
+    body = {"models": {named: {"items": [{}]}}, "kind": {"kind": named}, named: 1}
+    with pytest.raises(InvalidParams, match=r"models\.nnn") as caught:
+        called(take, wire.dumps(body))
+    assert len(caught.value.details) == 4
+    assert len(wire.dumps(caught.value.details)) < 10_000
+    assert caught.value.details[0]["loc"][0] == "models"
+    assert caught.value.details[0]["loc"][1].endswith("n...")
+
+
+def test_a_body_that_is_nested_too_deeply_for_a_recursive_union_is_refused_both_ways() -> None:
+    def take(it: Twice) -> None: ...
+
+    deep = "[" * 50 + "]" * 50
+    with pytest.raises(InvalidParams, match=r"cannot be taken: .*nested too deeply .* Field\(discriminator=") as caught:
+        called(take, f'{{"it": {deep}}}')
+    assert caught.value.executed == "no"
+    with pytest.raises(Refused, match="nested too deeply"):
+        result_adapter("s.m", Twice).read(deep.encode())
+
+
+def test_a_large_result_that_does_not_fit_has_few_errors() -> None:
+    with pytest.raises(pydantic.ValidationError) as caught:
+        result_adapter("s.m", list[Item]).read(b"[%b{}]" % (b"{}," * 100_000))
+    assert caught.value.error_count() == 1
 
 
 def test_what_a_caller_sent_is_not_told_back() -> None:
