@@ -34,10 +34,13 @@ MAX_ATTEMPTS: Final = 3
 REMEMBERED_CALLS: Final = 10_000
 """Calls that ended without a reply, by which a late one is told from one that came twice."""
 
-_SECRET: Final = 16
-"""Characters of the random part of a correlation ID: 64 bits."""
-_SECRETS: Final = 512
-"""Random parts that are made at once: to ask the system for each would cost more than all else of an ID."""
+_SECRET: Final = 8
+"""Bytes of the random part of a correlation ID."""
+_LAST_DIGITS: Final = [b"%02x-" % number for number in range(255, -1, -1)]
+"""The last two digits of the numbers of 256 correlation IDs, the highest first.
+
+So many are made at once: to ask the system for each random part would cost more than all else of an ID.
+"""
 
 
 class State(IntEnum):
@@ -264,9 +267,9 @@ class PendingCalls:
     def __init__(self, limit: int) -> None:
         self._calls: dict[bytes, Call] = {}
         self._limit = limit
-        self._prefix = secrets.token_hex(8).encode() + b"-"
-        self._count = 0
-        self._secrets: list[bytes] = []
+        self._prefix = secrets.token_hex(4).encode() + b"-"
+        self._count = 0  # of times that IDs were made
+        self._ids: list[bytes] = []  # the next one is last
         self._unanswered: dict[bytes, None] = {}  # sent, and ended without a reply: the last of them, in order
         self.late = 0
         self.duplicate = 0
@@ -290,14 +293,18 @@ class PendingCalls:
     def next_id(self) -> bytes:
         """A correlation ID that no other call has, and that nobody can guess who knows all the others.
 
-        64 random bits keep the IDs of clients apart, and a counter those of one client. Further 64 bits keep them
-        secret from workers that do not serve the call: whoever knows a reply queue and an ID can forge the reply.
+        It begins with 32 random bits of the client and a number, for people. 64 random bits of its own keep it apart
+        from all others, and secret from workers that do not serve the call: whoever knows a reply queue and an ID can
+        forge the reply.
         """
-        if not self._secrets:
-            made = os.urandom(_SECRETS * _SECRET // 2).hex().encode()
-            self._secrets = [made[at : at + _SECRET] for at in range(0, len(made), _SECRET)]
-        self._count += 1
-        return b"%b%x-%b" % (self._prefix, self._count, self._secrets.pop())
+        try:
+            return self._ids.pop()
+        except IndexError:
+            self._count += 1
+            start = self._prefix + b"%x" % self._count
+            secret = os.urandom(len(_LAST_DIGITS) * _SECRET).hex(" ", _SECRET).encode().split()
+            self._ids = [start + digits + part for digits, part in zip(_LAST_DIGITS, secret, strict=True)]
+            return self._ids.pop()
 
     def add(self, call: Call) -> None:
         """A call begins.

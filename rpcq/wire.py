@@ -278,9 +278,8 @@ class Request:
 
 
 _NO_HEADERS: Final[Mapping[str, Any]] = MappingProxyType({})  # many requests share it
-_FAST_STARTS: Final = tuple(
-    _U16.pack(_REQUEST_FLAGS | amqp.TYPE | user_id) + short(JSON) for user_id in (0, amqp.USER_ID)
-)
+_FAST_START: Final = _U16.pack(_REQUEST_FLAGS | amqp.TYPE) + short(JSON)
+_FAST_START_NAMED: Final = _U16.pack(_REQUEST_FLAGS | amqp.TYPE | amqp.USER_ID) + short(JSON)
 
 
 def read_request(data: bytes) -> Request:
@@ -290,9 +289,10 @@ def read_request(data: bytes) -> Request:
         MalformedProperties: `data` are not properties.
 
     """
-    if data.startswith(_FAST_STARTS):  # what rpcq's clients send
+    is_named = False
+    if data.startswith(_FAST_START) or (is_named := data.startswith(_FAST_START_NAMED)):  # what rpcq's clients send
         try:
-            fast = _read_fast(data, len(_FAST_STARTS[0]))
+            fast = _read_fast(data, len(_FAST_START), is_named)
         except (IndexError, struct.error, UnicodeDecodeError) as error:
             raise MalformedProperties("the properties of a request are malformed") from error
         if fast is not None:
@@ -316,8 +316,11 @@ def read_request(data: bytes) -> Request:
     return request
 
 
-def _read_fast(data: bytes, at: int) -> Request | None:
-    """A request with no headers but its times, and `CC`, which is for the broker; None if it has others."""
+def _read_fast(data: bytes, at: int, is_named: bool) -> Request | None:
+    """A request with no headers but its times, and `CC`, which is for the broker; None if it has others.
+
+    `is_named` says that it has the property `user_id`.
+    """
     end = at + 4 + _U32.unpack_from(data, at)[0]
     at += 4
     has_copy = data[at : at + 4] == b"\x02CCA"
@@ -336,7 +339,7 @@ def _read_fast(data: bytes, at: int) -> Request | None:
     at = end + 1 + data[end]
     method = data[end + 1 : at].decode()
     user = ""
-    if data[1] & amqp.USER_ID:
+    if is_named:
         end, at = at, at + 1 + data[at]
         user = data[end + 1 : at].decode()
     end = at + 1 + data[at]

@@ -308,7 +308,7 @@ def test_logs_are_lines_of_json_where_nobody_reads_them_at_a_terminal(rpcq: Rpcq
     password = urlsplit(rpcq.url).password
     assert started["url"] == (rpcq.url.replace(f":{password}@", ":***@") if password else rpcq.url)
     assert failed["level"] == "error"
-    assert re.fullmatch(r"[0-9a-f]{16}-[0-9a-f]+-[0-9a-f]{16}", failed["correlation_id"])
+    assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]+-[0-9a-f]{16}", failed["correlation_id"])
     assert failed["method"] == "things.fail"
 
 
