@@ -57,6 +57,26 @@ async def test_a_reset_settles_pending_calls_at_once_and_the_next_call_succeeds(
         assert client.in_flight == 0
 
 
+async def test_a_call_right_after_aiormq_closed_the_socket_ends_as_lost_and_the_next_call_succeeds(
+    rabbitmq_url: str, namespace: str
+) -> None:
+    """aiormq does that where its tasks are cancelled, as they are when the event loop ends."""
+    service, _ = things()
+    async with (
+        Worker(service, url=rabbitmq_url, namespace=namespace),
+        Client(rabbitmq_url, namespace=namespace) as client,
+    ):
+        await come_back(client)
+        socket: Any = client._transport._publishing._link.protocol._transport_  # type: ignore[attr-defined]
+        call = asyncio.create_task(client.call("things.quick", x=1))
+        socket.write_eof()
+        socket.close()
+        with pytest.raises(OutcomeUnknown) as caught:
+            await call
+        assert caught.value.executed == "maybe"
+        await come_back(client)
+
+
 async def test_a_lost_session_comes_back_at_the_next_host(rabbitmq_url: str, namespace: str) -> None:
     service, _ = things()
     async with (
