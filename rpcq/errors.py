@@ -9,7 +9,10 @@
     |   +-- AuthenticationFailed              user or password refused
     |   +-- VhostNotFound                     no such vhost, or the user may not enter it
     |   +-- AccessRefused                     the user lacks a permission
-    |   +-- TopologyMismatch                  a queue or exchange exists with other arguments
+    |   +-- NotFound                          no such queue or exchange                           (404)
+    |   +-- ResourceLocked                    the queue is exclusive to another connection        (405)
+    |   +-- PreconditionFailed                the broker does not take it as it is                (406)
+    |   |   +-- TopologyMismatch              a queue or exchange exists with other arguments
     |   +-- ProtocolError                     the peer did not speak AMQP 0-9-1 as it should
     +-- CallError                             how a call failed; says whether it ran      executed  retryable
         +-- InvalidParams                     the worker refused the parameters           no        no
@@ -104,7 +107,19 @@ class AccessRefused(BrokerError):
     """The user lacks a permission to configure, write or read."""
 
 
-class TopologyMismatch(BrokerError):
+class NotFound(BrokerError):
+    """There is no such queue or exchange (reply code 404)."""
+
+
+class ResourceLocked(BrokerError):
+    """The queue is exclusive to another connection (reply code 405)."""
+
+
+class PreconditionFailed(BrokerError):
+    """The broker does not take what was asked as it is: an argument, a property, a delivery tag (reply code 406)."""
+
+
+class TopologyMismatch(PreconditionFailed):
     """A queue or an exchange exists already, with other arguments."""
 
 

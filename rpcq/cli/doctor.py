@@ -26,6 +26,8 @@ from rpcq.errors import (
     AuthenticationFailed,
     BrokerError,
     BrokerUnreachable,
+    NotFound,
+    ResourceLocked,
     TopologyMismatch,
     VhostNotFound,
 )
@@ -59,6 +61,8 @@ MENDS: Final[dict[type[BrokerError], str]] = {
     AuthenticationFailed: "check user and password: rabbitmqctl authenticate_user USER PASSWORD",
     VhostNotFound: "make it, and let the user in: rabbitmqctl add_vhost VHOST; rabbitmqctl set_permissions ...",
     AccessRefused: "give the user what rpcq needs: see 'Least privilege' in the documentation on security",
+    NotFound: "declare it with 'rpcq setup', or start a worker",
+    ResourceLocked: "close the connection that has it: rabbitmqctl list_connections pid name",
     TopologyMismatch: "delete the queue when it is empty, and let a worker or 'rpcq setup' declare it anew",
 }
 
@@ -139,6 +143,8 @@ async def _examine(
                 reached += 1
                 yield Found(Grade.GOOD, f"{host}:{port} answers{' over TLS' if admin.is_encrypted else ''}")
                 yield _version(admin)
+                async for finding in _exchanges(admin, Names(options.namespace), options):
+                    yield finding
                 for service in services if reached == 1 else ():
                     queue = Names(options.namespace).request_queue(service.name, service.queue_type, service.queue)
                     yield await _queue(admin, queue)
@@ -197,6 +203,19 @@ async def _policy(management: Management | None, queue: str, options: ClientOpti
         "they may be told 'no' of what has run",
         f"take it out of the policy, or tell all clients: disconnected_timeout={set_to:g}",
     )
+
+
+async def _exchanges(admin: Admin, names: Names, options: ClientOptions) -> Findings:
+    """Whether the exchanges are of the types that they should be: topic permissions hold for topic exchanges alone."""
+    for exchange in names.exchanges(options.reply_exchange):
+        try:
+            if await admin.has_exchange(exchange.name):
+                await admin.declare([exchange], [])
+        except TopologyMismatch as error:
+            mend = "stop what uses it, delete it, and let a worker or 'rpcq setup' declare it anew"
+            yield Found(Grade.BAD, str(error), mend)
+        except AccessRefused:
+            pass  # a user who may not declare it cannot compare it either
 
 
 async def _queue(admin: Admin, queue: Queue) -> Found:

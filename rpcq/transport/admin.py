@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from aio_pika.abc import AbstractChannel
 
-from rpcq.errors import BrokerUnreachable, TopologyMismatch
+from rpcq.errors import BrokerUnreachable, NotFound
 from rpcq.settings import ConnectionOptions
 from rpcq.transport.connection import connect, heeding_cancellation, is_foreign, translate
 from rpcq.transport.consuming import declare
@@ -77,10 +77,25 @@ class Admin:
 
         try:
             return await self._ask(ask)
-        except TopologyMismatch as error:
-            if "NOT_FOUND" in str(error):
-                return None
-            raise
+        except NotFound:
+            return None
+
+    async def has_exchange(self, name: str) -> bool:
+        """Whether there is such an exchange.
+
+        Raises:
+            BrokerError: it could not be asked, or the broker refused.
+
+        """
+
+        async def ask(channel: AbstractChannel) -> None:
+            await channel.declare_exchange(name, passive=True)
+
+        try:
+            await self._ask(ask)
+        except NotFound:
+            return False
+        return True
 
     async def declare(self, exchanges: Sequence[Exchange], queues: Sequence[Queue]) -> list[str]:
         """Declare exchanges, then queues with their bindings; the names of the queues.

@@ -27,8 +27,10 @@ from rpcq.errors import (
     BrokerError,
     BrokerUnreachable,
     ConfigurationError,
+    NotFound,
+    PreconditionFailed,
     ProtocolError,
-    TopologyMismatch,
+    ResourceLocked,
     VhostNotFound,
 )
 from rpcq.settings import ConnectionOptions
@@ -49,9 +51,9 @@ from rpcq.url import BrokerURL
 
 BY_REPLY_CODE: dict[int, type[BrokerError]] = {
     403: AccessRefused,
-    404: TopologyMismatch,
-    405: TopologyMismatch,
-    406: TopologyMismatch,
+    404: NotFound,
+    405: ResourceLocked,
+    406: PreconditionFailed,
     501: ProtocolError,
     502: ProtocolError,
     503: ProtocolError,
@@ -64,9 +66,9 @@ TOO_LARGE: Final = re.compile(r"message size \d+ is larger than (?:configured )?
 
 BY_CHANNEL_ERROR: dict[type[BaseException], type[BrokerError]] = {
     aiormq.exceptions.ChannelAccessRefused: AccessRefused,
-    aiormq.exceptions.ChannelNotFoundEntity: TopologyMismatch,
-    aiormq.exceptions.ChannelLockedResource: TopologyMismatch,
-    aiormq.exceptions.ChannelPreconditionFailed: TopologyMismatch,
+    aiormq.exceptions.ChannelNotFoundEntity: NotFound,
+    aiormq.exceptions.ChannelLockedResource: ResourceLocked,
+    aiormq.exceptions.ChannelPreconditionFailed: PreconditionFailed,
 }
 
 OF_LANES: Final = frozenset({DELIVER, RETURN, ACK, NACK})

@@ -9,7 +9,7 @@ from typing import Final
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 
 from rpcq import logs
-from rpcq.errors import AccessRefused, BrokerError, BrokerUnreachable, TopologyMismatch
+from rpcq.errors import AccessRefused, BrokerError, BrokerUnreachable, NotFound, PreconditionFailed, TopologyMismatch
 from rpcq.settings import ConnectionOptions
 from rpcq.transport.base import Delivery, Listener, Subscription
 from rpcq.transport.connection import closed_by_broker, heeding_cancellation, is_foreign, translate
@@ -57,7 +57,7 @@ async def declare(channel: AbstractChannel, queue: Queue) -> str:
             await declared.bind(exchange, key)
     except Exception as error:
         ours = translate(error, None)
-        if isinstance(ours, TopologyMismatch):
+        if isinstance(ours, PreconditionFailed):
             msg = f"the queue {queue.name!r} exists with other arguments than rpcq's; delete it or mend it: {ours}"
             raise TopologyMismatch(msg) from error
         raise
@@ -248,7 +248,7 @@ class ConsumingSession(Session):
             )
         except Exception as error:
             ours = translate(error, link.protocol.lost)
-            if refused is None or not isinstance(ours, AccessRefused | TopologyMismatch):
+            if refused is None or not isinstance(ours, AccessRefused | NotFound | PreconditionFailed):
                 raise
             msg = (
                 f"{refused}; nor can it be used as it is ({ours}): a user who may has to declare it, with 'rpcq setup'"

@@ -25,7 +25,7 @@ from operator import attrgetter
 from secrets import token_urlsafe
 from typing import Any, Final
 
-from rpcq.errors import AccessRefused, TopologyMismatch
+from rpcq.errors import AccessRefused, NotFound, PreconditionFailed, ResourceLocked, TopologyMismatch
 from rpcq.properties import EXPIRATION, HEADERS, USER_ID, MalformedProperties, decode, encode
 from rpcq.transport.base import Settled
 from rpcq.transport.routing import LiveExchange
@@ -207,7 +207,9 @@ class Vhost:
 
         Raises:
             AccessRefused: the name is one of RabbitMQ's own, or a binding is to the default exchange.
-            TopologyMismatch: it exists with other arguments, is another connection's, or cannot be declared like this.
+            NotFound: there is no exchange to bind it to.
+            ResourceLocked: it is another connection's.
+            PreconditionFailed: it exists with other arguments (`TopologyMismatch`), or cannot be declared like this.
 
         """
         check_reserved("queue", queue.name)
@@ -234,13 +236,14 @@ class Vhost:
         """Add a consumer to a queue, and hand it what it may have at once.
 
         Raises:
-            TopologyMismatch: there is no such queue, or it is another connection's.
+            NotFound: there is no such queue.
+            ResourceLocked: it is another connection's.
 
         """
         live = self.queues.get(name)
         if live is None:
             msg = f"NOT_FOUND - no queue {name!r}"
-            raise TopologyMismatch(msg)
+            raise NotFound(msg)
         _check_owner(live, connection)
         consumer = Consumer(live, connection, deliver, prefetch, no_ack)
         live.consumers.append(consumer)
@@ -292,8 +295,9 @@ class Vhost:
         """Route a message to its queues: confirmed, returned or refused.
 
         Raises:
-            TopologyMismatch: RabbitMQ closes the channel over it, with 404 or 406: there is no such exchange, the
-                expiration or the CC header is not one, or the user's name is that of another user.
+            NotFound: RabbitMQ closes the channel over it, with 404: there is no such exchange.
+            PreconditionFailed: the same, with 406: the expiration or the CC header is not one, or the user's name is
+                that of another user.
             AccessRefused: RabbitMQ closes the channel over it, with 403: the exchange is internal.
             MalformedProperties: the properties cannot be read. Only what is needed of them is.
 
@@ -301,7 +305,7 @@ class Vhost:
         live = self._exchanges.get(exchange)
         if live is None:
             msg = f"NOT_FOUND - no exchange {exchange.decode(errors='replace')!r}"
-            raise TopologyMismatch(msg)
+            raise NotFound(msg)
         if live.declared.internal:
             msg = f"ACCESS_REFUSED - cannot publish to internal exchange {live.declared.name!r}"
             raise AccessRefused(msg)
@@ -330,13 +334,13 @@ class Vhost:
         """Acknowledge or reject what a connection holds under a delivery tag.
 
         Raises:
-            TopologyMismatch: it holds nothing under that tag; RabbitMQ closes the channel over it, with 406.
+            PreconditionFailed: it holds nothing under that tag; RabbitMQ closes the channel over it, with 406.
 
         """
         handed = connection.unacked.pop(tag, None)
         if handed is None:
             msg = f"PRECONDITION_FAILED - unknown delivery tag {tag}"
-            raise TopologyMismatch(msg)
+            raise PreconditionFailed(msg)
         consumer, _, entry = handed
         queue = consumer.queue
         if requeue and queue.quorum and queue.delivery_limit is None:
@@ -375,7 +379,7 @@ class Vhost:
         live = self._exchanges.get(exchange.encode())
         if live is None:
             msg = f"NOT_FOUND - no exchange {exchange!r} to bind the queue {queue.name!r} to"
-            raise TopologyMismatch(msg)
+            raise NotFound(msg)
         if live.bind(queue, key.encode()):
             queue.bound.append((exchange.encode(), key.encode()))
 
@@ -475,4 +479,4 @@ class Vhost:
 def _check_owner(queue: LiveQueue, connection: Connection) -> None:
     if queue.owner is not None and queue.owner is not connection:
         msg = f"RESOURCE_LOCKED - the queue {queue.name!r} is exclusive to another connection"
-        raise TopologyMismatch(msg)
+        raise ResourceLocked(msg)

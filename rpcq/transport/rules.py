@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final, Literal
 
-from rpcq.errors import AccessRefused, TopologyMismatch
+from rpcq.errors import AccessRefused, PreconditionFailed, TopologyMismatch
 from rpcq.transport.topology import Queue
 
 Reason = Literal["expired", "rejected", "delivery_limit"]
@@ -28,7 +28,7 @@ def copies_of(headers: Mapping[str, Any] | None) -> list[bytes]:
     """The routing keys of the header CC; what is not a string in it counts for nothing.
 
     Raises:
-        TopologyMismatch: RabbitMQ closes the channel over it, with 406.
+        PreconditionFailed: RabbitMQ closes the channel over it, with 406.
 
     """
     copies = headers.get("CC") if headers else None
@@ -36,7 +36,7 @@ def copies_of(headers: Mapping[str, Any] | None) -> list[bytes]:
         return []
     if not isinstance(copies, list):
         msg = f"PRECONDITION_FAILED - invalid message: the header CC is a {type(copies).__name__}, and no array"
-        raise TopologyMismatch(msg)
+        raise PreconditionFailed(msg)
     return [key.encode() if isinstance(key, str) else key for key in copies if isinstance(key, str | bytes)]
 
 
@@ -63,21 +63,21 @@ def milliseconds(expiration: bytes) -> int:
     """What the property `expiration` says.
 
     Raises:
-        TopologyMismatch: RabbitMQ closes the channel over it, with 406.
+        PreconditionFailed: RabbitMQ closes the channel over it, with 406.
 
     """
     if not _EXPIRATION.match(expiration) or int(expiration) < 0:
         msg = f"PRECONDITION_FAILED - invalid expiration {expiration.decode(errors='replace')!r}"
-        raise TopologyMismatch(msg)
+        raise PreconditionFailed(msg)
     return int(expiration)
 
 
 def check_user(user: bytes | None) -> None:
-    """Raise `TopologyMismatch` where a message names another user than its sender, who is guest in this broker."""
+    """Raise `PreconditionFailed` where a message names another user than its sender, who is guest in this broker."""
     if user is not None and user != b"guest":
         named = user.decode(errors="replace")
         msg = f"PRECONDITION_FAILED - user_id property set to {named!r} but authenticated user was 'guest'"
-        raise TopologyMismatch(msg)
+        raise PreconditionFailed(msg)
 
 
 def record_death(
@@ -137,7 +137,7 @@ def check_reserved(what: str, name: str) -> None:
 
 
 def check_arguments(queue: Queue) -> None:
-    """Raise `TopologyMismatch` for what RabbitMQ refuses, and for what is not there to be honoured."""
+    """Raise `PreconditionFailed` for what RabbitMQ refuses, and for what is not there to be honoured."""
     arguments = queue.arguments
     quorum = arguments.get("x-queue-type", "classic") == "quorum"
     wrong = [name for name in arguments if name not in _ARGUMENTS]
@@ -158,7 +158,7 @@ def check_arguments(queue: Queue) -> None:
         wrong.append("x-queue-type: a quorum queue is durable, and neither exclusive nor auto-delete")
     if wrong:
         msg = f"PRECONDITION_FAILED - the queue {queue.name!r} cannot be declared with {', '.join(sorted(set(wrong)))}"
-        raise TopologyMismatch(msg)
+        raise PreconditionFailed(msg)
 
 
 def _is_count(value: Any) -> bool:

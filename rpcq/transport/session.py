@@ -22,6 +22,8 @@ from rpcq.errors import (
     BrokerUnreachable,
     ClosedError,
     ConfigurationError,
+    NotFound,
+    PreconditionFailed,
     TopologyMismatch,
 )
 from rpcq.settings import ConnectionOptions
@@ -49,8 +51,20 @@ log = logs.get_logger("rpcq.rabbitmq")
 
 
 async def declare_exchange(channel: AbstractChannel, exchange: Exchange) -> None:
-    """Declare an exchange. Where it fails, the broker closes the channel."""
-    await channel.declare_exchange(exchange.name, exchange.type, durable=True, internal=exchange.internal)
+    """Declare an exchange. Where it fails, the broker closes the channel.
+
+    Raises:
+        TopologyMismatch: it exists with another type.
+
+    """
+    try:
+        await channel.declare_exchange(exchange.name, exchange.type, durable=True, internal=exchange.internal)
+    except Exception as error:
+        ours = translate(error, None)
+        if isinstance(ours, PreconditionFailed):
+            msg = f"the exchange {exchange.name!r} exists with other properties than rpcq's: {ours}"
+            raise TopologyMismatch(msg) from error
+        raise
 
 
 class Link:
@@ -79,10 +93,10 @@ class Link:
                 await channel.declare_exchange(exchange.name, exchange.type, passive=True)
             except Exception as error:
                 refused = translate(error, self.protocol.lost)
-                if not isinstance(refused, AccessRefused | TopologyMismatch):
+                if not isinstance(refused, AccessRefused | NotFound):
                     raise
                 channel, _ = await self.channel(confirms=False)  # the refusal closed the other one
-                if isinstance(refused, TopologyMismatch):
+                if isinstance(refused, NotFound):
                     await declare_exchange(channel, exchange)
         await channel.close()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rpcq.errors import BrokerError, TopologyMismatch
+from rpcq.errors import BrokerError, ResourceLocked, TopologyMismatch
 from rpcq.properties import Properties, decode, encode
 from rpcq.transport.base import Delivery, Message, Settled
 from rpcq.transport.topology import Queue
@@ -443,7 +443,7 @@ async def test_an_exclusive_queue_is_refused_to_another_transport(seam: Seam) ->
     queue = Queue(f"{seam.namespace}.own", exclusive=True, auto_delete=True)
     async with seam.opened(queue) as owner:
         other = seam.end(queue)
-        with pytest.raises(TopologyMismatch, match="RESOURCE_LOCKED"):
+        with pytest.raises(ResourceLocked, match="RESOURCE_LOCKED"):
             await other.start()
         await other.transport.close()
         assert await owner.sent(queue.name, b"x") is Settled.CONFIRMED

@@ -147,6 +147,17 @@ def test_the_doctor_names_what_is_wrong_and_the_mend(rpcq: Rpcq) -> None:
     assert "start one: rpcq worker" in ran.stdout
 
 
+def test_the_doctor_names_an_exchange_whose_type_no_topic_permission_holds_for(rpcq: Rpcq) -> None:
+    rpcq.worker()
+    with pika.BlockingConnection(pika.URLParameters(rpcq.url)) as connection:
+        connection.channel().exchange_declare(f"{rpcq.namespace}.replies", "direct", durable=True)
+    ran = rpcq.run(
+        "doctor", RPCQ_NAMESPACE=rpcq.namespace, RPCQ_REPLY_EXCHANGE=f"{rpcq.namespace}.replies", COLUMNS="1000"
+    )
+    assert ran.returncode == 1, ran.stdout
+    assert any(f"the exchange '{rpcq.namespace}.replies' exists with other" in line for line in lines(ran, "bad"))
+
+
 def test_the_doctor_tells_a_broker_that_cannot_be_reached_from_one_that_refuses(rpcq: Rpcq) -> None:
     at = urlsplit(rpcq.url)
     ran = rpcq.run("doctor", "--url", f"amqp://nobody:s3cr3t@{at.hostname}:{at.port or 5672},localhost:1/")

@@ -8,7 +8,16 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import pytest
 import uvloop
 
-from rpcq.errors import BrokerError, BrokerUnreachable, ClosedError, ProtocolError, TopologyMismatch, UsageError
+from rpcq.errors import (
+    BrokerError,
+    BrokerUnreachable,
+    ClosedError,
+    NotFound,
+    PreconditionFailed,
+    ProtocolError,
+    TopologyMismatch,
+    UsageError,
+)
 from rpcq.properties import Properties, decode, encode
 from rpcq.settings import ConnectionOptions
 from rpcq.transport import memory
@@ -261,7 +270,7 @@ async def test_acknowledging_what_needs_no_ack_ends_the_session_as_on_a_broker(p
     peer.got[0].ack()
     await turn()
     assert peer.log.events == ["publishing", "consuming", "consuming_lost"]
-    assert isinstance(peer.log.causes[0], TopologyMismatch)
+    assert isinstance(peer.log.causes[0], PreconditionFailed)
     await peer.log.until(lambda: peer.log.events[-1] == "consuming")
 
 
@@ -308,8 +317,8 @@ async def test_an_earlier_expiry_is_not_kept_waiting_by_a_later_one(broker: Memo
 @pytest.mark.parametrize(
     ("exchange", "properties", "kind"),
     [
-        ("nope", PLAIN, TopologyMismatch),
-        ("", encode(Properties(expiration=b"x")), TopologyMismatch),
+        ("nope", PLAIN, NotFound),
+        ("", encode(Properties(expiration=b"x")), PreconditionFailed),
         ("", b"\x01", ProtocolError),
     ],
 )

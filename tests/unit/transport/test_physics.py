@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rpcq.errors import AccessRefused, TopologyMismatch
+from rpcq.errors import AccessRefused, NotFound, PreconditionFailed, ResourceLocked, TopologyMismatch
 from rpcq.properties import MalformedProperties, Properties, decode, encode
 from rpcq.transport.base import Settled
 from rpcq.transport.physics import Connection, Consumer, Entry, Vhost
@@ -182,12 +182,12 @@ def test_bytes_that_only_look_like_cc_change_nothing(world: World) -> None:
 
 
 def test_a_cc_that_is_no_array_closes_the_channel(world: World) -> None:
-    with pytest.raises(TopologyMismatch, match=r"PRECONDITION_FAILED.*CC"):
+    with pytest.raises(PreconditionFailed, match=r"PRECONDITION_FAILED.*CC"):
         world.publish("q", headers={"CC": "q"})
 
 
 def test_publishing_to_an_absent_exchange_closes_the_channel(world: World) -> None:
-    with pytest.raises(TopologyMismatch, match="NOT_FOUND - no exchange 'nope'"):
+    with pytest.raises(NotFound, match="NOT_FOUND - no exchange 'nope'"):
         world.publish("q", exchange="nope")
 
 
@@ -252,7 +252,7 @@ def test_redeclaring_an_exchange_keeps_its_bindings(world: World) -> None:
 def test_arguments_that_would_not_be_honoured_are_refused_by_name(
     world: World, arguments: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(TopologyMismatch, match=f"'q' cannot be declared with {named}$"):
+    with pytest.raises(PreconditionFailed, match=f"'q' cannot be declared with {named}$"):
         world.vhost.declare_queue(Queue("q", durable=True, arguments=arguments), world.mine)
     assert "q" not in world.vhost.queues
 
@@ -266,7 +266,7 @@ def test_arguments_that_would_not_be_honoured_are_refused_by_name(
     ],
 )
 def test_a_quorum_queue_is_durable_and_shared(world: World, queue: Queue) -> None:
-    with pytest.raises(TopologyMismatch, match="quorum queue is durable"):
+    with pytest.raises(PreconditionFailed, match="quorum queue is durable"):
         world.vhost.declare_queue(queue, world.mine)
 
 
@@ -290,7 +290,7 @@ def test_binding_to_the_default_exchange_is_refused(world: World) -> None:
 
 
 def test_binding_to_an_absent_exchange_is_refused(world: World) -> None:
-    with pytest.raises(TopologyMismatch, match="'nope' to bind the queue 'q'"):
+    with pytest.raises(NotFound, match="'nope' to bind the queue 'q'"):
         world.vhost.declare_queue(Queue("q", bindings=(("nope", "k"),)), world.mine)
 
 
@@ -305,9 +305,9 @@ def test_an_exclusive_queue_is_its_connections_own(world: World) -> None:
     world.vhost.declare_queue(queue, world.mine)
     world.consume("q")
     other = Connection()
-    with pytest.raises(TopologyMismatch, match="RESOURCE_LOCKED"):
+    with pytest.raises(ResourceLocked, match="RESOURCE_LOCKED"):
         world.vhost.declare_queue(queue, other)
-    with pytest.raises(TopologyMismatch, match="RESOURCE_LOCKED"):
+    with pytest.raises(ResourceLocked, match="RESOURCE_LOCKED"):
         world.consume("q", other)
     assert world.publish("q", b"a") is Settled.CONFIRMED
 
@@ -338,7 +338,7 @@ def test_an_auto_delete_queue_waits_for_its_first_consumer(world: World) -> None
 
 
 def test_consuming_an_absent_queue_is_refused(world: World) -> None:
-    with pytest.raises(TopologyMismatch, match="NOT_FOUND - no queue 'nope'"):
+    with pytest.raises(NotFound, match="NOT_FOUND - no queue 'nope'"):
         world.consume("nope")
 
 
@@ -396,7 +396,7 @@ def test_a_consumer_at_its_prefetch_is_passed_over_and_then_stands_last(world: W
 
 
 def test_settling_an_unknown_tag_closes_the_channel(world: World) -> None:
-    with pytest.raises(TopologyMismatch, match="unknown delivery tag 7"):
+    with pytest.raises(PreconditionFailed, match="unknown delivery tag 7"):
         world.settle(7, accept=True)
 
 
@@ -404,7 +404,7 @@ def test_settling_what_was_delivered_without_acks_closes_the_channel(world: Worl
     world.queue("q")
     world.consume("q", no_ack=True)
     world.publish("q")
-    with pytest.raises(TopologyMismatch, match="unknown delivery tag 1"):
+    with pytest.raises(PreconditionFailed, match="unknown delivery tag 1"):
         world.settle(1, accept=True)
 
 
@@ -621,7 +621,7 @@ def test_a_requeued_message_whose_time_has_passed_expires(world: World) -> None:
 @pytest.mark.parametrize("expiration", ["", "x", "-1", "5 ", "1.5"])
 def test_an_expiration_that_is_none_closes_the_channel(world: World, expiration: str) -> None:
     world.queue("q")
-    with pytest.raises(TopologyMismatch, match="PRECONDITION_FAILED - invalid expiration"):
+    with pytest.raises(PreconditionFailed, match="PRECONDITION_FAILED - invalid expiration"):
         world.publish("q", ttl=expiration)
 
 
