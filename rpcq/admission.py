@@ -1,6 +1,7 @@
 """From a request's properties and body to a job that may run, or to the error that its caller gets. Pure.
 
-The order is fixed: whether it may run at all, its deadline, its method, who may call that, its parameters.
+The order is fixed: whether it may run at all, its deadline, its method, who may call that (`allow`), its parameters.
+The service's `authorize` is asked later, in the event loop.
 """
 
 from __future__ import annotations
@@ -114,12 +115,17 @@ class Job:
         )
 
 
-def key_of(request: Request, service: str, scope: str) -> str:
+def key_of(request: Request, service: str, scope: str | None = None) -> str:
     """What answers are remembered by: the same idempotency key of another service or in another scope is another one.
 
-    The scope is the broker's user, unless the service's `authorize` says otherwise; empty where neither is known.
+    The scope is what the service's `authorize` gave, as `=scope`; where that is None, the broker's user, as `@user`;
+    and where the client does not say that, nothing. Quoted, neither has an `=` or `@` of its own.
     """
-    return f"{service}/{quote(scope, safe='')}/{request.idempotency_key}"
+    if scope is None:
+        whose = f"@{quote(request.user, safe='')}" if request.user else ""
+    else:
+        whose = f"={quote(scope, safe='')}"
+    return f"{service}/{whose}/{request.idempotency_key}"
 
 
 class Refused(Exception):
@@ -168,7 +174,8 @@ def never_no(error: CallError, may_have_run: MayHaveRun | None) -> CallError:
     if may_have_run is None or error.executed != "no":
         return error
     message = f"{may_have_run.message}; this worker refuses it: {error.message}"
-    return CallTimeout(message, executed="maybe") if isinstance(error, CallTimeout) else MayHaveRun(message)
+    kind = CallTimeout if isinstance(error, CallTimeout) else MayHaveRun
+    return kind(message, executed="maybe", incident=error.incident)
 
 
 def admit(  # noqa: PLR0913 - what a request is made of, and what it is held against
@@ -218,7 +225,7 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
         if key is None:
             raise barred
     if method.allow is not None and request.user not in method.allow:
-        who = f"the user {request.user!r}" if request.user else "who does not say who they are (identify=True)"
+        who = f"the user {request.user!r}" if request.user else "a client that does not say who it is (identify=True)"
         raise PermissionDenied(f"{method.label} is not for {who}")
     if body is None or body_size > max_body:
         raise TooLarge(f"the parameters are {body_size} bytes of JSON; the worker's limit is {max_body} (max_body)")
@@ -228,9 +235,7 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
         limit = method.timeout
     once = None
     if key is not None:
-        once = Once(
-            key_of(request, service.name, request.user), fingerprint(method.name, body), service.answer_store, barred
-        )
+        once = Once(key_of(request, service.name), fingerprint(method.name, body), service.answer_store, barred)
     return Job(request, method, arguments, now + limit, queue_ms, state, once, service.authorize)
 
 

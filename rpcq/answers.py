@@ -8,7 +8,7 @@ from typing import Any
 import pydantic
 
 from rpcq import wire
-from rpcq.bounds import Refused, first_error
+from rpcq.bounds import NotRead, first_error
 from rpcq.calls import Call, Event, honest
 from rpcq.contract import Result, result_adapter
 from rpcq.errors import InvalidReply, from_wire
@@ -61,7 +61,7 @@ class Answers:
             value = wire.read_body(reply)
         except InvalidReply as error:
             raise honest(call, error) from None
-        except (pydantic.ValidationError, Refused) as error:
+        except (pydantic.ValidationError, NotRead) as error:
             why = first_error(error)
             raise honest(call, InvalidReply(f"{label} gave what does not fit {options.returns!r}: {why}")) from error
         except Exception as error:  # what validators of the caller's own type raise

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+from typing import Final
 
 from rpcq import logs
 from rpcq.admission import Job, Refused, key_of
 from rpcq.contract import Authorize
 from rpcq.errors import PermissionDenied, RemoteError
 
+MOST_BYTES: Final = 255
+"""Of a scope."""
+
 log = logs.get_logger("rpcq.worker")
 
 
-async def authorize(job: Job, ask: Authorize) -> None:
+async def authorize(job: Job, ask: Authorize, seldom: logs.Seldom) -> None:
     """Ask the service's function; what it gives is the scope of the call's idempotency key.
 
     Raises:
@@ -22,8 +27,11 @@ async def authorize(job: Job, ask: Authorize) -> None:
     try:
         scope = _check(await ask(job.context()))
     except PermissionDenied as error:
+        seldom.warning("call denied", **job.names(), user=job.request.user, cause=error.message)
         raise Refused(PermissionDenied(error.message, details=error.details)) from error
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
+        if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+            raise
         incident = secrets.token_hex(6)
         log.exception("a call cannot be authorized", **job.names(), incident=incident)
         message = f"whether this call of {job.method.label} is allowed could not be found out"
@@ -33,6 +41,12 @@ async def authorize(job: Job, ask: Authorize) -> None:
 
 
 def _check(scope: object) -> str | None:
-    if scope is not None and not isinstance(scope, str):
-        raise TypeError(f"authorize gave {scope!r}; it gives a string, or None")
-    return scope
+    if scope is None or (isinstance(scope, str) and len(scope.encode()) <= MOST_BYTES):
+        return scope
+    raise ValueError(f"authorize gave {scope!r:.300}; it gives a string of at most {MOST_BYTES} bytes, or None")
+
+
+def _is_cancelled() -> bool:
+    """Whether the call is cancelled; what the service's function awaits may end in a `CancelledError` of its own."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

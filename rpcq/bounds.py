@@ -59,14 +59,14 @@ _FITS_NOT: Final = {"custom_error_type": "not_fitting", "custom_error_message": 
 Schema = dict[str, Any]
 
 
-class Refused(Exception):
+class NotRead(Exception):
     """A body that is not read: validating it could take too long, or the rest of its errors would."""
 
 
 def bounded(schema: Any, config: CoreConfig, read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     """A function that reads JSON as `read` does, within bounds; `read` itself where it needs none.
 
-    It raises pydantic's ValidationError, and `Refused`.
+    It raises pydantic's ValidationError, and `NotRead`.
 
     Args:
         schema: what is read, a core schema.
@@ -87,9 +87,9 @@ def bounded(schema: Any, config: CoreConfig, read: Callable[[bytes], Any]) -> Ca
     return read_bounded
 
 
-def first_error(error: ValidationError | Refused) -> str:
+def first_error(error: ValidationError | NotRead) -> str:
     """The message of the first error; the number of errors where it takes too long to get at it."""
-    if isinstance(error, Refused):
+    if isinstance(error, NotRead):
         return str(error)
     if error.error_count() > MOST_ERRORS:
         return f"{error.error_count()} errors"
@@ -117,7 +117,7 @@ class _Large:
 
         Raises:
             ValidationError: it does not fit.
-            Refused: it is not read.
+            NotRead: it is not read.
 
         """
         shape = self._shape
@@ -126,7 +126,7 @@ class _Large:
             most = BUDGET + values
             visits = count_visits(body, *(shape.factors or (1, 1)), most)
             if visits > most and shape.factors is not None:
-                raise Refused(
+                raise NotRead(
                     "nested too deeply for a type with a union that contains itself; a union of models with "
                     "Field(discriminator=...), or pydantic.JsonValue, has no such limit"
                 )
@@ -197,7 +197,7 @@ class _Shape:
         """The schema that reads the same values and gives few errors for others.
 
         Args:
-            stops: `Refused` is raised at once where a field is missing or a recursive part does not fit, unless a
+            stops: `NotRead` is raised at once where a field is missing or a recursive part does not fit, unless a
                 member of a union may do without it; there, a missing field copies nothing.
 
         """
@@ -335,7 +335,7 @@ def _refusal(why: str) -> Schema:
 
 
 def _refuse(why: str) -> NoReturn:
-    raise Refused(why)
+    raise NotRead(why)
 
 
 def _parts(node: Schema, *without: str) -> Iterator[Schema]:

@@ -17,7 +17,16 @@ from rpcq.calls import MAX_ATTEMPTS, Event, PendingCalls
 from rpcq.control import Control, WorkerInfo, WorkerStats, read
 from rpcq.deadline import Deadline, inherit
 from rpcq.environment import broker_url, options_from
-from rpcq.errors import BrokerError, CallError, CallTimeout, ClosedError, Executed, ServiceUnavailable, UsageError
+from rpcq.errors import (
+    BrokerError,
+    CallError,
+    CallTimeout,
+    ClosedError,
+    ConfigurationError,
+    Executed,
+    ServiceUnavailable,
+    UsageError,
+)
 from rpcq.observer import Observer, Observers, SeenCall
 from rpcq.properties import MalformedProperties
 from rpcq.proxy import CallMaker, ServiceProxy, Target
@@ -73,6 +82,10 @@ class Client:
         self._observers = Observers(observers, self)
         self._on_call = self._observers.calls
         self._user = parse(self._url).user
+        if self.options.identify and len(self._user.encode()) > 255:
+            raise ConfigurationError(
+                f"a user who identifies must have a name of at most 255 bytes; got {self._user!r:.50}"
+            )
         user = self._user if self.options.identify else ""
         self._sender = Sender(self._transport, self._calls, self.options.name, user, self.options.unrun_within)
         self._thread = 0
@@ -83,6 +96,7 @@ class Client:
         self._pausing: set[asyncio.Future[None]] = set()  # of calls that are to be made again
         self._seldom = logs.Seldom(log)
         self.retried = 0
+        self._notices = self.names.notices.name.encode()
         self._control = Control(self._transport, self.names, self._sender.reply_queue, self._calls.next_id)
 
     # Opening and closing.
@@ -434,6 +448,11 @@ class Client:
             self._seldom.warning(
                 "a copy of a request came to the reply queue, and is dropped: something moves messages"
             )
+            return
+        if (delivery.exchange == self._notices) is not isinstance(came, Notice):
+            # Clients can have the broker send anything through the notices, and workers anything that looks like one.
+            self._calls.stray += 1
+            self._seldom.warning("a forged reply or notice came to the reply queue, and is dropped")
             return
         request_id = came.correlation_id
         if self._control.answered(request_id, delivery.body):

@@ -21,7 +21,7 @@ import pydantic
 from pydantic import PydanticUserError
 
 from rpcq import wire
-from rpcq.bounds import MOST_ERRORS, Refused
+from rpcq.bounds import MOST_ERRORS, NotRead
 from rpcq.deadline import Deadline
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply
 from rpcq.idempotency import AnswerStore
@@ -148,7 +148,7 @@ class Method:
                 refuse_beyond_float(body, found, self._read)
         except pydantic.ValidationError as error:
             raise _invalid_params(self.label, error) from error
-        except (NotCarried, Refused) as error:
+        except (NotCarried, NotRead) as error:
             raise InvalidParams(f"the parameters of {self.label} cannot be taken: {error}") from error
         except ValueError as error:
             raise InvalidParams(f"the parameters of {self.label} are not JSON: {error}") from error
@@ -205,7 +205,7 @@ class Result:
         self._plain = codec.plain
         self._read = codec.read
         self.read: Callable[[bytes], Any] = self._read_floats if codec.floats else codec.read
-        """A value from JSON. Raises pydantic's ValidationError, `bounds.Refused` and InvalidReply."""
+        """A value from JSON. Raises pydantic's ValidationError, `bounds.NotRead` and InvalidReply."""
 
     def _read_floats(self, body: bytes) -> Any:
         value = self._read(body)

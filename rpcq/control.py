@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final, TypeVar
 from pydantic import Field, FiniteFloat, ValidationError
 
 from rpcq import logs, wire
-from rpcq.bounds import Refused, first_error
+from rpcq.bounds import NotRead, first_error
 from rpcq.contract import Method, Service
 from rpcq.processes import own_version
 from rpcq.schemas import Codec, make_codec
@@ -218,13 +218,17 @@ class Answerer:
         if self._is_answering:  # told at once that an answer was not sent
             return
         self._is_answering = True
-        while self._questions and self._under_way < MOST_ANSWERS:
-            kind, reply_to, correlation_id = self._questions.popleft()
-            properties = self._encoder.encode(wire.RESULT, correlation_id, None, 0.0)
-            self._under_way += 1
-            body = self._answers[kind]()
-            self._transport.publish(Message(self._exchange, reply_to, correlation_id, properties, body, self._settled))
-        self._is_answering = False
+        try:
+            while self._questions and self._under_way < MOST_ANSWERS:
+                kind, reply_to, correlation_id = self._questions.popleft()
+                properties = self._encoder.encode(wire.RESULT, correlation_id, None, 0.0)
+                body = self._answers[kind]()
+                self._under_way += 1
+                self._transport.publish(
+                    Message(self._exchange, reply_to, correlation_id, properties, body, self._settled)
+                )
+        finally:
+            self._is_answering = False
 
     def _settled(self, _: Settled) -> None:
         self._under_way -= 1
@@ -232,7 +236,7 @@ class Answerer:
 
 
 def _fitting(info: WorkerInfo, max_body: int) -> bytes:
-    """A description that fits: without docs, then signatures, then methods, where it is too large."""
+    """A description; without docs, then signatures, then methods, as long as it is too large."""
     described = asdict(info)
     body = wire.dumps(described)
     for left_out in ("doc", "signature"):
@@ -347,7 +351,7 @@ def read(kind: type[T], answer: bytes, seldom: logs.Seldom) -> T | None:
     """An answer as what it should be; None if it is not, which is logged: another worker's may be."""
     try:
         found: T = _codec(kind).read(answer)  # type: ignore[arg-type]  # a class is hashable
-    except (ValidationError, Refused) as error:
+    except (ValidationError, NotRead) as error:
         seldom.warning("answer of a worker dropped", cause=first_error(error), expected=kind.__name__)
         return None
     return found

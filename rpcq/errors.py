@@ -265,6 +265,8 @@ class InvalidReply(CallError):
 class RemoteError(CallError):
     """The handler raised an exception that its service does not declare. Look for `incident` in the worker's log.
 
+    `executed` is "no" where the service's `authorize` raised it.
+
     `code` is UNKNOWN, or the code that the reply gave where rpcq has no class for it.
     """
 

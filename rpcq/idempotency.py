@@ -127,17 +127,17 @@ class MemoryAnswers:
         entry = self._entries.get(key)
         if isinstance(entry, _Claimed) and entry.owner == owner:
             del self._entries[key]
-            self._taken -= OVERHEAD
+            self._taken -= _size_of(key, entry)
 
     def _enter(self, key: str, entry: Answer | _Claimed) -> None:
         earlier = self._entries.pop(key, None)
         if earlier is not None:
-            self._taken -= _size_of(earlier)
+            self._taken -= _size_of(key, earlier)
         self._entries[key] = entry
-        self._taken += _size_of(entry)
+        self._taken += _size_of(key, entry)
         while self._taken > self._size:
-            _, forgotten = self._entries.popitem(last=False)
-            self._taken -= _size_of(forgotten)
+            oldest, forgotten = self._entries.popitem(last=False)
+            self._taken -= _size_of(oldest, forgotten)
 
 
 class _Claimed(NamedTuple):
@@ -148,8 +148,8 @@ class _Claimed(NamedTuple):
     found: Claim
 
 
-def _size_of(entry: Answer | _Claimed) -> int:
-    return OVERHEAD + (len(entry.body) if isinstance(entry, Answer) else 0)
+def _size_of(key: str, entry: Answer | _Claimed) -> int:
+    return OVERHEAD + len(key) + (len(entry.body) if isinstance(entry, Answer) else 0)
 
 
 def fingerprint(method: str, body: bytes) -> bytes:

@@ -173,6 +173,7 @@ class Runs:
         self._idle = asyncio.Event()
         self._idle.set()
         self._abandoned = False
+        self._seldom = logs.Seldom(log)
         self.finished = 0
         self.refused_redeliveries = 0
         self.unroutable_replies = 0
@@ -293,7 +294,8 @@ class Runs:
             run.endings = self._tell_begin(run, run.seen)
         try:
             if job.authorize is not None:
-                await authorize(job, job.authorize)
+                await authorize(job, job.authorize, self._seldom)
+                self._check_wanted(run)
             if job.once is not None:
                 value = await self._replays.run(run, job, job.once, partial(self._enter, run, job))
             elif job.method.is_async:
@@ -327,7 +329,21 @@ class Runs:
         else:
             self._failed(run, job, error)
 
+    def _check_wanted(self, run: Running) -> None:
+        """That the handler is to be entered still.
+
+        What the user has a request wait for (`authorize`, a store) may swallow its cancellation, or outlast it: its
+        caller has been told that it did not run, or the time of its call is over.
+
+        Raises:
+            asyncio.CancelledError: it is not.
+
+        """
+        if run.job is None or run.timed_out or run.cancelled or self._abandoned:
+            raise asyncio.CancelledError
+
     async def _enter(self, run: Running, job: Job) -> Any:
+        self._check_wanted(run)
         if job.method.is_async:
             run.began = True
             return await job.call()
@@ -389,7 +405,7 @@ class Runs:
             message = f"{job.method.label} ran into the deadline after {run.handler_ms / 1000:.3f} s"
             self._reply_error(run, CallTimeout(message, executed="yes"))
         else:
-            message = f"{job.method.label} did not begin until the deadline: its worker was busy"
+            message = f"{job.method.label} did not begin until the deadline: its worker, authorize or a store was busy"
             self._reply_error(run, CallTimeout(message, executed="no"))
 
     def _failed(self, run: Running, job: Job, error: BaseException) -> None:

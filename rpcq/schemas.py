@@ -43,7 +43,7 @@ class Codec:
     """Reads and writes one type.
 
     Attributes:
-        read: from JSON, within bounds; raises pydantic's ValidationError, and `bounds.Refused`.
+        read: from JSON, within bounds; raises pydantic's ValidationError, and `bounds.NotRead`.
         check: from Python; raises ValidationError.
         write: to JSON.
         plain: to what Python has for JSON.

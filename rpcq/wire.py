@@ -358,6 +358,8 @@ def _problem(found: Properties, request: Request) -> str:
         return f"the content type is {_text(content_type)!r}; this worker reads application/json"
     if found.content_encoding:
         return f"the body is encoded as {_text(found.content_encoding)!r}; this worker reads it as it is"
+    if request.user and "\ufffd" in request.user:
+        return f"the property user_id is {found.user_id!r:.300}; it is UTF-8"
     for name, value in ((DEADLINE, request.deadline_ms), (TIMEOUT, request.timeout_ms)):
         if value is not None and type(value) is not int:
             return f"the header {name} is {value!r}; it is a whole number of milliseconds"

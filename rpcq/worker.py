@@ -1,7 +1,7 @@
 """The worker: a consumer pool that runs handlers and replies.
 
-Its order is fixed: parse, check the deadline and who may call, validate, run, publish the reply, wait for its confirm,
-acknowledge.
+Its order is fixed: parse, check the deadline and `allow`, validate, ask `authorize`, run, publish the reply, wait for
+its confirm, acknowledge.
 Every delivery starts in the loop iteration that brings it: prefetch is the concurrency, and there is no backlog.
 """
 
@@ -27,6 +27,7 @@ from rpcq.errors import (
     CallError,
     ClosedError,
     ConfigurationError,
+    PermissionDenied,
     ServiceUnavailable,
     TooLarge,
     UsageError,
@@ -391,6 +392,8 @@ class Worker:
                 late_ms=round(error.late_ms),
                 so_far=self.expired_on_arrival,
             )
+        elif isinstance(error, PermissionDenied):
+            self._seldom.warning("call denied", correlation_id=correlation_id, cause=error.message)
         elif not key[0]:
             self._seldom.warning(
                 "request refused, and its caller wants no reply",

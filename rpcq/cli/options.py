@@ -35,10 +35,10 @@ FAILED, USAGE, NO_BROKER, REFUSED, NOT_TAKEN, TIMED_OUT, NO_RESULT = range(1, 8)
 """Exit codes, besides 0."""
 
 EXIT_CODES = (
-    "Exit codes: 1 the handler raised, 2 an argument or a setting cannot be used, 3 the broker cannot be used, "
-    "4 it did not run, and never will: its parameters or its method are wrong, or it is not allowed, 5 it did not run, "
-    "and may be tried again: nobody serves it, or a queue is full, 6 the deadline passed, 7 it ran or may have run, "
-    "and its result is lost."
+    "Exit codes: 1 the handler or authorize raised, 2 an argument or a setting cannot be used, 3 the broker cannot be "
+    "used, 4 it did not run, and never will: its parameters or its method are wrong, or it is not allowed, 5 it did "
+    "not run, and may be tried again: nobody serves it, or a queue is full, 6 the deadline passed, 7 it ran or may "
+    "have run, and its result is lost."
 )
 
 _BY_ERROR: tuple[tuple[type[RpcqError] | tuple[type[RpcqError], ...], int], ...] = (

@@ -9,6 +9,8 @@ import pytest
 
 from places import Place, lose
 from rpcq import CallTimeout, Context, OutcomeUnknown, PermissionDenied, RemoteError
+from rpcq.properties import Properties, encode
+from rpcq.transport.base import Message
 
 
 def user_of(place: Place) -> str:
@@ -182,7 +184,7 @@ async def test_a_call_that_waits_for_permission_until_its_deadline_did_not_run(p
 
     async with place.worker(service), place.client() as client:
         with pytest.raises(CallTimeout) as caught:
-            await client.with_options(timeout=0.5).call("things.act")
+            await client.with_options(timeout=3).call("things.act")
         assert caught.value.executed == "no"
 
 
@@ -219,3 +221,157 @@ async def test_a_redelivery_that_is_not_allowed_any_more_may_have_run_all_the_sa
             with pytest.raises(OutcomeUnknown) as caught:
                 await call
         assert caught.value.executed == "maybe"
+
+
+# Functions that behave badly.
+
+
+@pytest.mark.parametrize("ends", ["by the deadline", "by its caller", "by the worker's end"])
+async def test_a_call_that_was_given_up_does_not_begin_though_its_permission_comes(place: Place, ends: str) -> None:
+    """The function swallows its cancellation, and lets the call in later: nobody waits for it any more."""
+    ran, let_in, asked = [], asyncio.Event(), asyncio.Event()
+
+    async def authorize(context: Context) -> str | None:
+        asked.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            await let_in.wait()
+        return None
+
+    service, other = place.service(authorize=authorize), place.service()
+
+    @service.method
+    async def act() -> str:
+        ran.append("late")
+        return "late"
+
+    @other.method(name="act")
+    async def act_elsewhere() -> str:
+        ran.append("elsewhere")
+        return "elsewhere"
+
+    async with place.client() as client:
+        worker = place.worker(service, grace=0.1)
+        await worker.start()
+        call = asyncio.create_task(client.with_options(timeout=1 if "deadline" in ends else 20).call("things.act"))
+        await asked.wait()
+        if ends == "by the deadline":
+            with pytest.raises(CallTimeout):
+                await call
+        elif ends == "by its caller":
+            call.cancel()
+            await asyncio.sleep(0.5)
+        else:
+            await worker.stop()
+            async with place.worker(other):
+                assert await call == "elsewhere"
+        let_in.set()
+        await asyncio.sleep(0.3)
+        await worker.stop()
+    assert ran == (["elsewhere"] if "worker" in ends else [])
+
+
+@pytest.mark.parametrize("wrong", ["cancelled by itself", "lone surrogate", "too long"])
+async def test_a_function_that_fails_in_odd_ways_is_asked_once_and_named(
+    place: Place, wrong: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = 0
+
+    async def authorize(context: Context) -> str | None:
+        nonlocal asked
+        asked += 1
+        if wrong == "cancelled by itself":
+            raise asyncio.CancelledError
+        return "\ud800" if wrong == "lone surrogate" else "s" * 256
+
+    service = place.service(authorize=authorize)
+
+    @service.method
+    async def act() -> None:
+        raise AssertionError("it ran")
+
+    async with place.worker(service), place.client() as client:
+        with pytest.raises(RemoteError, match="could not be found out") as caught:
+            await client.with_options(idempotency_key="k").call("things.act")
+        assert (caught.value.executed, asked) == ("no", 1)
+    assert any(record.message == "a call cannot be authorized" for record in caplog.records)
+
+
+async def test_a_tenant_that_is_called_like_a_user_shares_no_key_with_it(place: Place) -> None:
+    async def authorize(context: Context) -> str | None:
+        return context.metadata.get("x-tenant")
+
+    service, runs = place.service(authorize=authorize), []
+
+    @service.method
+    async def book(context: Context) -> str:
+        runs.append(context.user or context.metadata.get("x-tenant", "nobody"))
+        return runs[-1]
+
+    tenants = [user_of(place), f"@{user_of(place)}", f"={user_of(place)}"]
+    async with place.worker(service), place.client(identify=True) as known, place.client() as anonymous:
+        assert await known.with_options(idempotency_key="k").call("things.book") == user_of(place)
+        for tenant in tenants:
+            caller = anonymous.with_options(idempotency_key="k", metadata={"x-tenant": tenant})
+            assert await caller.call("things.book") == tenant
+        assert await anonymous.with_options(idempotency_key="k").call("things.book") == "nobody"
+        empty = anonymous.with_options(idempotency_key="k", metadata={"x-tenant": ""})
+        assert await empty.call("things.book") == ""
+    assert len(runs) == 3 + len(tenants)
+
+
+async def test_a_denial_is_logged_with_who_asked(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    async def authorize(context: Context) -> str | None:
+        raise PermissionDenied("no token")
+
+    service = place.service(allow={"refund": ["billing"]}, authorize=authorize)
+
+    @service.method
+    async def refund() -> None: ...
+
+    @service.method
+    async def look() -> None: ...
+
+    async with place.worker(service), place.client(identify=True) as client:
+        for method in ("refund", "look"):
+            with pytest.raises(PermissionDenied):
+                await client.call(f"things.{method}")
+    causes = [str(record.__dict__.get("cause")) for record in caplog.records if record.message == "call denied"]
+    assert causes == [f"things.refund is not for the user {user_of(place)!r}", "no token"]
+
+
+# Forged replies and notices, by whoever knows the reply queue and the ID.
+
+
+@pytest.mark.parametrize("forged", ["a reply through the notices", "a notice past them"])
+async def test_only_the_broker_speaks_through_the_notices_and_never_elsewhere(place: Place, forged: str) -> None:
+    service, idle = place.service(), place.service("idle")
+
+    @service.method
+    async def balance() -> int:
+        await asyncio.sleep(1)
+        return 5
+
+    @idle.method
+    async def nothing() -> None: ...
+
+    async with place.worker(service), place.client() as victim, place.client() as stranger:
+        async with place.worker(idle):
+            pass  # its queue stays, and nobody takes from it
+        call = asyncio.create_task(victim.call("things.balance"))
+        await asyncio.sleep(0.3)
+        (pending,) = victim._calls
+        assert victim._sender.encoder is not None
+        own = victim._sender.encoder.reply_to.decode()
+        if forged == "a reply through the notices":
+            kind = {"headers": {"CC": [own]}, "expiration": b"0", "type": b"result"}
+            where = victim.names.requests.name.encode(), b"idle"
+        else:
+            death = {"reason": "expired", "queue": victim.names.once_queue("things"), "count": 1}
+            kind = {"headers": {"x-death": [death]}, "reply_to": own.encode(), "type": b"balance"}
+            where = b"", own.encode()
+        properties = encode(Properties(correlation_id=pending.request_id, **kind))  # type: ignore[arg-type]
+        stranger._transport.publish(Message(*where, pending.request_id, properties, b"666", lambda _: None))
+        assert await call == 5
+        assert victim._calls.stray == 1

@@ -637,7 +637,8 @@ async def test_ids_of_many_clients_differ_and_an_id_that_two_senders_use_is_no_h
         assert len(ids) == len(set(ids))
         prefixes = {name.partition("-")[0] for name in ids}
         assert len(prefixes) == 9
-        assert all(len(prefix) == 16 for prefix in prefixes)
+        assert all(len(prefix) == 8 for prefix in prefixes)
+        assert len({name.rpartition("-")[2] for name in ids}) == len(ids)
         # An ID of somebody's call, with a reply_to of one's own; then two of the same ID and reply_to at once.
         assert result_of(await stage.stranger.ask(params("strange-0"), correlation_id=ids[-1])) == "strange-0"
         own = {"correlation_id": "mine", "reply_to": stage.stranger._inbox.name}

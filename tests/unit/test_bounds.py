@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NotRequired, TypeVar
 
@@ -28,10 +29,15 @@ from pydantic_core import CoreConfig, SchemaValidator
 from typing_extensions import TypeAliasType, TypedDict
 
 from rpcq import bounds
-from rpcq.bounds import BUDGET, MOST_ERRORS, Refused, bounded, count_visits, first_error
+from rpcq.bounds import BUDGET, MOST_ERRORS, NotRead, bounded, count_visits, first_error
 
 SIZE = 1 << 20
 T = TypeVar("T")
+
+
+def named(value: object) -> str:
+    """A name of a test that is the same in every process: without addresses."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 class Pair(BaseModel):
@@ -133,7 +139,7 @@ def nested(before: str, after: str, inner: str = "", depth: int = 150) -> bytes:
         (RootModel[list[Pair]], array('{"a":"","b":1}')),
         (list[Tree], array('{"next":1}')),
     ],
-    ids=str,
+    ids=named,
 )
 def test_a_large_body_that_does_not_fit_has_few_errors(kind: Any, body: bytes) -> None:
     with pytest.raises(ValidationError) as caught:
@@ -141,11 +147,11 @@ def test_a_large_body_that_does_not_fit_has_few_errors(kind: Any, body: bytes) -
     assert 1 <= caught.value.error_count() <= 10
 
 
-@pytest.mark.parametrize("kind", [list[Pair], list[Keys], list[Fields], dict[str, Pair], list[Lists]], ids=str)
+@pytest.mark.parametrize("kind", [list[Pair], list[Keys], list[Fields], dict[str, Pair], list[Lists]], ids=named)
 def test_a_large_body_without_its_fields_is_refused_at_the_first_of_them(kind: Any) -> None:
     wide = create_model("wide", **dict.fromkeys("cdefg", (int, ...)), x=(kind, ...))  # type: ignore[call-overload]
     body = keys("{}") if "dict" in str(kind) else array("{}")
-    with pytest.raises(Refused, match=r"\A(a|items): Field required\Z"):
+    with pytest.raises(NotRead, match=r"\A(a|items): Field required\Z"):
         reader(wide)(b'{"c":1,"d":1,"e":1,"f":1,"g":1,"x":%b}' % body)
 
 
@@ -167,12 +173,12 @@ def test_errors_of_a_recursive_type_do_not_copy_it_level_by_level() -> None:
     chain = "{}"
     for _ in range(160):
         chain = f'{{"left":{{}},"right":{chain}}}'
-    with pytest.raises(Refused, match="Input does not fit Binary"):
+    with pytest.raises(NotRead, match="Input does not fit Binary"):
         reader(list[Binary])(array(chain))
     wrong = '"x"'
     for _ in range(15):
         wrong = f'{{"a":1,"b":1,"left":{wrong},"right":{wrong}}}'
-    with pytest.raises(Refused, match="Input does not fit Binary"):
+    with pytest.raises(NotRead, match="Input does not fit Binary"):
         reader(Binary)(wrong.encode())
 
 
@@ -187,13 +193,13 @@ def test_missing_fields_of_the_members_of_a_union_are_few_errors_without_copies(
 
 
 def test_a_missing_field_is_called_as_callers_know_it() -> None:
-    with pytest.raises(Refused, match="stockKeepingUnit: Field required"):
+    with pytest.raises(NotRead, match="stockKeepingUnit: Field required"):
         reader(list[Aliased])(array("{}"))
 
 
 def test_copies_for_missing_fields_are_bounded() -> None:
     wide = create_model("Wide", **{f"field_{at}": (int, ...) for at in range(100)})  # type: ignore[call-overload]
-    with pytest.raises(Refused, match="field_0: Field required"):
+    with pytest.raises(NotRead, match="field_0: Field required"):
         reader(wide)(keys("1"))
 
 
@@ -230,7 +236,7 @@ def test_more_mistakes_than_can_be_listed_give_the_first() -> None:
     assert [it["loc"] for it in caught.value.errors()] == [(0,)]
 
 
-@pytest.mark.parametrize("kind", [int, str, bool, float, Any], ids=str)
+@pytest.mark.parametrize("kind", [int, str, bool, float, Any], ids=named)
 def test_a_type_with_one_error_at_most_is_read_by_pydantic_alone(kind: Any) -> None:
     made = adapter(kind)
     read = made.validator.validate_json
@@ -245,7 +251,7 @@ def test_the_message_of_the_first_error_is_told_without_collecting_too_many() ->
 
     assert first_error(error(MOST_ERRORS)).startswith("Input should be a valid integer")
     assert first_error(error(MOST_ERRORS + 1)) == f"{MOST_ERRORS + 1} errors"
-    assert first_error(Refused("why")) == "why"
+    assert first_error(NotRead("why")) == "why"
 
 
 # Values.
@@ -311,7 +317,7 @@ class Partial(BaseModel):
         (JsonValue, '{"a":[1,2.5,null,{"b":"c"}]}'),
         (bytes | str, '"x"'),
     ],
-    ids=str,
+    ids=named,
 )
 @pytest.mark.parametrize("stops", [False, True])
 def test_both_variants_of_a_schema_read_what_it_reads(kind: Any, item: str, stops: bool) -> None:
@@ -399,21 +405,21 @@ EXPONENTIAL = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "around", "inner"), EXPONENTIAL, ids=str)
+@pytest.mark.parametrize(("kind", "around", "inner"), EXPONENTIAL, ids=named)
 @pytest.mark.timeout(30)
 def test_a_body_that_would_take_exponential_time_is_refused(kind: Any, around: tuple[str, str], inner: str) -> None:
     for last in (inner, '"x"'):
-        with pytest.raises(Refused, match=r"nested too deeply .* Field\(discriminator=\.\.\.\)"):
+        with pytest.raises(NotRead, match=r"nested too deeply .* Field\(discriminator=\.\.\.\)"):
             reader(kind)(nested(*around, last, depth=40))
 
 
-@pytest.mark.parametrize(("kind", "around", "inner"), EXPONENTIAL, ids=str)
+@pytest.mark.parametrize(("kind", "around", "inner"), EXPONENTIAL, ids=named)
 def test_a_shallow_value_of_such_a_type_is_read(kind: Any, around: tuple[str, str], inner: str) -> None:
     body = nested(*around, inner, depth=6)
     assert reader(kind)(body) == adapter(kind).validate_json(body)
 
 
-@pytest.mark.parametrize(("kind", "around", "inner"), EXPONENTIAL, ids=str)
+@pytest.mark.parametrize(("kind", "around", "inner"), EXPONENTIAL, ids=named)
 def test_a_shallow_value_that_does_not_fit_such_a_type_has_few_errors(
     kind: Any, around: tuple[str, str], inner: str
 ) -> None:
@@ -422,14 +428,14 @@ def test_a_shallow_value_that_does_not_fit_such_a_type_has_few_errors(
     assert caught.value.error_count() <= MOST_ERRORS
 
 
-@pytest.mark.parametrize("kind", [Once, Plain], ids=str)
+@pytest.mark.parametrize("kind", [Once, Plain], ids=named)
 def test_a_union_that_contains_itself_once_is_read_in_large_bodies_and_not_where_all_of_them_is_deep(kind: Any) -> None:
     item = "1" if kind is Once else '"1"'
     flat = array(item)
     assert reader(kind)(flat) == json.loads(flat)
     deep = nested(*ARRAY, item)
     assert reader(kind)(deep) == json.loads(deep)
-    with pytest.raises(Refused, match="nested too deeply"):
+    with pytest.raises(NotRead, match="nested too deeply"):
         reader(kind)(array(deep.decode()))
 
 
@@ -441,7 +447,7 @@ def test_a_union_that_contains_itself_once_is_read_in_large_bodies_and_not_where
         (Cat, ('{"kind":"cat","next":', "}"), "null"),
         (Nested, ARRAY, ""),
     ],
-    ids=str,
+    ids=named,
 )
 def test_a_recursive_type_without_such_a_union_is_read_however_deep_it_is(
     kind: Any, around: tuple[str, str], inner: str
@@ -457,7 +463,7 @@ def test_a_recursive_type_without_such_a_union_is_read_however_deep_it_is(
         (Box[Box[Box[int] | Pair] | Pair] | Pair, '{"content":{"content":{"content":1}}}'),
         (list[list[list[int] | tuple[int, ...]] | list[str]] | list[str], "[[[1]]]"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_unions_inside_of_unions_are_not_recursive(kind: Any, item: str) -> None:
     assert len(reader(list[kind])(array(item))) == array(item).count(item.encode())
@@ -472,7 +478,7 @@ def test_a_discriminator_that_is_a_function_copies_what_it_is_given() -> None:
         ],
     )
     assert reader(kind)(b"[1,[2]]") == [1, [2]]
-    with pytest.raises(Refused):
+    with pytest.raises(NotRead):
         reader(kind)(array(nested(*ARRAY).decode()))
 
 

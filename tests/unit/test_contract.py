@@ -32,7 +32,7 @@ from pydantic import (
 from typing_extensions import TypeAliasType, TypedDict
 
 from rpcq import wire
-from rpcq.bounds import Refused
+from rpcq.bounds import NotRead
 from rpcq.contract import Context as Ctx
 from rpcq.contract import Contract, Method, Service, contract, result_adapter
 from rpcq.deadline import Deadline
@@ -260,7 +260,7 @@ def test_a_body_that_is_nested_too_deeply_for_a_recursive_union_is_refused_both_
     with pytest.raises(InvalidParams, match=r"cannot be taken: .*nested too deeply .* Field\(discriminator=") as caught:
         called(take, f'{{"it": {deep}}}')
     assert caught.value.executed == "no"
-    with pytest.raises(Refused, match="nested too deeply"):
+    with pytest.raises(NotRead, match="nested too deeply"):
         result_adapter("s.m", Twice).read(deep.encode())
 
 

@@ -17,7 +17,7 @@ async def test_what_is_put_is_remembered_under_its_key() -> None:
 
 
 async def test_what_was_not_asked_for_longest_is_forgotten_first() -> None:
-    answers = MemoryAnswers(3 * OVERHEAD)
+    answers = MemoryAnswers(3 * (OVERHEAD + 1))  # a key of one character each
     for key in "abc":
         await answers.put(key, answer())
     await answers.get("a")
@@ -26,12 +26,19 @@ async def test_what_was_not_asked_for_longest_is_forgotten_first() -> None:
 
 
 async def test_large_answers_take_the_room_of_several_small_ones() -> None:
-    answers = MemoryAnswers(10 * OVERHEAD)
+    answers = MemoryAnswers(10 * OVERHEAD + 10)
     for key in "abcdefgh":
         await answers.put(key, answer())
     await answers.put("large", answer(8 * OVERHEAD))
     assert [key for key in "abcdefgh" if await answers.get(key)] == ["h"]
     assert await answers.get("large")
+
+
+async def test_a_long_key_takes_its_room() -> None:
+    answers = MemoryAnswers(3 * OVERHEAD)
+    for letter in "ab":
+        await answers.put(letter * OVERHEAD, answer())
+    assert [letter for letter in "ab" if await answers.get(letter * OVERHEAD)] == ["b"]
 
 
 async def test_one_that_is_larger_than_all_the_room_is_not_kept() -> None:
@@ -43,7 +50,7 @@ async def test_one_that_is_larger_than_all_the_room_is_not_kept() -> None:
 
 
 async def test_a_key_that_is_put_again_takes_room_once() -> None:
-    answers = MemoryAnswers(2 * OVERHEAD + 5)
+    answers = MemoryAnswers(2 * (OVERHEAD + 1) + 5)
     for size in range(6):
         await answers.put("a", answer(size))
     await answers.put("b", answer())
