@@ -1,4 +1,8 @@
-"""Where the suite runs: both transports, and both kinds of request queue."""
+"""Where the suite runs: both transports, and both kinds of request queue.
+
+A module that sets `QUEUE_TYPE_MATTERS = False` runs on one kind for each transport in `make test`, and on the others in
+`make test-faults`.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,19 @@ import pytest
 from places import Place, cut_memory, cut_rabbitmq
 from seam import Seam
 
+PLACES = ["memory-classic", "memory-quorum", "rabbitmq-classic", "rabbitmq-quorum"]
+ONE_OF_EACH = ["memory-classic", "rabbitmq-quorum"]
 
-@pytest.fixture(params=["memory-classic", "memory-quorum", "rabbitmq-classic", "rabbitmq-quorum"])
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "place" not in metafunc.fixturenames:
+        return
+    quick = PLACES if getattr(metafunc.module, "QUEUE_TYPE_MATTERS", True) else ONE_OF_EACH
+    places = [pytest.param(it, marks=() if it in quick else pytest.mark.long) for it in PLACES]
+    metafunc.parametrize("place", places, indirect=True)
+
+
+@pytest.fixture
 def place(request: pytest.FixtureRequest, namespace: str) -> Place:
     transport, _, queue_type = request.param.partition("-")
     if transport == "memory":

@@ -12,6 +12,8 @@ from rpcq import CallTimeout, Context, OutcomeUnknown, PermissionDenied, RemoteE
 from rpcq.properties import Properties, encode
 from rpcq.transport.base import Message
 
+QUEUE_TYPE_MATTERS = False
+
 
 def user_of(place: Place) -> str:
     return urlsplit(place.url).username or "guest"

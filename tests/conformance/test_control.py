@@ -16,6 +16,8 @@ from rpcq.control import MOST_ANSWERS, MOST_QUESTIONS, MethodInfo, ServiceInfo, 
 from rpcq.properties import Properties, encode
 from rpcq.transport.base import Message, Outgoing
 
+QUEUE_TYPE_MATTERS = False
+
 
 class OutOfStock(DomainError):
     """Nothing is left."""

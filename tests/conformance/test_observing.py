@@ -28,6 +28,8 @@ from rpcq.observability.tracing import Tracing
 from rpcq.observer import Observer, Seen, SeenCall, SeenRequest
 from rpcq.settings import MAX_HEADERS
 
+QUEUE_TYPE_MATTERS = False
+
 
 class Busy(DomainError):
     """Not now."""

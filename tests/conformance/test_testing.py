@@ -35,6 +35,8 @@ from rpcq.errors import BrokerUnreachable
 from rpcq.testing import FakeService, running
 from rpcq.transport.topology import Names
 
+QUEUE_TYPE_MATTERS = False
+
 
 class OutOfStock(DomainError):
     pass
