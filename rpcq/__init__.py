@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from rpcq.client import Client
-from rpcq.contract import Context, Service, contract
+from rpcq.contracts import contract
 from rpcq.errors import (
     BrokerError,
     CallError,
@@ -25,6 +25,7 @@ from rpcq.errors import (
     UsageError,
 )
 from rpcq.processes import own_version
+from rpcq.service import Context, Service
 from rpcq.settings import Retry
 from rpcq.worker import Worker
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, Final
 from urllib.parse import quote
 
-from rpcq.contract import Authorize, Context, Method, Service
 from rpcq.deadline import Deadline
 from rpcq.errors import (
     CallError,
@@ -21,6 +20,7 @@ from rpcq.errors import (
     TooLarge,
 )
 from rpcq.idempotency import AnswerStore, fingerprint
+from rpcq.service import Authorize, Context, Method, Service
 from rpcq.settings import MAX_TIMEOUT
 from rpcq.wire import Request
 

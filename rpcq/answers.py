@@ -10,7 +10,7 @@ import pydantic
 from rpcq import wire
 from rpcq.bounds import NotRead, first_error
 from rpcq.calls import Call, Event, honest
-from rpcq.contract import Result, result_adapter
+from rpcq.contracts import Result, result_adapter
 from rpcq.errors import InvalidReply, from_wire
 from rpcq.settings import CallOptions
 from rpcq.wire import Reply

@@ -8,8 +8,8 @@ from typing import Final
 
 from rpcq import logs
 from rpcq.admission import Job, Refused, key_of
-from rpcq.contract import Authorize
 from rpcq.errors import PermissionDenied, RemoteError
+from rpcq.service import Authorize
 
 MOST_BYTES: Final = 255
 """Of a scope."""

@@ -20,9 +20,9 @@ from pydantic import Field, FiniteFloat, ValidationError
 
 from rpcq import logs, wire
 from rpcq.bounds import NotRead, first_error
-from rpcq.contract import Method, Service
 from rpcq.processes import own_version
 from rpcq.schemas import Codec, make_codec
+from rpcq.service import Method, Service
 from rpcq.transport.base import Message, Settled, Transport
 from rpcq.transport.topology import EVERY_SERVICE, Names
 

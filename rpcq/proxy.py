@@ -8,8 +8,9 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, Unpack
 
-from rpcq.contract import METHOD_NAME, Contract, result_adapter, type_hints
+from rpcq.contracts import METHOD_NAME, Contract, result_adapter
 from rpcq.errors import ConfigurationError
+from rpcq.schemas import type_hints
 from rpcq.settings import CallOptions, CallSettings, check_name
 from rpcq.transport.topology import Names
 

@@ -7,6 +7,7 @@ whose own config decides, and says nothing; a secret in a result, which pydantic
 from __future__ import annotations
 
 import functools
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final, cast
@@ -88,6 +89,20 @@ def make_codec(kind: Any, label: str, *, written: bool) -> Codec:
         validator, serializer = SchemaValidator(schema, _CORE_CONFIG), SchemaSerializer(schema, _CORE_CONFIG)
     read = bounded(schema, _CORE_CONFIG, validator.validate_json)
     return Codec(read, validator.validate_python, serializer.to_json, serializer.to_python, look.floats)
+
+
+def type_hints(label: str, function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function, resolved.
+
+    Raises:
+        ConfigurationError: they cannot be.
+
+    """
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except (NameError, AttributeError, SyntaxError, TypeError) as error:
+        msg = f"{label} has an annotation that cannot be resolved where it stands: {error}"
+        raise ConfigurationError(msg) from error
 
 
 @dataclass(frozen=True, slots=True)

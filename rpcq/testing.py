@@ -24,8 +24,10 @@ from typing import Any, Final, Literal, Self, TypedDict, Unpack, cast
 
 from rpcq.admission import Refused
 from rpcq.client import Client
-from rpcq.contract import METHOD_NAME, Context, Contract, Method, Service, type_hints
+from rpcq.contracts import METHOD_NAME, Contract
 from rpcq.errors import BrokerError, CallError, ConfigurationError, DomainError, InvalidReply, ServiceUnavailable
+from rpcq.schemas import type_hints
+from rpcq.service import Context, Method, Service
 from rpcq.settings import ConnectionOptions, check_name
 from rpcq.transport.opening import open_admin
 from rpcq.transport.topology import Names

@@ -19,7 +19,6 @@ from typing import Any, Final, Self, Unpack
 
 from rpcq import logs, wire
 from rpcq.admission import ExpiredOnArrival, admit, why_it_may_have_run
-from rpcq.contract import Service
 from rpcq.control import Answerer, WorkerStats, describe
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import (
@@ -36,6 +35,7 @@ from rpcq.idempotency import MemoryAnswers
 from rpcq.observer import Observer, Observers, SeenRequest
 from rpcq.properties import MalformedProperties, Properties, decode
 from rpcq.running import Running, Runs
+from rpcq.service import Service
 from rpcq.settings import MAX_PROPERTIES, MAX_TIMEOUT, WorkerOptions, WorkerSettings
 from rpcq.transport.base import Delivery, Listener, Subscription, Transport
 from rpcq.transport.opening import open_transport

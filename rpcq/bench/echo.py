@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from rpcq import logs
 from rpcq.bench.generator import NONCES
-from rpcq.contract import Service
 from rpcq.processes import run
+from rpcq.service import Service
 from rpcq.worker import Worker
 
 METHOD = "echo"

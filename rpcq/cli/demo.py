@@ -15,9 +15,9 @@ from rpcq import logs
 from rpcq.cli.options import Level, LogLevel, given
 from rpcq.cli.text import plain
 from rpcq.client import Client
-from rpcq.contract import Service
 from rpcq.errors import CallError, DomainError
 from rpcq.processes import run
+from rpcq.service import Service
 from rpcq.worker import Worker
 
 SHOWN = """\

@@ -19,7 +19,6 @@ from rpcq.cli.options import FAILED, Level, LogLevel, Namespace, Url, given
 from rpcq.cli.serving import load_services
 from rpcq.cli.text import plain
 from rpcq.client import Client
-from rpcq.contract import Service
 from rpcq.environment import broker_url, options_from, settings
 from rpcq.errors import (
     AccessRefused,
@@ -33,6 +32,7 @@ from rpcq.errors import (
 )
 from rpcq.observability.management import UNANSWERED, Management, management_of
 from rpcq.processes import run
+from rpcq.service import Service
 from rpcq.settings import ClientOptions
 from rpcq.transport.opening import open_admin
 from rpcq.transport.topology import MAX_LENGTH, Names, Queue, QueueType

@@ -19,9 +19,9 @@ from rpcq import logs
 from rpcq.cli.options import FAILED, WORKER, Level, LogLevel, Namespace, Url, given
 from rpcq.cli.supervising import SUPERVISED, supervise
 from rpcq.cli.watching import Watching
-from rpcq.contract import Service
 from rpcq.errors import ConfigurationError
 from rpcq.processes import run
+from rpcq.service import Service
 from rpcq.settings import WorkerSettings
 from rpcq.worker import Worker
 

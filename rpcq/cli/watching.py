@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rpcq import logs
-from rpcq.contract import Service
 from rpcq.environment import broker_url
 from rpcq.errors import ConfigurationError
 from rpcq.observability.calls import CallLogs
 from rpcq.observer import Observer
+from rpcq.service import Service
 from rpcq.worker import Worker
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, Unpack
 
 from rpcq import logs
-from rpcq.contract import Service
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import BrokerError, ConfigurationError
 from rpcq.observability.management import UNANSWERED, Management, management_of
+from rpcq.service import Service
 from rpcq.settings import ConnectionOptions, ConnectionSettings
 from rpcq.transport.admin import Admin
 from rpcq.transport.opening import open_admin

@@ -11,11 +11,11 @@ from typing import Any, Final, TypeVar, Unpack, cast
 
 from rpcq import logs
 from rpcq.client import Client
-from rpcq.contract import Service
 from rpcq.environment import broker_url
 from rpcq.errors import ClosedError, ConfigurationError, ServiceUnavailable, UsageError
 from rpcq.observer import Observer
 from rpcq.proxy import CallMaker, Target
+from rpcq.service import Service
 from rpcq.settings import (
     CallOptions,
     CallSettings,

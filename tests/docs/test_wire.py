@@ -16,7 +16,7 @@ import pytest
 
 from rpcq import wire
 from rpcq.calls import Event, PendingCalls
-from rpcq.contract import METHOD_NAME
+from rpcq.contracts import METHOD_NAME
 from rpcq.control import MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
 from rpcq.errors import (
     BY_CODE,

@@ -8,7 +8,6 @@ import pytest
 
 from rpcq import wire
 from rpcq.admission import ExpiredOnArrival, Job, MayHaveRun, admit, never_no, why_it_may_have_run
-from rpcq.contract import Context, Service
 from rpcq.deadline import Deadline
 from rpcq.errors import (
     CallError,
@@ -20,6 +19,7 @@ from rpcq.errors import (
     ServiceUnavailable,
     TooLarge,
 )
+from rpcq.service import Context, Service
 from rpcq.settings import MAX_TIMEOUT
 
 WALL = 1_800_000_000_000.0  # milliseconds since the epoch

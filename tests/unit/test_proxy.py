@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import pytest
 from pydantic import BaseModel
 
-from rpcq.contract import contract
+from rpcq.contracts import contract
 from rpcq.errors import ConfigurationError, DomainError
 from rpcq.proxy import CallMaker, RemoteMethod, ServiceProxy, Target, make_target
 from rpcq.settings import CallOptions

@@ -33,10 +33,11 @@ from typing_extensions import TypeAliasType, TypedDict
 
 from rpcq import wire
 from rpcq.bounds import NotRead
-from rpcq.contract import Context as Ctx
-from rpcq.contract import Contract, Method, Service, contract, result_adapter
+from rpcq.contracts import Contract, contract, result_adapter
 from rpcq.deadline import Deadline
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply
+from rpcq.service import Context as Ctx
+from rpcq.service import Method, Service
 
 CONTEXT = Ctx(service="s", method="m", correlation_id="id", deadline=Deadline(1.0))
 

@@ -1,4 +1,4 @@
-"""Services and their methods: what they are called, what they take and return. Pure.
+"""Services and their methods: what they are called, who may call them, what they take and return. Pure.
 
 A service is a named set of methods behind one request queue. Parameters and results are validated with pydantic from
 the handlers' annotations; what is not annotated is taken as JSON has it.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
-import re
 import sys
 import typing
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -22,27 +20,14 @@ from pydantic import PydanticUserError
 
 from rpcq import wire
 from rpcq.bounds import MOST_ERRORS, NotRead
+from rpcq.contracts import METHOD_NAME, result_adapter
 from rpcq.deadline import Deadline
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply
 from rpcq.idempotency import AnswerStore
-from rpcq.schemas import Codec, make_codec
+from rpcq.schemas import Codec, make_codec, type_hints
 from rpcq.settings import CallOptions, check_errors, check_name
-from rpcq.values import (
-    EXPONENT,
-    MARKS,
-    MAX_DIGITS,
-    OWN_SECRETS,
-    NotCarried,
-    refuse_beyond_float,
-    refuse_changed,
-    refuse_nan,
-)
+from rpcq.values import NotCarried, refuse_beyond_float, refuse_nan
 
-METHOD_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,100}\Z")
-"""A method's name has no dot: `a.b.c` is method `c` of service `a.b`."""
-
-T = TypeVar("T")
-C = TypeVar("C")
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
 
@@ -195,56 +180,6 @@ class Method:
         return body
 
 
-class Result:
-    """Reads and writes values of one type."""
-
-    def __init__(self, label: str, codec: Codec) -> None:
-        self.label = label
-        self._check = codec.check
-        self._write = codec.write
-        self._plain = codec.plain
-        self._read = codec.read
-        self.read: Callable[[bytes], Any] = self._read_floats if codec.floats else codec.read
-        """A value from JSON. Raises pydantic's ValidationError, `bounds.NotRead` and InvalidReply."""
-
-    def _read_floats(self, body: bytes) -> Any:
-        value = self._read(body)
-        if type(value) is float and math.isfinite(value):
-            return value
-        # The first look is here, not behind another call, as in `wire.loads`.
-        is_odd = len(body) > 200 or body.translate(MARKS, b"+").rfind(EXPONENT) >= 0
-        if is_odd or body.find(b"N") >= 0 or body.find(b"I") >= 0:
-            try:
-                refuse_beyond_float(refuse_nan(body), value, self._read)
-            except ValueError as error:
-                raise InvalidReply(f"the result of {self.label} cannot be taken: {error}") from error
-        return value
-
-    def write(self, value: Any) -> bytes:
-        """A value as JSON, by aliases: that is how the other side reads it."""
-        valid = self._check(value)
-        body = refuse_nan(self._write(valid, by_alias=True))
-        if body.find(b"null") >= 0 and valid is not None:  # perhaps a model's NaN, which has a mode of its own
-            wire.dumps(self._plain(valid, mode="json", by_alias=True))
-        if body.find(b"*") >= 0 or len(body) > MAX_DIGITS or OWN_SECRETS():
-            refuse_changed(valid, body)
-        return body
-
-
-def result_adapter(label: str, returns: Any, *, written: bool = False) -> Result:
-    """Reads what `label` returns, and writes it if `written`.
-
-    Raises:
-        ConfigurationError: pydantic has no schema for the type, or its secrets or bytes would arrive as something else.
-
-    """
-    try:
-        return Result(label, make_codec(returns, f"{label} returns", written=written))
-    except (PydanticUserError, NameError, TypeError) as error:
-        msg = f"{label} returns {returns!r}, which pydantic cannot handle: {error}"
-        raise ConfigurationError(msg) from error
-
-
 class Service:
     """A named set of methods behind one request queue.
 
@@ -390,38 +325,6 @@ class Service:
         return f"<Service {self.name!r}: {', '.join(self.methods) or 'no methods'}>"
 
 
-@dataclass(frozen=True, slots=True)
-class Contract:
-    """What `contract` says of a Protocol class."""
-
-    service: str
-    errors: tuple[type[DomainError], ...] = ()
-    idempotent: frozenset[str] = frozenset()
-
-
-def contract(
-    service: str, *, errors: Iterable[type[DomainError]] = (), idempotent: Iterable[str] = ()
-) -> Callable[[C], C]:
-    """Say what service a Protocol class describes, so that `Client.bind` needs no more.
-
-    Args:
-        service: its name.
-        errors: domain errors that callers want to catch by their class.
-        idempotent: names of methods that may be sent again where an attempt may have been lost.
-
-    """
-    said = Contract(check_name("the service", service), check_errors(errors), frozenset(idempotent))
-
-    def mark(api: C) -> C:
-        unknown = sorted(name for name in said.idempotent if not callable(getattr(api, name, None)))
-        if unknown:
-            raise ConfigurationError(f"the contract of {service!r} calls {unknown} idempotent, and has no such method")
-        api.__rpcq_contract__ = said  # type: ignore[attr-defined]  # read by `Client.bind`
-        return api
-
-    return mark
-
-
 def _check_allow(service: str, allow: Any) -> dict[str, frozenset[str]]:
     if not isinstance(allow, Mapping):
         raise ConfigurationError(f"allow of service {service!r} is {allow!r}; it maps methods to users: {_ALLOW_FORM}")
@@ -443,20 +346,6 @@ def _function(handler: Callable[..., Any]) -> Callable[..., Any]:
     while isinstance(handler, functools.partial):
         handler = handler.func
     return handler if inspect.isroutine(handler) or not callable(handler) else handler.__call__  # type: ignore[operator]
-
-
-def type_hints(label: str, function: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of a function, resolved.
-
-    Raises:
-        ConfigurationError: they cannot be.
-
-    """
-    try:
-        return typing.get_type_hints(function, include_extras=True)
-    except (NameError, AttributeError, SyntaxError, TypeError) as error:
-        msg = f"{label} has an annotation that cannot be resolved where it stands: {error}"
-        raise ConfigurationError(msg) from error
 
 
 def _without_context(
