@@ -182,6 +182,7 @@ class Vhost:
         self._exchanges = {DEFAULT_EXCHANGE: LiveExchange(Exchange(""))}
         self._wakes: list[tuple[float, int, LiveQueue]] = []
         self._ties = count()
+        self._letters: list[tuple[LiveQueue, Entry]] | None = None  # that are on their way; else they arrive at once
 
     @property
     def next_expiry(self) -> float | None:
@@ -350,11 +351,18 @@ class Vhost:
         if consumer.held == consumer.prefetch and not consumer.cancelled:
             queue.available.append(consumer)
         consumer.held -= 1
+        letters: list[tuple[LiveQueue, Entry]] = []
+        if not accept and not requeue and not queue.deleted:
+            # It is on its way before what has expired meanwhile, and arrives after the consumer's next message has
+            # left: a queue that is its own dead letters' finds that room.
+            self._letters = letters
+            self._dead_letter(queue, entry, "rejected", now)
         if queue.ready:
             self._serve(queue, now)
-        if not accept and not requeue and not queue.deleted:
-            # Last: a queue that is its own dead letters' finds the room that the consumer's next message leaves.
-            self._dead_letter(queue, entry, "rejected", now)
+        self._letters = None
+        for target, letter in letters:
+            if not target.deleted:
+                self._enqueue(target, letter, now)
 
     def expire(self, now: float) -> None:
         """Give up what is dead at the head of its queue."""
@@ -473,7 +481,10 @@ class Vhost:
         for target in targets:
             if reason == "rejected" or not is_cycle(target.name, deaths):
                 letter = Entry(queue.dead_letter_exchange, entry.routing_key, raw, entry.body, None)
-                self._enqueue(target, letter, now)
+                if self._letters is None:
+                    self._enqueue(target, letter, now)
+                else:
+                    self._letters.append((target, letter))
 
 
 def _check_owner(queue: LiveQueue, connection: Connection) -> None:

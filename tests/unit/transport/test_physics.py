@@ -672,6 +672,17 @@ def test_a_rejected_message_is_dead_lettered_and_no_longer_expires(world: World)
     assert world.ready("dead") == [b"a"]
 
 
+def test_the_dead_letter_of_a_rejection_arrives_before_those_of_what_has_expired_meanwhile(world: World) -> None:
+    world.queue("dead", key="q", max_length=1, overflow="reject-publish")
+    world.queue("q", dead_letter_exchange="x")
+    world.consume("q", prefetch=1)
+    for body, ttl in ((b"rejected", None), (b"expired", "50")):
+        world.publish("q", body, ttl=ttl)
+    world.now += 1
+    world.settle(1)
+    assert world.ready("dead") == [b"rejected"]
+
+
 def test_a_message_without_headers_or_ttl_gets_headers_but_no_original_expiration(world: World) -> None:
     world.queue("dead", key="q")
     world.queue("q", dead_letter_exchange="x")
