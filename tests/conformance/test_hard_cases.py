@@ -134,6 +134,7 @@ async def test_what_waits_for_a_thread_until_its_deadline_never_runs_and_its_cal
         assert began == ["first"]
 
 
+@pytest.mark.long
 async def test_slots_are_free_and_replies_sent_after_connections_were_cut_again_and_again(place: Place) -> None:
     service = place.service()
 

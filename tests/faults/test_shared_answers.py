@@ -93,6 +93,7 @@ async def test_what_a_lost_worker_ran_does_not_run_again_under_its_key_and_its_c
         await scene.check()
 
 
+@pytest.mark.long
 async def test_what_a_lost_worker_ran_runs_again_if_it_is_idempotent(scene: Scene, table: str) -> None:
     async with sharing(scene, table) as (client, ledger):
         lost = await worker(scene, table)
@@ -108,6 +109,7 @@ async def test_what_a_lost_worker_ran_runs_again_if_it_is_idempotent(scene: Scen
         await scene.check()
 
 
+@pytest.mark.long
 async def test_another_call_with_the_key_of_a_lost_one_runs_if_it_is_idempotent(scene: Scene, table: str) -> None:
     async with sharing(scene, table) as (client, ledger):
         lost = await worker(scene, table)
@@ -123,6 +125,7 @@ async def test_another_call_with_the_key_of_a_lost_one_runs_if_it_is_idempotent(
 
 
 @pytest.mark.parametrize("kill", [False, pytest.param(True, marks=pytest.mark.long)], ids=["stopped", "killed"])
+@pytest.mark.long
 @pytest.mark.timeout(120)
 async def test_a_database_that_is_away_for_a_moment_costs_no_wrong_outcome_and_calls_come_through_when_it_is_back(
     scene: Scene, kill: bool

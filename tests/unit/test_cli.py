@@ -356,7 +356,7 @@ def test_logs_are_readable_on_a_terminal(rpcq: Rpcq) -> None:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
     assert '{"' not in plain
     assert "namespace=" in plain
-    assert re.search(r"correlation_id=[0-9a-f]{16}-", plain)
+    assert re.search(r"correlation_id=[0-9a-f]{8}-[0-9a-f]+-[0-9a-f]{16}", plain)
     assert "Traceback (most recent call last)" in plain
     password = urlsplit(rpcq.url).password
     assert f":{password}@" not in plain
