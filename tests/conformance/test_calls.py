@@ -34,6 +34,8 @@ from rpcq import (
     contract,
 )
 
+QUEUE_TYPE_MATTERS = False
+
 
 class OutOfStock(DomainError):
     pass

@@ -72,6 +72,7 @@ async def test_of_each_call_that_is_made_twice_at_once_one_runs(scene: Scene, ta
         await scene.check()
 
 
+@pytest.mark.long
 async def test_what_a_lost_worker_ran_does_not_run_again_under_its_key_and_its_callers_hear_maybe(
     scene: Scene, table: str
 ) -> None:
