@@ -291,11 +291,11 @@ class PendingCalls:
         return call.correlation_id in self._calls
 
     def next_id(self) -> bytes:
-        """A correlation ID that no other call has, and that nobody can guess who knows all the others.
+        """A correlation ID that no other call has. Nobody can guess it from other IDs.
 
-        It begins with 32 random bits of the client and a number, for people. 64 random bits of its own keep it apart
-        from all others, and secret from workers that do not serve the call: whoever knows a reply queue and an ID can
-        forge the reply.
+        It has 32 random bits of the client and a number, which people read, and 64 random bits of its own. These make
+        it unique, and keep it secret from workers that do not serve the call. A program that knows a reply queue and
+        an ID can forge the reply.
         """
         try:
             return self._ids.pop()

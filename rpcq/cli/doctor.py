@@ -212,8 +212,8 @@ async def _exchanges(admin: Admin, names: Names, options: ClientOptions) -> Find
             if await admin.has_exchange(exchange.name):
                 await admin.declare([exchange], [])
         except TopologyMismatch as error:
-            mend = "stop what uses it, delete it, and let a worker or 'rpcq setup' declare it anew"
-            yield Found(Grade.BAD, str(error), mend)
+            fix = "stop the programs that use it, delete it, and declare it again with 'rpcq setup'"
+            yield Found(Grade.BAD, str(error), fix)
         except AccessRefused:
             pass  # a user who may not declare it cannot compare it either
 

@@ -9,12 +9,12 @@ from typing import Final
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 
 from rpcq import logs
-from rpcq.errors import AccessRefused, BrokerError, BrokerUnreachable, NotFound, PreconditionFailed, TopologyMismatch
+from rpcq.errors import AccessRefused, BrokerError, BrokerUnreachable, NotFound, PreconditionFailed
 from rpcq.settings import ConnectionOptions
 from rpcq.transport.base import Delivery, Listener, Subscription
 from rpcq.transport.connection import closed_by_broker, heeding_cancellation, is_foreign, translate
 from rpcq.transport.lane import Encoder, Lane
-from rpcq.transport.session import CLOSE_TIMEOUT, Link, Session
+from rpcq.transport.session import CLOSE_TIMEOUT, Link, Session, naming_mismatch
 from rpcq.transport.settling import Unsettled
 from rpcq.transport.topology import Exchange, Queue
 from rpcq.url import BrokerURL
@@ -45,7 +45,7 @@ async def declare(channel: AbstractChannel, queue: Queue) -> str:
         TopologyMismatch: it exists with other arguments.
 
     """
-    try:
+    with naming_mismatch(f"the queue {queue.name!r}"):
         declared = await channel.declare_queue(
             queue.name or None,
             durable=queue.durable,
@@ -55,12 +55,6 @@ async def declare(channel: AbstractChannel, queue: Queue) -> str:
         )
         for exchange, key in (*queue.bindings, *((exchange, declared.name) for exchange in queue.bound_by_name)):
             await declared.bind(exchange, key)
-    except Exception as error:
-        ours = translate(error, None)
-        if isinstance(ours, PreconditionFailed):
-            msg = f"the queue {queue.name!r} exists with other arguments than rpcq's; delete it or mend it: {ours}"
-            raise TopologyMismatch(msg) from error
-        raise
     return declared.name
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from aio_pika.abc import AbstractChannel
@@ -50,6 +51,24 @@ CLOSE_TIMEOUT: Final = 2.0
 log = logs.get_logger("rpcq.rabbitmq")
 
 
+@contextmanager
+def naming_mismatch(what: str) -> Iterator[None]:
+    """Declare something inside of this; `what` names it.
+
+    Raises:
+        TopologyMismatch: it exists with other arguments.
+
+    """
+    try:
+        yield
+    except Exception as error:
+        ours = translate(error, None)
+        if isinstance(ours, PreconditionFailed):
+            msg = f"{what} exists with other arguments than rpcq's; delete it or fix it: {ours}"
+            raise TopologyMismatch(msg) from error
+        raise
+
+
 async def declare_exchange(channel: AbstractChannel, exchange: Exchange) -> None:
     """Declare an exchange. Where it fails, the broker closes the channel.
 
@@ -57,14 +76,8 @@ async def declare_exchange(channel: AbstractChannel, exchange: Exchange) -> None
         TopologyMismatch: it exists with another type.
 
     """
-    try:
+    with naming_mismatch(f"the exchange {exchange.name!r}"):
         await channel.declare_exchange(exchange.name, exchange.type, durable=True, internal=exchange.internal)
-    except Exception as error:
-        ours = translate(error, None)
-        if isinstance(ours, PreconditionFailed):
-            msg = f"the exchange {exchange.name!r} exists with other properties than rpcq's: {ours}"
-            raise TopologyMismatch(msg) from error
-        raise
 
 
 class Link:

@@ -193,8 +193,6 @@ async def test_a_call_that_waits_for_permission_until_its_deadline_did_not_run(p
 @pytest.mark.parametrize("by", ["allow", "authorize"])
 async def test_a_redelivery_that_is_not_allowed_any_more_may_have_run_all_the_same(place: Place, by: str) -> None:
     """The first worker lets the call in, and is lost; the second one would not."""
-    if place.queue_type == "quorum":
-        pytest.skip("a quorum queue delivers no request twice")
     ran = asyncio.Event()
 
     async def refuse(context: Context) -> str | None:

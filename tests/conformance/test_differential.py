@@ -67,7 +67,7 @@ async def difference(script: Any, how: ModuleType, url: str) -> str:
     )
 
 
-@settings(few, max_examples=3)
+@settings(few, max_examples=6)
 @given(scripts=st.lists(seam_scripts.scripts(), min_size=AT_ONCE, max_size=AT_ONCE))
 def test_any_script_of_messages_leads_to_the_same_on_both_brokers(
     broker: Broker, scripts: list[seam_scripts.Script]
@@ -75,7 +75,7 @@ def test_any_script_of_messages_leads_to_the_same_on_both_brokers(
     play([seam_scripts.for_version(script, broker.version) for script in scripts], seam_scripts, broker)
 
 
-@settings(few, max_examples=2)
+@settings(few, max_examples=4)
 @given(scripts=st.lists(call_scripts.scripts(), min_size=AT_ONCE, max_size=AT_ONCE))
 def test_any_script_of_calls_leads_to_the_same_on_both_brokers(
     broker: Broker, scripts: list[call_scripts.Script]
