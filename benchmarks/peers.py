@@ -27,6 +27,7 @@ from rich.table import Table
 
 from benchmarks.participants import MODULES, PEERS
 from benchmarks.processes import (
+    ROOT,
     Process,
     broker_channel,
     broker_process,
@@ -92,12 +93,14 @@ class Contender:
 
 
 @contextlib.asynccontextmanager
-async def contender(name: str, namespace: str) -> AsyncIterator[Contender]:
-    """Start the worker of a contender and then its client; both end on leaving."""
-    arguments = ("--namespace", namespace, "--prefetch", str(PREFETCH))
+async def contender(
+    name: str, namespace: str, *, prefetch: int = PREFETCH, checkout: Path = ROOT
+) -> AsyncIterator[Contender]:
+    """Start the worker of a contender and then its client, as a checkout has them; both end on leaving."""
+    module, arguments = "benchmarks.participants", ("--namespace", namespace, "--prefetch", str(prefetch))
     async with (
-        started(f"the worker of {name}", "benchmarks.participants", name, "worker", *arguments) as (worker, ready),
-        started(f"the client of {name}", "benchmarks.participants", name, "client", *arguments) as (client, _),
+        started(f"the worker of {name}", module, name, "worker", *arguments, checkout=checkout) as (worker, ready),
+        started(f"the client of {name}", module, name, "client", *arguments, checkout=checkout) as (client, _),
     ):
         yield Contender(name, client, worker, ready["versions"])
 

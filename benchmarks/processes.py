@@ -95,8 +95,10 @@ class Process:
 
 
 @contextlib.asynccontextmanager
-async def started(name: str, module: str, *arguments: str) -> AsyncIterator[tuple[Process, Line]]:
-    """Run `python -m module arguments` while inside; gives the process and its line `ready`."""
+async def started(
+    name: str, module: str, *arguments: str, checkout: Path = ROOT
+) -> AsyncIterator[tuple[Process, Line]]:
+    """Run `python -m module arguments` in a checkout while inside; gives the process and its line `ready`."""
     process = Process(
         name,
         await asyncio.create_subprocess_exec(
@@ -106,7 +108,7 @@ async def started(name: str, module: str, *arguments: str) -> AsyncIterator[tupl
             *arguments,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            cwd=ROOT,
+            cwd=checkout,
             # Ctrl-C is for the runner alone: it ends the processes in order, without a traceback from each.
             start_new_session=True,
         ),

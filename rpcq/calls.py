@@ -322,13 +322,11 @@ class PendingCalls:
             raise ConfigurationError(msg)
 
     def get(self, request_id: bytes) -> Call | None:
-        """The call under way that a request with this ID belongs to, or None, which is counted."""
-        call = self._calls.get(request_id) or self._calls.get(request_id.rpartition(b".")[0])
-        if call is None:
-            self._count_unmatched(request_id)
-        return call
+        """The call under way that a request with this ID belongs to."""
+        return self._calls.get(request_id) or self._calls.get(request_id.rpartition(b".")[0])
 
-    def _count_unmatched(self, request_id: bytes) -> None:
+    def count_unmatched(self, request_id: bytes) -> None:
+        """Count a reply or a notice that is for no call under way: late, twice, or for nobody."""
         if not request_id.startswith(self._prefix):
             self.stray += 1
         elif request_id.partition(b".")[0] in self._unanswered:

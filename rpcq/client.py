@@ -440,30 +440,32 @@ class Client:
             encoder = self._sender.encoder
             came = wire.read_reply(delivery.properties, delivery.body, b"" if encoder is None else encoder.reply_to)
         except MalformedProperties as error:
-            self._calls.stray += 1
-            self._seldom.warning("reply dropped", cause=str(error))
+            self._dropped("a malformed reply is dropped", cause=str(error))
             return
+        if type(came) is Reply and came.kind == wire.RESULT and delivery.exchange != self._notices:
+            call = self._calls.get(came.correlation_id)  # by the ID of any of its requests: one of them ran
+            if call is not None:
+                self._calls.happened(call, _REPLY, came)
+                return
+        self._on_other(delivery, came)
+
+    def _on_other(self, delivery: Delivery, came: Reply | Notice | None) -> None:
+        """Take what is not the result of a call under way."""
         if came is None:
-            self._calls.stray += 1
-            self._seldom.warning(
-                "a copy of a request came to the reply queue, and is dropped: something moves messages"
-            )
+            self._dropped("a copy of a request came to the reply queue, and is dropped: something moves messages")
             return
         if (delivery.exchange == self._notices) is not isinstance(came, Notice):
             # Clients can have the broker send anything through the notices, and workers anything that looks like one.
-            self._calls.stray += 1
-            self._seldom.warning("a forged reply or notice came to the reply queue, and is dropped")
+            self._dropped("a forged reply or notice came to the reply queue, and is dropped")
             return
         request_id = came.correlation_id
         if self._control.answered(request_id, delivery.body):
             return
-        call = self._calls.get(request_id)
-        if call is not None and isinstance(came, Reply) and came.kind == wire.RESULT:
-            self._calls.happened(call, _REPLY, came)  # to whichever of its requests: it ran
-            return
         if isinstance(came, Notice):
             self._observers.notice(came.reason)
+        call = self._calls.get(request_id)
         if call is None:
+            self._calls.count_unmatched(request_id)
             log.debug("reply for no call under way", correlation_id=request_id.decode("utf-8", "replace"))
         elif call.request_id != request_id:
             pass  # it is about an earlier request of the call
@@ -474,6 +476,11 @@ class Client:
             self._calls.happened(call, self._sender.expired(cast("ClientCall", call), came.queue))
         else:
             self._calls.happened(call, Event.WORKER_LOST, why=came.reason)
+
+    def _dropped(self, what: str, **fields: str) -> None:
+        """Count and report something that is neither a reply nor a notice of ours."""
+        self._calls.stray += 1
+        self._seldom.warning(what, **fields)
 
     # What the transport tells.
 

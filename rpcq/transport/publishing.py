@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -89,7 +90,7 @@ class PublishingSession(Session):
         self._flushing = False
         self._room = asyncio.Event()  # set to wake those who wait for `ready`
         self._is_blocked = False
-        self._most: int | None = None  # bytes of a message, once the broker has said so
+        self._most: int = sys.maxsize  # bytes of a message, once the broker has said so
         self._most_properties = 0  # of one, while the session is up
         self._lost_over_size = False
 
@@ -104,9 +105,7 @@ class PublishingSession(Session):
         if not self._up:
             message.on_settled(Settled.UNSENT)
             return
-        if len(message.properties) > self._most_properties or (
-            self._most is not None and len(message.body) > self._most
-        ):
+        if len(message.body) > self._most or len(message.properties) > self._most_properties:
             message.on_settled(Settled.TOO_LARGE)
             return
         if self._flushing:  # written with all else of this iteration of the loop
@@ -208,7 +207,7 @@ class PublishingSession(Session):
     def _told_up(self) -> None:
         # Lost over a message that is too large, it takes no more than it said; lost otherwise, it may.
         if not self._lost_over_size:
-            self._most = None
+            self._most = sys.maxsize
         self._lost_over_size = False
         self._listener.publishing()
         self._wake()
