@@ -24,9 +24,9 @@ from rpcq.errors import (
     TooLarge,
     UsageError,
 )
-from rpcq.processes import own_version
+from rpcq.options import Retry
+from rpcq.runtime.process import own_version
 from rpcq.service import Context, Service
-from rpcq.settings import Retry
 from rpcq.worker import Worker
 
 __all__ = [

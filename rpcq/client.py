@@ -1,21 +1,26 @@
-"""The client: sends calls, owns the futures that wait for their replies."""
+"""The client: makes calls, and keeps itself connected.
+
+The way of a call, out and back, is one page of the documentation: docs/explanations/life-of-a-call.md.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import random
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from enum import Enum
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, Unpack, cast
+from typing import Any, Final, Self, TypeVar, Unpack
 
-from rpcq import logs, observer, processes, wire
-from rpcq.answers import Answers, meaning
-from rpcq.calls import MAX_ATTEMPTS, Event, PendingCalls
-from rpcq.control import Control, WorkerInfo, WorkerStats, read
-from rpcq.deadline import Deadline, inherit
+from rpcq import logs, observer
+from rpcq.calls.outcomes import MAX_ATTEMPTS, CallEvent, too_late
+from rpcq.calls.pending import PendingCalls
+from rpcq.calls.proxy import CallMaker, ServiceProxy, Target
+from rpcq.calls.receiving import Receiver, ResultReader
+from rpcq.calls.retrying import Retries
+from rpcq.calls.sending import ClientCall, Sender
+from rpcq.control import Control, WorkerInfo, WorkerStats
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import (
     BrokerError,
@@ -23,30 +28,37 @@ from rpcq.errors import (
     CallTimeout,
     ClosedError,
     ConfigurationError,
-    Executed,
     ServiceUnavailable,
     UsageError,
 )
-from rpcq.observer import Observer, Observers, SeenCall
-from rpcq.properties import MalformedProperties
-from rpcq.proxy import CallMaker, ServiceProxy, Target
-from rpcq.sending import ClientCall, Sender
-from rpcq.settings import CallOptions, CallSettings, ClientOptions, ClientSettings, Retry, check_name, check_seconds
-from rpcq.timeouts import Timeouts
-from rpcq.transport.base import Delivery, Listener, Subscription, Transport
+from rpcq.observer import ObservedCall, Observer, Observers
+from rpcq.options import CallKwargs, CallOptions, ClientKwargs, ClientOptions, Retry, check_name, check_seconds
+from rpcq.runtime.backoff import Backoff
+from rpcq.runtime.deadline import Deadline, inherit
+from rpcq.runtime.process import Place
+from rpcq.runtime.timeouts import Timeouts
+from rpcq.transport.base import Subscription, Transport
 from rpcq.transport.opening import open_transport
-from rpcq.transport.topology import Names
+from rpcq.transport.sessions import Sessions
 from rpcq.url import mask, parse
-from rpcq.wire import Notice, Reply
+from rpcq.wire import bodies, control
+from rpcq.wire.replies import Reply
+from rpcq.wire.topology import Topology
 
 T = TypeVar("T")
 
 PING_TIMEOUT: Final = 1.0
 """Seconds that a worker has to answer a ping."""
 
-_REPLY: Final = Event.REPLY  # as in `rpcq.calls`, faster to get at
-
 log = logs.get_logger("rpcq.client")
+
+
+class Phase(Enum):
+    """How far a client is."""
+
+    NEW = "new"
+    OPEN = "open"
+    CLOSED = "closed"
 
 
 class Client:
@@ -61,43 +73,37 @@ class Client:
             there.
         observers: who is told of its calls and sessions: metrics, traces, logs; see `rpcq.observer`.
 
-    Attributes:
-        retried: calls that were made again, as their `retry` asks.
-
     Raises:
         ConfigurationError: the URL or an option cannot be used.
 
     """
 
     def __init__(
-        self, url: str | None = None, *, observers: Iterable[Observer] = (), **options: Unpack[ClientSettings]
+        self, url: str | None = None, *, observers: Iterable[Observer] = (), **options: Unpack[ClientKwargs]
     ) -> None:
         self.options = options_from(ClientOptions, options)
-        self.names = Names(self.options.namespace)
+        self.topology = Topology(self.options.namespace)
         self._url = broker_url(url)
         self._transport: Transport = open_transport(self._url, self.options)
         self._maker = CallMaker(self, CallOptions(timeout=self.options.timeout))
-        self._calls = PendingCalls(self.options.max_in_flight)
-        self._answers = Answers()
         self._observers = Observers(observers, self)
-        self._on_call = self._observers.calls
-        self._user = parse(self._url).user
-        if self.options.identify and len(self._user.encode()) > 255:
-            raise ConfigurationError(
-                f"a user who identifies must have a name of at most 255 bytes; got {self._user!r:.50}"
-            )
-        user = self._user if self.options.identify else ""
-        self._sender = Sender(self._transport, self._calls, self.options.name, user, self.options.unrun_within)
-        self._thread = 0
+        self._sessions = Sessions(self._transport, self._observers)
+        self._calls = PendingCalls(self.options.max_in_flight)
+        self._sender = Sender(
+            self._transport,
+            self._sessions,
+            self._calls,
+            name=self.options.name,
+            user=_checked_user(self._url) if self.options.identify else "",
+            unrun_within=self.options.unrun_within,
+        )
+        self._control = Control(self._transport, self.topology, self._sender.reply_queue, self._calls.next_id)
+        self._results = ResultReader()
+        self._retries = Retries()
         self._timeouts: Timeouts[ClientCall]
-        self._generation = -1
-        self._state = "new"
+        self._place: Place
+        self._phase = Phase.NEW
         self._closing: asyncio.Task[None] | None = None
-        self._pausing: set[asyncio.Future[None]] = set()  # of calls that are to be made again
-        self._seldom = logs.Seldom(log)
-        self.retried = 0
-        self._notices = self.names.notices.name.encode()
-        self._control = Control(self._transport, self.names, self._sender.reply_queue, self._calls.next_id)
 
     # Opening and closing.
 
@@ -110,27 +116,24 @@ class Client:
             UsageError: it was opened before.
 
         """
-        if self._state != "new":
-            raise UsageError(f"this client is {self._state}; a client is opened once")
+        if self._phase is not Phase.NEW:
+            raise UsageError(f"this client is {self._phase.value}; a client is opened once")
+        self._place = Place("this client")
         self._sender.open()
-        self._thread = threading.get_ident()
         self._timeouts = Timeouts(self._sender.loop, self._sender.expire)
-        self._generation = processes.generation
-        self._state = "open"
-        own = self.names.reply_queue(self.options.reply_exchange, self._user)
-        reply_queue = Subscription(own, self._on_delivery, no_ack=True)
-        listener = Listener(
-            consuming=self._consuming,
-            consuming_lost=self._consuming_lost,
-            publishing=self._publishing,
-            publishing_lost=self._publishing_lost,
-            publishing_blocked=self._publishing_blocked,
+        self._phase = Phase.OPEN
+        receiver = Receiver(self._calls, self._sender, self._control, self._observers, self.topology.notices.name)
+        own = self.topology.reply_queue(self.options.reply_exchange, parse(self._url).user)
+        reply_queue = Subscription(own, receiver.on_delivery, no_ack=True)
+        listener = self._sessions.listener(
+            consuming=self._on_consuming, consuming_lost=self._on_consuming_lost, blocked=self._on_blocked
         )
         self._observers.opened()
         try:
-            await self._transport.start(self.names.exchanges(self.options.reply_exchange), [reply_queue], listener)
+            exchanges = self.topology.exchanges(self.options.reply_exchange)
+            await self._transport.start(exchanges, [reply_queue], listener)
         except BaseException:
-            self._state = "closed"
+            self._phase = Phase.CLOSED
             await self._end_calls()
             self._observers.closed()
             raise
@@ -144,12 +147,12 @@ class Client:
 
         Cancelling it does not stop it: the client is closed all the same.
         """
-        if self._state == "new":
-            self._state = "closed"
-        elif self._closing is not None or self._state == "open":
-            self._check_place()
+        if self._phase is Phase.NEW:
+            self._phase = Phase.CLOSED
+        elif self._closing is not None or self._phase is Phase.OPEN:
+            self._place.check()
             if self._closing is None:
-                self._state = "closed"
+                self._phase = Phase.CLOSED
                 self._closing = self._sender.loop.create_task(self._close())
             await asyncio.shield(self._closing)
 
@@ -160,14 +163,14 @@ class Client:
         try:
             await self._transport.close()
         finally:
+            self._sessions.closed()
             self._observers.closed()
 
     async def _end_calls(self) -> None:
         """End all that is under way: calls, pauses between them, questions to workers."""
         for call in self._calls:
-            self._calls.happened(call, Event.CLOSE)
-        for pause in self._pausing:
-            pause.cancel()
+            self._calls.happened(call, CallEvent.CLOSE)
+        self._retries.close()
         self._control.close()
         await self._sender.close()
         self._timeouts.close()
@@ -183,12 +186,12 @@ class Client:
     @property
     def in_flight(self) -> int:
         """Calls under way, with those that failed and wait to be made again."""
-        return len(self._calls) + len(self._pausing)
+        return len(self._calls) + len(self._retries)
 
     @property
     def connected(self) -> bool:
         """Whether both sessions are up: a call that is made now is sent at once."""
-        return self._state == "open" and self._sender.encoder is not None and self._sender.publishing_up
+        return self._phase is Phase.OPEN and not self._sessions.down
 
     def counts(self) -> Mapping[str, int]:
         """What it counts, for observers: calls under way, replies for none of them, and what was sent again."""
@@ -199,17 +202,22 @@ class Client:
             "duplicate_replies": calls.duplicate,
             "stray_replies": calls.stray,
             "resent": self._sender.resent,
-            "retried": self.retried,
+            "retried": self._retries.retried,
         }
+
+    @property
+    def retried(self) -> int:
+        """Calls that were made again, as their `retry` asks."""
+        return self._retries.retried
 
     @property
     def unmatched_replies(self) -> int:
         """Replies and notices that were for no call under way: late, twice, or for nobody. Each was dropped."""
         return self._calls.unmatched
 
-    def on_reply(self, told: Callable[[Reply], None] | None) -> None:
-        """Have a function called with each reply that ends a call: in the task of its caller, before that goes on."""
-        self._answers.on_reply = told
+    def on_reply(self, callback: Callable[[Reply], None] | None) -> None:
+        """Call `callback` with each reply that ends a call, in the caller's task, before it goes on. None ends that."""
+        self._results.on_reply = callback
 
     # Calling.
 
@@ -225,7 +233,7 @@ class Client:
         """A proxy of a Protocol's type; see `CallMaker.bind`."""
         return self._maker.bind(api, service)
 
-    def with_options(self, **options: Unpack[CallSettings]) -> CallMaker:
+    def with_options(self, **options: Unpack[CallKwargs]) -> CallMaker:
         """The same client, with other options for its calls; see `CallOptions`."""
         return self._maker.with_options(**options)
 
@@ -245,15 +253,14 @@ class Client:
         check_name("the service", name)
         check_seconds("timeout", timeout)
         deadline = Deadline.after(timeout)
-        pause = 0.05
+        backoff = Backoff(0.05, 0.5, 1.5)
         while (left := deadline.remaining()) > 0:
             self._check_usable()
-            async with aclosing(self._control.ask(wire.PING, name, min(left, PING_TIMEOUT))) as answers:
+            async with aclosing(self._control.ask(control.PING, name, min(left, PING_TIMEOUT))) as answers:
                 async for _ in answers:
                     return
-            await asyncio.sleep(max(0.0, min(pause, deadline.remaining())))
-            pause = min(pause * 1.5, 0.5)
-        where = f"in namespace {self.names.namespace!r}"
+            await asyncio.sleep(max(0.0, min(backoff.pause(), deadline.remaining())))
+        where = f"in namespace {self.topology.namespace!r}"
         raise ServiceUnavailable(f"no worker of {name!r} answered within {timeout:g} s; is one running {where}?")
 
     def workers(self, service: str | None = None, *, wait: float = 1.0) -> AsyncGenerator[WorkerInfo, None]:
@@ -269,11 +276,11 @@ class Client:
             ClosedError: the client is not open.
 
         """
-        return self._ask(wire.DESCRIBE, WorkerInfo, service, wait)
+        return self._ask(control.DESCRIBE, WorkerInfo, service, wait)
 
     def stats(self, service: str | None = None, *, wait: float = 1.0) -> AsyncGenerator[WorkerStats, None]:
         """How the workers fare; as `workers`."""
-        return self._ask(wire.STATS, WorkerStats, service, wait)
+        return self._ask(control.STATS, WorkerStats, service, wait)
 
     async def _ask(self, question: bytes, kind: type[T], service: str | None, wait: float) -> AsyncGenerator[T, None]:
         self._check_usable()
@@ -282,14 +289,14 @@ class Client:
         check_seconds("wait", wait)
         async with aclosing(self._control.ask(question, service, wait)) as answers:
             async for answer in answers:
-                if (found := read(kind, answer, self._seldom)) is not None:
+                if (found := self._control.read(kind, answer)) is not None:
                     yield found
 
     def invoke(
         self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
     ) -> Coroutine[Any, Any, Any]:
         """One call, from its parameters to its result: where `CallMaker` and the proxies come."""
-        if self._on_call:
+        if self._observers.calls:
             return self._observed(target, options, args, params)
         if options.retry is None:
             return self._call(target, options, args, params)
@@ -299,25 +306,25 @@ class Client:
         self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
     ) -> Any:
         """One call, with its attempts, of which the observers are told."""
-        seen = SeenCall(target.exchange, target.routing_key.decode(), target.method.decode(), target.label)
-        seen.correlation_id = self._calls.next_id().decode()
+        observed = ObservedCall(target.exchange, target.routing_key.decode(), target.method.decode(), target.label)
+        observed.correlation_id = self._calls.next_id().decode()
         began = time.perf_counter()
-        endings = observer.begin(self._on_call, seen)
+        endings = observer.begin(self._observers.calls, observed)
         try:
             if options.retry is None:
-                value = await self._call(target, options, args, params, seen=seen)
+                value = await self._call(target, options, args, params, observed=observed)
             else:
-                value = await self._retry(target, options, options.retry, args, params, seen)
+                value = await self._retry(target, options, options.retry, args, params, observed)
         except BaseException as error:
-            seen.error, seen.code = error, observer.code_of(error)
+            observed.error, observed.code = error, observer.code_of(error)
             raise
         else:
-            seen.code = observer.OK
+            observed.code = observer.OK
             return value
         finally:
-            seen.seconds = time.perf_counter() - began
-            observer.end(endings, seen)
-            del seen, endings  # an error's traceback holds this frame
+            observed.seconds = time.perf_counter() - began
+            observer.end(endings, observed)
+            del observed, endings  # an error's traceback holds this frame
 
     async def _retry(
         self,
@@ -326,7 +333,7 @@ class Client:
         retry: Retry,
         args: tuple[Any, ...],
         params: Mapping[str, Any],
-        seen: SeenCall | None = None,
+        observed: ObservedCall | None = None,
     ) -> Any:
         """One call, made again where it fails as `retry` says, within the deadline of the first time."""
         self._check_usable()
@@ -337,37 +344,14 @@ class Client:
         attempt, retries = 1, 0
         while True:
             try:
-                return await self._call(target, options, args, params, deadline, key, attempt, seen)
+                return await self._call(target, options, args, params, deadline, key, attempt, observed)
             except CallError as error:
-                may_have_run = error.executed != "no"
-                pause = random.uniform(0, retry.longest_pause(retries))  # noqa: S311 - jitter
-                retries += 1
-                if (
-                    retries == retry.max_attempts
-                    or error.code not in retry.codes
-                    or (may_have_run and not options.idempotent)
-                    or time.monotonic() + pause >= deadline
-                ):
+                if not await self._retries.pause(error, retry, retries, deadline, idempotent=options.idempotent):
                     raise
-                if not await self._pause(pause):
-                    raise  # the client was closed meanwhile
-                log.info("call is made again", correlation_id=error.correlation_id, code=error.code, retries=retries)
-                attempt = error.attempt + may_have_run
-                self.retried += 1
-            if seen is not None:
-                seen.correlation_id, seen.attempt = self._calls.next_id().decode(), attempt
-
-    async def _pause(self, seconds: float) -> bool:
-        """Wait before a call is made again; False if the client is closed meanwhile."""
-        if self._state != "open":
-            return False
-        ended = self._sender.loop.create_future()
-        self._pausing.add(ended)
-        try:
-            await asyncio.wait([ended], timeout=seconds)
-        finally:
-            self._pausing.discard(ended)
-        return not ended.done()
+                attempt = error.attempt + (error.executed != "no")
+                retries += 1
+            if observed is not None:
+                observed.correlation_id, observed.attempt = self._calls.next_id().decode(), attempt
 
     async def _call(
         self,
@@ -378,27 +362,22 @@ class Client:
         deadline: float | None = None,
         key: str | None = None,
         attempt: int = 1,
-        seen: SeenCall | None = None,
+        observed: ObservedCall | None = None,
     ) -> Any:
         """One call; with `deadline`, `key` and `attempt` where it is made again, or may be."""
         self._check_usable()
-        body = wire.encode_params(args, params, self.options.max_body)
+        body = bodies.encode_params(args, params, self.options.max_body)
         now = time.monotonic()
         if deadline is None:
             deadline, key = inherit(options.timeout, now), options.idempotency_key
-        correlation_id = self._calls.next_id() if seen is None else seen.correlation_id.encode()
+        correlation_id = self._calls.next_id() if observed is None else observed.correlation_id.encode()
         if key is None and options.idempotent:
             key = correlation_id.decode()  # the first request's ID: no other call has it
-        if deadline <= now:
-            executed: Executed = "no" if attempt == 1 else "maybe"
-            late = CallTimeout(
-                "the deadline had passed before the call", executed=executed, correlation_id=correlation_id.decode()
-            )
-            late.deadline = deadline
-            raise late
         call = ClientCall(self._sender, correlation_id, target, options, body, deadline, key, attempt)
-        if seen is not None:
-            call.trace = seen.headers
+        if deadline <= now:
+            raise too_late(call, deadline)
+        if observed is not None:
+            call.trace = observed.headers
         del body, params, args  # the call may last
         if options.metadata:
             call.headers(MAX_ATTEMPTS)  # what is too large is told before anything is sent
@@ -412,11 +391,11 @@ class Client:
             raise
         finally:
             self._timeouts.cancel(call)
-            if self._sender.waiting:
-                self._sender.waiting.pop(call, None)
+            if self._sender.waiting.items:
+                self._sender.waiting.discard(call)
         try:
             if type(outcome) is Reply:
-                return self._answers.read(call, outcome, target.label, options)
+                return self._results.read(call, outcome, target.label, options)
             raise outcome  # type: ignore[misc]  # an outcome that is no reply is an error
         except CallTimeout as error:
             error.deadline = deadline
@@ -427,98 +406,47 @@ class Client:
     def _give_up(self, call: ClientCall) -> None:
         """The caller is gone: forget the call, and tell the worker if it may have begun."""
         may_run = call.sent and self._calls.is_pending(call)
-        self._calls.happened(call, Event.CANCEL)
+        self._calls.happened(call, CallEvent.CANCEL)
         encoder = self._sender.encoder
         if may_run and call.target.is_ours and encoder is not None and self._transport.can_publish:
             deadline_ms = int((time.time() + call.deadline - time.monotonic()) * 1000)
             self._control.cancel(call.target.routing_key, call.request_id, encoder.reply_to, deadline_ms)
 
-    # Receiving.
+    # What the transport reports.
 
-    def _on_delivery(self, delivery: Delivery) -> None:
-        try:
-            encoder = self._sender.encoder
-            came = wire.read_reply(delivery.properties, delivery.body, b"" if encoder is None else encoder.reply_to)
-        except MalformedProperties as error:
-            self._dropped("a malformed reply is dropped", cause=str(error))
-            return
-        if type(came) is Reply and came.kind == wire.RESULT and delivery.exchange != self._notices:
-            call = self._calls.get(came.correlation_id)  # by the ID of any of its requests: one of them ran
-            if call is not None:
-                self._calls.happened(call, _REPLY, came)
-                return
-        self._on_other(delivery, came)
-
-    def _on_other(self, delivery: Delivery, came: Reply | Notice | None) -> None:
-        """Take what is not the result of a call under way."""
-        if came is None:
-            self._dropped("a copy of a request came to the reply queue, and is dropped: something moves messages")
-            return
-        if (delivery.exchange == self._notices) is not isinstance(came, Notice):
-            # Clients can have the broker send anything through the notices, and workers anything that looks like one.
-            self._dropped("a forged reply or notice came to the reply queue, and is dropped")
-            return
-        request_id = came.correlation_id
-        if self._control.answered(request_id, delivery.body):
-            return
-        if isinstance(came, Notice):
-            self._observers.notice(came.reason)
-        call = self._calls.get(request_id)
-        if call is None:
-            self._calls.count_unmatched(request_id)
-            log.debug("reply for no call under way", correlation_id=request_id.decode("utf-8", "replace"))
-        elif call.request_id != request_id:
-            pass  # it is about an earlier request of the call
-        elif isinstance(came, Reply):
-            event, why = meaning(came)
-            self._calls.happened(call, event, came, why)
-        elif came.reason == "expired":
-            self._calls.happened(call, self._sender.expired(cast("ClientCall", call), came.queue))
-        else:
-            self._calls.happened(call, Event.WORKER_LOST, why=came.reason)
-
-    def _dropped(self, what: str, **fields: str) -> None:
-        """Count and report something that is neither a reply nor a notice of ours."""
-        self._calls.stray += 1
-        self._seldom.warning(what, **fields)
-
-    # What the transport tells.
-
-    def _consuming(self, queues: Sequence[str]) -> None:
+    def _on_consuming(self, queues: Sequence[str]) -> None:
         self._sender.consuming(queues[0])
-        self._observers.session("consuming")
 
-    def _consuming_lost(self, cause: BrokerError) -> None:
+    def _on_consuming_lost(self, cause: BrokerError) -> None:
         """No reply to any call under way will come."""
         self._sender.consuming_lost()
-        self._observers.session("consuming", cause)
         for call in self._calls:
-            self._calls.happened(call, Event.LOST, why=str(cause))
+            self._calls.happened(call, CallEvent.LOST, why=str(cause))
 
-    def _publishing(self) -> None:
-        if not self._sender.publishing_up:  # else it was blocked
-            self._sender.publishing_up = True
-            self._observers.session("publishing")
-
-    def _publishing_lost(self, cause: BrokerError) -> None:
-        self._sender.publishing_up = False  # each call was told by its own message
-        self._observers.session("publishing", cause)
-
-    def _publishing_blocked(self, reason: str) -> None:
+    def _on_blocked(self, reason: str) -> None:
         log.warning("the broker takes no messages", reason=reason)
 
     # Checks.
 
     def _check_usable(self) -> None:
-        if self._state == "closed":
-            raise ClosedError("this client is closed")
-        if self._state == "new":
+        if self._phase is not _OPEN:
+            if self._phase is Phase.CLOSED:
+                raise ClosedError("this client is closed")
             raise ClosedError("this client is not open yet; use 'async with Client(...)', or await connect() first")
-        self._check_place()
+        self._place.check()
 
-    def _check_place(self) -> None:
-        if self._generation != processes.generation:
-            raise UsageError("this client was opened before a fork; open one in each process, after the fork")
-        # As good as asking for the running loop, which is a system call in Python 3.11.
-        if threading.get_ident() != self._thread or not self._sender.loop.is_running():
-            raise UsageError("this client was opened in another event loop; open one in each loop")
+
+_OPEN: Final = Phase.OPEN  # a name of its own: getting at an enum's member is slow in CPython 3.11
+
+
+def _checked_user(url: str) -> str:
+    """The broker's user of a client that identifies itself.
+
+    Raises:
+        ConfigurationError: its name is too long for the property.
+
+    """
+    user = parse(url).user
+    if len(user.encode()) > 255:
+        raise ConfigurationError(f"a user who identifies must have a name of at most 255 bytes; got {user!r:.50}")
+    return user

@@ -10,11 +10,11 @@ from typing import Any, Final, TypeVar
 
 from pydantic import PydanticUserError
 
-from rpcq import wire
 from rpcq.errors import ConfigurationError, DomainError, InvalidReply
-from rpcq.schemas import Codec, make_codec
-from rpcq.settings import check_errors, check_name
-from rpcq.values import (
+from rpcq.options import check_errors, check_name
+from rpcq.validation.schemas import Codec, make_codec
+from rpcq.wire import bodies
+from rpcq.wire.values import (
     EXPONENT,
     MARKS,
     MAX_DIGITS,
@@ -78,7 +78,7 @@ class Result:
         value = self._read(body)
         if type(value) is float and math.isfinite(value):
             return value
-        # The first look is here, not behind another call, as in `wire.loads`.
+        # The first look is here, not behind another call, as in `bodies.loads`.
         is_odd = len(body) > 200 or body.translate(MARKS, b"+").rfind(EXPONENT) >= 0
         if is_odd or body.find(b"N") >= 0 or body.find(b"I") >= 0:
             try:
@@ -92,7 +92,7 @@ class Result:
         valid = self._check(value)
         body = refuse_nan(self._write(valid, by_alias=True))
         if body.find(b"null") >= 0 and valid is not None:  # perhaps a model's NaN, which has a mode of its own
-            wire.dumps(self._plain(valid, mode="json", by_alias=True))
+            bodies.dumps(self._plain(valid, mode="json", by_alias=True))
         if body.find(b"*") >= 0 or len(body) > MAX_DIGITS or OWN_SECRETS():
             refuse_changed(valid, body)
         return body

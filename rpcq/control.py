@@ -18,13 +18,15 @@ from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import Field, FiniteFloat, ValidationError
 
-from rpcq import logs, wire
-from rpcq.bounds import NotRead, first_error
-from rpcq.processes import own_version
-from rpcq.schemas import Codec, make_codec
+from rpcq import logs
+from rpcq.runtime.process import own_version
 from rpcq.service import Method, Service
-from rpcq.transport.base import Message, Settled, Transport
-from rpcq.transport.topology import EVERY_SERVICE, Names
+from rpcq.transport.base import Delivery, Message, Published, Transport
+from rpcq.validation.bounds import NotRead, first_error
+from rpcq.validation.schemas import Codec, make_codec
+from rpcq.wire import bodies, control, replies
+from rpcq.wire.properties import MalformedProperties, Properties, decode
+from rpcq.wire.topology import EVERY_SERVICE, Topology
 
 T = TypeVar("T")
 
@@ -134,7 +136,7 @@ class WorkerStats:
     replayed: Count = 0
 
 
-def describe(name: str, prefetch: int, services: Sequence[Service], names: Names) -> WorkerInfo:
+def describe(name: str, prefetch: int, services: Sequence[Service], topology: Topology) -> WorkerInfo:
     """What this process says of itself as a worker of `services`."""
     return WorkerInfo(
         name=name,
@@ -145,7 +147,7 @@ def describe(name: str, prefetch: int, services: Sequence[Service], names: Names
         services=tuple(
             ServiceInfo(
                 name=service.name,
-                queue=names.request_queue(service.name, service.queue_type, service.queue).name,
+                queue=topology.request_queue(service.name, service.queue_type, service.queue).name,
                 queue_type=service.queue_type,
                 methods=tuple(_describe_method(method) for method in service.methods.values()),
             )
@@ -166,16 +168,18 @@ def _describe_method(method: Method) -> MethodInfo:
 
 
 class Answerer:
-    """A worker's side: answers what is asked of it.
+    """A worker's side: takes control messages, and answers the questions among them.
 
     Anybody may ask as often as they like. So no more than `MOST_ANSWERS` are on their way to the broker at once, and
     what is asked beyond `MOST_QUESTIONS` is dropped.
 
     Args:
         transport: where answers go.
-        reply_exchange: the exchange that they go through; None for the default one.
         info: what the worker says of itself.
-        stats: gives how it fares.
+        stats: gives the state of the worker, from its name, host, process ID and seconds since its start.
+        cancel: called where the caller of a call is gone, with the call's key and the message's properties.
+        may_answer: whether a queue may be answered to.
+        reply_exchange: the exchange that answers go through; None for the default one.
         max_body: bytes of an answer.
 
     """
@@ -183,25 +187,59 @@ class Answerer:
     def __init__(
         self,
         transport: Transport,
-        reply_exchange: str | None,
         info: WorkerInfo,
-        stats: Callable[[], WorkerStats],
+        stats: Callable[[str, str, int, float], WorkerStats],
+        *,
+        cancel: Callable[[tuple[bytes, bytes], Properties], None],
+        may_answer: Callable[[bytes], bool],
+        reply_exchange: str | None,
         max_body: int,
     ) -> None:
         self._transport = transport
+        self._cancel = cancel
+        self._may_answer = may_answer
         self._exchange = (reply_exchange or "").encode()
-        self._encoder = wire.ReplyEncoder()
-        ping = wire.dumps({"name": info.name, "services": [service.name for service in info.services]})
+        self._encoder = replies.ReplyEncoder()
+        ping = bodies.dumps({"name": info.name, "services": [service.name for service in info.services]})
         description = _fitting(info, max_body)
+
+        def get_stats() -> bytes:
+            return bodies.dumps(asdict(stats(info.name, info.host, info.pid, time.monotonic() - self._opened)))
+
         self._answers: dict[bytes, Callable[[], bytes]] = {
-            wire.PING: lambda: ping,
-            wire.DESCRIBE: lambda: description,
-            wire.STATS: lambda: wire.dumps(asdict(stats())),
+            control.PING: lambda: ping,
+            control.DESCRIBE: lambda: description,
+            control.STATS: get_stats,
         }
         self._questions: deque[tuple[bytes, bytes, bytes]] = deque()
         self._under_way = 0
         self._seldom = logs.Seldom(log)
         self._is_answering = False
+        self._opened = time.monotonic()
+
+    def open(self) -> None:
+        """The worker starts now."""
+        self._opened = time.monotonic()
+
+    def on_delivery(self, delivery: Delivery) -> None:
+        """Take a control message."""
+        try:
+            found = decode(delivery.properties)
+        except MalformedProperties as error:
+            self._drop(str(error))
+            return
+        reply_to, correlation_id = found.reply_to or b"", found.correlation_id or b""
+        if not reply_to or not correlation_id:
+            self._drop("it has no reply_to or no correlation_id")
+        elif found.type == control.CANCEL:
+            self._cancel((reply_to, correlation_id), found)
+        elif not self._may_answer(reply_to):
+            self._drop(f"its reply_to is {reply_to!r}")
+        elif not self.answer(found.type or b"", reply_to, correlation_id):
+            self._drop(f"its type is {found.type!r}, which this version does not know")
+
+    def _drop(self, cause: str) -> None:
+        self._seldom.warning("control message dropped", cause=cause)
 
     def answer(self, kind: bytes, reply_to: bytes, correlation_id: bytes) -> bool:
         """Answer a question; False if it is of no kind that is known."""
@@ -221,7 +259,7 @@ class Answerer:
         try:
             while self._questions and self._under_way < MOST_ANSWERS:
                 kind, reply_to, correlation_id = self._questions.popleft()
-                properties = self._encoder.encode(wire.RESULT, correlation_id, None, 0.0)
+                properties = self._encoder.encode(replies.RESULT, correlation_id, None, 0.0)
                 body = self._answers[kind]()
                 self._under_way += 1
                 self._transport.publish(
@@ -230,7 +268,7 @@ class Answerer:
         finally:
             self._is_answering = False
 
-    def _settled(self, _: Settled) -> None:
+    def _settled(self, _: Published) -> None:
         self._under_way -= 1
         self._go_on()
 
@@ -238,7 +276,7 @@ class Answerer:
 def _fitting(info: WorkerInfo, max_body: int) -> bytes:
     """A description; without docs, then signatures, then methods, as long as it is too large."""
     described = asdict(info)
-    body = wire.dumps(described)
+    body = bodies.dumps(described)
     for left_out in ("doc", "signature"):
         if len(body) <= max_body:
             return body
@@ -246,11 +284,11 @@ def _fitting(info: WorkerInfo, max_body: int) -> bytes:
         for service in described["services"]:
             for method in service["methods"]:
                 method[left_out] = ""
-        body = wire.dumps(described)
+        body = bodies.dumps(described)
     if len(body) > max_body:
         for service in described["services"]:
             service["methods"] = []
-        body = wire.dumps(described)
+        body = bodies.dumps(described)
     return body
 
 
@@ -266,10 +304,14 @@ class Control:
     """
 
     def __init__(
-        self, transport: Transport, names: Names, ready: Callable[[], Awaitable[bytes]], next_id: Callable[[], bytes]
+        self,
+        transport: Transport,
+        topology: Topology,
+        ready: Callable[[], Awaitable[bytes]],
+        next_id: Callable[[], bytes],
     ) -> None:
         self._transport = transport
-        self._exchange = names.control.name.encode()
+        self._exchange = topology.control.name.encode()
         self._ready = ready
         self._next_id = next_id
         self._asked: dict[bytes, asyncio.Queue[bytes | None]] = {}
@@ -278,7 +320,7 @@ class Control:
 
     def cancel(self, service: bytes, correlation_id: bytes, reply_to: bytes, deadline_ms: int) -> None:
         """Tell all workers of a service that the caller of this request is gone."""
-        properties = wire.encode_control(wire.CANCEL, correlation_id, reply_to, deadline_ms)
+        properties = control.encode_control(control.CANCEL, correlation_id, reply_to, deadline_ms)
         self._transport.publish(Message(self._exchange, service, correlation_id, properties, b"", lambda _: None))
 
     def answered(self, correlation_id: bytes, body: bytes | None) -> bool:
@@ -291,6 +333,15 @@ class Control:
         else:
             found.put_nowait(body)
         return True
+
+    def read(self, kind: type[T], answer: bytes) -> T | None:
+        """An answer as what it should be; None if it is not, which is logged: another worker's may be."""
+        try:
+            found: T = _codec(kind).read(answer)  # type: ignore[arg-type]  # a class is hashable
+        except (ValidationError, NotRead) as error:
+            self._seldom.warning("answer of a worker dropped", cause=first_error(error), expected=kind.__name__)
+            return None
+        return found
 
     def close(self) -> None:
         """End all questions: no further answers come, and nothing more is asked."""
@@ -308,8 +359,8 @@ class Control:
         correlation_id = self._next_id()
         answers: asyncio.Queue[bytes | None] = asyncio.Queue()
 
-        def settled(outcome: Settled) -> None:
-            if outcome is not Settled.CONFIRMED:
+        def settled(outcome: Published) -> None:
+            if outcome is not Published.CONFIRMED:
                 answers.put_nowait(None)
 
         self._asked[correlation_id] = answers
@@ -318,7 +369,7 @@ class Control:
             if reply_to is None:
                 return
             key = EVERY_SERVICE if service is None else service
-            properties = wire.encode_control(kind, correlation_id, reply_to)
+            properties = control.encode_control(kind, correlation_id, reply_to)
             self._transport.publish(Message(self._exchange, key.encode(), correlation_id, properties, b"", settled))
             while True:
                 async with asyncio.timeout(until - time.monotonic()):
@@ -345,16 +396,6 @@ class Control:
         finally:
             self._not_ready.discard(waiting)
             waiting.cancel()
-
-
-def read(kind: type[T], answer: bytes, seldom: logs.Seldom) -> T | None:
-    """An answer as what it should be; None if it is not, which is logged: another worker's may be."""
-    try:
-        found: T = _codec(kind).read(answer)  # type: ignore[arg-type]  # a class is hashable
-    except (ValidationError, NotRead) as error:
-        seldom.warning("answer of a worker dropped", cause=first_error(error), expected=kind.__name__)
-        return None
-    return found
 
 
 @cache

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Final, TypeVar
 
 from rpcq.errors import ConfigurationError
-from rpcq.settings import ClientOptions, ConnectionOptions, WorkerOptions
+from rpcq.options import ClientOptions, ConnectionOptions, WorkerOptions
 
 Options = TypeVar("Options", bound=ConnectionOptions)
 

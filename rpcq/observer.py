@@ -34,7 +34,7 @@ def code_of(error: BaseException) -> str:
     return FAILED_PRECONDITION  # it could not be made: its client is closed, for one
 
 
-class Seen:
+class Observed:
     """A call at a client, or a request at a worker.
 
     Attributes:
@@ -64,7 +64,7 @@ class Seen:
         self.seconds = 0.0
 
 
-class SeenCall(Seen):
+class ObservedCall(Observed):
     """A call at a client.
 
     Attributes:
@@ -79,7 +79,7 @@ class SeenCall(Seen):
         self.headers: Mapping[str, str] | None = None
 
 
-class SeenRequest(Seen):
+class ObservedRequest(Observed):
     """A request at a worker; its observers are called in the context of its handler.
 
     Attributes:
@@ -118,10 +118,10 @@ class Observer:
     and must not block; what they raise is logged, and costs no call.
     """
 
-    def on_call(self, call: SeenCall) -> Callable[[SeenCall], None] | None:
+    def on_call(self, call: ObservedCall) -> Callable[[ObservedCall], None] | None:
         """A call begins at a client. What this gives is called once it has ended."""
 
-    def on_request(self, request: SeenRequest) -> Callable[[SeenRequest], None] | None:
+    def on_request(self, request: ObservedRequest) -> Callable[[ObservedRequest], None] | None:
         """A request begins at a worker, in the context of its handler. What this gives is called once it has ended."""
 
     def on_notice(self, reason: str) -> None:
@@ -137,7 +137,7 @@ class Observer:
         """It is closed."""
 
 
-Kind = TypeVar("Kind", bound=Seen)
+Kind = TypeVar("Kind", bound=Observed)
 Endings = list[Callable[[Kind], None]]
 
 

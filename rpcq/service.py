@@ -18,15 +18,15 @@ from typing import Any, Final, Literal, TypeVar, overload
 import pydantic
 from pydantic import PydanticUserError
 
-from rpcq import wire
-from rpcq.bounds import MOST_ERRORS, NotRead
 from rpcq.contracts import METHOD_NAME, result_adapter
-from rpcq.deadline import Deadline
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply
-from rpcq.idempotency import AnswerStore
-from rpcq.schemas import Codec, make_codec, type_hints
-from rpcq.settings import CallOptions, check_errors, check_name
-from rpcq.values import NotCarried, refuse_beyond_float, refuse_nan
+from rpcq.options import CallOptions, check_errors, check_name
+from rpcq.results import ResultStore
+from rpcq.runtime.deadline import Deadline
+from rpcq.validation.bounds import MOST_ERRORS, NotRead
+from rpcq.validation.schemas import Codec, make_codec, type_hints
+from rpcq.wire import bodies
+from rpcq.wire.values import NotCarried, refuse_beyond_float, refuse_nan
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
@@ -126,7 +126,7 @@ class Method:
         """
         try:
             if body[:1] not in (b"{", b"[") and body.lstrip()[:1] not in (b"{", b"["):
-                wire.loads(body)  # on its own: what is an array only with the brackets is none
+                bodies.loads(body)  # on its own: what is an array only with the brackets is none
                 body = b"[%b]" % body
             found: tuple[tuple[Any, ...], dict[str, Any]] = self._read(refuse_nan(body))
             if self._floats:
@@ -164,7 +164,7 @@ class Method:
 
         """
         try:
-            body = wire.dumps(value) if self._result is None else self._result.write(value)
+            body = bodies.dumps(value) if self._result is None else self._result.write(value)
         except pydantic.ValidationError as error:
             msg = f"{self.label} returned a {type(value).__name__}, which does not fit its annotation"
             raise InvalidReply(msg) from error
@@ -193,7 +193,7 @@ class Service:
         errors: domain errors that every method may raise.
         lifespan: gives an async context manager that is entered before the first call and left after the last;
             what it yields is `Context.state`.
-        answer_store: where results are remembered by idempotency key, for workers that are to share them; None for the
+        result_store: where results are remembered by idempotency key, for workers that are to share them; None for the
             memory of each worker.
         allow: methods -> the broker's users that may call them, such as `{"refund": ["billing"]}`; "*" stands for all
             methods that are not named, which everybody may call otherwise. Clients need `identify=True`.
@@ -216,7 +216,7 @@ class Service:
         default_method: str | None = None,
         errors: Iterable[type[DomainError]] = (),
         lifespan: Lifespan | None = None,
-        answer_store: AnswerStore | None = None,
+        result_store: ResultStore | None = None,
         allow: Mapping[str, Iterable[str]] | None = None,
         authorize: Authorize | None = None,
     ) -> None:
@@ -230,7 +230,7 @@ class Service:
         self.default_method = default_method
         self.errors = options.errors
         self.lifespan = lifespan
-        self.answer_store = answer_store
+        self.result_store = result_store
         self.allow = _check_allow(name, {} if allow is None else allow)
         if authorize is not None and not inspect.iscoroutinefunction(_function(authorize)):
             raise ConfigurationError(f"authorize of service {name!r} is {authorize!r}; it is an async def, or None")

@@ -22,16 +22,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Literal, Self, TypedDict, Unpack, cast
 
-from rpcq.admission import Refused
 from rpcq.client import Client
 from rpcq.contracts import METHOD_NAME, Contract
 from rpcq.errors import BrokerError, CallError, ConfigurationError, DomainError, InvalidReply, ServiceUnavailable
-from rpcq.schemas import type_hints
+from rpcq.invocation import Refused
+from rpcq.options import ConnectionOptions, check_name
 from rpcq.service import Context, Method, Service
-from rpcq.settings import ConnectionOptions, check_name
 from rpcq.transport.opening import open_admin
-from rpcq.transport.topology import Names
 from rpcq.url import parse
+from rpcq.validation.schemas import type_hints
+from rpcq.wire.topology import Topology
 from rpcq.worker import Worker
 
 __all__ = ["FakeService", "Received", "running"]
@@ -96,7 +96,7 @@ class Place:
     def __init__(self, url: str | None = None) -> None:
         self.url = url or os.environ.get("RPCQ_TEST_URL") or f"memory://{secrets.token_hex(8)}"
         self.namespace = f"test-{secrets.token_hex(8)}"
-        self._names = Names(self.namespace)
+        self._topology = Topology(self.namespace)
         self._queues: set[str] = set()
         self._used = False
         self._users = 0
@@ -138,7 +138,7 @@ class Place:
     async def _cleared(self, services: Sequence[Service]) -> AsyncIterator[None]:
         """Leave nothing behind."""
         self._users += 1
-        self._queues |= {self._names.request_queue(it.name, it.queue_type).name for it in services}
+        self._queues |= {self._topology.request_queue(it.name, it.queue_type).name for it in services}
         try:
             yield
         except BaseException as error:
@@ -152,7 +152,7 @@ class Place:
     async def _leave(self) -> None:
         self._users -= 1
         if self._used and not self._users and not self.url.startswith("memory:"):
-            exchanges = [exchange.name for exchange in self._names.exchanges()]
+            exchanges = [exchange.name for exchange in self._topology.exchanges()]
             await _delete(self.url, exchanges, sorted(self._queues))
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from rpcq import CallError, Client, DomainError, Retry, Service, Worker
 from rpcq.errors import BrokerUnreachable
-from rpcq.transport.topology import Names
+from rpcq.wire.topology import Topology
 from seam import SECONDS, until
 from seam_scripts import AGREE_SECONDS, Seen, Stage, abort, flushed
 
@@ -219,8 +219,8 @@ class Player:
     def __init__(self, script: Script, stage: Stage) -> None:
         self.script = script
         self.stage = stage
-        self.names = Names(stage.seam.namespace)
-        self.queue = self.names.request_queue("things", script.queue_type).name
+        self.topology = Topology(stage.seam.namespace)
+        self.queue = self.topology.request_queue("things", script.queue_type).name
         self.client = Client(stage.seam.url, namespace=stage.seam.namespace, timeout=LONG)
         self.serving: dict[int, _Serving] = {}
         self.stopped: list[Worker] = []
@@ -438,7 +438,7 @@ class Player:
             "held": {number: sorted(serving.held) for number, serving in sorted(self.serving.items())},
             "client": {**self.client.counts()},
             "workers": dict(counts),
-            "cancels": sum(len(worker._cancels) for worker in workers),
+            "cancels": sum(len(worker._intake._cancels) for worker in workers),
             "ready": await self.stage.depth(self.queue) if self.queue in self.stage.seam.lasting else None,
         }
 

@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from pamqp import frame
 
-from rpcq.transport.base import Message, Outgoing, Settled
-from rpcq.transport.lane import MAX_FRAME
+from rpcq.transport.base import Message, Outgoing, Published
+from rpcq.transport.rabbitmq.frames import MAX_FRAME
 
 dozens = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
@@ -24,9 +24,9 @@ def message(
     mandatory: bool = True,
     properties: bytes = b"\x00\x00",
     correlation_id: bytes = b"",
-    on_settled: Callable[[Settled], None] = lambda _: None,
+    on_published: Callable[[Published], None] = lambda _: None,
 ) -> Outgoing:
-    return Message(exchange, key, correlation_id, properties, body, on_settled, mandatory)
+    return Message(exchange, key, correlation_id, properties, body, on_published, mandatory)
 
 
 def frames_of(raw: bytes, frame_max: int = MAX_FRAME) -> list[tuple[int, Any]]:

@@ -13,41 +13,41 @@ from typing import Any
 
 from places import Place, lose
 from rpcq import Client, Service, Worker
-from rpcq.idempotency import Answer, AnswerStore, Claim, MemoryAnswers
+from rpcq.results import Claim, MemoryResults, ResultStore, StoredResult
 
 
-class FailingStore(MemoryAnswers):
+class FailingStore(MemoryResults):
     """Whatever is asked of it fails, in the way that is given."""
 
     def __init__(self, error: type[BaseException] = OSError) -> None:
         super().__init__(10_000)
         self._error = error
 
-    async def get(self, key: str) -> Answer | None:
+    async def get(self, key: str) -> StoredResult | None:
         raise self._error
 
-    async def claim(self, key: str, owner: str, seconds: float) -> Answer | Claim:
+    async def claim(self, key: str, owner: str, seconds: float) -> StoredResult | Claim:
         raise self._error
 
-    async def put(self, key: str, answer: Answer) -> None:
+    async def put(self, key: str, answer: StoredResult) -> None:
         raise self._error
 
     async def release(self, key: str, owner: str) -> None:
         raise self._error
 
 
-class SlowStore(MemoryAnswers):
+class SlowStore(MemoryResults):
     """Each look into it takes longer than any call has."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(10_000)
         self._seconds = seconds
 
-    async def get(self, key: str) -> Answer | None:
+    async def get(self, key: str) -> StoredResult | None:
         await asyncio.sleep(self._seconds)
         return await super().get(key)
 
-    async def claim(self, key: str, owner: str, seconds: float) -> Answer | Claim:
+    async def claim(self, key: str, owner: str, seconds: float) -> StoredResult | Claim:
         await asyncio.sleep(self._seconds)
         return await super().claim(key, owner, seconds)
 
@@ -73,9 +73,9 @@ class Generations:
 
         return service
 
-    def same(self, store: AnswerStore | None = None, *, idempotent: bool = False) -> Service:
+    def same(self, store: ResultStore | None = None, *, idempotent: bool = False) -> Service:
         """`work(nonce)` as the old one has it, with another store; it ends at once."""
-        service = self.place.service(answer_store=store)
+        service = self.place.service(result_store=store)
 
         @service.method(idempotent=idempotent)
         async def work(nonce: int) -> int:

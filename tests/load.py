@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 
 from command import Process, delete_queues
 from rpcq import CallError, Client
-from rpcq.calls import MAX_ATTEMPTS
+from rpcq.calls.outcomes import MAX_ATTEMPTS
 
 TESTS = Path(__file__).resolve().parent
 SLACK = 1.0

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rpcq.errors import BrokerError, BrokerUnreachable
-from rpcq.properties import Properties, encode
-from rpcq.settings import ConnectionOptions
-from rpcq.transport.base import Delivery, Listener, Message, Settled, Subscription, Transport
+from rpcq.options import ConnectionOptions
+from rpcq.transport.base import Delivery, Listener, Message, Published, Subscription, Transport
 from rpcq.transport.opening import open_transport
-from rpcq.transport.topology import Exchange, Queue
+from rpcq.wire.properties import Properties, encode
+from rpcq.wire.topology import Exchange, Queue
 
 SECONDS = 10.0
 """What anything may take that is to happen."""
@@ -63,7 +63,7 @@ class End:
         self.causes: list[BrokerError] = []
         self.names: list[str] = []
         self.inboxes: list[Inbox] = []
-        self.settled: list[Settled] = []
+        self.settled: list[Published] = []
         self._barriers = Inbox()
         self._subscriptions = [self._subscription(queue) for queue in queues]
 
@@ -93,11 +93,11 @@ class End:
 
     def publish(
         self, key: str, body: bytes = b"", *, exchange: str = "", mandatory: bool = True, **properties: Any
-    ) -> asyncio.Future[Settled]:
+    ) -> asyncio.Future[Published]:
         """Publish; the future is what becomes of it. A second outcome raises where the transport tells it."""
-        outcome: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
+        outcome: asyncio.Future[Published] = asyncio.get_running_loop().create_future()
 
-        def settled(how: Settled) -> None:
+        def settled(how: Published) -> None:
             self.settled.append(how)
             outcome.set_result(how)
 
@@ -106,7 +106,7 @@ class End:
         self.transport.publish(Message(exchange.encode(), key.encode(), correlation_id, raw, body, settled, mandatory))
         return outcome
 
-    async def sent(self, key: str, body: bytes = b"", **options: Any) -> Settled:
+    async def sent(self, key: str, body: bytes = b"", **options: Any) -> Published:
         """Publish, and wait for what becomes of it."""
         async with asyncio.timeout(SECONDS):
             return await self.publish(key, body, **options)
@@ -116,7 +116,7 @@ class End:
 
         A message makes the round through a queue of its own, down the connection that the others come on.
         """
-        assert await self.sent(self.names[-1]) is Settled.CONFIRMED
+        assert await self.sent(self.names[-1]) is Published.CONFIRMED
         await self._barriers.next()
 
     def cut(self) -> None:
@@ -144,7 +144,7 @@ class End:
         return Subscription(queue.queue, inbox.put, queue.prefetch, queue.no_ack)
 
     def _consuming(self, names: Sequence[str]) -> None:
-        self.names = [*names]
+        self.topology = [*names]
         self.events.append(("consuming", "up"))
 
     def _lost(self, session: str, cause: BrokerError) -> None:

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from rpcq import Client, Worker
 from rpcq.errors import BrokerError
-from rpcq.properties import decode
-from rpcq.transport.base import Delivery, Settled
-from rpcq.transport.memory import MemoryBroker
-from rpcq.transport.topology import Exchange, Names, Queue
+from rpcq.transport.base import Delivery, Published
+from rpcq.transport.memory.transport import MemoryBroker
+from rpcq.wire.properties import decode
+from rpcq.wire.topology import Exchange, Queue, Topology
 from seam import SECONDS, End, Seam, taken, until
 
 AGREE_SECONDS = 3.0
@@ -362,13 +362,13 @@ class Player:
         self.script = script
         self.stage = stage
         self.seam = stage.seam
-        self.exchanges = [Names(self.seam.namespace).requests, Exchange(f"{self.seam.namespace}.{SECOND}")]
+        self.exchanges = [Topology(self.seam.namespace).requests, Exchange(f"{self.seam.namespace}.{SECOND}")]
         self.queues = [self._queue(f"q{number}", laid) for number, laid in enumerate(script.queues)]
         self.consumers = [_Consumers() for _ in self.queues]
         self.caller = self.seam.end(taken(self.seam.own_queue(), no_ack=True))
         self.caller_told = 0
         self.names: dict[str, str] = {}
-        self.published: list[asyncio.Future[Settled]] = []
+        self.published: list[asyncio.Future[Published]] = []
         self.reported = 0
         self.count = 0
 
@@ -485,7 +485,7 @@ class Player:
         if step.ttl is not None and step.ttl < LONG_MS:
             await asyncio.sleep(step.ttl / 1000 + 0.01)
 
-    async def _settled(self, sent: list[asyncio.Future[Settled]]) -> None:
+    async def _settled(self, sent: list[asyncio.Future[Published]]) -> None:
         self.published += sent
         await asyncio.wait(sent, timeout=SECONDS)
 

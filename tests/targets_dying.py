@@ -11,26 +11,26 @@ import asyncio
 import os
 import signal
 
-from rpcq.running import Running, Runs
-from rpcq.transport.rabbitmq import RabbitMQTransport
+from rpcq.calls.replying import CallRun, Replier
+from rpcq.transport.rabbitmq.transport import RabbitMQTransport
 from targets import target
 
 __all__ = ["target"]
 
 if "RPCQ_TEST_DIES_AFTER" in os.environ:
     dies_after, prefetch = int(os.environ["RPCQ_TEST_DIES_AFTER"]), int(os.environ["RPCQ_PREFETCH"])
-    answered: list[Running] = []
-    settle = Runs._settle
+    answered: list[CallRun] = []
+    acknowledge = Replier._acknowledge
 
-    def die(self: Runs, run: Running) -> None:
+    def die(self: Replier, run: CallRun) -> None:
         if self.finished < dies_after:
-            settle(self, run)
+            acknowledge(self, run)
             return
         answered.append(run)
         if len(answered) == prefetch:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Runs._settle = die  # type: ignore[method-assign]
+    Replier._acknowledge = die  # type: ignore[method-assign]
 
 if "RPCQ_TEST_LINGERS" in os.environ:
     stop_consuming = RabbitMQTransport.stop_consuming

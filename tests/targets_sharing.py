@@ -13,5 +13,5 @@ from targets import target
 
 __all__ = ["target"]
 
-target.answer_store = PostgresAnswers(os.environ["DATABASE_URL"])
-target.lifespan = target.answer_store.opened
+target.result_store = PostgresAnswers(os.environ["DATABASE_URL"])
+target.lifespan = target.result_store.opened

@@ -25,11 +25,11 @@ from rpcq.bench.plan import Phase, Plan
 from rpcq.bench.result import Distribution, Run, Second, Step, merged
 from rpcq.client import Client
 from rpcq.errors import BrokerError, RpcqError
-from rpcq.settings import ClientOptions
-from rpcq.transport.admin import Admin, open_admin
-from rpcq.transport.memory import MemoryBroker
-from rpcq.transport.topology import Names
+from rpcq.options import ClientOptions
+from rpcq.transport.memory.transport import MemoryBroker
+from rpcq.transport.rabbitmq.admin import Admin, open_admin
 from rpcq.url import parse
+from rpcq.wire.topology import Topology
 from rpcq.worker import Worker
 
 READY: Final = 30.0
@@ -218,8 +218,8 @@ class Conductor:
             yield all_ended
 
     async def _remove_queue(self) -> None:
-        names = Names(self._test.namespace)
-        queue = names.request_queue(self._service, self._test.queue_type, None).name
+        topology = Topology(self._test.namespace)
+        queue = topology.request_queue(self._service, self._test.queue_type, None).name
         async with self._admin() as admin:
             await admin.delete(queues=[queue])
 
@@ -246,9 +246,9 @@ class Conductor:
     async def _watch_depth(self) -> None:
         """Once a second, how many requests wait."""
         test = self._test
-        names = Names(test.namespace)
+        topology = Topology(test.namespace)
         kinds: tuple[Literal["classic", "quorum"], ...] = ("classic", "quorum")
-        queues = [names.request_queue(self._service, kind, None).name for kind in kinds]
+        queues = [topology.request_queue(self._service, kind, None).name for kind in kinds]
         if test.in_memory:
             while (broker := MemoryBroker.named(parse(test.url).hosts[0][0])) is not None:
                 depths = [broker.depth(queue) for queue in queues if queue in broker.queues]

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from rpcq import logs
 from rpcq.bench.generator import NONCES
-from rpcq.processes import run
+from rpcq.runtime.process import run
 from rpcq.service import Service
 from rpcq.worker import Worker
 

@@ -17,7 +17,7 @@ from rpcq.bench.generator import Generator, Tally
 from rpcq.bench.plan import Plan, read_plan
 from rpcq.client import Client
 from rpcq.errors import RpcqError
-from rpcq.processes import run
+from rpcq.runtime.process import run
 
 
 def _say(kind: str, text: str = "") -> None:

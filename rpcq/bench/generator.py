@@ -24,7 +24,7 @@ from rpcq.bench.plan import Plan
 from rpcq.bench.result import HIGHEST, new_histogram
 from rpcq.client import Client
 from rpcq.errors import CallError
-from rpcq.wire import Reply, read_times
+from rpcq.wire.replies import Reply, read_times
 
 LATE: Final = 0.010
 """Seconds after it was due, from when on a call was sent late."""

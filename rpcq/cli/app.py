@@ -16,7 +16,7 @@ from rpcq.cli.options import EXIT_CODES, USAGE, errors, exit_code
 from rpcq.cli.serving import worker
 from rpcq.cli.text import plain
 from rpcq.errors import CallError, RpcqError
-from rpcq.processes import own_version
+from rpcq.runtime.process import own_version
 
 app = typer.Typer(
     name="rpcq",

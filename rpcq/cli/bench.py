@@ -15,13 +15,14 @@ from typing import Annotated, Any, Final
 import typer
 from rich.console import Console
 
-from rpcq import logs, wire
+from rpcq import logs
 from rpcq.cli.calling import read_parameters
 from rpcq.cli.options import FAILED, WORKER, Level, LogLevel, Namespace, Url
 from rpcq.environment import broker_url
 from rpcq.errors import ConfigurationError
-from rpcq.processes import run
+from rpcq.runtime.process import run
 from rpcq.url import mask
+from rpcq.wire import bodies
 
 EXTRA: Final = "rpcq bench needs the package hdrhistogram: pip install 'rpcq[bench]'"
 
@@ -343,7 +344,7 @@ def _lines(path: Path) -> tuple[dict[str, Any], ...]:
         if not line.strip():
             continue
         try:
-            value = wire.loads(line)
+            value = bodies.loads(line)
         except ValueError as error:
             raise ConfigurationError(f"line {number} of {path} is not JSON: {error}") from error
         if not isinstance(value, dict):

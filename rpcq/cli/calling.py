@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rpcq import logs, wire
+from rpcq import logs
 from rpcq.cli.options import (
     CLIENT,
     Json,
@@ -23,8 +23,9 @@ from rpcq.cli.options import (
 from rpcq.cli.text import print_json
 from rpcq.client import Client
 from rpcq.errors import CallError, ConfigurationError, to_wire
-from rpcq.processes import run
+from rpcq.runtime.process import run
 from rpcq.terminal import printable_json
+from rpcq.wire import bodies
 
 
 def call(
@@ -99,7 +100,7 @@ def read_parameters(words: list[str]) -> tuple[list[Any], dict[str, Any]]:
 
 def _from_input(text: bytes) -> tuple[list[Any], dict[str, Any]]:
     try:
-        value = wire.loads(text)
+        value = bodies.loads(text)
     except ValueError as error:
         msg = f"standard input is not JSON: {error}"
         raise ConfigurationError(msg) from error
@@ -110,6 +111,6 @@ def _from_input(text: bytes) -> tuple[list[Any], dict[str, Any]]:
 
 def _value(text: str) -> Any:
     try:
-        return wire.loads(text.encode())  # as a worker reads it: integers of any size
+        return bodies.loads(text.encode())  # as a worker reads it: integers of any size
     except ValueError:
         return text

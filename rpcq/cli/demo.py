@@ -16,7 +16,7 @@ from rpcq.cli.options import Level, LogLevel, given
 from rpcq.cli.text import plain
 from rpcq.client import Client
 from rpcq.errors import CallError, DomainError
-from rpcq.processes import run
+from rpcq.runtime.process import run
 from rpcq.service import Service
 from rpcq.worker import Worker
 

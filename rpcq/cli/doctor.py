@@ -31,15 +31,15 @@ from rpcq.errors import (
     VhostNotFound,
 )
 from rpcq.observability.management import UNANSWERED, Management, management_of
-from rpcq.processes import run
+from rpcq.options import ClientOptions
+from rpcq.runtime.process import run
 from rpcq.service import Service
-from rpcq.settings import ClientOptions
 from rpcq.transport.opening import open_admin
-from rpcq.transport.topology import MAX_LENGTH, Names, Queue, QueueType
 from rpcq.url import BrokerURL, mask, parse
+from rpcq.wire.topology import MAX_LENGTH, Queue, QueueType, Topology
 
 if TYPE_CHECKING:
-    from rpcq.transport.admin import Admin
+    from rpcq.transport.rabbitmq.admin import Admin
 
 OLDEST: Final = (3, 10)
 """The oldest RabbitMQ that is supported."""
@@ -143,12 +143,12 @@ async def _examine(
                 reached += 1
                 yield Found(Grade.GOOD, f"{host}:{port} answers{' over TLS' if admin.is_encrypted else ''}")
                 yield _version(admin)
-                async for finding in _exchanges(admin, Names(options.namespace), options):
+                async for finding in _exchanges(admin, Topology(options.namespace), options):
                     yield finding
                 for service in services if reached == 1 else ():
-                    queue = Names(options.namespace).request_queue(service.name, service.queue_type, service.queue)
+                    queue = Topology(options.namespace).request_queue(service.name, service.queue_type, service.queue)
                     yield await _queue(admin, queue)
-                    async for finding in _others(admin, Names(options.namespace), service, queue):
+                    async for finding in _others(admin, Topology(options.namespace), service, queue):
                         yield finding
                     if service.queue_type == "quorum" and _numbers(admin) >= UNCOUNTED_FROM:
                         yield await _policy(management_of(broker, management), queue.name, options)
@@ -205,9 +205,9 @@ async def _policy(management: Management | None, queue: str, options: ClientOpti
     )
 
 
-async def _exchanges(admin: Admin, names: Names, options: ClientOptions) -> Findings:
+async def _exchanges(admin: Admin, topology: Topology, options: ClientOptions) -> Findings:
     """Whether the exchanges are of the types that they should be: topic permissions hold for topic exchanges alone."""
-    for exchange in names.exchanges(options.reply_exchange):
+    for exchange in topology.exchanges(options.reply_exchange):
         try:
             if await admin.has_exchange(exchange.name):
                 await admin.declare([exchange], [])
@@ -237,12 +237,12 @@ async def _queue(admin: Admin, queue: Queue) -> Found:
     return Found(Grade.GOOD, told)
 
 
-async def _others(admin: Admin, names: Names, service: Service, queue: Queue) -> Findings:
+async def _others(admin: Admin, topology: Topology, service: Service, queue: Queue) -> Findings:
     """The queue of the other kind, which the service had or has elsewhere: clients send to the quorum queue alone."""
     for kind in get_args(QueueType):
-        other = names.request_queue(service.name, kind).name
+        other = topology.request_queue(service.name, kind).name
         if other != queue.name and (state := await admin.queue(other)) is not None:
-            once = other if names.delivers_once(other) else queue.name
+            once = other if topology.delivers_once(other) else queue.name
             told = (
                 f"queue {other}: is there as well, with {state.consumers} consumers: rpcq's clients send to {once} "
                 "alone, and programs that send under the service's name reach both"
@@ -299,9 +299,9 @@ def setup(
     found = load_services(services)
     for service in found:
         service.check()
-    names = Names(options.namespace)
-    exchanges = names.exchanges(options.reply_exchange)
-    queues = [names.request_queue(service.name, service.queue_type, service.queue) for service in found]
+    topology = Topology(options.namespace)
+    exchanges = topology.exchanges(options.reply_exchange)
+    queues = [topology.request_queue(service.name, service.queue_type, service.queue) for service in found]
 
     async def declare() -> list[str]:
         host, port = broker.hosts[0]

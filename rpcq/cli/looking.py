@@ -20,8 +20,8 @@ from rpcq.cli.text import plain, print_json
 from rpcq.client import Client
 from rpcq.control import MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
 from rpcq.errors import ServiceUnavailable
-from rpcq.processes import run
-from rpcq.settings import check_seconds
+from rpcq.options import check_seconds
+from rpcq.runtime.process import run
 
 T = TypeVar("T")
 

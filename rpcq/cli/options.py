@@ -26,7 +26,7 @@ from rpcq.errors import (
     RpcqError,
     ServiceUnavailable,
 )
-from rpcq.settings import ClientOptions, WorkerOptions
+from rpcq.options import ClientOptions, WorkerOptions
 
 CLIENT, WORKER = ClientOptions(), WorkerOptions()
 """The defaults."""

@@ -20,9 +20,9 @@ from rpcq.cli.options import FAILED, WORKER, Level, LogLevel, Namespace, Url, gi
 from rpcq.cli.supervising import SUPERVISED, supervise
 from rpcq.cli.watching import Watching
 from rpcq.errors import ConfigurationError
-from rpcq.processes import run
+from rpcq.options import WorkerKwargs
+from rpcq.runtime.process import run
 from rpcq.service import Service
-from rpcq.settings import WorkerSettings
 from rpcq.worker import Worker
 
 
@@ -144,7 +144,7 @@ def _load(path: str) -> Service:
 
 
 async def serve(
-    services: Sequence[Service], url: str | None, watching: Watching, **options: Unpack[WorkerSettings]
+    services: Sequence[Service], url: str | None, watching: Watching, **options: Unpack[WorkerKwargs]
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; a second one ends it at once.
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.text import Text
 
-from rpcq import wire
 from rpcq.terminal import printable, printable_json
+from rpcq.wire import bodies
 
 
 def plain(text: object, style: str = "", *, lines: bool = False) -> Text:
@@ -20,4 +20,4 @@ def plain(text: object, style: str = "", *, lines: bool = False) -> Text:
 
 def print_json(value: Any) -> None:
     """Print a value as JSON in one line, for programs."""
-    print(printable_json(wire.dumps(value).decode()))
+    print(printable_json(bodies.dumps(value).decode()))

@@ -8,7 +8,7 @@ from typing import Any
 from rpcq import logs
 from rpcq.errors import CallError
 from rpcq.observability.sampling import Sampler
-from rpcq.observer import OK, Observer, SeenCall, SeenRequest
+from rpcq.observer import OK, ObservedCall, ObservedRequest, Observer
 
 client_log = logs.get_logger("rpcq.client.calls")
 worker_log = logs.get_logger("rpcq.worker.calls")
@@ -31,18 +31,18 @@ class CallLogs(Observer):
     def __init__(self, ratio: float = 1.0) -> None:
         self._picked = Sampler(ratio)
 
-    def on_call(self, call: SeenCall) -> Callable[[SeenCall], None] | None:
+    def on_call(self, call: ObservedCall) -> Callable[[ObservedCall], None] | None:
         """See `Observer`."""
         if not self._picked(call.correlation_id):
             return None
         client_log.info("call started", method=call.label, correlation_id=call.correlation_id)
         return self._call_ended
 
-    def _call_ended(self, call: SeenCall) -> None:
+    def _call_ended(self, call: ObservedCall) -> None:
         event = "call completed" if call.code == OK else "call failed"
         client_log.info(event, **_ended(call))
 
-    def on_request(self, request: SeenRequest) -> Callable[[SeenRequest], None] | None:
+    def on_request(self, request: ObservedRequest) -> Callable[[ObservedRequest], None] | None:
         """See `Observer`."""
         if not self._picked(request.correlation_id):
             return None
@@ -60,12 +60,12 @@ class CallLogs(Observer):
             worker_log.info("handler started", method=request.label, correlation_id=request.correlation_id)
         return self._request_ended
 
-    def _request_ended(self, request: SeenRequest) -> None:
+    def _request_ended(self, request: ObservedRequest) -> None:
         event = "request failed" if request.ran else "request refused"
         worker_log.info("request completed" if request.code == OK else event, **_ended(request))
 
 
-def _ended(seen: SeenCall | SeenRequest) -> dict[str, Any]:
+def _ended(seen: ObservedCall | ObservedRequest) -> dict[str, Any]:
     said: dict[str, Any] = {
         "method": seen.label,
         "correlation_id": seen.correlation_id,

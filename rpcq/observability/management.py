@@ -11,7 +11,7 @@ from urllib.parse import quote, unquote, urlsplit
 import orjson
 
 from rpcq.errors import ConfigurationError
-from rpcq.transport.connection import tls_context
+from rpcq.transport.rabbitmq.tls import tls_context
 from rpcq.url import PORTS, BrokerURL
 
 TIMEOUT: Final = 5.0

@@ -25,8 +25,8 @@ from prometheus_client.core import (
 )
 
 from rpcq.errors import DOMAIN_CODE, STATUS_CODES
-from rpcq.observer import OK, Observer, Role, Seen, SeenCall, SeenRequest, Watched
-from rpcq.processes import own_version
+from rpcq.observer import OK, Observed, ObservedCall, ObservedRequest, Observer, Role, Watched
+from rpcq.runtime.process import own_version
 
 if TYPE_CHECKING:
     from rpcq.observability.queues import QueueDepth
@@ -160,18 +160,18 @@ class Metrics(Observer):
         self._lag = _Histogram(LAG_BUCKETS)
         self._lag_timer: asyncio.TimerHandle | None = None
         self._depths: dict[str, QueueDepth] = {}
-        self._call_ended: Callable[[SeenCall], None] = self._ended_of(self._calls)
-        self._request_ended: Callable[[SeenRequest], None] = self._ended_of(self._requests)
+        self._call_ended: Callable[[ObservedCall], None] = self._ended_of(self._calls)
+        self._request_ended: Callable[[ObservedRequest], None] = self._ended_of(self._requests)
         (REGISTRY if registry is None else registry).register(self)
 
     # What is told, in the event loop.
 
-    def on_call(self, call: SeenCall) -> Callable[[SeenCall], None]:
+    def on_call(self, call: ObservedCall) -> Callable[[ObservedCall], None]:
         """See `Observer`."""
         (self._calls.get(call.label) or self._method(self._calls, call)).started += 1
         return self._call_ended
 
-    def on_request(self, request: SeenRequest) -> Callable[[SeenRequest], None]:
+    def on_request(self, request: ObservedRequest) -> Callable[[ObservedRequest], None]:
         """See `Observer`."""
         method = self._requests.get(request.label) or self._method(self._requests, request)
         method.started += 1
@@ -215,21 +215,21 @@ class Metrics(Observer):
         """The depth of a request queue: for `QueueWatch(on_depth=metrics.on_depth)`."""
         self._depths[depth.queue] = depth
 
-    def _method(self, methods: dict[str, _Method], seen: Seen) -> _Method:
+    def _method(self, methods: dict[str, _Method], seen: Observed) -> _Method:
         if len(methods) < MAX_METHODS:
             return methods.setdefault(seen.label, _Method(seen.service, seen.method))
         return methods.setdefault(OTHER, _Method(OTHER, ""))
 
-    def _ended_of(self, methods: dict[str, _Method]) -> Callable[[Seen], None]:
+    def _ended_of(self, methods: dict[str, _Method]) -> Callable[[Observed], None]:
         find = methods.get
 
-        def ended(seen: Seen) -> None:
+        def ended(seen: Observed) -> None:
             method = find(seen.label) or methods[OTHER]
             codes, code = method.codes, seen.code
             if code not in codes:
                 code = _new_code(codes, code)
             codes[code] += 1
-            if not isinstance(seen, SeenRequest) or seen.ran:
+            if not isinstance(seen, ObservedRequest) or seen.ran:
                 method.seconds.add(seen.seconds)
 
         return ended

@@ -16,12 +16,12 @@ from rpcq import logs
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import BrokerError, ConfigurationError
 from rpcq.observability.management import UNANSWERED, Management, management_of
+from rpcq.options import ConnectionKwargs, ConnectionOptions
 from rpcq.service import Service
-from rpcq.settings import ConnectionOptions, ConnectionSettings
-from rpcq.transport.admin import Admin
 from rpcq.transport.opening import open_admin
-from rpcq.transport.topology import Names
+from rpcq.transport.rabbitmq.admin import Admin
 from rpcq.url import parse
+from rpcq.wire.topology import Topology
 
 MANAGEMENT_AGAIN: Final = 20
 """Looks without the management API, over one connection, before it is tried again."""
@@ -86,7 +86,7 @@ class QueueWatch:
         threshold: int | None = None,
         on_threshold: Crossed | None = None,
         on_depth: Found | None = None,
-        **options: Unpack[ConnectionSettings],
+        **options: Unpack[ConnectionKwargs],
     ) -> None:
         self._options = options_from(ConnectionOptions, options)
         self._broker = parse(broker_url(url))
@@ -94,8 +94,8 @@ class QueueWatch:
             raise ConfigurationError("queues are looked at on RabbitMQ; the in-process broker is not asked")
         if not every > 0:
             raise ConfigurationError(f"every is {every!r}; it is a number of seconds above 0")
-        names = Names(self._options.namespace)
-        self._queues = [pair for service in services for pair in _queues(names, service)]
+        topology = Topology(self._options.namespace)
+        self._queues = [pair for service in services for pair in _queues(topology, service)]
         if not self._queues:
             raise ConfigurationError("no services to look at; name at least one")
         self._every = every
@@ -186,10 +186,10 @@ def _call(hook: Callable[..., None], *args: Any) -> None:
         log.exception("a hook of the watch failed", hook=repr(hook))
 
 
-def _queues(names: Names, service: Service | str) -> list[tuple[str, str]]:
+def _queues(topology: Topology, service: Service | str) -> list[tuple[str, str]]:
     if isinstance(service, Service):
-        return [(service.name, names.request_queue(service.name, service.queue_type, service.queue).name)]
-    return [(service, names.request_queue(service, kind).name) for kind in ("classic", "quorum")]
+        return [(service.name, topology.request_queue(service.name, service.queue_type, service.queue).name)]
+    return [(service, topology.request_queue(service, kind).name) for kind in ("classic", "quorum")]
 
 
 def _look(management: Management, queues: Sequence[tuple[str, str]]) -> list[QueueDepth]:

@@ -20,8 +20,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from rpcq.errors import CallError
 from rpcq.observability.sampling import Sampler
-from rpcq.observer import OK, Observer, Seen, SeenCall, SeenRequest
-from rpcq.processes import own_version
+from rpcq.observer import OK, Observed, ObservedCall, ObservedRequest, Observer
+from rpcq.runtime.process import own_version
 
 MAX_STATE: Final = 2048
 """Bytes of `tracestate` and of `baggage` that are sent; more of either is left out, as W3C allows."""
@@ -56,7 +56,7 @@ class Tracing(Observer):
 
     # At a client.
 
-    def on_call(self, call: SeenCall) -> Callable[[SeenCall], None] | None:
+    def on_call(self, call: ObservedCall) -> Callable[[ObservedCall], None] | None:
         """See `Observer`."""
         parent = trace.get_current_span().get_span_context()
         if parent.is_valid:
@@ -84,7 +84,7 @@ class Tracing(Observer):
 
     # At a worker.
 
-    def on_request(self, request: SeenRequest) -> Callable[[SeenRequest], None] | None:
+    def on_request(self, request: ObservedRequest) -> Callable[[ObservedRequest], None] | None:
         """See `Observer`."""
         context = self._came(request.headers) if "traceparent" in request.headers else None
         if context is not None:
@@ -118,7 +118,7 @@ class Tracing(Observer):
         return context if trace.get_current_span(context).get_span_context().is_valid else None
 
 
-def _attributes(seen: Seen, operation: str) -> dict[str, str | int]:
+def _attributes(seen: Observed, operation: str) -> dict[str, str | int]:
     exchange = seen.exchange.decode()
     return {
         "messaging.system": "rabbitmq",
@@ -132,7 +132,7 @@ def _attributes(seen: Seen, operation: str) -> dict[str, str | int]:
     }
 
 
-def _end(span: Span, seen: Seen) -> None:
+def _end(span: Span, seen: Observed) -> None:
     if seen.code != OK:
         span.set_attribute("error.type", seen.code)
         span.set_status(Status(StatusCode.ERROR, seen.code))

@@ -15,10 +15,10 @@ from enum import Enum
 from typing import Any, Protocol
 
 from rpcq.errors import BrokerError
-from rpcq.transport.topology import Exchange, Queue
+from rpcq.wire.topology import Exchange, Queue
 
 
-class Settled(Enum):
+class Published(Enum):
     """What became of a published message."""
 
     CONFIRMED = "confirmed"
@@ -66,7 +66,7 @@ class Outgoing:
         self.body = body
         self.mandatory = mandatory
 
-    def on_settled(self, settled: Settled) -> None:
+    def on_published(self, settled: Published) -> None:
         """What became of it; called once, from inside the event loop. It must not raise."""
         raise NotImplementedError
 
@@ -83,13 +83,13 @@ class Message(Outgoing):
         correlation_id: bytes,
         properties: bytes,
         body: bytes,
-        tell: Callable[[Settled], None],
+        tell: Callable[[Published], None],
         mandatory: bool = True,  # noqa: FBT002 - as in the base class
     ) -> None:
         super().__init__(exchange, routing_key, correlation_id, properties, body, mandatory)
         self._tell = tell
 
-    def on_settled(self, settled: Settled) -> None:
+    def on_published(self, settled: Published) -> None:
         """Tell."""
         self._tell(settled)
 

@@ -6,12 +6,12 @@ from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
 from rpcq.errors import ConfigurationError
-from rpcq.settings import ConnectionOptions
+from rpcq.options import ConnectionOptions
 from rpcq.transport.base import Transport
 from rpcq.url import BrokerURL, parse
 
 if TYPE_CHECKING:
-    from rpcq.transport.admin import Admin
+    from rpcq.transport.rabbitmq.admin import Admin
 
 
 def open_transport(url: str, options: ConnectionOptions) -> Transport:
@@ -23,10 +23,10 @@ def open_transport(url: str, options: ConnectionOptions) -> Transport:
     """
     broker = parse(url)
     if broker.scheme == "memory":
-        from rpcq.transport.memory import MemoryTransport  # noqa: PLC0415
+        from rpcq.transport.memory.transport import MemoryTransport  # noqa: PLC0415
 
         return MemoryTransport(broker.hosts[0][0], options)
-    from rpcq.transport.rabbitmq import RabbitMQTransport  # noqa: PLC0415
+    from rpcq.transport.rabbitmq.transport import RabbitMQTransport  # noqa: PLC0415
 
     return RabbitMQTransport(broker, options)
 
@@ -44,6 +44,6 @@ def open_admin(
     if broker.scheme == "memory":
         msg = "the in-process broker of memory:// is gone with each process; there is nothing to look after"
         raise ConfigurationError(msg)
-    from rpcq.transport import admin  # noqa: PLC0415
+    from rpcq.transport.rabbitmq import admin  # noqa: PLC0415
 
     return admin.open_admin(broker, options, host, port)

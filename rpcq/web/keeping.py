@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable
 from typing import Final, Generic, TypeVar
 
 from rpcq import logs
 from rpcq.client import Client
 from rpcq.errors import BrokerError
+from rpcq.runtime.backoff import Backoff, full_jitter
 from rpcq.worker import Worker
 
 FIRST_PAUSE: Final = 0.1
@@ -51,7 +51,7 @@ class Keeper(Generic[Kept]):
         return None if self.opened.connected else f"the {self.what} is not connected to the broker"
 
     async def _open(self) -> None:
-        pause = FIRST_PAUSE
+        backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         while True:
             made = self._make()
             try:
@@ -63,9 +63,8 @@ class Keeper(Generic[Kept]):
                 return
             say = log.error if self.cause.permanent else log.warning
             say(f"{self.what} not open yet", cause=str(self.cause), error=type(self.cause).__name__)
-            # Full jitter, so that apps which start together do not come back together.
-            await asyncio.sleep(random.uniform(0, PERMANENT_PAUSE if self.cause.permanent else pause))  # noqa: S311
-            pause = min(pause * 2, LONGEST_PAUSE)
+            pause = backoff.jittered()
+            await asyncio.sleep(full_jitter(PERMANENT_PAUSE) if self.cause.permanent else pause)
 
     async def give_up(self) -> None:
         """Try no more; what was being opened is closed, and what is open stays so."""

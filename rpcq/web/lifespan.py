@@ -10,22 +10,22 @@ from dataclasses import fields
 from typing import Any, Final, TypeVar, Unpack, cast
 
 from rpcq import logs
+from rpcq.calls.proxy import CallMaker, Target
 from rpcq.client import Client
 from rpcq.environment import broker_url
 from rpcq.errors import ClosedError, ConfigurationError, ServiceUnavailable, UsageError
 from rpcq.observer import Observer
-from rpcq.proxy import CallMaker, Target
-from rpcq.service import Service
-from rpcq.settings import (
+from rpcq.options import (
+    CallKwargs,
     CallOptions,
-    CallSettings,
-    ClientSettings,
+    ClientKwargs,
+    ConnectionKwargs,
     ConnectionOptions,
-    ConnectionSettings,
-    WorkerSettings,
+    WorkerKwargs,
 )
-from rpcq.transport.topology import Names
+from rpcq.service import Service
 from rpcq.web.keeping import Keeper
+from rpcq.wire.topology import Topology
 from rpcq.worker import Worker
 
 T = TypeVar("T")
@@ -69,28 +69,28 @@ class Rpc:
         url: str | None = None,
         *,
         services: Iterable[Service] = (),
-        worker_options: WorkerSettings | None = None,
+        worker_options: WorkerKwargs | None = None,
         grace: float = 10.0,
         first_wait: float = 1.0,
         observers: Iterable[Observer] = (),
-        **client_options: Unpack[ClientSettings],
+        **client_options: Unpack[ClientKwargs],
     ) -> None:
         _check_seconds("grace", grace)
         _check_seconds("first_wait", first_wait)
         self._url = broker_url(url)
         self._services = tuple(services)
         self._client_options = client_options
-        shared = {name: value for name, value in client_options.items() if name in ConnectionSettings.__annotations__}
-        self._worker_options = cast("WorkerSettings", {**shared, **(worker_options or {})})
+        shared = {name: value for name, value in client_options.items() if name in ConnectionKwargs.__annotations__}
+        self._worker_options = cast("WorkerKwargs", {**shared, **(worker_options or {})})
         self._grace = grace
         self._first_wait = first_wait
         self._observers = tuple(observers)
         # All is checked now, and the environment read, so that each run of the app has the same.
         client = self._make_client()
-        self._client_options = cast("ClientSettings", _all(client.options))
+        self._client_options = cast("ClientKwargs", _all(client.options))
         if self._services:
-            self._worker_options = cast("WorkerSettings", _all(self._make_worker().options))
-        self._maker = CallMaker(_Late(self, client.names), CallOptions(timeout=client.options.timeout))
+            self._worker_options = cast("WorkerKwargs", _all(self._make_worker().options))
+        self._maker = CallMaker(_Late(self, client.topology), CallOptions(timeout=client.options.timeout))
         self._running: _Running | None = None
 
     # The app's life.
@@ -164,7 +164,7 @@ class Rpc:
             raise ServiceUnavailable(keeper.why_not_ready or "")
         return keeper.opened
 
-    def bind(self, api: Callable[..., T], service: str | None = None, **options: Unpack[CallSettings]) -> T:
+    def bind(self, api: Callable[..., T], service: str | None = None, **options: Unpack[CallKwargs]) -> T:
         """A proxy of a Protocol's type, as `Client.bind` gives, that can be made before the app starts and kept.
 
         Its calls go to the client of the moment, and also raise what `client` does.
@@ -181,7 +181,7 @@ class Rpc:
         return self._maker.with_options(**options).bind(api, service)
 
     def api(
-        self, api: Callable[..., T], service: str | None = None, **options: Unpack[CallSettings]
+        self, api: Callable[..., T], service: str | None = None, **options: Unpack[CallKwargs]
     ) -> Callable[[], Coroutine[Any, Any, T]]:
         """The same as a dependency: `calculator: Annotated[CalculatorApi, Depends(rpc.api(CalculatorApi))]`."""
         bound = self.bind(api, service, **options)
@@ -202,8 +202,8 @@ class Rpc:
 class _Late:
     """Makes calls with the client that there is when they are made."""
 
-    def __init__(self, rpc: Rpc, names: Names) -> None:
-        self.names = names
+    def __init__(self, rpc: Rpc, topology: Topology) -> None:
+        self.topology = topology
         self._rpc = rpc
 
     def invoke(

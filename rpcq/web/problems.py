@@ -29,8 +29,8 @@ from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import quote
 
-from rpcq import logs, wire
-from rpcq.calls import public_id
+from rpcq import logs
+from rpcq.calls.pending import public_id
 from rpcq.errors import (
     BrokerError,
     CallError,
@@ -50,6 +50,7 @@ from rpcq.errors import (
     TooLarge,
 )
 from rpcq.web.asgi import Receive, Scope, Send
+from rpcq.wire import bodies
 
 HEADERS: Final = {"content-type": "application/problem+json", "cache-control": "no-store"}
 RETRY_AFTER: Final = 1.0
@@ -80,7 +81,7 @@ class Problem:
     @property
     def body(self) -> bytes:
         """The document as JSON."""
-        return wire.dumps(self.document)
+        return bodies.dumps(self.document)
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """Send it as the response of an ASGI request; a WebSocket is closed, as it has no other way to say it."""

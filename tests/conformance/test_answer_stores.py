@@ -15,7 +15,7 @@ import pytest
 
 from load import until
 from postgres import postgres as a_postgres
-from rpcq.idempotency import Answer, AnswerStore, Claim, MemoryAnswers
+from rpcq.results import Claim, MemoryResults, ResultStore, StoredResult
 from sharing import asked, module
 
 # Here so that the database is there before the clock of the first test is started.
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("postgres")
 PAGE: Any = module()
 LONG = 60.0
 SHORT = 0.1
-A, B = Answer(b"a" * 16, b'"a"'), Answer(b"b" * 16, b'"b"')
+A, B = StoredResult(b"a" * 16, b'"a"'), StoredResult(b"b" * 16, b'"b"')
 
 
 @pytest.fixture
@@ -35,24 +35,24 @@ def table(database_url: str) -> str:
 
 
 @asynccontextmanager
-async def opened(url: str) -> AsyncIterator[tuple[AnswerStore, AnswerStore]]:
+async def opened(url: str) -> AsyncIterator[tuple[ResultStore, ResultStore]]:
     one, other = PAGE.PostgresAnswers(url), PAGE.PostgresAnswers(url)
     async with one.opened(), other.opened():
         yield one, other
 
 
 @pytest.fixture(params=["memory", "postgres"])
-async def stores(request: pytest.FixtureRequest, table: str) -> AsyncIterator[tuple[AnswerStore, AnswerStore]]:
+async def stores(request: pytest.FixtureRequest, table: str) -> AsyncIterator[tuple[ResultStore, ResultStore]]:
     """One store, as two workers have it."""
     if request.param == "memory":
-        store = MemoryAnswers(1_000_000)
+        store = MemoryResults(1_000_000)
         yield store, store
         return
     async with opened(table) as both:
         yield both
 
 
-Stores = tuple[AnswerStore, AnswerStore]
+Stores = tuple[ResultStore, ResultStore]
 
 
 # What is promised of any store.
@@ -113,9 +113,9 @@ async def test_put_overwrites_and_needs_no_claim(stores: Stores) -> None:
 @pytest.mark.parametrize("body", [b"", b"\0\xff", b"x" * 1_000_000], ids=["none", "no text", "large"])
 async def test_a_body_is_any_bytes(body: bytes, table: str) -> None:
     async with opened(table) as (one, other):
-        await one.put("k", Answer(b"\0" * 16, body))
-        assert await other.claim("k", "first", LONG) == Answer(b"\0" * 16, body)
-        assert await other.get("k") == Answer(b"\0" * 16, body)
+        await one.put("k", StoredResult(b"\0" * 16, body))
+        assert await other.claim("k", "first", LONG) == StoredResult(b"\0" * 16, body)
+        assert await other.get("k") == StoredResult(b"\0" * 16, body)
 
 
 async def test_an_owner_that_claims_its_key_again_is_told_the_same_and_has_it_anew(stores: Stores) -> None:
@@ -186,7 +186,7 @@ async def test_whatever_others_do_at_the_time_a_key_has_one_owner(stores: Stores
     """Keys are claimed, released and answered in any order; a claim never finds a key free that another has."""
     chance = random.Random(7)
     owners: dict[str, str] = {}
-    answers: dict[str, Answer] = {}
+    answers: dict[str, StoredResult] = {}
     found = Counter[str]()
 
     async def work(number: int) -> None:
@@ -194,10 +194,10 @@ async def test_whatever_others_do_at_the_time_a_key_has_one_owner(stores: Stores
         for turn in range(60):
             key, owner = str(chance.randrange(6) + turn // 10 * 6), f"{number}-{turn}"
             told = await store.claim(key, owner, LONG)
-            found["answer" if isinstance(told, Answer) else told.value] += 1
+            found["answer" if isinstance(told, StoredResult) else told.value] += 1
             if told is Claim.HELD:
                 continue
-            if isinstance(told, Answer):
+            if isinstance(told, StoredResult):
                 assert told == answers[key]
                 continue
             assert told is Claim.TAKEN
@@ -207,7 +207,7 @@ async def test_whatever_others_do_at_the_time_a_key_has_one_owner(stores: Stores
             await asyncio.sleep(chance.random() * 0.005)
             del owners[key]
             if chance.random() < 0.2:
-                answers[key] = Answer(owner.encode(), owner.encode())
+                answers[key] = StoredResult(owner.encode(), owner.encode())
                 await store.put(key, answers[key])
             else:
                 await store.release(key, owner)

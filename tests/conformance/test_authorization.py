@@ -9,8 +9,8 @@ import pytest
 
 from places import Place, lose
 from rpcq import CallTimeout, Context, OutcomeUnknown, PermissionDenied, RemoteError
-from rpcq.properties import Properties, encode
 from rpcq.transport.base import Message
+from rpcq.wire.properties import Properties, encode
 
 QUEUE_TYPE_MATTERS = False
 
@@ -118,7 +118,7 @@ async def test_a_remembered_answer_is_only_for_those_who_may_make_the_call(place
             with pytest.raises(PermissionDenied, match="not good") as caught:
                 await caller.with_options(metadata=metadata).call("things.book")
             assert (caught.value.executed, caught.value.details) == ("no", {"realm": "book"})
-        assert (runs, worker._runs.replayed) == (1, 1)
+        assert (runs, worker._replier.replayed) == (1, 1)
 
 
 async def test_callers_of_different_scopes_never_share_a_key(place: Place) -> None:
@@ -366,9 +366,9 @@ async def test_only_the_broker_speaks_through_the_notices_and_never_elsewhere(pl
         own = victim._sender.encoder.reply_to.decode()
         if forged == "a reply through the notices":
             kind = {"headers": {"CC": [own]}, "expiration": b"0", "type": b"result"}
-            where = victim.names.requests.name.encode(), b"idle"
+            where = victim.topology.requests.name.encode(), b"idle"
         else:
-            death = {"reason": "expired", "queue": victim.names.once_queue("things"), "count": 1}
+            death = {"reason": "expired", "queue": victim.topology.once_queue("things"), "count": 1}
             kind = {"headers": {"x-death": [death]}, "reply_to": own.encode(), "type": b"balance"}
             where = b"", own.encode()
         properties = encode(Properties(correlation_id=pending.request_id, **kind))  # type: ignore[arg-type]

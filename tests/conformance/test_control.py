@@ -13,8 +13,8 @@ import pytest
 from places import Place
 from rpcq import CallTimeout, ClosedError, ConfigurationError, Context, DomainError, Service
 from rpcq.control import MOST_ANSWERS, MOST_QUESTIONS, MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
-from rpcq.properties import Properties, encode
 from rpcq.transport.base import Message, Outgoing
+from rpcq.wire.properties import Properties, encode
 
 QUEUE_TYPE_MATTERS = False
 
@@ -271,7 +271,7 @@ async def test_a_refused_request_that_wants_no_reply_is_logged_but_not_each(
     async with place.worker(shop(place)) as worker, place.client() as client:
         properties = encode(Properties(type=b"steal"))
         for _ in range(200):
-            exchange = client.names.requests.name.encode()
+            exchange = client.topology.requests.name.encode()
             client._transport.publish(Message(exchange, b"shop", b"", properties, b"{}", lambda _: None))
         async with asyncio.timeout(10):
             while worker.counts()["finished"] < 200:  # noqa: ASYNC110 - what is waited for sets no event

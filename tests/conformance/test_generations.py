@@ -17,7 +17,7 @@ import pytest
 from generations import FailingStore, Generations, SlowStore
 from places import Place
 from rpcq import CallError, Client, Retry, Service
-from rpcq.calls import MAX_ATTEMPTS
+from rpcq.calls.outcomes import MAX_ATTEMPTS
 
 NEVER = 30.0
 TIMEOUT = 1.5

@@ -26,13 +26,13 @@ from rpcq import (
     Retry,
     ServiceUnavailable,
     TooLarge,
-    wire,
 )
-from rpcq.calls import MAX_ATTEMPTS
-from rpcq.settings import ConnectionOptions
+from rpcq.calls.outcomes import MAX_ATTEMPTS
+from rpcq.options import ConnectionOptions
 from rpcq.transport.base import Delivery, Listener, Message, Subscription, Transport
 from rpcq.transport.opening import open_transport
-from rpcq.transport.topology import Names
+from rpcq.wire import replies, requests
+from rpcq.wire.topology import Topology
 
 
 class Odd(BaseException):
@@ -123,7 +123,7 @@ async def test_what_waits_for_a_thread_until_its_deadline_never_runs_and_its_cal
         first = asyncio.create_task(client.call("things.block", name="first"))
         await started.wait()
         # Its delivery comes again over a new session only if it is forgotten here: this is what a lost one leaves.
-        worker._runs._by_key.clear()
+        worker._replier.in_hand._by_key.clear()
         await place.cut(client, worker)
         with pytest.raises(OutcomeUnknown):
             await first
@@ -222,7 +222,7 @@ async def test_a_cancelled_stop_goes_on_and_tells_the_truth_when_awaited_again(p
 async def test_calls_given_up_in_an_outage_are_not_kept(place: Place) -> None:
     async with place.client() as client:
         client._sender.encoder = None  # as while the consuming session is down
-        client._sender._consuming_up.clear()
+        client._sessions.closed()
         calls = [
             asyncio.create_task(client.with_options(timeout=0.2).call("things.x", text="x" * 1000)) for _ in range(50)
         ]
@@ -244,25 +244,25 @@ class HandMade:
     """A worker of the service "things" that answers as the test says."""
 
     def __init__(self, place: Place) -> None:
-        self.names = Names(place.namespace)
+        self.topology = Topology(place.namespace)
         self.transport: Transport = open_transport(place.url, ConnectionOptions(namespace=place.namespace))
-        self.queue = self.names.request_queue("things", place.queue_type)
-        self.requests: asyncio.Queue[tuple[wire.Request, Delivery]] = asyncio.Queue()
+        self.queue = self.topology.request_queue("things", place.queue_type)
+        self.requests: asyncio.Queue[tuple[requests.Request, Delivery]] = asyncio.Queue()
 
     def _on_delivery(self, delivery: Delivery) -> None:
-        self.requests.put_nowait((wire.read_request(delivery.properties), delivery))
+        self.requests.put_nowait((requests.read_request(delivery.properties), delivery))
 
     async def __aenter__(self) -> Self:
         nobody = Listener(*[lambda *_: None] * 5)
         subscription = Subscription(self.queue, self._on_delivery, prefetch=10)
-        await self.transport.start([self.names.requests, self.names.control], [subscription], nobody)
+        await self.transport.start([self.topology.requests, self.topology.control], [subscription], nobody)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.transport.close()
 
-    def answer(self, request: wire.Request, kind: bytes, body: bytes) -> None:
-        properties = wire.ReplyEncoder().encode(kind, request.correlation_id, None, 0.0)
+    def answer(self, request: requests.Request, kind: bytes, body: bytes) -> None:
+        properties = replies.ReplyEncoder().encode(kind, request.correlation_id, None, 0.0)
         self.transport.publish(Message(b"", request.reply_to, request.correlation_id, properties, body, lambda _: None))
 
 
@@ -276,15 +276,15 @@ async def test_a_call_turned_away_twice_over_one_request_is_sent_again_once(plac
         call = asyncio.create_task(client.call("things.work"))
         first, delivery = await worker.requests.get()
         delivery.ack()
-        worker.answer(first, wire.ERROR, AWAY)
+        worker.answer(first, replies.ERROR, AWAY)
         second, delivery = await worker.requests.get()
         delivery.ack()
-        worker.answer(first, wire.ERROR, AWAY)  # published twice: its confirm was lost
-        worker.answer(first, wire.ERROR, LOST)  # or redelivered, and answered by another worker
+        worker.answer(first, replies.ERROR, AWAY)  # published twice: its confirm was lost
+        worker.answer(first, replies.ERROR, LOST)  # or redelivered, and answered by another worker
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(worker.requests.get(), 0.3)
         assert not call.done()
-        worker.answer(second, wire.RESULT, b'"done"')
+        worker.answer(second, replies.RESULT, b'"done"')
         assert await call == "done"
         assert first.attempt == second.attempt == 1
         assert first.correlation_id != second.correlation_id
@@ -295,11 +295,11 @@ async def test_an_error_of_a_later_attempt_does_not_say_that_the_call_did_not_ru
         call = asyncio.create_task(client.with_options(idempotent=True).call("things.work"))
         first, delivery = await worker.requests.get()
         delivery.ack()
-        worker.answer(first, wire.ERROR, LOST)
+        worker.answer(first, replies.ERROR, LOST)
         second, delivery = await worker.requests.get()
         delivery.ack()
         assert (second.attempt, second.idempotency_key) == (2, first.idempotency_key)
-        worker.answer(second, wire.ERROR, UNKNOWN_METHOD)
+        worker.answer(second, replies.ERROR, UNKNOWN_METHOD)
         with pytest.raises(MethodNotFound) as caught:
             await call
         assert (caught.value.executed, caught.value.retryable) == ("maybe", False)
@@ -315,7 +315,7 @@ async def test_where_the_attempts_after_lost_workers_are_used_up_a_retry_goes_on
             request, delivery = await worker.requests.get()
             delivery.ack()
             seen.append((request.attempt, request.idempotency_key))
-            worker.answer(request, wire.ERROR, LOST if number < MAX_ATTEMPTS else UNKNOWN_METHOD)
+            worker.answer(request, replies.ERROR, LOST if number < MAX_ATTEMPTS else UNKNOWN_METHOD)
         with pytest.raises(MethodNotFound) as caught:
             await call
         assert caught.value.executed == "maybe"
@@ -324,7 +324,7 @@ async def test_where_the_attempts_after_lost_workers_are_used_up_a_retry_goes_on
         once = asyncio.create_task(client.with_options(retry=retry).call("things.work"))
         request, delivery = await worker.requests.get()
         delivery.ack()
-        worker.answer(request, wire.ERROR, LOST)
+        worker.answer(request, replies.ERROR, LOST)
         with pytest.raises(OutcomeUnknown):
             await once
 
@@ -334,10 +334,10 @@ async def test_a_late_result_of_an_earlier_request_answers_the_call(place: Place
         call = asyncio.create_task(client.with_options(idempotent=True).call("things.work"))
         first, delivery = await worker.requests.get()
         delivery.ack()
-        worker.answer(first, wire.ERROR, LOST)
+        worker.answer(first, replies.ERROR, LOST)
         _, delivery = await worker.requests.get()
         delivery.ack()
-        worker.answer(first, wire.RESULT, b'"late"')
+        worker.answer(first, replies.RESULT, b'"late"')
         assert await call == "late"
 
 
@@ -363,7 +363,7 @@ async def test_a_number_beyond_a_float_in_a_reply_is_an_invalid_reply_and_never_
                 call = asyncio.create_task(client.with_options(returns=returns).call("things.work"))
                 request, delivery = await worker.requests.get()
                 delivery.ack()
-                worker.answer(request, wire.RESULT, body)
+                worker.answer(request, replies.RESULT, body)
                 with pytest.raises(InvalidReply) as caught:
                     await call
                 assert caught.value.executed == "yes"
@@ -526,14 +526,14 @@ async def test_duplicate_late_and_stray_replies_are_dropped_and_counted(place: P
         request, delivery = await worker.requests.get()
         delivery.ack()
         for body in (b"1", b"2", b"3"):
-            worker.answer(request, wire.RESULT, body)
+            worker.answer(request, replies.RESULT, body)
         assert await call == 1
-        stray = wire.Request(b"nobody's", request.reply_to, None)
-        worker.answer(stray, wire.RESULT, b"4")
+        stray = requests.Request(b"nobody's", request.reply_to, None)
+        worker.answer(stray, replies.RESULT, b"4")
         other = asyncio.create_task(client.call("things.work"))
         request, delivery = await worker.requests.get()
         delivery.ack()
-        worker.answer(request, wire.RESULT, b"5")
+        worker.answer(request, replies.RESULT, b"5")
         assert await other == 5
         assert client._calls.unmatched == 3
 
@@ -557,7 +557,7 @@ async def test_headers_over_the_limit_are_refused_before_anything_is_sent_and_ag
         assert encoder is not None
         encode = encoder.encode
         large = b"".join(
-            wire.encode_headers(key=None, attempt=1, metadata={name: "x" * 8_000}) for name in ("x-a", "x-b")
+            requests.encode_headers(key=None, attempt=1, metadata={name: "x" * 8_000}) for name in ("x-a", "x-b")
         )
         encoder.encode = lambda *args, **options: encode(*args[:4], large, **options)  # type: ignore[method-assign]
         call = asyncio.create_task(client.call("things.work"))

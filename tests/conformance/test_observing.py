@@ -25,8 +25,8 @@ from rpcq.observability.calls import CallLogs
 from rpcq.observability.metrics import Metrics
 from rpcq.observability.sampling import Sampler
 from rpcq.observability.tracing import Tracing
-from rpcq.observer import Observer, Seen, SeenCall, SeenRequest
-from rpcq.settings import MAX_HEADERS
+from rpcq.observer import Observed, ObservedCall, ObservedRequest, Observer
+from rpcq.options import MAX_HEADERS
 
 QUEUE_TYPE_MATTERS = False
 
@@ -190,10 +190,10 @@ async def test_what_is_made_again_is_one_call_with_its_last_attempt(place: Place
             raise Busy("busy")
         return runs
 
-    told: list[SeenCall] = []
+    told: list[ObservedCall] = []
 
     class Told(Observer):
-        def on_call(self, call: SeenCall) -> Callable[[SeenCall], None]:
+        def on_call(self, call: ObservedCall) -> Callable[[ObservedCall], None]:
             return told.append
 
     async with place.worker(service), place.client(observers=[scraped.metrics, Told()]) as client:
@@ -208,13 +208,13 @@ async def test_an_observer_that_fails_costs_no_call_and_is_named(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(Observer):
-        def on_call(self, call: SeenCall) -> Callable[[Seen], None]:
+        def on_call(self, call: ObservedCall) -> Callable[[Observed], None]:
             return self.ended
 
-        def on_request(self, request: SeenRequest) -> None:
+        def on_request(self, request: ObservedRequest) -> None:
             raise RuntimeError("broken at once")
 
-        def ended(self, seen: Seen) -> None:
+        def ended(self, seen: Observed) -> None:
             raise RuntimeError(f"broken at the end of {seen.label}")
 
         def on_opened(self, owner: Any) -> None:

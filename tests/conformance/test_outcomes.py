@@ -24,21 +24,21 @@ from rpcq import (
     Retry,
     Service,
     ServiceUnavailable,
-    wire,
 )
-from rpcq.properties import Properties, decode, encode
-from rpcq.transport.base import Delivery, Listener, Message, Outgoing, Settled, Subscription
+from rpcq.transport.base import Delivery, Listener, Message, Outgoing, Published, Subscription
 from rpcq.transport.opening import open_transport
-from rpcq.transport.topology import Names, Queue
+from rpcq.wire import replies
+from rpcq.wire.properties import Properties, decode, encode
+from rpcq.wire.topology import Queue, Topology
 
 
 class Stranger:
     """A program that is not rpcq's: a transport that publishes, and keeps what comes to its queues."""
 
     def __init__(self, place: Place, *queues: Queue) -> None:
-        from rpcq.settings import ConnectionOptions
+        from rpcq.options import ConnectionOptions
 
-        self.names = Names(place.namespace)
+        self.topology = Topology(place.namespace)
         self.came: list[Delivery] = []
         self._queues = queues
         self._transport = open_transport(place.url, ConnectionOptions(namespace=place.namespace))
@@ -47,7 +47,7 @@ class Stranger:
         nothing = Listener(lambda _: None, lambda _: None, lambda: None, lambda _: None, lambda _: None)
         subscriptions = [Subscription(queue, self._take, no_ack=True) for queue in self._queues]
         own = Subscription(Queue("", exclusive=True, auto_delete=True), self._take, no_ack=True)
-        await self._transport.start(self.names.exchanges(), [*subscriptions, own], nothing)
+        await self._transport.start(self.topology.exchanges(), [*subscriptions, own], nothing)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -56,8 +56,8 @@ class Stranger:
     def _take(self, delivery: Delivery) -> None:
         self.came.append(delivery)
 
-    async def send(self, exchange: str, key: str, properties: bytes, body: bytes) -> Settled:
-        settled: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
+    async def send(self, exchange: str, key: str, properties: bytes, body: bytes) -> Published:
+        settled: asyncio.Future[Published] = asyncio.get_running_loop().create_future()
         message = Message(exchange.encode(), key.encode(), b"", properties, body, settled.set_result)
         self._transport.publish(message)
         return await asyncio.wait_for(settled, 5)
@@ -145,14 +145,14 @@ async def test_what_a_request_queue_gives_up_reaches_no_business_queue_whatever_
     other, runs = working(place, "others")
     bank = Queue(f"{place.namespace}.bank", durable=True, auto_delete=True)
     async with declared(place, service), place.worker(other), Stranger(place, bank) as stranger:
-        queue = stranger.names.request_queue("others", place.queue_type).name
+        queue = stranger.topology.request_queue("others", place.queue_type).name
         properties = Properties(
             headers={"CC": [bank.name, queue, "others"]}, type=b"work", expiration=b"0", correlation_id=b"c"
         )
         for _ in range(20):
             assert await stranger.send(f"{place.namespace}.requests", "things", encode(properties), b"{}") in (
-                Settled.CONFIRMED,
-                Settled.REFUSED,
+                Published.CONFIRMED,
+                Published.REFUSED,
             )
         await asyncio.sleep(0.3)
         assert stranger.came == []
@@ -183,13 +183,13 @@ async def test_two_queues_of_one_service_never_run_a_call_twice_or_tell_no_of_it
 
 
 async def test_a_client_notices_that_a_service_has_another_queue_since(place: Place) -> None:
-    names = Names(place.namespace)
+    topology = Topology(place.namespace)
     classic, quorum = (Service("things", queue_type=kind) for kind in ("classic", "quorum"))
     for service in (classic, quorum):
         service.method(name="work")(_nothing)
     async with place.client() as client:
         sent = intercepted(client)
-        keys = (names.once_queue("things").encode(), b"things")
+        keys = (topology.once_queue("things").encode(), b"things")
         async with place.worker(classic):
             await client.call("things.work")
             await client.call("things.work")
@@ -199,7 +199,7 @@ async def test_a_client_notices_that_a_service_has_another_queue_since(place: Pl
         async with place.worker(quorum):
             await client.call("things.work")  # it is bound under the service's name as well
             client._sender._not_once[b"things"] -= 5.0
-            client._sender.failed(_last_call(sent), Settled.REFUSED, 0)  # more would have been known
+            client._sender.failed(_last_call(sent), Published.REFUSED, 0)  # more would have been known
             await client.call("things.work")
             assert [it.routing_key for it in sent] == [keys[1], keys[0]]
 
@@ -223,7 +223,7 @@ async def test_a_request_that_is_published_again_is_not_taken_for_its_own_reply(
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
         request = sent[-1]
-        queue = stranger.names.request_queue("things", place.queue_type).name
+        queue = stranger.topology.request_queue("things", place.queue_type).name
         await stranger.send("", queue, request.properties, request.body)  # as a shovel does: with its CC
         async with place.worker(service):
             assert await call == 42  # of the two that are in the queue now, one runs
@@ -239,7 +239,7 @@ async def test_a_request_that_was_moved_is_not_run(place: Place) -> None:
         now_ms = int(time.time() * 1000)
         properties = decode(encoder.encode(b"by hand", b"work", 5000, now_ms + 5000, b"", notify=True))
         properties.reply_to = None
-        queue = stranger.names.request_queue("things", place.queue_type).name
+        queue = stranger.topology.request_queue("things", place.queue_type).name
         for has_copy in (True, False):
             if not has_copy:  # from a client that is not rpcq's, and sends to the queue
                 assert properties.headers is not None
@@ -478,8 +478,8 @@ async def test_several_calls_of_one_correlation_id_free_their_slots_after_a_cut(
 async def test_a_worker_that_cannot_declare_one_of_its_queues_takes_nothing_from_the_others(place: Place) -> None:
     good, runs = working(place, "good")
     bad, _ = working(place, "bad")
-    names = Names(place.namespace)
-    other = Queue(names.request_queue("bad", place.queue_type).name, durable=True, auto_delete=True)
+    topology = Topology(place.namespace)
+    other = Queue(topology.request_queue("bad", place.queue_type).name, durable=True, auto_delete=True)
     async with declared(place, good), Stranger(place, other), place.client() as client:
         call = asyncio.create_task(client.with_options(timeout=10).call("good.work"))
         await asyncio.sleep(0.2)
@@ -528,8 +528,7 @@ async def test_a_worker_whose_start_is_cancelled_leaves_nothing_running(place: P
 
 
 def test_a_signal_that_is_no_outcome_carries_its_reason() -> None:
-    from rpcq.answers import meaning
-    from rpcq.calls import Event
+    from rpcq.calls.outcomes import CallEvent, event_of_reply
 
     body = b'{"code": "ABORTED", "executed": "maybe", "message": "it was redelivered"}'
-    assert meaning(wire.Reply(b"1", wire.ERROR, body)) == (Event.WORKER_LOST, "it was redelivered")
+    assert event_of_reply(replies.Reply(b"1", replies.ERROR, body)) == (CallEvent.WORKER_LOST, "it was redelivered")

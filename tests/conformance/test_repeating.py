@@ -23,11 +23,11 @@ from rpcq import (
     RemoteError,
     Retry,
     Service,
-    wire,
 )
 from rpcq.errors import BrokerUnreachable
-from rpcq.idempotency import Answer, Claim, MemoryAnswers
-from rpcq.transport.base import Message, Settled
+from rpcq.results import Claim, MemoryResults, StoredResult
+from rpcq.transport.base import Message, Published
+from rpcq.wire import replies, requests
 
 
 class Busy(DomainError):
@@ -56,8 +56,8 @@ async def test_calls_of_one_key_run_once_and_have_one_answer(place: Place) -> No
         assert await asyncio.gather(*(caller.call("things.book", amount=5) for _ in range(3))) == [1005] * 3
         assert await caller.call("things.book", amount=5) == 1005
         assert await client.with_options(idempotency_key="order-18").call("things.book", amount=5) == 2005
-        assert (runs, worker._runs.replayed) == (2, 3)
-        assert not worker._runs._replays._turns
+        assert (runs, worker._replier.replayed) == (2, 3)
+        assert not worker._replier._replays._turns
 
 
 async def test_a_key_with_other_parameters_or_another_method_is_an_error(place: Place) -> None:
@@ -180,7 +180,7 @@ async def test_an_attempt_after_a_lost_one_is_answered_with_what_that_gave(place
         else:
             client._transport._consuming._link.protocol.abort()  # type: ignore[attr-defined]
         assert await call == 1
-        assert (runs, worker._runs.replayed) == ([1], 1)
+        assert (runs, worker._replier.replayed) == ([1], 1)
 
 
 async def test_what_may_have_run_before_is_answered_from_memory_even_where_it_may_not_run_again(place: Place) -> None:
@@ -195,17 +195,17 @@ async def test_what_may_have_run_before_is_answered_from_memory_even_where_it_ma
     async with place.worker(service), place.client() as client:
         assert await client.with_options(idempotency_key="k").call("things.work") == 1
         assert client._sender.encoder is not None
-        for key, kind in (("k", wire.RESULT), ("another", wire.ERROR)):
+        for key, kind in (("k", replies.RESULT), ("another", replies.ERROR)):
             reply_to: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
             client._control._asked[b"by hand"] = _Once(reply_to)  # type: ignore[assignment]  # it takes what comes
-            headers = wire.encode_headers(key=key, attempt=2, metadata={})
+            headers = requests.encode_headers(key=key, attempt=2, metadata={})
             now_ms = int(time.time() * 1000)
             properties = client._sender.encoder.encode(b"by hand", b"work", 9000, now_ms + 9000, headers, notify=True)
-            exchange = client.names.requests.name.encode()
+            exchange = client.topology.requests.name.encode()
             client._transport.publish(Message(exchange, b"things", b"by hand", properties, b"{}", _nothing))
             answer = await asyncio.wait_for(reply_to, 5)
             del client._control._asked[b"by hand"]
-            assert answer == b"1" if kind is wire.RESULT else b'"ABORTED"' in answer
+            assert answer == b"1" if kind is replies.RESULT else b'"ABORTED"' in answer
         assert runs == 1
 
 
@@ -214,28 +214,28 @@ class _Once:
         self.put_nowait = future.set_result
 
 
-def _nothing(_: Settled) -> None: ...
+def _nothing(_: Published) -> None: ...
 
 
 # A store that workers share.
 
 
-class Shared(MemoryAnswers):
+class Shared(MemoryResults):
     def __init__(self) -> None:
         super().__init__(10_000)
         self.broken = False
 
-    async def get(self, key: str) -> Answer | None:
+    async def get(self, key: str) -> StoredResult | None:
         if self.broken:
             raise OSError("the store is away")
         return await super().get(key)
 
-    async def claim(self, key: str, owner: str, seconds: float) -> Answer | Claim:
+    async def claim(self, key: str, owner: str, seconds: float) -> StoredResult | Claim:
         if self.broken:
             raise OSError("the store is away")
         return await super().claim(key, owner, seconds)
 
-    async def put(self, key: str, answer: Answer) -> None:
+    async def put(self, key: str, answer: StoredResult) -> None:
         if self.broken:
             raise OSError("the store is away")
         await super().put(key, answer)
@@ -245,7 +245,7 @@ async def test_workers_that_share_a_store_answer_for_each_other(place: Place) ->
     store, runs = Shared(), []
 
     def made(name: str) -> Service:
-        service = place.service(answer_store=store)
+        service = place.service(result_store=store)
 
         @service.method
         async def work() -> str:
@@ -268,7 +268,7 @@ async def test_a_store_that_is_away_costs_no_wrong_answer(
     place: Place, idempotent: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, runs = Shared(), 0
-    service = place.service(answer_store=store)
+    service = place.service(result_store=store)
 
     @service.method(idempotent=idempotent)
     async def work() -> int:
@@ -301,7 +301,7 @@ async def test_of_two_workers_that_share_a_store_one_runs_a_call_of_a_key_and_th
     store, runs, started, release = Shared(), [], asyncio.Event(), asyncio.Event()
 
     def made(name: str) -> Service:
-        service = place.service(answer_store=store)
+        service = place.service(result_store=store)
 
         @service.method
         async def work() -> str:
@@ -327,7 +327,7 @@ async def test_of_two_workers_that_share_a_store_one_runs_a_call_of_a_key_and_th
 
 async def test_after_the_time_of_a_lost_owner_each_caller_of_its_key_hears_of_it_at_once(place: Place) -> None:
     store, runs = Shared(), []
-    service = place.service(answer_store=store)
+    service = place.service(result_store=store)
 
     @service.method
     async def work() -> None:
@@ -344,7 +344,7 @@ async def test_after_the_time_of_a_lost_owner_each_caller_of_its_key_hears_of_it
 
 async def test_a_call_that_failed_releases_its_key(place: Place) -> None:
     store, runs = Shared(), []
-    service = place.service(answer_store=store, errors=[Busy])
+    service = place.service(result_store=store, errors=[Busy])
 
     @service.method
     async def work() -> int:
@@ -360,19 +360,19 @@ async def test_a_call_that_failed_releases_its_key(place: Place) -> None:
         assert await asyncio.wait_for(caller.call("things.work"), 5) == 2
 
 
-class Cancelling(MemoryAnswers):
+class Cancelling(MemoryResults):
     """A store that ends in a cancellation of its own, as one over a connection pool may."""
 
-    async def claim(self, key: str, owner: str, seconds: float) -> Answer | Claim:
+    async def claim(self, key: str, owner: str, seconds: float) -> StoredResult | Claim:
         raise asyncio.CancelledError
 
-    async def get(self, key: str) -> Answer | None:
+    async def get(self, key: str) -> StoredResult | None:
         raise asyncio.CancelledError
 
 
 async def test_a_def_handler_that_ends_as_the_time_of_its_call_does_keeps_its_key(place: Place) -> None:
     """The worker's loop learns of both at once: the handler has run to its end, and must not run again."""
-    service, runs = place.service(answer_store=MemoryAnswers(10_000)), 0
+    service, runs = place.service(result_store=MemoryResults(10_000)), 0
     began = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -397,7 +397,7 @@ async def test_a_def_handler_that_ends_as_the_time_of_its_call_does_keeps_its_ke
 
 
 async def test_a_store_that_is_cancelled_by_itself_ends_no_call_as_one_that_ran(place: Place) -> None:
-    service, runs = place.service(answer_store=Cancelling(0)), []
+    service, runs = place.service(result_store=Cancelling(0)), []
 
     @service.method
     async def work() -> None:

@@ -33,7 +33,7 @@ from rpcq import (
 )
 from rpcq.errors import BrokerUnreachable
 from rpcq.testing import FakeService, running
-from rpcq.transport.topology import Names
+from rpcq.wire.topology import Topology
 
 QUEUE_TYPE_MATTERS = False
 
@@ -285,9 +285,9 @@ def stock(request: pytest.FixtureRequest) -> FakeService:
 
 
 def used(client: Client, stock: Service) -> list[tuple[str, str]]:
-    names = Names(client.options.namespace)
-    queue = names.request_queue(stock.name, stock.queue_type)
-    return [("queue", queue.name), *(("exchange", it.name) for it in (names.requests, names.control))]
+    topology = Topology(client.options.namespace)
+    queue = topology.request_queue(stock.name, stock.queue_type)
+    return [("queue", queue.name), *(("exchange", it.name) for it in (topology.requests, topology.control))]
 
 
 async def test_on_rabbitmq_nothing_is_left_behind(rabbitmq_url: str, stock: FakeService) -> None:

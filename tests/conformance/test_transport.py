@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from rpcq.errors import BrokerError, ResourceLocked, TopologyMismatch
-from rpcq.properties import Properties, decode, encode
-from rpcq.transport.base import Delivery, Message, Settled
-from rpcq.transport.topology import Queue
-from rpcq.wire import Notice, RequestEncoder, read_reply
+from rpcq.transport.base import Delivery, Message, Published
+from rpcq.wire.properties import Properties, decode, encode
+from rpcq.wire.replies import Notice, read_reply
+from rpcq.wire.requests import RequestEncoder
+from rpcq.wire.topology import Queue
 from seam import SECONDS, End, Seam, taken, until
 
 TTL_MS = 200
@@ -43,7 +44,7 @@ async def test_what_has_a_queue_is_confirmed_and_arrives_with_its_properties(sea
             "type": b"t",
             "app_id": b"a",
         }
-        assert await end.sent(end.names[0], b"body", **properties) is Settled.CONFIRMED
+        assert await end.sent(end.names[0], b"body", **properties) is Published.CONFIRMED
         delivery = await end.inbox.next()
         assert (delivery.body, delivery.body_size, delivery.redelivered) == (b"body", 4, False)
         assert decode(delivery.properties) == Properties(**properties)
@@ -53,17 +54,17 @@ async def test_what_has_a_queue_is_confirmed_and_arrives_with_its_properties(sea
 async def test_a_message_that_no_queue_is_bound_for_is_returned_if_it_is_mandatory(seam: Seam) -> None:
     async with seam.opened(seam.queue(key="bound")) as end:
         nowhere = f"{seam.namespace}.nowhere"
-        assert await end.sent(nowhere, b"x") is Settled.RETURNED
-        assert await end.sent(nowhere, b"") is Settled.RETURNED
-        assert await end.sent("unbound", exchange=seam.requests.name) is Settled.RETURNED
-        assert await end.sent("bound", b"y", exchange=seam.requests.name) is Settled.CONFIRMED
+        assert await end.sent(nowhere, b"x") is Published.RETURNED
+        assert await end.sent(nowhere, b"") is Published.RETURNED
+        assert await end.sent("unbound", exchange=seam.requests.name) is Published.RETURNED
+        assert await end.sent("bound", b"y", exchange=seam.requests.name) is Published.CONFIRMED
         assert (await end.inbox.next()).body == b"y"
 
 
 async def test_a_message_that_no_queue_is_bound_for_is_confirmed_if_it_is_not_mandatory(seam: Seam) -> None:
     async with seam.opened() as end:
-        assert await end.sent(f"{seam.namespace}.nowhere", b"x", mandatory=False) is Settled.CONFIRMED
-        assert await end.sent("unbound", exchange=seam.requests.name, mandatory=False) is Settled.CONFIRMED
+        assert await end.sent(f"{seam.namespace}.nowhere", b"x", mandatory=False) is Published.CONFIRMED
+        assert await end.sent("unbound", exchange=seam.requests.name, mandatory=False) is Published.CONFIRMED
 
 
 async def test_each_of_many_messages_gets_its_own_outcome(seam: Seam) -> None:
@@ -76,7 +77,7 @@ async def test_each_of_many_messages_gets_its_own_outcome(seam: Seam) -> None:
         ]
         for lost, outcome in outcomes:
             async with asyncio.timeout(SECONDS):
-                assert await outcome is (Settled.RETURNED if lost else Settled.CONFIRMED)
+                assert await outcome is (Published.RETURNED if lost else Published.CONFIRMED)
         await end.barrier()
         assert end.inbox.bodies == [b"%d" % at for at in range(600) if at % 3]
 
@@ -88,21 +89,23 @@ async def test_a_mandatory_message_is_told_from_one_that_is_not_with_the_same_ke
         outcomes = [end.publish(nowhere, b"x", mandatory=bool(at % 2), **same) for at in range(20)]
         async with asyncio.timeout(SECONDS):
             settled = await asyncio.gather(*outcomes)
-        assert settled == [Settled.CONFIRMED, Settled.RETURNED] * 10
+        assert settled == [Published.CONFIRMED, Published.RETURNED] * 10
 
 
 async def test_a_full_queue_refuses_and_takes_again_when_there_is_room(seam: Seam) -> None:
     full = seam.queue(x_max_length=3, x_overflow="reject-publish")
     async with seam.opened(taken(full, prefetch=1)) as end:
         name = end.names[0]
-        assert await end.sent(name, b"held") is Settled.CONFIRMED
+        assert await end.sent(name, b"held") is Published.CONFIRMED
         held = await end.inbox.next()
-        assert [await end.sent(name, b"%d" % at) for at in range(5)] == [Settled.CONFIRMED] * 3 + [Settled.REFUSED] * 2
+        assert [await end.sent(name, b"%d" % at) for at in range(5)] == [Published.CONFIRMED] * 3 + [
+            Published.REFUSED
+        ] * 2
         held.ack()
         first = await end.inbox.next()
         assert first.body == b"0"
-        assert await end.sent(name, b"late") is Settled.CONFIRMED
-        assert await end.sent(name, b"later") is Settled.REFUSED
+        assert await end.sent(name, b"late") is Published.CONFIRMED
+        assert await end.sent(name, b"later") is Published.REFUSED
         while first.body != b"late":
             first.ack()
             first = await end.inbox.next()
@@ -117,10 +120,10 @@ async def test_what_is_published_outside_of_a_transports_life_is_unsent_at_once(
         await end.transport.close()
     outcome = end.publish("nowhere", b"x")
     assert outcome.done()
-    assert outcome.result() is Settled.UNSENT
+    assert outcome.result() is Published.UNSENT
     assert not end.transport.can_publish
     await end.transport.close()
-    assert end.settled == [Settled.UNSENT]
+    assert end.settled == [Published.UNSENT]
 
 
 async def test_publishers_wait_over_the_high_water_mark_and_go_on(seam: Seam) -> None:
@@ -133,7 +136,7 @@ async def test_publishers_wait_over_the_high_water_mark_and_go_on(seam: Seam) ->
         async with asyncio.timeout(SECONDS):
             await end.transport.writable()
             assert end.transport.can_publish
-            assert set(await asyncio.gather(*outcomes)) == {Settled.CONFIRMED}
+            assert set(await asyncio.gather(*outcomes)) == {Published.CONFIRMED}
         await until(lambda: len(end.inbox.all) == len(outcomes))
 
 
@@ -145,7 +148,7 @@ async def test_a_body_of_any_size_arrives_intact_and_so_does_the_next(seam: Seam
     body = (os.urandom(4096) * (size // 4096 + 1))[:size]
     async with seam.opened(seam.queue()) as end:
         for sent in (body, b"next"):
-            assert await end.sent(end.names[0], sent) is Settled.CONFIRMED
+            assert await end.sent(end.names[0], sent) is Published.CONFIRMED
         whole, after = await end.inbox.next(), await end.inbox.next()
         assert whole.body == body
         assert (whole.body_size, after.body) == (size, b"next")
@@ -154,8 +157,8 @@ async def test_a_body_of_any_size_arrives_intact_and_so_does_the_next(seam: Seam
 async def test_a_large_body_that_is_returned_does_not_disturb_what_follows(seam: Seam) -> None:
     async with seam.opened(seam.queue()) as end:
         returned = end.publish(f"{seam.namespace}.nowhere", b"\xce" * 400_000)
-        assert await end.sent(end.names[0], b"next") is Settled.CONFIRMED
-        assert returned.result() is Settled.RETURNED
+        assert await end.sent(end.names[0], b"next") is Published.CONFIRMED
+        assert returned.result() is Published.RETURNED
         assert (await end.inbox.next()).body == b"next"
 
 
@@ -163,7 +166,7 @@ async def test_a_large_body_that_is_returned_does_not_disturb_what_follows(seam:
 async def test_a_body_over_the_limit_comes_as_its_size_alone_and_can_be_settled(seam: Seam, size: int) -> None:
     async with seam.opened(taken(seam.queue(), prefetch=1), max_body=1000) as end:
         for sent in (b"x" * size, b"y" * 1000):
-            assert await end.sent(end.names[0], sent, type=b"t") is Settled.CONFIRMED
+            assert await end.sent(end.names[0], sent, type=b"t") is Published.CONFIRMED
         over = await end.inbox.next()
         assert (over.body, over.body_size, decode(over.properties).type) == (None, size, b"t")
         over.ack()
@@ -189,7 +192,7 @@ async def test_messages_come_in_the_order_in_which_they_were_published(seam: Sea
 async def test_prefetch_is_what_a_consumer_may_hold_and_an_ack_makes_room_for_one(seam: Seam) -> None:
     async with seam.opened(taken(seam.queue(), prefetch=3)) as end:
         for at in range(8):
-            assert await end.sent(end.names[0], b"%d" % at) is Settled.CONFIRMED
+            assert await end.sent(end.names[0], b"%d" % at) is Published.CONFIRMED
         await end.barrier()
         assert end.inbox.bodies == [b"0", b"1", b"2"]
         end.inbox.all[1].ack()
@@ -207,7 +210,7 @@ async def test_each_consumer_of_a_transport_has_its_own_prefetch(seam: Seam) -> 
     async with seam.opened(taken(seam.queue("a"), prefetch=1), taken(seam.queue("b"), prefetch=2)) as end:
         for name in end.names[:2]:
             for _ in range(3):
-                assert await end.sent(name, name.encode()) is Settled.CONFIRMED
+                assert await end.sent(name, name.encode()) is Published.CONFIRMED
         await end.barrier()
         assert [len(inbox.all) for inbox in end.inboxes] == [1, 2]
         assert all(body == end.names[at].encode() for at in (0, 1) for body in end.inboxes[at].bodies)
@@ -218,17 +221,17 @@ async def test_without_acks_all_comes_at_once_and_nothing_comes_twice(seam: Seam
     async with seam.opened() as other:
         async with seam.opened(taken(queue, no_ack=True)) as end:
             for at in range(20):
-                assert await other.sent(queue.name, b"%d" % at) is Settled.CONFIRMED
+                assert await other.sent(queue.name, b"%d" % at) is Published.CONFIRMED
             await until(lambda: len(end.inbox.all) == 20)
         async with seam.opened(queue) as later:
-            assert await other.sent(queue.name, b"last") is Settled.CONFIRMED
+            assert await other.sent(queue.name, b"last") is Published.CONFIRMED
             last = await later.inbox.next()
             assert (last.body, last.redelivered) == (b"last", False)
 
 
 async def test_what_is_rejected_with_requeue_comes_again_flagged_as_redelivered(seam: Seam) -> None:
     async with seam.opened(seam.queue()) as end:
-        assert await end.sent(end.names[0], b"x", type=b"t") is Settled.CONFIRMED
+        assert await end.sent(end.names[0], b"x", type=b"t") is Published.CONFIRMED
         first = await end.inbox.next()
         assert not first.redelivered
         first.reject(requeue=True)
@@ -242,7 +245,7 @@ async def test_what_is_rejected_without_requeue_comes_back_as_a_dead_letter(seam
     queue = seam.requests_queue("things")
     async with seam.opened(queue) as worker, seam.opened(seam.own_queue()) as caller:
         cc = {"CC": [caller.names[0]]}
-        assert await caller.sent("things", b"x", exchange=seam.requests.name, headers=cc) is Settled.CONFIRMED
+        assert await caller.sent("things", b"x", exchange=seam.requests.name, headers=cc) is Published.CONFIRMED
         delivery = await worker.inbox.next()
         await caller.barrier()
         assert not caller.inbox.all, "the caller got a copy while the request was on its way"
@@ -259,13 +262,13 @@ async def test_what_is_rejected_without_requeue_comes_back_as_a_dead_letter(seam
 )
 async def test_settling_twice_is_an_error_and_does_no_harm(seam: Seam, settlements: tuple[str, str]) -> None:
     async with seam.opened(seam.queue()) as end:
-        assert await end.sent(end.names[0], b"x") is Settled.CONFIRMED
+        assert await end.sent(end.names[0], b"x") is Published.CONFIRMED
         delivery = await end.inbox.next()
         getattr(delivery, settlements[0])()
         with pytest.raises(RuntimeError, match="settled before"):
             getattr(delivery, settlements[1])()
         await end.barrier()
-        assert await end.sent(end.names[0], b"next") is Settled.CONFIRMED
+        assert await end.sent(end.names[0], b"next") is Published.CONFIRMED
         assert (await end.inbox.next()).body == b"next"
         assert "lost" not in end.of("consuming")
 
@@ -275,7 +278,7 @@ async def test_what_is_acknowledged_is_gone_and_what_is_not_is_given_to_the_next
     async with seam.opened() as other:
         async with seam.opened(queue) as first:
             for body in (b"done", b"held"):
-                assert await other.sent(queue.name, body) is Settled.CONFIRMED
+                assert await other.sent(queue.name, body) is Published.CONFIRMED
             (await first.inbox.next()).ack()
             await first.inbox.next()
         async with seam.opened(queue) as second:
@@ -289,17 +292,17 @@ async def test_after_stop_consuming_nothing_is_delivered_and_what_came_before_ca
     queue = seam.queue(lasts=True)
     async with seam.opened() as other:
         async with seam.opened(taken(queue, prefetch=10)) as stopping:
-            assert await other.sent(queue.name, b"before") is Settled.CONFIRMED
+            assert await other.sent(queue.name, b"before") is Published.CONFIRMED
             delivery = await stopping.inbox.next()
             async with asyncio.timeout(SECONDS):
                 await stopping.transport.stop_consuming()
-            assert await other.sent(queue.name, b"after") is Settled.CONFIRMED
+            assert await other.sent(queue.name, b"after") is Published.CONFIRMED
             async with seam.opened(queue) as next_one:
                 taken_over = await next_one.inbox.next()
                 assert (taken_over.body, taken_over.redelivered) == (b"after", False)
                 taken_over.ack()
             delivery.ack()
-            assert await stopping.sent(queue.name, b"still publishes") is Settled.CONFIRMED
+            assert await stopping.sent(queue.name, b"still publishes") is Published.CONFIRMED
             assert stopping.inbox.bodies == [b"before"]
         async with seam.opened(queue) as last:
             assert (await last.inbox.next()).body == b"still publishes"
@@ -317,7 +320,7 @@ async def test_a_session_that_is_lost_after_stop_consuming_takes_nothing_up_agai
         await until(lambda: stopping.of("publishing") == ["up", "lost", "up"])
         if not seam.in_memory:
             await until(lambda: stopping.of("consuming") == ["up", "lost", "up"])
-        assert await other.sent(queue.name, b"x") is Settled.CONFIRMED
+        assert await other.sent(queue.name, b"x") is Published.CONFIRMED
         async with seam.opened(queue) as next_one:
             taken_over = await next_one.inbox.next()
             assert (taken_over.body, taken_over.redelivered) == (b"x", False)
@@ -332,7 +335,7 @@ async def test_a_request_that_expires_comes_back_to_its_caller_and_not_before(se
     queue = seam.requests_queue("things", quorum=quorum)
     async with seam.opened(taken(queue, prefetch=1)) as worker, seam.opened(seam.own_queue()) as caller:
         name = caller.names[0]
-        assert await caller.sent("things", exchange=seam.requests.name) is Settled.CONFIRMED
+        assert await caller.sent("things", exchange=seam.requests.name) is Published.CONFIRMED
         await worker.inbox.next()  # and hold it, so that the next one waits
         encoder = RequestEncoder(name, "tests")
         raw = encoder.encode(b"an id", b"method", TTL_MS, int(time.time() * 1000) + TTL_MS, b"", notify=True)
@@ -342,7 +345,7 @@ async def test_a_request_that_expires_comes_back_to_its_caller_and_not_before(se
             Message(seam.requests.name.encode(), b"things", b"an id", raw, b"{}", outcome.set_result)
         )
         async with asyncio.timeout(SECONDS):
-            assert await outcome is Settled.CONFIRMED
+            assert await outcome is Published.CONFIRMED
         await caller.barrier()
         if time.monotonic() - began < 0.8 * TTL_MS / 1000:  # else this machine is too busy to tell
             assert not caller.inbox.all
@@ -361,13 +364,13 @@ async def test_a_request_that_is_taken_in_time_does_not_expire_however_long_it_i
     async with seam.opened(queue) as worker, seam.opened(seam.own_queue()) as caller:
         cc = {"CC": [caller.names[0]]}
         how: dict[str, Any] = {"exchange": seam.requests.name, "headers": cc}
-        assert await caller.sent("things", b"held", expiration=b"50", **how) is Settled.CONFIRMED
+        assert await caller.sent("things", b"held", expiration=b"50", **how) is Published.CONFIRMED
         held = await worker.inbox.next()
         # A second one that does expire, in a queue that nobody takes from, tells that the time is over.
         unused = seam.queue("unused", lasts=True, x_dead_letter_exchange="")
         async with seam.opened(unused) as declaring:
             await declaring.transport.stop_consuming()
-            assert await caller.sent(unused.name, b"waited", expiration=b"200", headers=cc) is Settled.CONFIRMED
+            assert await caller.sent(unused.name, b"waited", expiration=b"200", headers=cc) is Published.CONFIRMED
             for _ in range(2):  # the copy that CC sends at once through the default exchange, and the notice
                 assert (await caller.inbox.next()).body == b"waited"
         held.ack()
@@ -381,7 +384,7 @@ async def test_a_request_of_a_queue_that_delivers_once_comes_back_when_its_consu
         cc = {"CC": [caller.names[0]]}
         for body in (b"done", b"held"):
             sent = await caller.sent("things", body, exchange=seam.requests.name, headers=cc)
-            assert sent is Settled.CONFIRMED
+            assert sent is Published.CONFIRMED
         (await worker.inbox.next()).ack()
         assert (await worker.inbox.next()).body == b"held"
         await worker.barrier()
@@ -398,7 +401,7 @@ async def test_a_request_of_a_queue_that_delivers_once_comes_back_when_its_consu
 async def test_a_classic_queue_gives_what_a_lost_consumer_held_to_the_next_one(seam: Seam) -> None:
     queue = seam.queue()
     async with seam.opened(queue) as first:
-        assert await first.sent(queue.name, b"x") is Settled.CONFIRMED
+        assert await first.sent(queue.name, b"x") is Published.CONFIRMED
         await first.inbox.next()
         async with seam.opened(queue) as second:
             first.cut_one("consuming")
@@ -417,11 +420,11 @@ async def test_queues_named_by_the_broker_differ_and_go_with_their_transport(sea
             assert len(set(names)) == len(names)
             assert all(name.startswith("amq.gen-") for name in names)
             for end, name, inbox in ((one, one.names[1], one.inboxes[1]), (two, two.names[0], two.inbox)):
-                assert await other.sent(name, name.encode()) is Settled.CONFIRMED
+                assert await other.sent(name, name.encode()) is Published.CONFIRMED
                 assert (await inbox.next()).body == name.encode()
                 assert sum(len(it.all) for it in end.inboxes) == 1
         for name in (*one.names, *two.names):
-            assert await other.sent(name) is Settled.RETURNED
+            assert await other.sent(name) is Published.RETURNED
 
 
 async def test_a_queue_that_exists_with_other_arguments_is_named_and_nothing_is_left_open(seam: Seam) -> None:
@@ -432,10 +435,10 @@ async def test_a_queue_that_exists_with_other_arguments_is_named_and_nothing_is_
             await other.start()
         assert caught.value.permanent
         assert not other.transport.can_publish
-        assert other.publish(queue.name).result() is Settled.UNSENT
+        assert other.publish(queue.name).result() is Published.UNSENT
         await other.transport.close()
         assert "up" not in other.of("consuming")
-        assert await owner.sent(queue.name, b"x") is Settled.CONFIRMED
+        assert await owner.sent(queue.name, b"x") is Published.CONFIRMED
         assert (await owner.inbox.next()).body == b"x"
 
 
@@ -446,7 +449,7 @@ async def test_an_exclusive_queue_is_refused_to_another_transport(seam: Seam) ->
         with pytest.raises(ResourceLocked, match="RESOURCE_LOCKED"):
             await other.start()
         await other.transport.close()
-        assert await owner.sent(queue.name, b"x") is Settled.CONFIRMED
+        assert await owner.sent(queue.name, b"x") is Published.CONFIRMED
         assert (await owner.inbox.next()).body == b"x"
 
 
@@ -470,9 +473,9 @@ async def test_both_sessions_come_back_after_a_cut_with_a_new_queue_name(seam: S
         assert all(isinstance(cause, BrokerError) for cause in end.causes)
         assert end.names[0] == shared
         assert end.names[1] != own
-        assert await other.sent(own) is Settled.RETURNED
-        assert await end.sent(end.names[1], b"own") is Settled.CONFIRMED
-        assert await end.sent(shared, b"shared") is Settled.CONFIRMED
+        assert await other.sent(own) is Published.RETURNED
+        assert await end.sent(end.names[1], b"own") is Published.CONFIRMED
+        assert await end.sent(shared, b"shared") is Published.CONFIRMED
         assert (await end.inboxes[1].next()).body == b"own"
         assert (await end.inbox.next()).body == b"shared"
         assert "lost" not in other.of("consuming")
@@ -487,7 +490,7 @@ async def test_the_loss_of_one_session_leaves_the_other_alone(seam: Seam, sessio
         other = "publishing" if session == "consuming" else "consuming"
         assert end.of(other) == ["up"]
         assert (end.names[0] == name) == (session == "publishing")
-        assert await end.sent(end.names[0], b"x") is Settled.CONFIRMED
+        assert await end.sent(end.names[0], b"x") is Published.CONFIRMED
         assert (await end.inbox.next()).body == b"x"
 
 
@@ -496,7 +499,7 @@ async def test_sessions_come_back_again_and_again(seam: Seam) -> None:
         for times in range(2, 5):
             end.cut()
             await end.back(times)
-        assert await end.sent(end.names[0], b"x") is Settled.CONFIRMED
+        assert await end.sent(end.names[0], b"x") is Published.CONFIRMED
         assert (await end.inbox.next()).body == b"x"
 
 
@@ -504,7 +507,7 @@ async def test_settling_what_came_over_a_lost_session_does_no_harm(seam: Seam) -
     queue = seam.queue(lasts=True)
     async with seam.opened(queue) as end:
         for at in range(4):
-            assert await end.sent(queue.name, b"%d" % at) is Settled.CONFIRMED
+            assert await end.sent(queue.name, b"%d" % at) is Published.CONFIRMED
         old = [await end.inbox.next() for _ in range(4)]
         end.cut_one("consuming")
         await until(lambda: end.of("consuming") == ["up", "lost", "up"])
@@ -529,7 +532,7 @@ async def test_settling_what_came_over_a_lost_session_does_no_harm(seam: Seam) -
 async def test_settling_between_the_sessions_does_no_harm(seam: Seam) -> None:
     queue = seam.queue(lasts=True)
     async with seam.opened(queue) as end:
-        assert await end.sent(queue.name, b"x") is Settled.CONFIRMED
+        assert await end.sent(queue.name, b"x") is Published.CONFIRMED
         delivery = await end.inbox.next()
         end.cut_one("consuming")
         await until(lambda: "lost" in end.of("consuming"))
@@ -542,7 +545,7 @@ async def test_settling_between_the_sessions_does_no_harm(seam: Seam) -> None:
         assert end.of("consuming") == ["up", "lost", "up"]
 
 
-async def cut_with_messages_under_way(end: End, key: str, count: int) -> list[asyncio.Future[Settled]]:
+async def cut_with_messages_under_way(end: End, key: str, count: int) -> list[asyncio.Future[Published]]:
     """Publish some that are confirmed, some that may be, and some in the very moment of the cut."""
     outcomes = []
     for at in range(count):
@@ -570,16 +573,16 @@ async def test_what_is_unconfirmed_when_the_session_is_cut_settles_as_unsent_or_
         await until(lambda: "lost" in end.of("publishing"))
         assert told == [206], "the session was told lost before all its messages were settled"
         settled = [outcome.result() for outcome in outcomes]
-        assert set(settled) <= {Settled.CONFIRMED, Settled.UNSENT, Settled.UNKNOWN}
-        assert set(settled[201:]) <= {Settled.UNSENT, Settled.UNKNOWN}  # the cut was in the same moment
+        assert set(settled) <= {Published.CONFIRMED, Published.UNSENT, Published.UNKNOWN}
+        assert set(settled[201:]) <= {Published.UNSENT, Published.UNKNOWN}  # the cut was in the same moment
         await until(lambda: end.of("publishing") == ["up", "lost", "up"])
-        assert await end.sent(end.names[0], b"last") is Settled.CONFIRMED
+        assert await end.sent(end.names[0], b"last") is Published.CONFIRMED
         await until(lambda: end.inbox.bodies[-1:] == [b"last"])
         arrived = set(end.inbox.bodies)
         for at, how in enumerate(settled):
-            if how is Settled.CONFIRMED:
+            if how is Published.CONFIRMED:
                 assert b"%d" % at in arrived
-            elif how is Settled.UNSENT:
+            elif how is Published.UNSENT:
                 assert b"%d" % at not in arrived
 
 
@@ -589,7 +592,7 @@ async def test_what_was_handed_to_the_socket_and_not_confirmed_is_unknown(seam: 
         asyncio.get_running_loop().call_soon(end.cut_one, "publishing")  # right after the write of this iteration
         async with asyncio.timeout(SECONDS):
             # The in-process broker has no moment between the two.
-            assert await outcome is (Settled.CONFIRMED if seam.in_memory else Settled.UNKNOWN)
+            assert await outcome is (Published.CONFIRMED if seam.in_memory else Published.UNKNOWN)
         await until(lambda: end.of("publishing") == ["up", "lost", "up"])
 
 
@@ -598,11 +601,11 @@ async def test_between_the_sessions_messages_are_unsent_and_publishers_wait(seam
         end.cut_one("publishing")
         await until(lambda: "lost" in end.of("publishing"))
         assert not end.transport.can_publish
-        assert end.publish(end.names[0]).result() is Settled.UNSENT
+        assert end.publish(end.names[0]).result() is Published.UNSENT
         async with asyncio.timeout(SECONDS):
             await end.transport.writable()
         assert end.of("publishing") == ["up", "lost", "up"]
-        assert await end.sent(end.names[0], b"x") is Settled.CONFIRMED
+        assert await end.sent(end.names[0], b"x") is Published.CONFIRMED
 
 
 # Closing.
@@ -616,7 +619,7 @@ async def test_close_writes_what_is_pending_and_settles_everything(seam: Seam) -
         async with asyncio.timeout(SECONDS):
             await end.transport.close()
         assert [outcome.done() for outcome in outcomes] == [True] * 300
-        assert {outcome.result() for outcome in outcomes} == {Settled.CONFIRMED}
+        assert {outcome.result() for outcome in outcomes} == {Published.CONFIRMED}
         await until(lambda: len(other.inbox.all) == 300)
 
 
@@ -629,7 +632,7 @@ async def test_close_settles_what_a_lost_session_left_over(seam: Seam) -> None:
         async with asyncio.timeout(SECONDS):
             await end.transport.close()
         assert all(outcome.done() for outcome in outcomes)
-        assert {outcome.result() for outcome in outcomes} <= {Settled.UNSENT, Settled.UNKNOWN}
+        assert {outcome.result() for outcome in outcomes} <= {Published.UNSENT, Published.UNKNOWN}
         assert len(end.settled) == 50
         assert end.of("consuming").count("up") == 1
 
@@ -640,7 +643,7 @@ async def test_acknowledgements_just_before_close_reach_the_broker(seam: Seam, p
     async with seam.opened() as other:
         async with seam.opened(taken(queue, prefetch=prefetch)) as end:
             for _ in range(50):
-                assert await other.sent(queue.name, b"x") is Settled.CONFIRMED
+                assert await other.sent(queue.name, b"x") is Published.CONFIRMED
             for _ in range(50):
                 (await end.inbox.next()).ack()
         async with seam.opened(queue) as later:
@@ -652,7 +655,7 @@ async def test_an_acknowledgement_that_waits_for_others_is_sent_when_none_come(s
     queue = seam.queue(lasts=True)
     async with seam.opened(taken(queue, prefetch=1000)) as end:
         for body in (b"a", b"b", b"c"):
-            assert await end.sent(queue.name, body) is Settled.CONFIRMED
+            assert await end.sent(queue.name, body) is Published.CONFIRMED
         for _ in range(3):
             (await end.inbox.next()).ack()
         await asyncio.sleep(0.2)
@@ -669,7 +672,7 @@ async def test_what_is_acknowledged_because_its_reply_is_confirmed_while_closing
     async with seam.opened(taken(seam.queue("replies"), no_ack=True)) as other:
         async with seam.opened(queue) as end:
             for _ in range(20):
-                assert await other.sent(queue.name, b"x") is Settled.CONFIRMED
+                assert await other.sent(queue.name, b"x") is Published.CONFIRMED
             held = [await end.inbox.next() for _ in range(20)]
             raw, to = encode(Properties(correlation_id=b"c")), other.names[0].encode()
             for delivery in held:  # as a worker does it: in the very call that tells of the confirm
@@ -702,4 +705,4 @@ async def test_properties_encoded_by_hand_are_what_arrives(seam: Seam) -> None:
         delivery = await end.inbox.next()
         assert decode(delivery.properties) == decode(raw)
         async with asyncio.timeout(SECONDS):
-            assert await outcome is Settled.CONFIRMED
+            assert await outcome is Published.CONFIRMED

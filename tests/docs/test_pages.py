@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import rpcq
-from rpcq.calls import TRANSITIONS, Act
+from rpcq.calls.outcomes import TRANSITIONS, Act
 from rpcq.cli import app
 from rpcq.environment import settings
 

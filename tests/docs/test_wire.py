@@ -14,8 +14,9 @@ from typing import Any, Final
 import pydantic
 import pytest
 
-from rpcq import wire
-from rpcq.calls import Event, PendingCalls
+from rpcq import Client
+from rpcq.calls.outcomes import CallEvent, event_of_notice
+from rpcq.calls.proxy import make_target
 from rpcq.contracts import METHOD_NAME
 from rpcq.control import MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
 from rpcq.errors import (
@@ -29,18 +30,17 @@ from rpcq.errors import (
     from_wire,
     to_wire,
 )
-from rpcq.properties import Properties, decode, encode
-from rpcq.proxy import make_target
-from rpcq.schemas import make_codec
-from rpcq.sending import Sender
-from rpcq.settings import MAX_HEADERS, NAME, CallOptions, ClientOptions, ConnectionOptions
-from rpcq.transport.topology import EVERY_SERVICE, Exchange, Names, Queue
-from rpcq.values import MAX_DIGITS, NotCarried
-from rpcq.wire import Reply
+from rpcq.options import MAX_HEADERS, NAME, CallOptions, ClientOptions, ConnectionOptions
+from rpcq.validation.schemas import make_codec
+from rpcq.wire import bodies, control, replies, requests
+from rpcq.wire.properties import Properties, decode, encode
+from rpcq.wire.replies import Notice, Reply
+from rpcq.wire.topology import EVERY_SERVICE, Exchange, Queue, Topology
+from rpcq.wire.values import MAX_DIGITS, NotCarried
 
 DOCS: Final = Path(__file__).parents[2] / "docs"
 PAGE: Final = (DOCS / "wire.md").read_text()
-NAMES: Final = Names()
+NAMES: Final = Topology()
 
 
 # Reading pages.
@@ -80,8 +80,10 @@ def quoted(text: str) -> list[str]:
 
 
 def request(*, method: bytes = b"add", key: str | None = "k", attempt: int = 2, notify: bool = True) -> bytes:
-    more = wire.encode_headers(key=key, attempt=attempt, metadata={"x-user": "ada"})
-    return wire.RequestEncoder("amq.gen-1", "app").encode(b"id-1", method, 5000, 1_700_000_005_000, more, notify=notify)
+    more = requests.encode_headers(key=key, attempt=attempt, metadata={"x-user": "ada"})
+    return requests.RequestEncoder("amq.gen-1", "app").encode(
+        b"id-1", method, 5000, 1_700_000_005_000, more, notify=notify
+    )
 
 
 def fields_of(text: str) -> tuple[set[str], set[str]]:
@@ -105,13 +107,13 @@ def test_a_client_sends_no_field_that_the_contract_does_not_have() -> None:
 
 
 def test_every_header_of_rpcq_in_the_contract_is_one_that_is_sent_and_the_other_way_round() -> None:
-    requests, replies = section("wire.md", "Request"), section("wire.md", "Reply")
+    request_part, reply_part = section("wire.md", "Request"), section("wire.md", "Reply")
     sent = decode(request()).headers or {}
-    replied = decode(wire.ReplyEncoder().encode(wire.RESULT, b"id-1", 1.0, 2.0)).headers or {}
-    assert {name for name in fields_of(requests)[1] if name.startswith("rpcq-")} == {
+    replied = decode(replies.ReplyEncoder().encode(replies.RESULT, b"id-1", 1.0, 2.0)).headers or {}
+    assert {name for name in fields_of(request_part)[1] if name.startswith("rpcq-")} == {
         name for name in sent if name.startswith("rpcq-")
     }
-    assert fields_of(replies)[1] == set(replied)
+    assert fields_of(reply_part)[1] == set(replied)
     everywhere = set(re.findall(r"`(rpcq-[a-z-]+)`", PAGE))
     assert everywhere == {name for name in {*sent, *replied} if name.startswith("rpcq-")}
 
@@ -124,22 +126,22 @@ def test_a_request_asks_for_a_notice_in_the_way_of_the_contract() -> None:
 def test_what_the_contract_calls_optional_may_be_left_out() -> None:
     optional = {name for row in rows(section("wire.md", "Request"), "AMQP field", "value", "needed") for name in
                 quoted(row[0]) if row[2] == "no"}  # fmt: skip
-    assert {"content_type", "expiration", "app_id", wire.DEADLINE, wire.TIMEOUT} <= optional
-    found = wire.read_request(encode(Properties(correlation_id=b"id-1", reply_to=b"amq.gen-1", type=b"add")))
+    assert {"content_type", "expiration", "app_id", requests.DEADLINE, requests.TIMEOUT} <= optional
+    found = requests.read_request(encode(Properties(correlation_id=b"id-1", reply_to=b"amq.gen-1", type=b"add")))
     assert not found.problem
     assert (found.deadline_ms, found.timeout_ms, found.attempt, found.idempotency_key) == (None, None, 1, None)
 
 
 def test_another_content_type_is_refused() -> None:
     assert "anything else that the worker has no codec for is refused" in PAGE
-    assert not wire.read_request(encode(Properties(content_type=b"application/json"))).problem
-    assert wire.read_request(encode(Properties(content_type=b"application/msgpack"))).problem
+    assert not requests.read_request(encode(Properties(content_type=b"application/json"))).problem
+    assert requests.read_request(encode(Properties(content_type=b"application/msgpack"))).problem
 
 
 def test_values_stand_in_json_as_the_contract_says() -> None:
     said = {row[0]: row for row in rows(section("wire.md", "Values"), "value", "in JSON", "read")}
     everything = bytes(range(256))
-    written = wire.loads(wire.dumps(everything))
+    written = bodies.loads(bodies.dumps(everything))
     assert quoted(said["bytes"][1]) == ["-", "_"]
     assert base64.urlsafe_b64decode(written) == everything
     assert set("-_=") < set(written)
@@ -147,15 +149,15 @@ def test_values_stand_in_json_as_the_contract_says() -> None:
     standard = base64.b64encode(everything).decode()
     assert quoted(said["bytes"][2]) == ["+", "/"]
     for text in (written, standard, written.rstrip("="), standard.rstrip("=")):
-        assert read(wire.dumps(text)) == everything
+        assert read(bodies.dumps(text)) == everything
     for text in ("-/8=", "+_8="):
         with pytest.raises(pydantic.ValidationError):
-            read(wire.dumps(text))
+            read(bodies.dumps(text))
     assert said["integer"][1] == f"its digits, up to {MAX_DIGITS}"
     beyond, within = quoted(said["float"][2])
     with pytest.raises(NotCarried):
-        wire.loads(beyond.encode())
-    assert wire.loads(within.encode()) == 0
+        bodies.loads(beyond.encode())
+    assert bodies.loads(within.encode()) == 0
     for name in ("SecretStr", "SecretBytes"):
         assert name in quoted(next(it for it in said if it.startswith("secret")))
         with pytest.raises(ConfigurationError, match="is a secret"):
@@ -168,7 +170,7 @@ def test_headers_that_the_contract_gives_to_rabbitmq_are_refused_and_not_shown()
         header = name.replace("*", "something")
         with pytest.raises(ConfigurationError, match="metadata"):
             CallOptions(metadata={header: "mine"})
-        seen = wire.read_request(encode(Properties(headers={header: "its", "x-user": "ada"})))
+        seen = requests.read_request(encode(Properties(headers={header: "its", "x-user": "ada"})))
         assert seen.metadata == {"x-user": "ada"}
 
 
@@ -181,9 +183,9 @@ def test_the_limits_are_those_of_the_contract() -> None:
     assert ConnectionOptions().max_body == int(body) * 1024 * 1024
     assert int(headers) * 1024 == MAX_HEADERS
     with pytest.raises(TooLarge):
-        wire.encode_headers(key=None, attempt=1, metadata={"x-a": "a" * MAX_HEADERS})
+        requests.encode_headers(key=None, attempt=1, metadata={"x-a": "a" * MAX_HEADERS})
     with pytest.raises(TooLarge):
-        wire.encode_params((), {"x": "a" * 100}, 100)
+        bodies.encode_params((), {"x": "a" * 100}, 100)
 
 
 def test_names_are_those_of_the_contract() -> None:
@@ -195,9 +197,11 @@ def test_names_are_those_of_the_contract() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 255, 256])
 def test_an_idempotency_key_has_the_size_of_the_contract(size: int) -> None:
-    (row,) = (row for row in rows(section("wire.md", "Request"), "AMQP field", "value", "needed") if wire.KEY in row[0])
+    (row,) = (
+        row for row in rows(section("wire.md", "Request"), "AMQP field", "value", "needed") if requests.KEY in row[0]
+    )
     least, most = map(int, re.findall(r"(\d+) to (\d+) bytes", row[1])[0])
-    found = wire.read_request(encode(Properties(headers={wire.KEY: "k" * size})))
+    found = requests.read_request(encode(Properties(headers={requests.KEY: "k" * size})))
     assert (not found.problem) == (least <= size <= most)
 
 
@@ -206,10 +210,10 @@ def test_an_idempotency_key_has_the_size_of_the_contract(size: int) -> None:
 
 def test_the_types_of_a_reply_are_those_of_the_contract() -> None:
     (row,) = (row for row in rows(section("wire.md", "Reply"), "AMQP field", "value") if row[0] == "`type`")
-    assert quoted(row[1].partition("(later")[0]) == [wire.RESULT.decode(), wire.ERROR.decode()]
+    assert quoted(row[1].partition("(later")[0]) == [replies.RESULT.decode(), replies.ERROR.decode()]
     for kind in quoted(row[1].partition("(later")[2]):
         with pytest.raises(CallError, match="this client reads"):
-            wire.read_body(Reply(b"id-1", kind.encode(), b"1"))
+            replies.read_body(Reply(b"id-1", kind.encode(), b"1"))
 
 
 def test_the_body_of_an_error_has_the_fields_of_the_contract() -> None:
@@ -261,18 +265,20 @@ def test_a_notice_means_what_the_contract_says() -> None:
     assert (no, once, option, maybe) == ("no", "rpcq.once.", "disconnected_timeout", "maybe")
     assert f"`{option}` ({ClientOptions.disconnected_timeout:g} s) less two heartbeats" in said
     options = ClientOptions()
-    sender = Sender(None, PendingCalls(1), "", "", options.unrun_within)  # type: ignore[arg-type]  # nothing is sent
+    client = Client("memory://")
+    sender = client._sender
     target = make_target(NAMES, "x", "work", None)
     soon, late = 0.0, options.disconnected_timeout - 2 * options.heartbeat
     for is_once, queue, ago, event in (
-        (True, f"{once}x", soon, Event.EXPIRED_UNRUN),
-        (True, f"{once}x", late, Event.EXPIRED),
-        (True, f"{once}y", soon, Event.EXPIRED),
-        (False, f"{once}x", soon, Event.EXPIRED),
-        (False, "rpcq.req.x", soon, Event.EXPIRED),
+        (True, f"{once}x", soon, CallEvent.EXPIRED_UNRUN),
+        (True, f"{once}x", late, CallEvent.EXPIRED),
+        (True, f"{once}y", soon, CallEvent.EXPIRED),
+        (False, f"{once}x", soon, CallEvent.EXPIRED),
+        (False, "rpcq.req.x", soon, CallEvent.EXPIRED),
     ):
         call: Any = SimpleNamespace(target=target, is_once=is_once, written=time.monotonic() - ago)
-        assert sender.expired(call, queue) is event
+        notice = Notice(b"", "expired", queue)
+        assert event_of_notice(notice, is_unrun=sender.is_unrun(call, notice))[0] is event
 
 
 # Names of queues and exchanges, and their arguments.
@@ -292,7 +298,7 @@ def test_a_worker_replies_where_the_contract_says() -> None:
 def test_control_messages_are_those_of_the_contract() -> None:
     text = section("wire.md", "Control")
     kinds = {quoted(kind)[0]: effect for kind, _, effect in rows(text, "`type`", "body", "effect")}
-    known = (wire.CANCEL, wire.PING, wire.DESCRIBE, wire.STATS)
+    known = (control.CANCEL, control.PING, control.DESCRIBE, control.STATS)
     assert [*kinds] == [kind.decode() for kind in known]
     assert f"under `{EVERY_SERVICE}`" in text
     words = {kind: set(re.findall(r'"(\w+)"', effect)) for kind, effect in kinds.items()}

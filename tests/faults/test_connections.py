@@ -24,8 +24,8 @@ from broker import broker as a_broker
 from load import Load, Scene, WorkerProcess, until
 from proxy import Connection, Faults, Proxy, proxy
 from rpcq import Client, OutcomeUnknown, Service, Worker
-from rpcq.calls import State
-from rpcq.transport import session as sessions
+from rpcq.calls.outcomes import State
+from rpcq.transport.rabbitmq import session as sessions
 
 NARROW = 40_000
 """Bytes per second, of which a call takes several hundreds each way."""

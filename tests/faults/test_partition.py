@@ -17,7 +17,7 @@ from cluster import Cluster, Member, joined
 from cluster import cluster as a_cluster
 from load import Load, Scene, WorkerProcess, until
 from rpcq import Client, Retry
-from rpcq.calls import State
+from rpcq.calls.outcomes import State
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 

@@ -40,7 +40,7 @@ from rpcq import (
     Worker,
 )
 from rpcq.errors import BrokerUnreachable, VhostNotFound
-from rpcq.transport.lane import Encoder
+from rpcq.transport.rabbitmq.frames import Encoder
 
 ODD_TAG = 1_000_000
 """A delivery tag that no channel here gets to."""

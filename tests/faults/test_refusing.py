@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rpcq.transport.base import Message, Settled
+from rpcq.transport.base import Message, Published
 from seam import SECONDS, End, Seam, taken, until
 
 
@@ -21,7 +21,7 @@ async def full(rabbitmq_url: str, namespace: str) -> AsyncIterator[End]:
     small = seam.queue("small", x_max_length=1, x_overflow="reject-publish")
     async with seam.opened(taken(small, prefetch=1), taken(seam.queue("large"), no_ack=True)) as end:
         for _ in range(2):
-            assert await end.sent(end.names[0]) is Settled.CONFIRMED
+            assert await end.sent(end.names[0]) is Published.CONFIRMED
         yield end
 
 
@@ -29,7 +29,7 @@ async def refused(end: End) -> None:
     """Publish one after another, until the time has come to replace the channel."""
     publishing = publishing_of(end)
     while not publishing._replacing:
-        assert await end.sent(end.names[0]) is Settled.REFUSED
+        assert await end.sent(end.names[0]) is Published.REFUSED
         await asyncio.sleep(0.01)
 
 
@@ -50,7 +50,7 @@ def hang(end: End) -> None:
 async def test_it_is_replaced_under_load_and_each_message_has_its_one_outcome(full: End) -> None:
     publishing = publishing_of(full)
     (first,) = publishing._channels
-    told: Counter[tuple[int, Settled]] = Counter()
+    told: Counter[tuple[int, Published]] = Counter()
     done = asyncio.Event()
 
     async def publisher(queue: int) -> None:
@@ -61,15 +61,15 @@ async def test_it_is_replaced_under_load_and_each_message_has_its_one_outcome(fu
     async with asyncio.timeout(SECONDS):
         await until(lambda: publishing._channels[-1] is not first)
         await until(lambda: len(publishing._channels) == 1 and not publishing._replacing)
-    before = told[1, Settled.CONFIRMED]
-    await until(lambda: told[1, Settled.CONFIRMED] > before + 100)
+    before = told[1, Published.CONFIRMED]
+    await until(lambda: told[1, Published.CONFIRMED] > before + 100)
     done.set()
     await asyncio.gather(*publishers)
-    assert told.keys() == {(0, Settled.REFUSED), (1, Settled.CONFIRMED)}
+    assert told.keys() == {(0, Published.REFUSED), (1, Published.CONFIRMED)}
     assert not first.unconfirmed
     assert len(publishing._link.protocol._frames.lanes) == 1
     await full.barrier()
-    assert len(full.inboxes[1].all) == told[1, Settled.CONFIRMED]
+    assert len(full.inboxes[1].all) == told[1, Published.CONFIRMED]
     assert full.of("publishing") == ["up"]
 
 
@@ -108,7 +108,7 @@ async def test_no_more_than_three_are_open_where_messages_on_them_are_never_conf
         channels[-1].refused_at = 0.0
         publishing._refused(channels[-1])
         await until(lambda count=count: len(channels) == min(count + 1, 3))
-    assert await full.sent(full.names[1]) is Settled.CONFIRMED
+    assert await full.sent(full.names[1]) is Published.CONFIRMED
     for each in [*channels]:
         each.unconfirmed._waiting.clear()
     await until(lambda: len(channels) == 1)
@@ -122,7 +122,7 @@ async def test_where_no_other_can_be_opened_it_goes_on(full: End, caplog: pytest
     await until(lambda: not publishing._replacing)
     assert "a channel refuses messages, and could not be replaced" in [record.getMessage() for record in caplog.records]
     assert publishing._channels == [first]
-    assert await full.sent(full.names[1]) is Settled.CONFIRMED
+    assert await full.sent(full.names[1]) is Published.CONFIRMED
 
 
 async def test_a_session_that_is_lost_while_it_is_replaced_comes_back(full: End) -> None:
@@ -131,11 +131,11 @@ async def test_a_session_that_is_lost_while_it_is_replaced_comes_back(full: End)
     await refused(full)
     full.cut_one("publishing")
     await until(lambda: full.of("publishing") == ["up", "lost", "up"])
-    assert await full.sent(full.names[1]) is Settled.CONFIRMED
+    assert await full.sent(full.names[1]) is Published.CONFIRMED
     (channel,) = publishing._channels
     await until(lambda: not publishing._replacing)
     assert publishing._channels == [channel]
-    assert await full.sent(full.names[0]) is Settled.REFUSED
+    assert await full.sent(full.names[0]) is Published.REFUSED
 
 
 async def test_closing_while_it_is_replaced_leaves_nothing_behind(full: End) -> None:

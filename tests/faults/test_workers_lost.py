@@ -15,7 +15,7 @@ import pytest
 from command import Process
 from load import TESTS, Load, Scene, WorkerProcess, until
 from rpcq import Client, OutcomeUnknown
-from rpcq.calls import MAX_ATTEMPTS
+from rpcq.calls.outcomes import MAX_ATTEMPTS
 from rpcq.control import WorkerStats
 
 CALLERS_OF_ANOTHER_PROCESS = """

@@ -10,7 +10,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import pytest
 
 from broker import Broker
-from rpcq.transport.topology import Names
+from rpcq.wire.topology import Topology
 from security.realm import SERVED, Place, patterns, topic_patterns
 
 
@@ -22,7 +22,7 @@ def place(broker: Broker) -> Iterator[Place]:
     parts = urlsplit(broker.url)
     vhost = parts.path.removeprefix("/") or "/"
     users: dict[str, str] = {}
-    found = Place(broker, Names(namespace), users)
+    found = Place(broker, Topology(namespace), users)
     asyncio.run(found.declare())  # RabbitMQ 4.3 knows topic permissions only for an exchange that is there
     for role in ("client", "other client", *SERVED):
         user, password = f"{namespace}-{role.replace(' ', '-')}", secrets.token_hex(8)

@@ -16,10 +16,10 @@ from aio_pika.abc import AbstractChannel, AbstractQueue
 
 from broker import Broker
 from rpcq import Client, Service, Worker
-from rpcq.settings import ConnectionOptions
+from rpcq.options import ConnectionOptions
 from rpcq.transport.opening import open_admin
-from rpcq.transport.topology import Names
 from rpcq.url import parse
+from rpcq.wire.topology import Topology
 
 SECURITY = Path(__file__).parents[2] / "docs" / "security.md"
 SERVED = {"worker": "things", "other worker": "others"}
@@ -58,30 +58,30 @@ class Place:
     """A namespace that an administrator has set up, and users that may use it."""
 
     broker: Broker
-    names: Names
+    topology: Topology
     users: dict[str, str]
 
     @property
     def exchange(self) -> str:
-        return f"{self.names.namespace}.replies"
+        return f"{self.topology.namespace}.replies"
 
     def queue(self, service: str) -> str:
-        return self.names.request_queue(service, KINDS[service]).name
+        return self.topology.request_queue(service, KINDS[service]).name
 
     def client(self, user: str = "client") -> Client:
-        return Client(self.users[user], namespace=self.names.namespace, reply_exchange=self.exchange)
+        return Client(self.users[user], namespace=self.topology.namespace, reply_exchange=self.exchange)
 
     def worker(self, user: str = "worker", service: str | None = None) -> Worker:
         made = served(service or SERVED[user])
-        return Worker(made, url=self.users[user], namespace=self.names.namespace, reply_exchange=self.exchange)
+        return Worker(made, url=self.users[user], namespace=self.topology.namespace, reply_exchange=self.exchange)
 
     async def declare(self) -> None:
-        queues = [self.names.request_queue(name, kind) for name, kind in KINDS.items()]
+        queues = [self.topology.request_queue(name, kind) for name, kind in KINDS.items()]
         async with self._admin() as admin:
-            await admin.declare(self.names.exchanges(self.exchange), queues)
+            await admin.declare(self.topology.exchanges(self.exchange), queues)
 
     async def delete(self) -> None:
-        exchanges = [it.name for it in self.names.exchanges(self.exchange)]
+        exchanges = [it.name for it in self.topology.exchanges(self.exchange)]
         async with self._admin() as admin:
             await admin.delete([self.queue(name) for name in KINDS], exchanges)
 
@@ -130,17 +130,19 @@ async def _purge(channel: AbstractChannel, queue: str) -> None:
 async def reply_queue(channel: AbstractChannel, place: Place) -> AbstractQueue:
     """A reply queue of the client's user, as rpcq's clients have one."""
     user = urlsplit(place.users["client"]).username
-    return await channel.declare_queue(f"{place.names.namespace}.reply.{user}.{secrets.token_hex(4)}", exclusive=True)
+    return await channel.declare_queue(
+        f"{place.topology.namespace}.reply.{user}.{secrets.token_hex(4)}", exclusive=True
+    )
 
 
 async def _listen(channel: AbstractChannel, place: Place) -> None:
     queue = await reply_queue(channel, place)
-    await queue.bind(place.names.requests.name, "things")
+    await queue.bind(place.topology.requests.name, "things")
 
 
 async def _listen_to_notices(channel: AbstractChannel, place: Place, key: str) -> None:
     queue = await reply_queue(channel, place)
-    await queue.bind(place.names.notices.name, key)
+    await queue.bind(place.topology.notices.name, key)
 
 
 async def _listen_to_replies(channel: AbstractChannel, place: Place, key: str) -> None:
@@ -173,12 +175,12 @@ ANYBODY: dict[str, Deed] = {
     "declare a request queue anew": lambda channel, place, _: channel.declare_queue(
         place.queue("others"), durable=True
     ),
-    "declare an exchange": lambda channel, place, _: channel.declare_exchange(f"{place.names.namespace}.mine"),
+    "declare an exchange": lambda channel, place, _: channel.declare_exchange(f"{place.topology.namespace}.mine"),
     "delete a request queue": lambda channel, place, _: channel.queue_delete(place.queue("others")),
-    "delete an exchange": lambda channel, place, _: channel.exchange_delete(place.names.requests.name),
+    "delete an exchange": lambda channel, place, _: channel.exchange_delete(place.topology.requests.name),
     "purge a request queue": lambda channel, place, _: _purge(channel, place.queue("others")),
     "bind a request queue elsewhere": lambda channel, place, _: bind(
-        channel, place.queue("others"), place.names.requests.name, "mine"
+        channel, place.queue("others"), place.topology.requests.name, "mine"
     ),
 }
 CLIENT: dict[str, Deed] = ANYBODY | {
@@ -195,28 +197,32 @@ CLIENT: dict[str, Deed] = ANYBODY | {
     "listen in on another client's replies": _listen_to_replies,
     "listen in on all replies": lambda channel, place, _: _listen_to_replies(channel, place, "#"),
     "lead another client's replies to an exchange": lambda channel, place, victim: _lead_elsewhere(
-        channel, place.exchange, victim, place.names.requests.name
+        channel, place.exchange, victim, place.topology.requests.name
     ),
     "lead requests to an exchange": lambda channel, place, _: _lead_elsewhere(
-        channel, place.names.requests.name, "things", place.names.control.name
+        channel, place.topology.requests.name, "things", place.topology.control.name
     ),
     "declare a reply queue of another user": lambda channel, place, _: channel.declare_queue(
-        f"{place.names.namespace}.reply.mine", exclusive=True
+        f"{place.topology.namespace}.reply.mine", exclusive=True
     ),
-    "forge a notice": lambda channel, place, victim: publish(channel, place.names.notices.name, victim),
+    "forge a notice": lambda channel, place, victim: publish(channel, place.topology.notices.name, victim),
 }
 WORKER: dict[str, Deed] = ANYBODY | {
-    "call a service": lambda channel, place, _: publish(channel, place.names.requests.name, "others"),
-    "cancel calls": lambda channel, place, _: publish(channel, place.names.control.name, "others"),
-    "declare a reply queue": lambda channel, place, _: channel.declare_queue(f"{place.names.namespace}.reply.mine"),
+    "call a service": lambda channel, place, _: publish(channel, place.topology.requests.name, "others"),
+    "cancel calls": lambda channel, place, _: publish(channel, place.topology.control.name, "others"),
+    "declare a reply queue": lambda channel, place, _: channel.declare_queue(f"{place.topology.namespace}.reply.mine"),
     "listen in on replies": lambda channel, place, victim: _listen_as_worker(channel, place.exchange, victim),
-    "listen in on notices": lambda channel, place, victim: _listen_as_worker(channel, place.names.notices.name, victim),
-    "listen in on requests": lambda channel, place, _: _listen_as_worker(channel, place.names.requests.name, "others"),
-    "hear what is asked of another service": lambda channel, place, _: _listen_as_worker(
-        channel, place.names.control.name, "others"
+    "listen in on notices": lambda channel, place, victim: _listen_as_worker(
+        channel, place.topology.notices.name, victim
     ),
-    "hear all that is asked": lambda channel, place, _: _listen_as_worker(channel, place.names.control.name, "#"),
+    "listen in on requests": lambda channel, place, _: _listen_as_worker(
+        channel, place.topology.requests.name, "others"
+    ),
+    "hear what is asked of another service": lambda channel, place, _: _listen_as_worker(
+        channel, place.topology.control.name, "others"
+    ),
+    "hear all that is asked": lambda channel, place, _: _listen_as_worker(channel, place.topology.control.name, "#"),
     "hear what is asked of services of one word": lambda channel, place, _: _listen_as_worker(
-        channel, place.names.control.name, "*"
+        channel, place.topology.control.name, "*"
     ),
 }

@@ -22,11 +22,12 @@ import pytest
 from aio_pika.abc import AbstractConnection, AbstractExchange, AbstractIncomingMessage, AbstractQueue
 
 from command import ROOT, Process
-from rpcq import CallTimeout, Client, InvalidReply, OutcomeUnknown, wire
-from rpcq.settings import ConnectionOptions
+from rpcq import CallTimeout, Client, InvalidReply, OutcomeUnknown
+from rpcq.options import ConnectionOptions
 from rpcq.transport.opening import open_admin
-from rpcq.transport.topology import Queue
 from rpcq.url import parse
+from rpcq.wire import bodies
+from rpcq.wire.topology import Queue
 from security.realm import CLIENT, WORKER, Deed, Place, reply_queue
 
 MOST_GROWTH = 200
@@ -156,14 +157,14 @@ class HostileClient:
 
     async def _forge(self) -> None:
         """Have a service reply to the victim."""
-        body = wire.encode_params((), {"value": "forged"}, 1000)
+        body = bodies.encode_params((), {"value": "forged"}, 1000)
         for guess in self.attack.guesses()[:60]:
             await self._ask("others", "echo", body, reply_to=self.attack.victim, correlation_id=guess)
             self.attack.tried["replies to the victim, by a service"] += 1
 
     async def _write_elsewhere(self) -> None:
         place = self.attack.place
-        copies = [f"{place.names.namespace}.bank", "things", place.queue("others"), self.attack.victim]
+        copies = [f"{place.topology.namespace}.bank", "things", place.queue("others"), self.attack.victim]
         for service in ("things", "others"):
             await self._ask(service, "add", b"{}", expiration=0, headers={"CC": copies})
             self.attack.tried["requests with copies to other queues"] += 1
@@ -180,7 +181,7 @@ class HostileClient:
         until = time.monotonic() + self.attack.seconds
         kinds = itertools.cycle(("describe", "stats", "ping", "cancel", "nothing"))
         with pika.BlockingConnection(pika.URLParameters(self.attack.place.users["client"])) as connection:
-            channel, control = connection.channel(), self.attack.place.names.control.name
+            channel, control = connection.channel(), self.attack.place.topology.control.name
             while time.monotonic() < until:
                 for _ in range(20):
                     named = f"flood-{secrets.token_hex(8)}"
@@ -204,7 +205,7 @@ async def hostile_client(attack: Attack) -> None:
     place = attack.place
     async with await aio_pika.connect(place.users["client"]) as connection:
         channel = await connection.channel(publisher_confirms=False)
-        requests = await channel.get_exchange(place.names.requests.name, ensure=False)
+        requests = await channel.get_exchange(place.topology.requests.name, ensure=False)
         await HostileClient(attack, connection, requests).run(await reply_queue(channel, place))
 
 
@@ -215,7 +216,7 @@ async def hostile_worker(attack: Attack) -> None:
         replies = await channel.get_exchange(place.exchange, ensure=False)
         own = await channel.declare_queue(exclusive=True)
         for key in ("things", "@all"):  # what its permissions let it hear
-            await own.bind(place.names.control.name, key)
+            await own.bind(place.topology.control.name, key)
 
         async def reply(key: str, correlation_id: str, body: bytes, kind: str = "result") -> None:
             message = aio_pika.Message(body, type=kind, correlation_id=correlation_id, content_type="application/json")
@@ -291,7 +292,7 @@ async def test_hostile_peers_achieve_nothing(
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RPCQ_")},
         "RPCQ_URL": place.users["other worker"],
-        "RPCQ_NAMESPACE": place.names.namespace,
+        "RPCQ_NAMESPACE": place.topology.namespace,
         "RPCQ_REPLY_EXCHANGE": place.exchange,
         "RPCQ_LOG_LEVEL": "warning",
         "RPCQ_TEST_TOKEN": token,
@@ -299,7 +300,7 @@ async def test_hostile_peers_achieve_nothing(
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     }
     url = parse(place.broker.url)
-    bank = f"{place.names.namespace}.bank"
+    bank = f"{place.topology.namespace}.bank"
     command = [sys.executable, "-m", "rpcq", "worker", "targets_guarded:others"]
     async with open_admin(url, ConnectionOptions(), *url.hosts[0]) as admin:
         await admin.declare([], [Queue(bank, durable=True)])

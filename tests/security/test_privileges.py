@@ -15,10 +15,10 @@ import pytest
 
 from rpcq import CallTimeout, Service, Worker
 from rpcq.errors import AccessRefused
-from rpcq.settings import ConnectionOptions
+from rpcq.options import ConnectionOptions
 from rpcq.transport.opening import open_admin
-from rpcq.transport.topology import Names, Queue
 from rpcq.url import parse
+from rpcq.wire.topology import Queue, Topology
 from security.realm import CLIENT, KINDS, SERVED, WORKER, Place
 
 # What works.
@@ -83,14 +83,14 @@ async def test_what_a_user_must_not_do_is_refused(place: Place, user: str, deed:
 @pytest.mark.parametrize("service", KINDS)
 async def test_a_client_cannot_have_the_broker_write_into_other_queues(place: Place, service: str) -> None:
     """A request with a CC and an expiry is dead-lettered under its keys: once into whatever queue was called so."""
-    bank, stranger = f"{place.names.namespace}.bank", Names(f"{place.names.namespace}-2")
+    bank, stranger = f"{place.topology.namespace}.bank", Topology(f"{place.topology.namespace}-2")
     url = parse(place.broker.url)
     async with open_admin(url, ConnectionOptions(), *url.hosts[0]) as admin:
         other = stranger.request_queue("things", "classic")
         await admin.declare(stranger.exchanges(), [Queue(bank, durable=True), other])
         try:
             async with await aio_pika.connect(place.users["client"]) as connection:
-                requests = await (await connection.channel()).get_exchange(place.names.requests.name, ensure=False)
+                requests = await (await connection.channel()).get_exchange(place.topology.requests.name, ensure=False)
                 copies = [bank, other.name, "things", "others", place.queue("others")]
                 for _ in range(300):
                     await requests.publish(aio_pika.Message(b"{}", expiration=0, headers={"CC": copies}), service)
@@ -110,7 +110,7 @@ def may_hear(place: Place, service: str) -> Iterator[None]:
     for name in (service, "things"):
         place.broker.ctl(
             *("set_topic_permissions", "-p", parts.path.removeprefix("/") or "/", own),
-            *(place.names.control.name, "^$", f"^({name}|@all)$"),
+            *(place.topology.control.name, "^$", f"^({name}|@all)$"),
         )
         if name == service:
             yield
@@ -127,7 +127,7 @@ async def test_a_worker_of_another_service_is_refused_its_control_messages_and_i
 
 async def test_a_worker_whose_queue_nobody_declared_says_how_it_is_done(place: Place) -> None:
     missing = Worker(
-        _new_service(), url=place.users["worker"], namespace=place.names.namespace, reply_exchange=place.exchange
+        _new_service(), url=place.users["worker"], namespace=place.topology.namespace, reply_exchange=place.exchange
     )
     with may_hear(place, "new"), pytest.raises(AccessRefused, match="rpcq setup"):
         await missing.start()

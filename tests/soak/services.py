@@ -19,7 +19,7 @@ from targets import began, once, target, write
 
 __all__ = ["other", "target"]
 
-other = Service("other", queue_type=target.queue_type, answer_store=SharedAnswers(os.environ["RPCQ_TEST_STORE"]))
+other = Service("other", queue_type=target.queue_type, result_store=SharedAnswers(os.environ["RPCQ_TEST_STORE"]))
 for _method in target.methods.values():
     other.method(name=_method.name, idempotent=_method.idempotent, errors=_method.errors)(_method.handler)
 

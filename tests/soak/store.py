@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rpcq.idempotency import Answer, Claim, MemoryAnswers
+from rpcq.results import Claim, MemoryResults, StoredResult
 
 ROOM = 1_000_000_000
 """Bytes, which is room for all: what is forgotten may run again, and the oracle would not know."""
@@ -52,21 +52,21 @@ ERRORS: dict[str, type[BaseException]] = {
 
 
 class SharedAnswers:
-    """The worker's side, an `AnswerStore`: each question has a connection to itself, which is kept if all went well."""
+    """The worker's side, an `ResultStore`: each question has a connection to itself, which is kept if all went well."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
-    async def get(self, key: str) -> Answer | None:
+    async def get(self, key: str) -> StoredResult | None:
         found = await self._ask("get", key)
         return None if found is None else _answer(found)
 
-    async def claim(self, key: str, owner: str, seconds: float) -> Answer | Claim:
+    async def claim(self, key: str, owner: str, seconds: float) -> StoredResult | Claim:
         found = await self._ask("claim", key, owner, seconds)
         return Claim(found) if isinstance(found, str) else _answer(found)
 
-    async def put(self, key: str, answer: Answer) -> None:
+    async def put(self, key: str, answer: StoredResult) -> None:
         await self._ask("put", key, answer.fingerprint.hex(), answer.body.decode())
 
     async def release(self, key: str, owner: str) -> None:
@@ -91,15 +91,15 @@ class SharedAnswers:
         return said["found"]
 
 
-def _answer(found: list[str]) -> Answer:
-    return Answer(bytes.fromhex(found[0]), found[1].encode())
+def _answer(found: list[str]) -> StoredResult:
+    return StoredResult(bytes.fromhex(found[0]), found[1].encode())
 
 
 class Server:
     """The process's side."""
 
     def __init__(self, dice: random.Random) -> None:
-        self._answers = MemoryAnswers(ROOM)
+        self._answers = MemoryResults(ROOM)
         self._dice = dice
         self.trouble = Trouble()
 
@@ -132,16 +132,16 @@ class Server:
 
     async def _do(self, what: str, key: str, *more: Any) -> Any:
         """Nothing in here waits, so that each is atomic."""
-        found: Answer | Claim | None = None
+        found: StoredResult | Claim | None = None
         if what == "get":
             found = await self._answers.get(key)
         elif what == "claim":
             found = await self._answers.claim(key, *more)
         elif what == "put":
-            await self._answers.put(key, Answer(bytes.fromhex(more[0]), more[1].encode()))
+            await self._answers.put(key, StoredResult(bytes.fromhex(more[0]), more[1].encode()))
         else:
             await self._answers.release(key, *more)
-        if isinstance(found, Answer):
+        if isinstance(found, StoredResult):
             return [found.fingerprint.hex(), found.body.decode()]
         return found.value if found is not None else None
 

@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 
-from rpcq import wire
-from rpcq.admission import ExpiredOnArrival, Job, MayHaveRun, admit, never_no, why_it_may_have_run
-from rpcq.deadline import Deadline
+from rpcq.calls.admission import CallInvocation, ExpiredOnArrival, MayHaveRun, admit, never_no, why_it_may_have_run
 from rpcq.errors import (
     CallError,
     CallTimeout,
@@ -19,8 +17,10 @@ from rpcq.errors import (
     ServiceUnavailable,
     TooLarge,
 )
+from rpcq.options import MAX_TIMEOUT
+from rpcq.runtime.deadline import Deadline
 from rpcq.service import Context, Service
-from rpcq.settings import MAX_TIMEOUT
+from rpcq.wire import requests
 
 WALL = 1_800_000_000_000.0  # milliseconds since the epoch
 NOW = 5_000.0  # seconds on the monotonic clock
@@ -40,11 +40,11 @@ def service() -> Service:
     return made
 
 
-def ask(method: str | None = "add", **headers: Any) -> wire.Request:
-    return wire.Request(b"id", b"amq.gen-1", method, **headers)
+def ask(method: str | None = "add", **headers: Any) -> requests.Request:
+    return requests.Request(b"id", b"amq.gen-1", method, **headers)
 
 
-def admitted(request: wire.Request, body: bytes | None = b'{"x": 1}', **options: Any) -> Job:
+def admitted(request: requests.Request, body: bytes | None = b'{"x": 1}', **options: Any) -> CallInvocation:
     given: dict[str, Any] = {"max_body": 100, "wall_ms": WALL, "now": NOW} | options
     size = given.pop("body_size", len(body or b""))
     return admit(given.pop("service", None) or service(), request, body, size, **given)
@@ -151,26 +151,26 @@ def test_a_further_attempt_runs_only_where_the_method_is_idempotent() -> None:
 
 def test_a_request_with_a_key_that_may_have_run_is_barred_and_not_refused_since_its_answer_may_be_remembered() -> None:
     again = admitted(ask("again", idempotency_key="k", attempt=2), b"[]")
-    assert again.once is not None
-    assert (again.once.key, again.once.barred) == ("things//k", None)
+    assert again.deduplication is not None
+    assert (again.deduplication.key, again.deduplication.barred) == ("things//k", None)
     attempt = admitted(ask("add", idempotency_key="k", attempt=2))
-    assert attempt.once is not None
-    assert isinstance(attempt.once.barred, OutcomeUnknown)
+    assert attempt.deduplication is not None
+    assert isinstance(attempt.deduplication.barred, OutcomeUnknown)
     redelivered = admitted(ask("again", idempotency_key="k"), b"[]", may_have_run=LOST)
-    assert redelivered.once is not None
-    assert redelivered.once.barred is LOST
-    assert admitted(ask("add")).once is None
+    assert redelivered.deduplication is not None
+    assert redelivered.deduplication.barred is LOST
+    assert admitted(ask("add")).deduplication is None
 
 
 def test_a_key_stands_for_one_method_and_the_same_parameters() -> None:
-    one = admitted(ask("add", idempotency_key="k"), b'{"x": 1}').once
+    one = admitted(ask("add", idempotency_key="k"), b'{"x": 1}').deduplication
     for method, body in (("add", b'{"x": 2}'), ("again", b"[]")):
-        other = admitted(ask(method, idempotency_key="k"), body).once
+        other = admitted(ask(method, idempotency_key="k"), body).deduplication
         assert one is not None
         assert other is not None
         assert one.key == other.key
         assert one.fingerprint != other.fingerprint
-    same = admitted(ask("add", idempotency_key="k"), b'{"x": 1}').once
+    same = admitted(ask("add", idempotency_key="k"), b'{"x": 1}').deduplication
     assert one is not None
     assert same is not None
     assert one.fingerprint == same.fingerprint

@@ -16,14 +16,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+import rpcq.calls.retrying
+import rpcq.calls.sending
 import rpcq.client
-import rpcq.sending
-import rpcq.timeouts
-from rpcq import CallError, Client, Overloaded, Retry, properties, wire
-from rpcq.calls import MAX_ATTEMPTS
+import rpcq.runtime.timeouts
+from rpcq import CallError, Client, Overloaded, Retry
+from rpcq.calls.outcomes import MAX_ATTEMPTS
 from rpcq.errors import BrokerUnreachable
-from rpcq.transport.base import Delivery, Listener, Outgoing, Settled, Subscription
-from rpcq.transport.topology import Exchange
+from rpcq.transport.base import Delivery, Listener, Outgoing, Published, Subscription
+from rpcq.wire import properties, replies, requests
+from rpcq.wire.topology import Exchange
 
 CUT = BrokerUnreachable("cut by the test")
 LIMIT = 5
@@ -58,7 +60,7 @@ class HeldLoop(asyncio.SelectorEventLoop):
             self.settle_down()
 
 
-NOT_TAKEN = (Settled.RETURNED, Settled.TOO_LARGE, Settled.UNSENT)
+NOT_TAKEN = (Published.RETURNED, Published.TOO_LARGE, Published.UNSENT)
 
 
 class Sent:
@@ -69,17 +71,17 @@ class Sent:
         self.generation = generation  # of the reply queue that it names
         self.at = now
         self.is_once = b".once." in message.routing_key  # in one queue that delivers once, and in no other
-        self.settled: Settled | None = None
+        self.settled: Published | None = None
         self.may_run = True
         self.has_run = False
-        self.attempt = wire.read_request(message.properties).attempt
+        self.attempt = requests.read_request(message.properties).attempt
 
-    def settle(self, settled: Settled) -> None:
+    def settle(self, settled: Published) -> None:
         self.settled = settled
         # A classic queue whose node cannot be reached may have the request that the broker refuses.
-        if settled in NOT_TAKEN or (settled is Settled.REFUSED and self.is_once):
+        if settled in NOT_TAKEN or (settled is Published.REFUSED and self.is_once):
             self.may_run = False
-        self.message.on_settled(settled)
+        self.message.on_published(settled)
 
 
 class HeldTransport:
@@ -106,9 +108,9 @@ class HeldTransport:
 
     def publish(self, message: Outgoing) -> None:
         if not self.publishes:
-            message.on_settled(Settled.UNSENT)
+            message.on_published(Published.UNSENT)
         elif message.exchange.endswith(b".control"):
-            message.on_settled(Settled.CONFIRMED)
+            message.on_published(Published.CONFIRMED)
         else:
             now = asyncio.get_running_loop().time()
             self.sent.append(Sent(message, self.generation if self.consumes else 0, now))
@@ -143,7 +145,7 @@ class HeldTransport:
         self.publishes = False
         unconfirmed = [it for it in self.sent if it.settled is None]
         for number, it in enumerate(unconfirmed):
-            it.settle(Settled.UNSENT if number >= len(unconfirmed) - lost else Settled.UNKNOWN)
+            it.settle(Published.UNSENT if number >= len(unconfirmed) - lost else Published.UNKNOWN)
         self.listener.publishing_lost(CUT)
 
     def block(self) -> None:
@@ -183,10 +185,11 @@ class AnyInterleaving(RuleBasedStateMachine):
         self.transport = HeldTransport()
         self.patches = [
             mock.patch.object(rpcq.client, "time", clock),
-            mock.patch.object(rpcq.sending, "time", clock),
-            mock.patch.object(rpcq.timeouts, "time", clock),
+            mock.patch.object(rpcq.calls.sending, "time", clock),
+            mock.patch.object(rpcq.calls.retrying, "time", clock),
+            mock.patch.object(rpcq.runtime.timeouts, "time", clock),
             mock.patch.object(rpcq.client, "open_transport", return_value=self.transport),
-            mock.patch("rpcq.deadline.time", clock),
+            mock.patch("rpcq.runtime.deadline.time", clock),
         ]
         for patch in self.patches:
             patch.start()
@@ -226,12 +229,13 @@ class AnyInterleaving(RuleBasedStateMachine):
     # What a broker does.
 
     @rule(
-        index=INDEX, settled=st.sampled_from([Settled.CONFIRMED, Settled.RETURNED, Settled.REFUSED, Settled.TOO_LARGE])
+        index=INDEX,
+        settled=st.sampled_from([Published.CONFIRMED, Published.RETURNED, Published.REFUSED, Published.TOO_LARGE]),
     )
-    def settle(self, index: int, settled: Settled) -> None:
+    def settle(self, index: int, settled: Published) -> None:
         it = self.pick(index, unconfirmed=True)
         if it is not None and self.transport.publishes:
-            if it.has_run and (settled in NOT_TAKEN or it.is_once) and settled is not Settled.CONFIRMED:
+            if it.has_run and (settled in NOT_TAKEN or it.is_once) and settled is not Published.CONFIRMED:
                 return  # the broker took it
             it.settle(settled)
             self.loop.settle_down()
@@ -241,7 +245,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         it = self.pick(index)
         if it is None or it.settled in NOT_TAKEN:
             return
-        queue = self.client.names.namespace + (".once.things" if once else ".req.things")
+        queue = self.client.topology.namespace + (".once.things" if once else ".req.things")
         if reason == "expired" and once and it.is_once and self.loop.now - it.at < UNRUN_WITHIN:
             if it.has_run:
                 return  # such a queue delivers once
@@ -280,13 +284,13 @@ class AnyInterleaving(RuleBasedStateMachine):
             it.may_run = False
         if said != "result":
             body = json.dumps({"code": said, "message": said, "executed": executed, "retryable": False}).encode()
-        kind = wire.RESULT if said == "result" else wire.ERROR
-        self.deliver(it, wire.ReplyEncoder().encode(kind, it.message.correlation_id, 0.1, 0.1), body)
+        kind = replies.RESULT if said == "result" else replies.ERROR
+        self.deliver(it, replies.ReplyEncoder().encode(kind, it.message.correlation_id, 0.1, 0.1), body)
 
     @rule(stray=st.sampled_from([b"", b"nobody", b"nobody.2", b"\xff" * 255]))
     def stray_reply(self, stray: bytes) -> None:
         if self.transport.consumes:
-            self.transport.deliver(wire.ReplyEncoder().encode(wire.RESULT, stray, None, 0.0), b'"stray"')
+            self.transport.deliver(replies.ReplyEncoder().encode(replies.RESULT, stray, None, 0.0), b'"stray"')
             self.loop.settle_down()
 
     def deliver(self, it: Sent, data: bytes, body: bytes) -> None:

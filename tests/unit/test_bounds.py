@@ -28,8 +28,8 @@ from pydantic import (
 from pydantic_core import CoreConfig, SchemaValidator
 from typing_extensions import TypeAliasType, TypedDict
 
-from rpcq import bounds
-from rpcq.bounds import BUDGET, MOST_ERRORS, NotRead, bounded, count_visits, first_error
+from rpcq.validation import bounds
+from rpcq.validation.bounds import BUDGET, MOST_ERRORS, NotRead, bounded, count_visits, first_error
 
 SIZE = 1 << 20
 T = TypeVar("T")

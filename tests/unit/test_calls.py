@@ -9,19 +9,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from rpcq.calls import (
+from rpcq.calls.outcomes import (
     MAX_ATTEMPTS,
-    REMEMBERED_CALLS,
     TRANSITIONS,
     Act,
     Call,
-    Event,
+    CallEvent,
     Outcome,
-    PendingCalls,
     State,
-    honest,
-    public_id,
+    for_call,
 )
+from rpcq.calls.pending import REMEMBERED_CALLS, PendingCalls, public_id
 from rpcq.errors import (
     CallError,
     CallTimeout,
@@ -32,7 +30,7 @@ from rpcq.errors import (
     ServiceUnavailable,
     TooLarge,
 )
-from rpcq.wire import RESULT, Reply
+from rpcq.wire.replies import RESULT, Reply
 
 REPLY = Reply(b"id", RESULT, b"1")
 
@@ -46,7 +44,7 @@ class Waiting(Call):
         self.agains = 0
         self.elsewheres = 0
 
-    def settle(self, outcome: Outcome) -> None:
+    def ended(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
 
     def again(self) -> None:
@@ -63,7 +61,7 @@ def begun(state: State, *, idempotent: bool = False) -> tuple[PendingCalls, Wait
     if state is not State.CREATED:
         calls.write(call)
     if state is State.CONFIRMED:
-        calls.happened(call, Event.CONFIRM)
+        calls.happened(call, CallEvent.CONFIRM)
     assert call.state is state
     return calls, call
 
@@ -75,26 +73,26 @@ EVERY = (State.CREATED, *SENT)
 @pytest.mark.parametrize(
     ("states", "event", "error", "executed", "retryable"),
     [
-        (SENT, Event.LOST, OutcomeUnknown, "maybe", False),
-        (SENT, Event.WORKER_LOST, OutcomeUnknown, "maybe", False),
-        ((State.WRITTEN,), Event.RETURNED, ServiceUnavailable, "no", True),
-        ((State.WRITTEN,), Event.REFUSED, Overloaded, "maybe", False),
-        ((State.WRITTEN,), Event.REFUSED_UNRUN, Overloaded, "no", True),
-        ((State.WRITTEN,), Event.TOO_LARGE, TooLarge, "no", False),
-        (SENT, Event.EXPIRED_UNRUN, CallTimeout, "no", True),
-        (SENT, Event.EXPIRED, CallTimeout, "maybe", False),
-        (SENT, Event.DEADLINE, CallTimeout, "maybe", False),
-        (SENT, Event.DEADLINE_BLOCKED, CallTimeout, "maybe", False),
-        (SENT, Event.DEADLINE_CUT_OFF, CallTimeout, "maybe", False),
-        ((State.CREATED,), Event.DEADLINE, CallTimeout, "no", True),
-        ((State.CREATED,), Event.DEADLINE_CUT_OFF, ServiceUnavailable, "no", True),
-        ((State.CREATED,), Event.DEADLINE_BLOCKED, Overloaded, "no", True),
-        (SENT, Event.CLOSE, OutcomeUnknown, "maybe", False),
-        ((State.CREATED,), Event.CLOSE, ServiceUnavailable, "no", True),
+        (SENT, CallEvent.LOST, OutcomeUnknown, "maybe", False),
+        (SENT, CallEvent.WORKER_LOST, OutcomeUnknown, "maybe", False),
+        ((State.WRITTEN,), CallEvent.RETURNED, ServiceUnavailable, "no", True),
+        ((State.WRITTEN,), CallEvent.REFUSED, Overloaded, "maybe", False),
+        ((State.WRITTEN,), CallEvent.REFUSED_UNRUN, Overloaded, "no", True),
+        ((State.WRITTEN,), CallEvent.TOO_LARGE, TooLarge, "no", False),
+        (SENT, CallEvent.EXPIRED_UNRUN, CallTimeout, "no", True),
+        (SENT, CallEvent.EXPIRED, CallTimeout, "maybe", False),
+        (SENT, CallEvent.DEADLINE, CallTimeout, "maybe", False),
+        (SENT, CallEvent.DEADLINE_BLOCKED, CallTimeout, "maybe", False),
+        (SENT, CallEvent.DEADLINE_CUT_OFF, CallTimeout, "maybe", False),
+        ((State.CREATED,), CallEvent.DEADLINE, CallTimeout, "no", True),
+        ((State.CREATED,), CallEvent.DEADLINE_CUT_OFF, ServiceUnavailable, "no", True),
+        ((State.CREATED,), CallEvent.DEADLINE_BLOCKED, Overloaded, "no", True),
+        (SENT, CallEvent.CLOSE, OutcomeUnknown, "maybe", False),
+        ((State.CREATED,), CallEvent.CLOSE, ServiceUnavailable, "no", True),
     ],
 )
 def test_an_event_ends_a_call_with_one_honest_error(
-    states: tuple[State, ...], event: Event, error: type[CallError], executed: str, retryable: bool
+    states: tuple[State, ...], event: CallEvent, error: type[CallError], executed: str, retryable: bool
 ) -> None:
     for state in states:
         calls, call = begun(state)
@@ -111,13 +109,13 @@ def test_an_event_ends_a_call_with_one_honest_error(
 @pytest.mark.parametrize("state", EVERY)
 def test_a_reply_answers_a_call_in_every_state(state: State) -> None:
     calls, call = begun(state)
-    calls.happened(call, Event.REPLY, REPLY)
+    calls.happened(call, CallEvent.REPLY, REPLY)
     assert call.outcomes == [REPLY]
     assert len(calls) == 0
 
 
-@pytest.mark.parametrize("event", [Event.TURNED_AWAY, Event.UNSENT])
-def test_a_request_that_certainly_did_not_run_is_sent_again_whatever_the_call(event: Event) -> None:
+@pytest.mark.parametrize("event", [CallEvent.TURNED_AWAY, CallEvent.UNSENT])
+def test_a_request_that_certainly_did_not_run_is_sent_again_whatever_the_call(event: CallEvent) -> None:
     calls, call = begun(State.WRITTEN)
     calls.happened(call, event)
     assert (call.agains, call.attempt, call.outcomes, call.state) == (1, 1, [], State.CREATED)
@@ -126,17 +124,17 @@ def test_a_request_that_certainly_did_not_run_is_sent_again_whatever_the_call(ev
 def test_a_request_that_reached_no_queue_is_sent_elsewhere_under_the_same_id() -> None:
     calls, call = begun(State.WRITTEN)
     first = call.request_id
-    calls.happened(call, Event.NOT_THERE)
+    calls.happened(call, CallEvent.NOT_THERE)
     assert (call.elsewheres, call.agains, call.sent, call.outcomes, call.state) == (1, 0, 0, [], State.CREATED)
     assert calls.write(call) == first
-    calls.happened(call, Event.TURNED_AWAY)
+    calls.happened(call, CallEvent.TURNED_AWAY)
     second = calls.write(call)
-    calls.happened(call, Event.NOT_THERE)
+    calls.happened(call, CallEvent.NOT_THERE)
     assert calls.write(call) == second != first
 
 
-@pytest.mark.parametrize("event", [Event.LOST, Event.WORKER_LOST])
-def test_an_idempotent_call_is_sent_again_a_few_times(event: Event) -> None:
+@pytest.mark.parametrize("event", [CallEvent.LOST, CallEvent.WORKER_LOST])
+def test_an_idempotent_call_is_sent_again_a_few_times(event: CallEvent) -> None:
     calls, call = begun(State.WRITTEN, idempotent=True)
     for attempt in range(2, MAX_ATTEMPTS + 1):
         calls.happened(call, event)
@@ -147,23 +145,25 @@ def test_an_idempotent_call_is_sent_again_a_few_times(event: Event) -> None:
     assert isinstance(outcome, OutcomeUnknown)
 
 
-@pytest.mark.parametrize("event", [Event.RETURNED, Event.REFUSED_UNRUN, Event.TOO_LARGE, Event.EXPIRED_UNRUN])
-def test_no_later_attempt_says_that_the_call_did_not_run(event: Event) -> None:
+@pytest.mark.parametrize(
+    "event", [CallEvent.RETURNED, CallEvent.REFUSED_UNRUN, CallEvent.TOO_LARGE, CallEvent.EXPIRED_UNRUN]
+)
+def test_no_later_attempt_says_that_the_call_did_not_run(event: CallEvent) -> None:
     calls, call = begun(State.WRITTEN, idempotent=True)
-    calls.happened(call, Event.LOST)
+    calls.happened(call, CallEvent.LOST)
     calls.write(call)
     calls.happened(call, event)
     (outcome,) = call.outcomes
     assert isinstance(outcome, CallError)
     assert (outcome.executed, outcome.retryable) == ("maybe", False)
-    told = honest(call, InvalidParams("by a worker"))
+    told = for_call(call, InvalidParams("by a worker"))
     assert (told.executed, told.retryable) == ("maybe", False)
 
 
 def test_every_request_has_an_id_of_its_own_and_each_finds_its_call() -> None:
     calls, call = begun(State.WRITTEN)
     first = call.request_id
-    calls.happened(call, Event.TURNED_AWAY)
+    calls.happened(call, CallEvent.TURNED_AWAY)
     second = calls.write(call)
     assert first != second
     assert calls.get(first) is calls.get(second) is call
@@ -172,15 +172,15 @@ def test_every_request_has_an_id_of_its_own_and_each_finds_its_call() -> None:
 
 def test_replies_for_no_call_under_way_are_told_apart_as_late_duplicate_and_stray() -> None:
     calls, answered = begun(State.WRITTEN)
-    calls.happened(answered, Event.REPLY, Reply(answered.correlation_id, b"result", b"1"))
+    calls.happened(answered, CallEvent.REPLY, Reply(answered.correlation_id, b"result", b"1"))
     assert calls.get(answered.request_id) is None
     calls.count_unmatched(answered.request_id)
     assert (calls.late, calls.duplicate, calls.stray) == (0, 1, 0)
-    for event in (Event.DEADLINE, Event.CANCEL):
+    for event in (CallEvent.DEADLINE, CallEvent.CANCEL):
         call = Waiting(calls.next_id(), idempotent=True)
         calls.add(call)
         calls.write(call)
-        calls.happened(call, Event.LOST)
+        calls.happened(call, CallEvent.LOST)
         calls.write(call)
         calls.happened(call, event)
         assert calls.get(call.request_id) is None
@@ -198,7 +198,7 @@ def test_what_is_remembered_of_calls_without_a_reply_is_bounded() -> None:
         call = Waiting(calls.next_id(), idempotent=False)
         calls.add(call)
         calls.write(call)
-        calls.happened(call, Event.DEADLINE)
+        calls.happened(call, CallEvent.DEADLINE)
     assert len(calls._unanswered) == REMEMBERED_CALLS
     assert call.correlation_id in calls._unanswered
 
@@ -207,7 +207,7 @@ def test_a_cancelled_call_is_forgotten() -> None:
     for state in EVERY:
         calls, call = begun(state)
         assert calls.is_pending(call)
-        calls.happened(call, Event.CANCEL)
+        calls.happened(call, CallEvent.CANCEL)
         assert (call.outcomes, len(calls), calls.is_pending(call)) == ([], 0, False)
 
 
@@ -244,8 +244,8 @@ def test_an_id_does_not_follow_from_all_others_and_its_public_part_does_not_tell
 def test_a_call_that_has_ended_never_changes() -> None:
     assert not [state for state, _ in TRANSITIONS if state is State.DONE]
     calls, call = begun(State.WRITTEN)
-    calls.happened(call, Event.REPLY, REPLY)
-    for event in Event:
+    calls.happened(call, CallEvent.REPLY, REPLY)
+    for event in CallEvent:
         calls.happened(call, event, REPLY)
     assert call.outcomes == [REPLY]
 
@@ -259,36 +259,42 @@ def test_nothing_that_may_have_run_is_sent_again_for_certain() -> None:
 
 
 def test_what_says_nothing_about_the_last_request_is_passed_over() -> None:
-    deadlines = {Event.DEADLINE, Event.DEADLINE_BLOCKED, Event.DEADLINE_CUT_OFF}
-    everything = {Event.REPLY, *deadlines, Event.CANCEL, Event.CLOSE}
-    only_sent = {Event.TURNED_AWAY, Event.WORKER_LOST, Event.LOST, Event.EXPIRED, Event.EXPIRED_UNRUN}
-    returned = {Event.RETURNED, Event.NOT_THERE}
-    refused = {Event.REFUSED, Event.REFUSED_UNRUN, Event.TOO_LARGE}
-    only_unconfirmed = {Event.CONFIRM, *returned, *refused, Event.UNSENT}
-    assert {event for state, event in TRANSITIONS if state is State.CREATED} == everything | {Event.WRITE}
+    deadlines = {CallEvent.DEADLINE, CallEvent.DEADLINE_BLOCKED, CallEvent.DEADLINE_CUT_OFF}
+    everything = {CallEvent.REPLY, *deadlines, CallEvent.CANCEL, CallEvent.CLOSE}
+    only_sent = {
+        CallEvent.TURNED_AWAY,
+        CallEvent.WORKER_LOST,
+        CallEvent.LOST,
+        CallEvent.EXPIRED,
+        CallEvent.EXPIRED_UNRUN,
+    }
+    returned = {CallEvent.RETURNED, CallEvent.NOT_THERE}
+    refused = {CallEvent.REFUSED, CallEvent.REFUSED_UNRUN, CallEvent.TOO_LARGE}
+    only_unconfirmed = {CallEvent.CONFIRM, *returned, *refused, CallEvent.UNSENT}
+    assert {event for state, event in TRANSITIONS if state is State.CREATED} == everything | {CallEvent.WRITE}
     assert {
         event for state, event in TRANSITIONS if state is State.WRITTEN
     } == everything | only_sent | only_unconfirmed
     assert {event for state, event in TRANSITIONS if state is State.CONFIRMED} == everything | only_sent
     for state in EVERY:
-        for event in set(Event) - {of for at, of in TRANSITIONS if at is state}:
+        for event in set(CallEvent) - {of for at, of in TRANSITIONS if at is state}:
             calls, call = begun(state, idempotent=True)
             calls.happened(call, event)
             assert (call.state, call.agains, call.outcomes, len(calls)) == (state, 0, [], 1)
 
 
 def test_a_late_answer_to_an_earlier_request_is_an_answer() -> None:
-    for event in (Event.TURNED_AWAY, Event.LOST):
+    for event in (CallEvent.TURNED_AWAY, CallEvent.LOST):
         calls, call = begun(State.WRITTEN, idempotent=True)
         calls.happened(call, event)
-        calls.happened(call, Event.REPLY, REPLY)
+        calls.happened(call, CallEvent.REPLY, REPLY)
         assert call.outcomes == [REPLY]
 
 
 def test_who_is_told_is_for_subclasses_to_say() -> None:
     call = Call(b"id", idempotent=False)
     with pytest.raises(NotImplementedError):
-        call.settle(REPLY)
+        call.ended(REPLY)
     with pytest.raises(NotImplementedError):
         call.again()
 
@@ -311,7 +317,7 @@ class AnyOrder(RuleBasedStateMachine):
         if len(self.calls) == 5:
             with pytest.raises(Overloaded):
                 self.calls.add(call)
-            call.settle(REPLY)  # it never began
+            call.ended(REPLY)  # it never began
             call.state = State.DONE
         else:
             self.calls.add(call)
@@ -323,11 +329,13 @@ class AnyOrder(RuleBasedStateMachine):
         if call.state is State.CREATED:
             self.calls.write(call)
 
-    @rule(call=under_way, event=st.sampled_from([it for it in Event if it not in (Event.WRITE, Event.CANCEL)]))
-    def happen(self, call: Waiting, event: Event) -> None:
+    @rule(
+        call=under_way, event=st.sampled_from([it for it in CallEvent if it not in (CallEvent.WRITE, CallEvent.CANCEL)])
+    )
+    def happen(self, call: Waiting, event: CallEvent) -> None:
         before, agains = call.state, call.agains
-        self.calls.happened(call, event, REPLY if event is Event.REPLY else None)
-        if before in SENT and event in (Event.LOST, Event.WORKER_LOST):
+        self.calls.happened(call, event, REPLY if event is CallEvent.REPLY else None)
+        if before in SENT and event in (CallEvent.LOST, CallEvent.WORKER_LOST):
             self.may_have_run.add(call)
             assert call.agains == agains or call.idempotent
 
@@ -335,11 +343,11 @@ class AnyOrder(RuleBasedStateMachine):
     def cancel(self, call: Waiting) -> None:
         if call.state is not State.DONE:
             self.cancelled.add(call)
-        self.calls.happened(call, Event.CANCEL)
+        self.calls.happened(call, CallEvent.CANCEL)
 
     @rule(call=consumes(under_way))
     def expire(self, call: Waiting) -> None:
-        self.calls.happened(call, Event.DEADLINE)
+        self.calls.happened(call, CallEvent.DEADLINE)
         assert call.state is State.DONE
 
     @invariant()
@@ -354,7 +362,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for call in self.all:
-            self.calls.happened(call, Event.DEADLINE)
+            self.calls.happened(call, CallEvent.DEADLINE)
         assert len(self.calls) == 0
 
 

@@ -12,11 +12,8 @@ from typing import Any
 import pytest
 
 from command import Rpcq
-from rpcq import DomainError, Service, Worker
-from rpcq.control import Answerer, MethodInfo, ServiceInfo, WorkerInfo, WorkerStats, read
-from rpcq.logs import Seldom, get_logger
-
-SELDOM = Seldom(get_logger("rpcq.some"))
+from rpcq import Client, DomainError, Service, Worker
+from rpcq.control import Answerer, MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
 
 HOSTILE = "[/none][bold]x[/] :bomb: \\ \x1b]0;title\x07\x9b2J\x7f\u202e\U000e0041\r\nfaked line\u2028"
 SHOWN = r"[/none][bold]x[/] :bomb: \ \x1b]0;title\x07\x9b2J\x7f\u202e\U000e0041"
@@ -59,7 +56,15 @@ async def hostile(rabbitmq_url: str, namespace: str) -> AsyncIterator[None]:
         raise Broken(HOSTILE, details={HOSTILE: HOSTILE})
 
     worker = Worker(things, url=rabbitmq_url, namespace=namespace)
-    worker._answerer = Answerer(worker._transport, None, INFO, lambda: STATS, 1024 * 1024)
+    worker._answerer = Answerer(
+        worker._transport,
+        INFO,
+        lambda *_: STATS,
+        cancel=worker._intake.cancel,
+        may_answer=worker._intake.may_answer,
+        reply_exchange=None,
+        max_body=1024 * 1024,
+    )
     async with worker:
         yield
 
@@ -105,11 +110,12 @@ async def test_a_result_and_an_error_are_shown_as_they_are(rpcq: Rpcq, hostile: 
 
 @pytest.mark.parametrize("answer", [{"prefetch": 10**4000}, {"prefetch": -1}, {"pid": 1.5}, {"host": None}])
 def test_an_answer_that_cannot_be_shown_is_dropped(answer: dict[str, Any]) -> None:
-    assert read(WorkerInfo, json.dumps(asdict(INFO)).encode(), SELDOM) == INFO
-    assert read(WorkerInfo, json.dumps({**asdict(INFO), **answer}).encode(), SELDOM) is None
+    control = Client("memory://")._control
+    assert control.read(WorkerInfo, json.dumps(asdict(INFO)).encode()) == INFO
+    assert control.read(WorkerInfo, json.dumps({**asdict(INFO), **answer}).encode()) is None
 
 
 def test_an_answer_with_numbers_that_json_does_not_have_is_dropped() -> None:
     for number in ("NaN", "Infinity", "1e999"):
         answer = json.dumps({**asdict(STATS), "time_ms": "here"}).replace('"here"', number)
-        assert read(WorkerStats, answer.encode(), SELDOM) is None
+        assert Client("memory://")._control.read(WorkerStats, answer.encode()) is None

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from rpcq import deadline
-from rpcq.deadline import Deadline, inherit
+from rpcq.runtime import deadline
+from rpcq.runtime.deadline import Deadline, inherit
 
 
 def _while_handling(handled: float, timeout: float, now: float) -> float:

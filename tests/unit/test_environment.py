@@ -9,7 +9,7 @@ import pytest
 from rpcq import Client, Service, Worker
 from rpcq.environment import broker_url, options_from, settings, variable
 from rpcq.errors import ConfigurationError
-from rpcq.settings import ClientOptions, WorkerOptions
+from rpcq.options import ClientOptions, WorkerOptions
 
 
 @pytest.fixture(autouse=True)

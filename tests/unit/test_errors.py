@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rpcq import errors, wire
+from rpcq import errors
 from rpcq.errors import (
     BrokerError,
     BrokerUnreachable,
@@ -34,6 +34,7 @@ from rpcq.errors import (
     from_wire,
     to_wire,
 )
+from rpcq.wire import bodies
 
 _LINE = re.compile(
     r"(?P<indent>[ |]*)(?:\+-- )?(?P<name>[A-Z]\w+)(?: \((?P<also>\w+)\))?"
@@ -147,7 +148,7 @@ def test_the_text_of_an_error_says_whether_it_ran_and_which_call_it_was() -> Non
 @pytest.mark.parametrize("kind", LEAVES)
 def test_an_error_survives_the_wire(kind: type[CallError]) -> None:
     sent = kind("why", executed="maybe", retryable=True, details={"field": [1, None]}, incident="4f2a")
-    got = from_wire(wire.loads(wire.dumps(to_wire(sent))), (DomainError,))
+    got = from_wire(bodies.loads(bodies.dumps(to_wire(sent))), (DomainError,))
     expected = InvalidParams if issubclass(kind, InvalidParams) else kind  # what was never sent has no code of its own
     assert type(got) is expected
     assert to_wire(got) == to_wire(sent)
@@ -158,7 +159,7 @@ def test_an_error_survives_the_wire(kind: type[CallError]) -> None:
 @pytest.mark.parametrize("kind", CALL_ERRORS)
 def test_the_defaults_of_an_error_survive_the_wire(kind: type[CallError]) -> None:
     sent = kind("why")
-    got = from_wire(wire.loads(wire.dumps(to_wire(sent))))
+    got = from_wire(bodies.loads(bodies.dumps(to_wire(sent))))
     assert (got.code, got.executed, got.retryable) == (sent.code, sent.executed, sent.retryable)
     assert "incident" not in to_wire(sent)
 
@@ -275,7 +276,7 @@ def test_a_domain_error_is_whole_even_if_its_constructor_does_not_call_the_one_a
 )
 def test_an_error_raised_with_anything_for_a_message_can_be_sent(message: Any, said: str) -> None:
     assert to_wire(OutOfStock(message))["message"] == said
-    assert wire.dumps(to_wire(OutOfStock(message)))
+    assert bodies.dumps(to_wire(OutOfStock(message)))
 
 
 def test_a_code_that_nobody_knows_gives_a_remote_error_with_that_code() -> None:

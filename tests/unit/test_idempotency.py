@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from rpcq.idempotency import OVERHEAD, Answer, MemoryAnswers, fingerprint
+from rpcq.results import OVERHEAD, MemoryResults, StoredResult, fingerprint
 
 
-def answer(size: int = 0) -> Answer:
-    return Answer(b"f", b"x" * size)
+def answer(size: int = 0) -> StoredResult:
+    return StoredResult(b"f", b"x" * size)
 
 
 async def test_what_is_put_is_remembered_under_its_key() -> None:
-    answers = MemoryAnswers(10_000)
+    answers = MemoryResults(10_000)
     await answers.put("a", answer(1))
     await answers.put("b", answer(2))
     assert (await answers.get("a"), await answers.get("b"), await answers.get("c")) == (answer(1), answer(2), None)
 
 
 async def test_what_was_not_asked_for_longest_is_forgotten_first() -> None:
-    answers = MemoryAnswers(3 * (OVERHEAD + 1))  # a key of one character each
+    answers = MemoryResults(3 * (OVERHEAD + 1))  # a key of one character each
     for key in "abc":
         await answers.put(key, answer())
     await answers.get("a")
@@ -26,7 +26,7 @@ async def test_what_was_not_asked_for_longest_is_forgotten_first() -> None:
 
 
 async def test_large_answers_take_the_room_of_several_small_ones() -> None:
-    answers = MemoryAnswers(10 * OVERHEAD + 10)
+    answers = MemoryResults(10 * OVERHEAD + 10)
     for key in "abcdefgh":
         await answers.put(key, answer())
     await answers.put("large", answer(8 * OVERHEAD))
@@ -35,14 +35,14 @@ async def test_large_answers_take_the_room_of_several_small_ones() -> None:
 
 
 async def test_a_long_key_takes_its_room() -> None:
-    answers = MemoryAnswers(3 * OVERHEAD)
+    answers = MemoryResults(3 * OVERHEAD)
     for letter in "ab":
         await answers.put(letter * OVERHEAD, answer())
     assert [letter for letter in "ab" if await answers.get(letter * OVERHEAD)] == ["b"]
 
 
 async def test_one_that_is_larger_than_all_the_room_is_not_kept() -> None:
-    answers = MemoryAnswers(10 * OVERHEAD)
+    answers = MemoryResults(10 * OVERHEAD)
     await answers.put("large", answer(10 * OVERHEAD))
     assert len(answers) == 0
     await answers.put("small", answer())
@@ -50,7 +50,7 @@ async def test_one_that_is_larger_than_all_the_room_is_not_kept() -> None:
 
 
 async def test_a_key_that_is_put_again_takes_room_once() -> None:
-    answers = MemoryAnswers(2 * (OVERHEAD + 1) + 5)
+    answers = MemoryResults(2 * (OVERHEAD + 1) + 5)
     for size in range(6):
         await answers.put("a", answer(size))
     await answers.put("b", answer())
@@ -58,7 +58,7 @@ async def test_a_key_that_is_put_again_takes_room_once() -> None:
 
 
 async def test_no_room_remembers_nothing() -> None:
-    answers = MemoryAnswers(0)
+    answers = MemoryResults(0)
     await answers.put("a", answer())
     assert await answers.get("a") is None
 

@@ -38,8 +38,8 @@ from rpcq.observability.health import MAX_CONNECTIONS, HealthServer, parse_addre
 from rpcq.observability.management import management_of
 from rpcq.observability.metrics import Metrics
 from rpcq.observability.queues import MANAGEMENT_AGAIN, QueueDepth, QueueWatch
-from rpcq.observer import Observer, SeenCall
-from rpcq.settings import ClientOptions
+from rpcq.observer import ObservedCall, Observer
+from rpcq.options import ClientOptions
 from rpcq.url import parse
 
 ROOT = Path(__file__).parents[2]
@@ -564,7 +564,7 @@ def test_methods_beyond_the_limit_are_counted_together(monkeypatch: pytest.Monke
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     for number in (*range(5), 0, 4):
-        call = SeenCall(b"", "shop", f"m{number}", f"shop.m{number}")
+        call = ObservedCall(b"", "shop", f"m{number}", f"shop.m{number}")
         ended = metrics.on_call(call)
         call.code = "OK"
         ended(call)
@@ -585,7 +585,7 @@ class Counted:
         self.metrics = Metrics(self.registry)
 
     def end(self, code: str, method: str = "price") -> None:
-        call = SeenCall(b"", "shop", method, f"shop.{method}")
+        call = ObservedCall(b"", "shop", method, f"shop.{method}")
         ended = self.metrics.on_call(call)
         call.code = code
         ended(call)

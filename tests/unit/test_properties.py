@@ -17,7 +17,7 @@ from pamqp import decode as pamqp_decode
 from pamqp import encode as pamqp_encode
 from pamqp.header import ContentHeader
 
-from rpcq.properties import (
+from rpcq.wire.properties import (
     CLUSTER_ID,
     CONTENT_TYPE,
     CORRELATION_ID,

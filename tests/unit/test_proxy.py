@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import pytest
 from pydantic import BaseModel
 
+from rpcq.calls.proxy import CallMaker, RemoteMethod, ServiceProxy, Target, make_target
 from rpcq.contracts import contract
 from rpcq.errors import ConfigurationError, DomainError
-from rpcq.proxy import CallMaker, RemoteMethod, ServiceProxy, Target, make_target
-from rpcq.settings import CallOptions
-from rpcq.transport.topology import Names
+from rpcq.options import CallOptions
+from rpcq.wire.topology import Topology
 
 
 class OutOfStock(DomainError):
@@ -43,7 +43,7 @@ class Made:
 class Recorder:
     """Stands where the client stands: makes no call, and gives what it was asked for."""
 
-    names: Names = field(default_factory=Names)
+    topology: Topology = field(default_factory=Topology)
 
     def invoke(
         self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
@@ -79,7 +79,7 @@ async def test_what_stands_before_the_last_dot_is_the_service(maker: CallMaker) 
 
 
 async def test_a_namespace_has_an_exchange_of_its_own() -> None:
-    made = await CallMaker(Recorder(Names("staging")), CallOptions()).call("orders.total")
+    made = await CallMaker(Recorder(Topology("staging")), CallOptions()).call("orders.total")
     assert made.target.exchange == b"staging.requests"
 
 
@@ -116,7 +116,7 @@ def test_a_service_that_cannot_be_is_refused_at_once(maker: CallMaker, service: 
     for attempt in (
         lambda: maker.call(f"{service}.total"),
         lambda: maker.service(service),
-        lambda: make_target(Names(), service, "total", None),
+        lambda: make_target(Topology(), service, "total", None),
     ):
         with pytest.raises(ConfigurationError, match="the service is called"):
             attempt()

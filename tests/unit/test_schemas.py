@@ -38,7 +38,7 @@ from pydantic import (
 from typing_extensions import TypeAliasType, TypedDict
 
 from rpcq.errors import ConfigurationError
-from rpcq.schemas import Codec, make_codec
+from rpcq.validation.schemas import Codec, make_codec
 
 ALL = bytes(range(256))
 STANDARD = base64.b64encode(ALL)

@@ -31,13 +31,13 @@ from pydantic import (
 )
 from typing_extensions import TypeAliasType, TypedDict
 
-from rpcq import wire
-from rpcq.bounds import NotRead
 from rpcq.contracts import Contract, contract, result_adapter
-from rpcq.deadline import Deadline
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply
+from rpcq.runtime.deadline import Deadline
 from rpcq.service import Context as Ctx
 from rpcq.service import Method, Service
+from rpcq.validation.bounds import NotRead
+from rpcq.wire import bodies
 
 CONTEXT = Ctx(service="s", method="m", correlation_id="id", deadline=Deadline(1.0))
 
@@ -154,7 +154,7 @@ def test_parameters_come_by_name_by_position_or_as_one_bare_scalar(body: str, re
 
 @pytest.mark.parametrize("value", ["null", "true", '"text"', "-1.5e3", '"[1]"', '"{"'])
 def test_any_scalar_may_stand_alone(value: str) -> None:
-    assert called(lambda it: it, value) == wire.loads(value.encode())
+    assert called(lambda it: it, value) == bodies.loads(value.encode())
 
 
 def test_a_method_without_parameters_takes_an_empty_object_or_array() -> None:
@@ -217,7 +217,7 @@ def test_a_parameter_that_does_not_fit_is_named(body: str, named: str, loc: list
         called(add, body)
     assert named in caught.value.message
     assert caught.value.details[0]["loc"] == loc
-    assert wire.dumps(caught.value.details)
+    assert bodies.dumps(caught.value.details)
 
 
 def test_the_details_of_nested_parameters_name_the_way_to_them() -> None:
@@ -231,13 +231,13 @@ def test_only_a_few_of_many_faults_are_spelt_out() -> None:
     def total(numbers: list[int]) -> None: ...
 
     with pytest.raises(InvalidParams, match="; and 195 more") as caught:
-        called(total, wire.dumps({"numbers": ["a"] * 200}))
+        called(total, bodies.dumps({"numbers": ["a"] * 200}))
     assert len(caught.value.details) == 100
 
 
 def test_of_very_many_faults_only_the_number_is_told() -> None:
     with pytest.raises(InvalidParams, match=r"the parameters do not fit s\.m: 5000 errors, too many to list") as caught:
-        called(add, wire.dumps({"x": 1, "y": 2} | dict.fromkeys(map(str, range(5000)))))
+        called(add, bodies.dumps({"x": 1, "y": 2} | dict.fromkeys(map(str, range(5000)))))
     assert caught.value.details is None
 
 
@@ -247,9 +247,9 @@ def test_names_and_messages_from_the_body_are_cut() -> None:
     named = "n" * 100_000
     body = {"models": {named: {"items": [{}]}}, "kind": {"kind": named}, named: 1}
     with pytest.raises(InvalidParams, match=r"models\.nnn") as caught:
-        called(take, wire.dumps(body))
+        called(take, bodies.dumps(body))
     assert len(caught.value.details) == 4
-    assert len(wire.dumps(caught.value.details)) < 10_000
+    assert len(bodies.dumps(caught.value.details)) < 10_000
     assert caught.value.details[0]["loc"][0] == "models"
     assert caught.value.details[0]["loc"][1].endswith("n...")
 
@@ -394,14 +394,14 @@ def test_bytes_come_as_the_caller_gave_them(kind: Any) -> None:
 
     take.__annotations__["x"] = kind
     for value in (b"", b"abc", b"\xff", b"\xfb\xff", b"YWJj", bytes(range(256)), bytes(range(255, -1, -1))):
-        assert called(take, wire.encode_params((value, value), {}, 1024)) == (value, (value,))
+        assert called(take, bodies.encode_params((value, value), {}, 1024)) == (value, (value,))
 
 
 def test_a_secret_is_taken_from_a_plain_value() -> None:
     def take(x: SecretStr, y: SecretBytes, z: Login) -> Any:
         return x.get_secret_value(), y.get_secret_value(), z.token.get_secret_value()
 
-    body = wire.encode_params(("a", b"\xff", {"token": "c"}), {}, 1024)
+    body = bodies.encode_params(("a", b"\xff", {"token": "c"}), {}, 1024)
     assert called(take, body) == ("a", b"\xff", "c")
 
 

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams
-from rpcq.settings import (
+from rpcq.options import (
     MAX_TIMEOUT,
+    CallKwargs,
     CallOptions,
-    CallSettings,
+    ClientKwargs,
     ClientOptions,
-    ClientSettings,
+    ConnectionKwargs,
     ConnectionOptions,
-    ConnectionSettings,
+    WorkerKwargs,
     WorkerOptions,
-    WorkerSettings,
     check_name,
 )
 
@@ -36,10 +36,10 @@ class OutOfStock(DomainError):
 @pytest.mark.parametrize(
     ("options", "settings"),
     [
-        (CallOptions, CallSettings),
-        (ConnectionOptions, ConnectionSettings),
-        (ClientOptions, ClientSettings),
-        (WorkerOptions, WorkerSettings),
+        (CallOptions, CallKwargs),
+        (ConnectionOptions, ConnectionKwargs),
+        (ClientOptions, ClientKwargs),
+        (WorkerOptions, WorkerKwargs),
     ],
 )
 def test_keyword_arguments_and_option_objects_have_the_same_names_and_types(options: Any, settings: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from load import Ledger
-from rpcq.idempotency import Answer, Claim
+from rpcq.results import Claim, StoredResult
 from soak.oracle import KeyLedger
 from soak.store import Server, SharedAnswers, Trouble
 
@@ -103,7 +103,7 @@ async def test_of_many_who_claim_a_key_at_once_one_gets_it(tmp_path: Path) -> No
         workers = [SharedAnswers(path) for _ in range(3)]
         found = await asyncio.gather(*(workers[n % 3].claim("k", f"owner-{n}", 9.0) for n in range(30)))
         assert Counter(found) == {Claim.TAKEN: 1, Claim.HELD: 29}
-        answer = Answer(b"\x00\xff", '"ü"'.encode())
+        answer = StoredResult(b"\x00\xff", '"ü"'.encode())
         await workers[0].put("k", answer)
         assert [await one.claim("k", "another", 9.0) for one in workers] == [answer] * 3
         for one in workers:

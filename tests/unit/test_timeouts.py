@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from rpcq.timeouts import SPAN, Bucket, Timeouts
+from rpcq.runtime.timeouts import SPAN, Bucket, Timeouts
 
 
 class Thing:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr, computed_field, field_serializer
 from pydantic_core import from_json, to_json
 
-from rpcq import values
-from rpcq.values import NotCarried
+from rpcq.wire import values
+from rpcq.wire.values import NotCarried
 
 hundreds = settings(
     max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from rpcq import Client, Service, Worker
-from rpcq.watchdog import Watchdog
+from rpcq.runtime.watchdog import Watchdog
 
 LIMIT = 0.1
 BLOCK = 0.25
@@ -323,7 +323,7 @@ def test_a_handler_that_blocks_is_named_from_its_first_step_on(run: Run, logs: p
 
 STOPPED = """
 import asyncio, logging, sys, time
-from rpcq.watchdog import Watchdog
+from rpcq.runtime.watchdog import Watchdog
 
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 

@@ -20,12 +20,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, RootModel, Secret, SecretBytes, SecretStr, field_serializer
 
-from rpcq import properties as amqp
-from rpcq import wire
 from rpcq.errors import InvalidParams, InvalidReply, NotSerializable, TooLarge
-from rpcq.properties import MalformedProperties, Properties
-from rpcq.settings import MAX_HEADERS
-from rpcq.wire import ERROR, JSON, RESULT, Notice, Reply, ReplyEncoder, Request, RequestEncoder
+from rpcq.options import MAX_HEADERS
+from rpcq.wire import bodies, control, replies, requests
+from rpcq.wire import properties as amqp
+from rpcq.wire.bodies import JSON
+from rpcq.wire.properties import MalformedProperties, Properties
+from rpcq.wire.replies import ERROR, RESULT, Notice, Reply, ReplyEncoder
+from rpcq.wire.requests import Request, RequestEncoder
 
 dozens = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
@@ -40,7 +42,7 @@ NAMES = st.text(alphabet="ABCxyz019_-", min_size=1, max_size=100)
 IDS = st.binary(min_size=1, max_size=255)
 MILLISECONDS = st.integers(min_value=0, max_value=2**62)
 HEADERS = st.dictionaries(
-    st.text(max_size=12).map(lambda it: f"x-{it}") | st.sampled_from(["x-death", wire.ATTEMPT, wire.DEADLINE]),
+    st.text(max_size=12).map(lambda it: f"x-{it}") | st.sampled_from(["x-death", requests.ATTEMPT, requests.DEADLINE]),
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text(max_size=10) | st.just([{"reason": "x"}]),
     max_size=3,
 )
@@ -99,7 +101,7 @@ def nested(depth: int) -> Any:
 
 
 def params(*args: Any, **named: Any) -> bytes:
-    return wire.encode_params(args, named, 1024)
+    return bodies.encode_params(args, named, 1024)
 
 
 # JSON.
@@ -108,13 +110,13 @@ def params(*args: Any, **named: Any) -> bytes:
 @dozens
 @given(JSON_VALUES)
 def test_json_values_come_back_as_they_were(value: Any) -> None:
-    assert wire.loads(wire.dumps(value)) == value
-    assert json.loads(wire.dumps(value)) == value
+    assert bodies.loads(bodies.dumps(value)) == value
+    assert json.loads(bodies.dumps(value)) == value
 
 
 @pytest.mark.parametrize("number", [2**63, 2**64, -(2**64), 10**100, 10**4000])
 def test_integers_beyond_64_bits_survive(number: int) -> None:
-    assert wire.loads(wire.dumps({"n": number})) == {"n": number}
+    assert bodies.loads(bodies.dumps({"n": number})) == {"n": number}
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
@@ -133,7 +135,7 @@ def test_integers_beyond_64_bits_survive(number: int) -> None:
 )
 def test_numbers_that_json_does_not_have_are_refused_wherever_they_stand(number: float, around: Any) -> None:
     with pytest.raises(ValueError, match="NaN and Infinity are not JSON"):
-        wire.dumps(around(number))
+        bodies.dumps(around(number))
 
 
 @pytest.mark.parametrize(
@@ -151,14 +153,14 @@ def test_numbers_that_json_does_not_have_are_refused_wherever_they_stand(number:
     ],
 )
 def test_the_names_of_such_numbers_may_stand_in_strings(value: Any) -> None:
-    assert json.loads(wire.dumps(value)) is None or json.loads(wire.dumps(value))
+    assert json.loads(bodies.dumps(value)) is None or json.loads(bodies.dumps(value))
 
 
 @dozens
 @given(st.text(), st.sampled_from(["NaN", "Infinity", "-Infinity", ",NaN]", '"NaN', "\\NaN"]), st.text())
 def test_text_around_such_a_name_changes_nothing(before: str, name: str, after: str) -> None:
     value = {before: [before + name + after, name]}
-    assert wire.loads(wire.dumps(value)) == value
+    assert bodies.loads(bodies.dumps(value)) == value
 
 
 @pytest.mark.parametrize(
@@ -167,14 +169,14 @@ def test_text_around_such_a_name_changes_nothing(before: str, name: str, after: 
 )
 def test_what_is_no_json_is_refused(text: bytes) -> None:
     with pytest.raises(ValueError, match=r"\A."):
-        wire.loads(text)
+        bodies.loads(text)
 
 
 @pytest.mark.parametrize("number", [b"1e400", b"-1E+400", b"123456.7e999", b"1" + b"0" * 400 + b".5"])
 @pytest.mark.parametrize("around", [b"%b", b"[%b]", b'{"a": [{"b": %b}]}'])
 def test_a_number_beyond_a_float_is_refused_and_never_infinite(number: bytes, around: bytes) -> None:
     with pytest.raises(ValueError, match=r"a number is beyond the range of a float, about 1\.8e308"):
-        wire.loads(around.replace(b"%b", number))
+        bodies.loads(around.replace(b"%b", number))
 
 
 @pytest.mark.parametrize(
@@ -188,13 +190,13 @@ def test_a_number_beyond_a_float_is_refused_and_never_infinite(number: bytes, ar
     ],
 )
 def test_numbers_that_only_look_so_are_read(text: bytes, value: Any) -> None:
-    assert wire.loads(text) == value
+    assert bodies.loads(text) == value
 
 
 @pytest.mark.parametrize("text", [b"[" * 100_000, b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 100_000])
 def test_json_nested_100_000_deep_is_refused(text: bytes) -> None:
     with pytest.raises(ValueError, match="recursion limit"):
-        wire.loads(text)
+        bodies.loads(text)
 
 
 # Parameters.
@@ -222,7 +224,7 @@ def test_json_nested_100_000_deep_is_refused(text: bytes) -> None:
 def test_parameters_are_an_object_by_name_an_array_by_position_and_a_lone_scalar_bare(
     args: tuple[Any, ...], named: dict[str, Any], body: bytes
 ) -> None:
-    assert wire.encode_params(args, named, 1024) == body
+    assert bodies.encode_params(args, named, 1024) == body
 
 
 @pytest.mark.parametrize(
@@ -315,9 +317,9 @@ def test_bytes_of_a_class_that_writes_them_as_text_are_refused_with_their_mend()
 
 def test_the_longest_integer_that_is_read_is_written() -> None:
     longest = 10**4300 - 1
-    assert wire.loads(wire.encode_params(([longest],), {}, 5000)) == [[longest]]
+    assert bodies.loads(bodies.encode_params(([longest],), {}, 5000)) == [[longest]]
     with pytest.raises(NotSerializable, match="an integer of more than 4300 digits can be written, and not be read"):
-        wire.encode_params(([longest + 1],), {}, 5000)
+        bodies.encode_params(([longest + 1],), {}, 5000)
 
 
 def test_a_list_that_holds_itself_is_refused() -> None:
@@ -338,9 +340,9 @@ def test_parameters_by_position_and_by_name_are_refused() -> None:
 
 
 def test_a_body_may_have_as_many_bytes_as_the_limit_and_no_more() -> None:
-    assert len(wire.encode_params(("é" * 10,), {}, 22)) == 22
+    assert len(bodies.encode_params(("é" * 10,), {}, 22)) == 22
     with pytest.raises(TooLarge, match=r"22 bytes of JSON; the limit is 21 \(max_body\)"):
-        wire.encode_params(("é" * 10,), {}, 21)
+        bodies.encode_params(("é" * 10,), {}, 21)
 
 
 # Requests.
@@ -353,17 +355,17 @@ def test_a_body_may_have_as_many_bytes_as_the_limit_and_no_more() -> None:
 def test_a_request_is_read_as_it_was_written(
     method: str, key: str | None, attempt: int, metadata: dict[str, str], notify: bool
 ) -> None:
-    headers = wire.encode_headers(key=key, attempt=attempt, metadata=metadata)
+    headers = requests.encode_headers(key=key, attempt=attempt, metadata=metadata)
     data = RequestEncoder("amq.gen-é", "shop").encode(b"id-1", method.encode(), 5000, 1_700_000, headers, notify=notify)
     assert amqp.decode(data) == Properties(
         content_type=JSON,
         headers={
             **({"CC": ["amq.gen-é"]} if notify else {}),
-            wire.DEADLINE: 1_700_000,
-            wire.TIMEOUT: 5000,
+            requests.DEADLINE: 1_700_000,
+            requests.TIMEOUT: 5000,
             **metadata,
-            **({wire.KEY: key} if key else {}),
-            **({wire.ATTEMPT: attempt} if attempt > 1 else {}),
+            **({requests.KEY: key} if key else {}),
+            **({requests.ATTEMPT: attempt} if attempt > 1 else {}),
         },
         delivery_mode=1,
         correlation_id=b"id-1",
@@ -372,7 +374,7 @@ def test_a_request_is_read_as_it_was_written(
         type=method.encode() or None,
         app_id=b"shop",
     )
-    request = wire.read_request(data)
+    request = requests.read_request(data)
     assert (request.correlation_id, request.reply_to) == (b"id-1", "amq.gen-é".encode())
     assert (request.method, request.app_id, request.problem) == (method or None, "shop", "")
     assert (request.deadline_ms, request.timeout_ms) == (1_700_000, 5000)
@@ -387,9 +389,9 @@ def test_any_request_is_read_as_it_was_written(
     encoder = RequestEncoder(reply_to, app_id)
     data = encoder.encode(correlation_id, method.encode(), left, deadline, b"", notify=notify)
     expected = Request(correlation_id, reply_to.encode(), method, deadline, left, app_id, has_copy=notify)
-    assert wire.read_request(data) == expected
+    assert requests.read_request(data) == expected
     found = amqp.decode(data)
-    assert wire.read_request(amqp.encode(dataclasses.replace(found, message_id=b"m"))) == dataclasses.replace(
+    assert requests.read_request(amqp.encode(dataclasses.replace(found, message_id=b"m"))) == dataclasses.replace(
         expected, headers=found.headers
     )
 
@@ -413,15 +415,15 @@ def test_names_of_255_bytes_fit_and_longer_ones_are_refused() -> None:
 
 def test_headers_may_have_8_kib_together_and_no_more() -> None:
     fits = MAX_HEADERS - len(b"\x03x-aS....")
-    assert len(wire.encode_headers(key=None, attempt=1, metadata={"x-a": "v" * fits})) == MAX_HEADERS
+    assert len(requests.encode_headers(key=None, attempt=1, metadata={"x-a": "v" * fits})) == MAX_HEADERS
     with pytest.raises(TooLarge, match="the headers are 8193 bytes; the limit is 8192"):
-        wire.encode_headers(key=None, attempt=1, metadata={"x-a": "v" * (fits + 1)})
+        requests.encode_headers(key=None, attempt=1, metadata={"x-a": "v" * (fits + 1)})
     with pytest.raises(TooLarge, match="the limit is 8192"):
-        wire.encode_headers(key="k" * 200, attempt=2, metadata={"x-a": "v" * (fits - 100)})
+        requests.encode_headers(key="k" * 200, attempt=2, metadata={"x-a": "v" * (fits - 100)})
 
 
 def read(**fields: Any) -> Request:
-    return wire.read_request(amqp.encode(Properties(**fields)))
+    return requests.read_request(amqp.encode(Properties(**fields)))
 
 
 def test_a_request_of_a_plain_client_says_nothing_and_is_no_problem() -> None:
@@ -442,7 +444,7 @@ def test_a_request_of_a_plain_client_says_nothing_and_is_no_problem() -> None:
 def test_json_is_read_however_its_content_type_is_written(content_type: bytes | None) -> None:
     assert read(content_type=content_type, content_encoding=b"").problem == ""
     if content_type:
-        assert wire.read_body(Reply(b"", RESULT, b"1", content_type)) == 1
+        assert replies.read_body(Reply(b"", RESULT, b"1", content_type)) == 1
 
 
 @pytest.mark.parametrize(
@@ -455,7 +457,7 @@ def test_other_content_types_are_refused_by_name(content_type: bytes) -> None:
         read(content_type=content_type).problem == f"the content type is {said!r}; this worker reads application/json"
     )
     with pytest.raises(InvalidReply, match="the reply's content type is") as caught:
-        wire.read_body(Reply(b"", RESULT, b"1", content_type))
+        replies.read_body(Reply(b"", RESULT, b"1", content_type))
     assert repr(said) in str(caught.value)
 
 
@@ -463,7 +465,7 @@ def test_an_encoded_body_is_refused_by_name() -> None:
     assert "encoded as 'gzip'" in read(content_type=JSON, content_encoding=b"gzip").problem
 
 
-@pytest.mark.parametrize("name", [wire.DEADLINE, wire.TIMEOUT])
+@pytest.mark.parametrize("name", [requests.DEADLINE, requests.TIMEOUT])
 @pytest.mark.parametrize("value", [1.5, "5000", True, b"5", [1], datetime(2026, 1, 1, tzinfo=UTC)])
 def test_times_that_are_no_whole_numbers_are_refused_by_name(name: str, value: Any) -> None:
     assert f"the header {name} is" in read(headers={name: value}).problem
@@ -472,20 +474,20 @@ def test_times_that_are_no_whole_numbers_are_refused_by_name(name: str, value: A
 @pytest.mark.parametrize("kind", ["b", "B", "s", "u", "I", "i", "l", "L"])
 def test_times_may_have_any_integer_type_of_amqp(kind: str) -> None:
     layout = {"b": ">b", "B": ">B", "s": ">h", "u": ">H", "I": ">i", "i": ">I", "l": ">q", "L": ">q"}[kind]
-    entry = amqp.short(wire.TIMEOUT.encode()) + kind.encode() + struct.pack(layout, 100)
+    entry = amqp.short(requests.TIMEOUT.encode()) + kind.encode() + struct.pack(layout, 100)
     data = struct.pack(">HI", amqp.HEADERS, len(entry)) + entry
-    assert (wire.read_request(data).timeout_ms, wire.read_request(data).problem) == (100, "")
+    assert (requests.read_request(data).timeout_ms, requests.read_request(data).problem) == (100, "")
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, "1", True, None])
 def test_an_attempt_that_is_no_whole_number_from_1_is_refused(value: Any) -> None:
-    assert f"the header {wire.ATTEMPT} is {value!r}" in read(headers={wire.ATTEMPT: value}).problem
+    assert f"the header {requests.ATTEMPT} is {value!r}" in read(headers={requests.ATTEMPT: value}).problem
 
 
 @pytest.mark.parametrize("value", ["", "k" * 256, "é" * 128, 5, b"\xff"])
 def test_an_idempotency_key_that_is_no_string_of_1_to_255_bytes_is_refused(value: Any) -> None:
-    problem = read(headers={wire.KEY: value}).problem
-    assert f"the header {wire.KEY} is" in problem
+    problem = read(headers={requests.KEY: value}).problem
+    assert f"the header {requests.KEY} is" in problem
     assert len(problem) < 200
 
 
@@ -503,10 +505,10 @@ def test_headers_that_rabbitmq_owns_and_other_values_are_never_shown_as_metadata
 
 @pytest.mark.parametrize("metadata", [{}, {"x-a": "b"}])
 def test_the_user_of_the_broker_stands_beside_the_clients_own_name(metadata: dict[str, str]) -> None:
-    headers = wire.encode_headers(key=None, attempt=1, metadata=metadata)
+    headers = requests.encode_headers(key=None, attempt=1, metadata=metadata)
     known = RequestEncoder("amq.gen-1", "shop", "billing").encode(b"id", b"add", 5000, 10**12, headers, notify=True)
     assert amqp.decode(known).user_id == b"billing"
-    request, anonymous = wire.read_request(known), wire.read_request(_REQUEST)
+    request, anonymous = requests.read_request(known), requests.read_request(_REQUEST)
     assert (request.user, request.app_id, request.method, request.metadata) == ("billing", "shop", "add", metadata)
     assert (anonymous.user, anonymous.app_id, amqp.decode(_REQUEST).user_id) == ("", "shop", None)
 
@@ -514,9 +516,9 @@ def test_the_user_of_the_broker_stands_beside_the_clients_own_name(metadata: dic
 @dozens
 @given(st.binary(max_size=80))
 def test_whatever_bytes_a_request_has_they_are_read_or_malformed(data: bytes) -> None:
-    for noise in (data, _REQUEST[: len(data)] + data, wire._FAST_START + data, wire._FAST_START_NAMED + data):
+    for noise in (data, _REQUEST[: len(data)] + data, requests._FAST_START + data, requests._FAST_START_NAMED + data):
         with contextlib.suppress(MalformedProperties):
-            assert isinstance(wire.read_request(noise), Request)
+            assert isinstance(requests.read_request(noise), Request)
 
 
 _REQUEST = RequestEncoder("amq.gen-1", "shop").encode(b"id", b"add", 5000, 10**12, b"", notify=True)
@@ -526,7 +528,7 @@ _REPLY = ReplyEncoder().encode(RESULT, b"id", 1.0, 2.0)
 
 @pytest.mark.parametrize("data", [_REQUEST, _KNOWN, _REPLY])
 def test_properties_that_end_early_or_go_on_too_long_are_malformed(data: bytes) -> None:
-    reader = wire.read_request if data is not _REPLY else lambda it: wire.read_reply(it, b"", OWN)
+    reader = requests.read_request if data is not _REPLY else lambda it: replies.read_reply(it, b"", OWN)
     assert reader(data)
     for end in range(len(data)):
         with pytest.raises(MalformedProperties):
@@ -542,7 +544,7 @@ def test_flipped_bytes_of_a_request_are_read_as_the_slow_way_reads_them_or_malfo
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     try:
-        fast = wire.read_request(bytes(raw))
+        fast = requests.read_request(bytes(raw))
         found = amqp.decode(bytes(raw))
     except MalformedProperties:
         return
@@ -550,7 +552,7 @@ def test_flipped_bytes_of_a_request_are_read_as_the_slow_way_reads_them_or_malfo
     assert fast.correlation_id == (found.correlation_id or b"")
     assert fast.reply_to == (found.reply_to or b"")
     assert (fast.method or "").encode() == (found.type or b"") or fast.headers
-    assert (fast.deadline_ms, fast.timeout_ms) == (headers.get(wire.DEADLINE), headers.get(wire.TIMEOUT))
+    assert (fast.deadline_ms, fast.timeout_ms) == (headers.get(requests.DEADLINE), headers.get(requests.TIMEOUT))
 
 
 # Replies.
@@ -570,7 +572,7 @@ def test_a_reply_is_read_as_it_was_written(
         correlation_id=correlation_id or b"",
         type=kind,
     )
-    assert wire.read_reply(data, b"1", OWN) == Reply(correlation_id or b"", kind, b"1", JSON)
+    assert replies.read_reply(data, b"1", OWN) == Reply(correlation_id or b"", kind, b"1", JSON)
 
 
 def _slow(found: Properties, body: bytes | None) -> Reply:
@@ -597,37 +599,37 @@ def _slow(found: Properties, body: bytes | None) -> Reply:
 @example(Properties(JSON, None, {"x-death": "forged"}, 1, correlation_id=b"x-death", type=RESULT))
 @example(Properties(JSON, None, {"x-death": [{"reason": "expired", "queue": "rpcq.once.a"}]}, 1, correlation_id=b"i"))
 def test_a_reply_is_read_the_same_whether_the_fast_way_or_the_slow(found: Properties) -> None:
-    assert wire.read_reply(amqp.encode(found), b"1", OWN) == _slow(found, b"1")
+    assert replies.read_reply(amqp.encode(found), b"1", OWN) == _slow(found, b"1")
 
 
 @pytest.mark.parametrize("more", [{}, {"type": b"add", "content_type": JSON, "delivery_mode": 1, "app_id": b"shop"}])
 def test_a_request_that_its_queue_gave_up_is_a_notice(more: dict[str, Any]) -> None:
-    data = amqp.encode(Properties(headers=DEATH | {wire.TIMEOUT: 5}, correlation_id=b"id", reply_to=OWN, **more))
-    assert wire.read_reply(data, b"{}", OWN) == Notice(b"id", "expired", "rpcq.req.a")
+    data = amqp.encode(Properties(headers=DEATH | {requests.TIMEOUT: 5}, correlation_id=b"id", reply_to=OWN, **more))
+    assert replies.read_reply(data, b"{}", OWN) == Notice(b"id", "expired", "rpcq.req.a")
 
 
 @pytest.mark.parametrize("reply_to", [None, b"", b"amq.gen-other"])
 def test_a_reply_of_a_server_that_copies_headers_is_no_notice(reply_to: bytes | None) -> None:
     data = amqp.encode(Properties(headers=DEATH, correlation_id=b"id", reply_to=reply_to))
-    assert wire.read_reply(data, b"1", OWN) == Reply(b"id", RESULT, b"1")
+    assert replies.read_reply(data, b"1", OWN) == Reply(b"id", RESULT, b"1")
 
 
 @pytest.mark.parametrize("more", [{}, {"headers": {"CC": [OWN.decode()]}}, {"type": RESULT}])
 def test_a_copy_of_a_request_of_ones_own_is_never_a_reply(more: dict[str, Any]) -> None:
     data = amqp.encode(Properties(correlation_id=b"id", reply_to=OWN, **more))
-    assert wire.read_reply(data, b"1", OWN) is None
+    assert replies.read_reply(data, b"1", OWN) is None
 
 
 def test_a_notice_tells_the_last_death_first() -> None:
     deaths = [{"reason": "delivery_limit", "queue": "rpcq.once.a"}, *DEATH["x-death"]]
     data = amqp.encode(Properties(headers={"x-death": deaths}, reply_to=OWN))
-    assert wire.read_reply(data, None, OWN) == Notice(b"", "delivery_limit", "rpcq.once.a")
+    assert replies.read_reply(data, None, OWN) == Notice(b"", "delivery_limit", "rpcq.once.a")
 
 
 @pytest.mark.parametrize("death", ["expired", [], ["expired"], [{"reason": "expired"}], [{"reason": 1, "queue": 2}]])
 def test_a_death_that_tells_nothing_is_no_notice(death: Any) -> None:
     data = amqp.encode(Properties(headers={"x-death": death}, correlation_id=b"id", reply_to=OWN, type=b"add"))
-    assert wire.read_reply(data, b"", OWN) is None
+    assert replies.read_reply(data, b"", OWN) is None
 
 
 @settings(dozens, max_examples=300)
@@ -635,7 +637,7 @@ def test_a_death_that_tells_nothing_is_no_notice(death: Any) -> None:
 def test_whatever_bytes_a_reply_has_they_are_read_or_malformed(data: bytes) -> None:
     for noise in (data, _REPLY[:2] + data, _REPLY[: 2 + len(JSON)] + data):
         with contextlib.suppress(MalformedProperties):
-            assert isinstance(wire.read_reply(noise, b"", OWN), Reply | Notice | None)
+            assert isinstance(replies.read_reply(noise, b"", OWN), Reply | Notice | None)
 
 
 @dozens
@@ -645,7 +647,7 @@ def test_flipped_bytes_of_a_reply_never_end_in_another_error(data: st.DataObject
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     try:
-        reply = wire.read_reply(bytes(raw), b"", OWN)
+        reply = replies.read_reply(bytes(raw), b"", OWN)
         found = amqp.decode(bytes(raw))
     except MalformedProperties:
         return
@@ -654,14 +656,14 @@ def test_flipped_bytes_of_a_reply_never_end_in_another_error(data: st.DataObject
 
 @pytest.mark.parametrize("kind", [RESULT, ERROR])
 def test_the_body_of_a_reply_is_read(kind: bytes) -> None:
-    assert wire.read_body(Reply(b"", kind, b'{"a": [1, null]}')) == {"a": [1, None]}
+    assert replies.read_body(Reply(b"", kind, b'{"a": [1, null]}')) == {"a": [1, None]}
 
 
 def test_a_reply_without_a_type_counts_as_a_result() -> None:
     data = amqp.encode(Properties(correlation_id=b"id"))
-    reply = wire.read_reply(data, b"55", OWN)
+    reply = replies.read_reply(data, b"55", OWN)
     assert reply == Reply(b"id", RESULT, b"55")
-    assert wire.read_body(reply) == 55
+    assert replies.read_body(reply) == 55
 
 
 @pytest.mark.parametrize(("kind", "said"), [(b"item", "'item'"), (b"Result", "'Result'"), (b"\xff", "'\ufffd'")])
@@ -669,7 +671,7 @@ def test_a_type_that_this_client_does_not_read_is_refused_by_name(kind: bytes, s
     with pytest.raises(
         InvalidReply, match=f"the reply's type is {said}; this client reads 'result' and 'error'"
     ) as caught:
-        wire.read_body(Reply(b"", kind, b"1"))
+        replies.read_body(Reply(b"", kind, b"1"))
     assert caught.value.executed == "maybe"
 
 
@@ -691,12 +693,12 @@ def test_a_body_that_cannot_be_read_is_an_invalid_reply_that_says_whether_it_ran
     kind: bytes, executed: str, body: bytes | None, content_type: bytes, said: str
 ) -> None:
     with pytest.raises(InvalidReply, match=said) as caught:
-        wire.read_body(Reply(b"", kind, body, content_type))
+        replies.read_body(Reply(b"", kind, body, content_type))
     assert caught.value.executed == executed
 
 
 def test_a_control_message_says_which_call_and_until_when() -> None:
-    assert amqp.decode(wire.encode_control(wire.PING, b"id", b"q")) == Properties(
+    assert amqp.decode(control.encode_control(control.PING, b"id", b"q")) == Properties(
         delivery_mode=1, correlation_id=b"id", reply_to=b"q", type=b"ping"
     )
-    assert amqp.decode(wire.encode_control(wire.CANCEL, b"id", b"q", 5)).headers == {wire.DEADLINE: 5}
+    assert amqp.decode(control.encode_control(control.CANCEL, b"id", b"q", 5)).headers == {requests.DEADLINE: 5}

@@ -13,7 +13,7 @@ import pytest
 
 from rpcq import CallTimeout, Client, ConfigurationError, Context, Service, ServiceUnavailable, UsageError, Worker
 from rpcq.errors import BrokerUnreachable
-from rpcq.transport.base import Outgoing, Settled
+from rpcq.transport.base import Outgoing, Published
 
 SECONDS = 5.0
 
@@ -281,7 +281,7 @@ async def test_a_reply_for_which_the_broker_takes_nothing_small_enough_is_given_
         await client.wait_for_service("things")
 
         def publish(message: Outgoing) -> None:
-            message.on_settled(Settled.TOO_LARGE)
+            message.on_published(Published.TOO_LARGE)
 
         monkeypatch.setattr(worker._transport, "publish", publish)
         result = client.with_options(timeout=0.3).call("things.work")

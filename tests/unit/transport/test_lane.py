@@ -20,10 +20,10 @@ from pamqp.heartbeat import Heartbeat
 
 from frames import dozens, frames_of, message
 from rpcq.errors import ProtocolError
-from rpcq.transport import lane as codec
 from rpcq.transport.base import Outgoing
-from rpcq.transport.lane import HEARTBEAT_FRAME, MAX_FRAME, Encoder, FrameReader, Lane
-from rpcq.transport.settling import Unconfirmed
+from rpcq.transport.rabbitmq import frames as codec
+from rpcq.transport.rabbitmq.frames import HEARTBEAT_FRAME, MAX_FRAME, Encoder, FastChannel, FrameReader
+from rpcq.transport.rabbitmq.pending import Unconfirmed
 
 Basic, Channel, Connection = commands.Basic, commands.Channel, commands.Connection
 Event = tuple[Any, ...]
@@ -55,9 +55,9 @@ class Wire:
         )
         self.reader.lanes.update({channel: self.lane(channel) for channel in LANES})
 
-    def lane(self, channel: int) -> Lane:
+    def lane(self, channel: int) -> FastChannel:
         tell = self.events.append
-        return Lane(
+        return FastChannel(
             max_body=self.max_body,
             on_deliver=lambda *what: tell(("deliver", channel, *what)),
             on_return=lambda *what: tell(("return", channel, *what)),
@@ -535,7 +535,7 @@ def test_a_refusal_says_what_came() -> None:
 
 def test_an_error_of_who_is_told_ends_the_session() -> None:
     unconfirmed = Unconfirmed()
-    lane = Lane(
+    lane = FastChannel(
         max_body=0,
         on_deliver=lambda *_: None,
         on_return=unconfirmed.returned,

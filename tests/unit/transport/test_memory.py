@@ -18,12 +18,12 @@ from rpcq.errors import (
     TopologyMismatch,
     UsageError,
 )
-from rpcq.properties import Properties, decode, encode
-from rpcq.settings import ConnectionOptions
-from rpcq.transport import memory
-from rpcq.transport.base import Delivery, Listener, Message, Settled, Subscription, Transport
-from rpcq.transport.memory import HIGH_WATER, MemoryBroker, MemoryTransport
-from rpcq.transport.topology import Exchange, Names, Queue
+from rpcq.options import ConnectionOptions
+from rpcq.transport.base import Delivery, Listener, Message, Published, Subscription, Transport
+from rpcq.transport.memory import transport as memory
+from rpcq.transport.memory.transport import HIGH_WATER, MemoryBroker, MemoryTransport
+from rpcq.wire.properties import Properties, decode, encode
+from rpcq.wire.topology import Exchange, Queue, Topology
 
 LIMIT = 5.0
 PLAIN = encode(Properties())
@@ -72,7 +72,7 @@ class Peer:
         self.transport: MemoryTransport = MemoryTransport(broker, options or ConnectionOptions())
         self.log = Log()
         self.got: list[Delivery] = []
-        self.settled: list[Settled] = []
+        self.settled: list[Published] = []
 
     def subscription(self, queue: Queue | str, prefetch: int = 0, *, no_ack: bool = False) -> Subscription:
         declared = Queue(queue, durable=True) if isinstance(queue, str) else queue
@@ -135,7 +135,7 @@ async def test_a_message_is_confirmed_and_delivered_in_the_next_iteration(peer: 
     peer.publish("q", b"a", encode(Properties(type=b"t")))
     assert (peer.settled, peer.got) == ([], [])
     await turn()
-    assert peer.settled == [Settled.CONFIRMED]
+    assert peer.settled == [Published.CONFIRMED]
     (delivery,) = peer.got
     assert (delivery.body, delivery.body_size, delivery.redelivered) == (b"a", 1, False)
     assert decode(delivery.properties).type == b"t"
@@ -148,7 +148,12 @@ async def test_settlements_come_in_the_order_of_publishing(peer: Peer) -> None:
         peer.publish(key)
     peer.publish("nobody", mandatory=False)
     await turn()
-    assert peer.settled == [Settled.RETURNED, Settled.REFUSED, Settled.CONFIRMED, Settled.CONFIRMED]
+    assert peer.settled == [
+        Published.RETURNED,
+        Published.REFUSED,
+        Published.CONFIRMED,
+        Published.CONFIRMED,
+    ]
 
 
 async def test_messages_wait_in_a_queue_that_nobody_consumes(broker: MemoryBroker, peer: Peer, other: Peer) -> None:
@@ -180,13 +185,13 @@ async def test_what_a_callback_publishes_has_its_turn_in_the_next_iteration(peer
     await peer.start("q")
     left = 3
 
-    def again(_: Settled) -> None:
+    def again(_: Published) -> None:
         nonlocal left
         left -= 1
         if left:
             peer.transport.publish(Message(b"", b"q", b"", PLAIN, b"", again))
 
-    again(Settled.CONFIRMED)
+    again(Published.CONFIRMED)
     assert left == 2
     await turn()
     assert left == 1
@@ -199,7 +204,7 @@ async def test_a_callback_that_raises_costs_nobody_elses_messages(peer: Peer) ->
     told: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context.get("exception")))
 
-    def fail(_: Settled) -> None:
+    def fail(_: Published) -> None:
         raise ZeroDivisionError
 
     peer.transport.publish(Message(b"", b"q", b"", PLAIN, b"a", fail))
@@ -207,13 +212,13 @@ async def test_a_callback_that_raises_costs_nobody_elses_messages(peer: Peer) ->
     await turn(3)
     asyncio.get_running_loop().set_exception_handler(None)
     assert [type(error) for error in told] == [ZeroDivisionError]
-    assert peer.settled == [Settled.CONFIRMED]
+    assert peer.settled == [Published.CONFIRMED]
     assert peer.bodies == [b"a", b"b"]
 
 
 async def test_a_transport_that_is_not_open_sends_nothing(peer: Peer) -> None:
     peer.publish("q")
-    assert peer.settled == [Settled.UNSENT]
+    assert peer.settled == [Published.UNSENT]
     assert not peer.transport.can_publish
     await peer.transport.stop_consuming()
 
@@ -278,15 +283,15 @@ async def test_acknowledging_what_needs_no_ack_ends_the_session_as_on_a_broker(p
 
 
 async def test_an_expired_request_comes_back_to_the_caller(broker: MemoryBroker, peer: Peer, other: Peer) -> None:
-    names = Names()
+    topology = Topology()
     await other.transport.start(
-        names.exchanges(), [other.subscription(names.request_queue("s", "classic"), 1)], Log().listener
+        topology.exchanges(), [other.subscription(topology.request_queue("s", "classic"), 1)], Log().listener
     )
-    await peer.start(names.reply_queue(), no_ack=True, exchanges=[names.notices])
+    await peer.start(topology.reply_queue(), no_ack=True, exchanges=[topology.notices])
     (reply_to,) = peer.log.queues
     properties = encode(Properties(correlation_id=b"c", expiration=b"5", headers={"CC": [reply_to]}))
     for _ in range(2):  # the worker holds the first
-        peer.publish("s", b"b", properties, exchange=names.requests.name)
+        peer.publish("s", b"b", properties, exchange=topology.requests.name)
     await peer.until(1)
     (notice,) = peer.got
     found = decode(notice.properties)
@@ -330,7 +335,7 @@ async def test_what_closes_a_channel_ends_the_publishing_session_alone(
     peer.publish("q", b"b", properties, exchange=exchange)
     peer.publish("q", b"c")
     await turn()
-    assert peer.settled == [Settled.CONFIRMED, Settled.UNKNOWN, Settled.UNSENT]
+    assert peer.settled == [Published.CONFIRMED, Published.UNKNOWN, Published.UNSENT]
     assert peer.log.events == ["publishing", "consuming", "publishing_lost"]
     assert type(peer.log.causes[0]) is kind
     assert not peer.transport.can_publish
@@ -374,7 +379,7 @@ async def test_closing_works_off_what_is_pending(broker: MemoryBroker, peer: Pee
     peer.got[0].ack()
     peer.publish("q", b"b")
     await peer.transport.close()
-    assert peer.settled == [Settled.CONFIRMED, Settled.CONFIRMED]
+    assert peer.settled == [Published.CONFIRMED, Published.CONFIRMED]
     assert broker.depth("q") == 1  # b, and a is not back
     await turn(2)
     assert peer.bodies == [b"a"]
@@ -396,7 +401,7 @@ async def test_what_is_published_while_it_closes_is_unsent(peer: Peer) -> None:
     await peer.start("q")
     peer.transport.publish(Message(b"", b"q", b"", PLAIN, b"", lambda _: peer.publish("q")))
     await peer.transport.close()
-    assert peer.settled == [Settled.UNSENT]
+    assert peer.settled == [Published.UNSENT]
 
 
 async def test_closing_while_blocked_settles_as_unsent(broker: MemoryBroker, peer: Peer) -> None:
@@ -405,7 +410,7 @@ async def test_closing_while_blocked_settles_as_unsent(broker: MemoryBroker, pee
     peer.publish("q")
     await turn()
     await peer.transport.close()
-    assert peer.settled == [Settled.UNSENT]
+    assert peer.settled == [Published.UNSENT]
 
 
 async def test_closing_twice_is_closing_once_and_later_messages_are_unsent(peer: Peer) -> None:
@@ -413,7 +418,7 @@ async def test_closing_twice_is_closing_once_and_later_messages_are_unsent(peer:
     await peer.transport.close()
     await peer.transport.close()
     peer.publish("q")
-    assert peer.settled == [Settled.UNSENT]
+    assert peer.settled == [Published.UNSENT]
     assert peer.log.events == ["publishing", "consuming"]
 
 
@@ -443,7 +448,7 @@ async def test_a_channel_error_at_closing_does_not_bring_the_session_back(peer: 
     peer.publish("q", exchange="nope")
     await peer.transport.close()
     await asyncio.sleep(memory.PAUSE[1] * 2)
-    assert peer.settled == [Settled.UNKNOWN]
+    assert peer.settled == [Published.UNKNOWN]
     assert peer.log.events == ["publishing", "consuming", "publishing_lost"]
 
 
@@ -481,13 +486,13 @@ async def test_dropped_connections_settle_tell_and_come_back_with_new_names(brok
     before = peer.log.queues
     peer.publish("q")
     broker.drop_connections()
-    assert peer.settled == [Settled.UNSENT]
+    assert peer.settled == [Published.UNSENT]
     assert peer.log.events[2:] == ["consuming_lost", "publishing_lost"]
     assert all(isinstance(cause, BrokerUnreachable) for cause in peer.log.causes)
     assert broker.queues == ("q",)
     assert not peer.transport.can_publish
     peer.publish("q")
-    assert peer.settled == [Settled.UNSENT, Settled.UNSENT]
+    assert peer.settled == [Published.UNSENT, Published.UNSENT]
     await peer.log.until(lambda: sorted(peer.log.events[4:]) == ["consuming", "publishing"])
     assert peer.log.queues[1] == "q"
     assert peer.log.queues[0] != before[0]
@@ -511,13 +516,13 @@ async def test_what_is_settled_after_a_drop_is_dropped(broker: MemoryBroker, pee
 async def test_a_request_held_at_a_drop_is_given_up_once_by_a_queue_that_delivers_once(
     broker: MemoryBroker, peer: Peer, other: Peer
 ) -> None:
-    names = Names()
-    queue = names.request_queue("s", "quorum")
-    await other.transport.start(names.exchanges(), [other.subscription(queue, 1)], other.log.listener)
-    await peer.start(Queue("notices", durable=True, bindings=((names.notices.name, "notices"),)))
+    topology = Topology()
+    queue = topology.request_queue("s", "quorum")
+    await other.transport.start(topology.exchanges(), [other.subscription(queue, 1)], other.log.listener)
+    await peer.start(Queue("notices", durable=True, bindings=((topology.notices.name, "notices"),)))
     await peer.transport.stop_consuming()
     properties = encode(Properties(headers={"CC": ["notices"]}))
-    peer.publish("s", b"b", properties, exchange=names.requests.name)
+    peer.publish("s", b"b", properties, exchange=topology.requests.name)
     await other.until(1)
     broker.drop_connections()
     assert broker.depth("notices") == 1
@@ -561,7 +566,7 @@ async def test_what_is_handed_out_when_the_connection_drops_is_not_lost(broker: 
     await peer.start("q")
     dropped = False
 
-    def drop(_: Settled) -> None:
+    def drop(_: Published) -> None:
         nonlocal dropped
         dropped = True
         broker.drop_connections()
@@ -667,7 +672,7 @@ async def test_transports_of_one_name_share_a_broker_and_others_do_not() -> None
     different.publish("q", b"b")
     await turn()
     assert one.bodies == [b"a"]
-    assert different.settled == [Settled.RETURNED]
+    assert different.settled == [Published.RETURNED]
     for peer in (one, same, different):
         await peer.transport.close()
 
@@ -679,12 +684,12 @@ async def test_a_named_broker_goes_with_its_last_transport() -> None:
     await first.transport.close()
     second.publish("q", encode(Properties(expiration=b"60000")))
     await second.transport.close()
-    assert second.settled == [Settled.CONFIRMED]
+    assert second.settled == [Published.CONFIRMED]
     third = Peer("name")
     await third.start()
     third.publish("q")
     await turn()
-    assert third.settled == [Settled.RETURNED]
+    assert third.settled == [Published.RETURNED]
     await third.transport.close()
 
 
@@ -724,7 +729,7 @@ def test_two_loops_do_not_share_a_name_or_a_broker() -> None:
         first = Peer("name")
         await first.start("q")
 
-        async def elsewhere() -> list[Settled]:
+        async def elsewhere() -> list[Published]:
             second = Peer("name")
             await second.start()
             second.publish("q")
@@ -737,7 +742,7 @@ def test_two_loops_do_not_share_a_name_or_a_broker() -> None:
         held = Peer(mine)
         await held.start()
         settled = await asyncio.to_thread(lambda: loop_of_other.run_until_complete(elsewhere()))
-        assert settled == [Settled.RETURNED]
+        assert settled == [Published.RETURNED]
         await first.transport.close()
         await held.transport.close()
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from rpcq.errors import AccessRefused, NotFound, PreconditionFailed, ResourceLocked, TopologyMismatch
-from rpcq.properties import MalformedProperties, Properties, decode, encode
-from rpcq.transport.base import Settled
-from rpcq.transport.physics import Connection, Consumer, Entry, Vhost
-from rpcq.transport.topology import Exchange, Names, Queue
+from rpcq.transport.base import Published
+from rpcq.transport.memory.vhost import Connection, Consumer, Entry, Vhost
+from rpcq.wire.properties import MalformedProperties, Properties, decode, encode
+from rpcq.wire.topology import Exchange, Queue, Topology
 
 WALL = datetime(2024, 5, 6, 7, 8, 9, tzinfo=UTC)
 GARBAGE = b"\x20\x00\x00"
@@ -39,7 +39,7 @@ class World:
         ttl: str | None = None,
         headers: dict[str, Any] | None = None,
         mandatory: bool = True,
-    ) -> Settled:
+    ) -> Published:
         properties = encode(Properties(headers=headers, expiration=ttl.encode() if ttl is not None else None))
         return self.vhost.publish(exchange.encode(), key.encode(), properties, body, mandatory, self.now)
 
@@ -83,7 +83,7 @@ def world() -> World:
 
 def test_the_default_exchange_routes_to_the_queue_of_that_name(world: World) -> None:
     world.queue("q")
-    assert world.publish("q", b"a") is Settled.CONFIRMED
+    assert world.publish("q", b"a") is Published.CONFIRMED
     assert world.ready("q") == [b"a"]
 
 
@@ -125,7 +125,7 @@ def test_a_queue_that_is_bound_twice_to_a_topic_exchange_gets_one_copy_and_unbin
     world.publish("a.b", b"1", exchange="t", headers={"CC": ["a.c", "z"]})
     assert world.ready("q") == [b"1"]
     world.disconnect(world.mine)
-    assert world.publish("a.b", b"2", exchange="t") is Settled.RETURNED
+    assert world.publish("a.b", b"2", exchange="t") is Published.RETURNED
 
 
 def test_nobody_publishes_to_an_internal_exchange_and_dead_letters_get_there(world: World) -> None:
@@ -157,8 +157,8 @@ def test_binding_twice_routes_once(world: World) -> None:
     assert world.ready("q") == [b"a"]
 
 
-@pytest.mark.parametrize(("mandatory", "settled"), [(True, Settled.RETURNED), (False, Settled.CONFIRMED)])
-def test_an_unroutable_message_is_returned_only_if_mandatory(world: World, mandatory: bool, settled: Settled) -> None:
+@pytest.mark.parametrize(("mandatory", "settled"), [(True, Published.RETURNED), (False, Published.CONFIRMED)])
+def test_an_unroutable_message_is_returned_only_if_mandatory(world: World, mandatory: bool, settled: Published) -> None:
     assert world.publish("nobody", exchange="x", mandatory=mandatory) is settled
 
 
@@ -171,13 +171,13 @@ def test_cc_adds_routing_keys_and_each_queue_gets_one_copy(world: World) -> None
 
 def test_cc_alone_makes_a_message_routable(world: World) -> None:
     world.queue("q")
-    assert world.publish("nobody", headers={"CC": ["q"]}) is Settled.CONFIRMED
+    assert world.publish("nobody", headers={"CC": ["q"]}) is Published.CONFIRMED
 
 
 def test_bytes_that_only_look_like_cc_change_nothing(world: World) -> None:
     world.queue("q")
     world.queue("r")
-    assert world.publish("q", headers={"x-user": "\x02CC", "y": "r"}) is Settled.CONFIRMED
+    assert world.publish("q", headers={"x-user": "\x02CC", "y": "r"}) is Published.CONFIRMED
     assert world.ready("r") == []
 
 
@@ -232,7 +232,7 @@ def test_redeclaring_equally_finds_the_queue(world: World) -> None:
 def test_redeclaring_an_exchange_keeps_its_bindings(world: World) -> None:
     world.queue("q", key="k")
     world.vhost.declare_exchange(Exchange("x"))
-    assert world.publish("k", exchange="x") is Settled.CONFIRMED
+    assert world.publish("k", exchange="x") is Published.CONFIRMED
 
 
 @pytest.mark.parametrize(
@@ -271,10 +271,10 @@ def test_a_quorum_queue_is_durable_and_shared(world: World, queue: Queue) -> Non
 
 
 def test_the_request_queues_of_the_wire_contract_can_be_declared(world: World) -> None:
-    names = Names()
-    world.vhost.declare_exchange(names.requests)
-    assert world.vhost.declare_queue(names.request_queue("s", "classic"), world.mine) == "rpcq.req.s"
-    assert world.vhost.declare_queue(names.request_queue("s", "quorum"), world.mine) == "rpcq.once.s"
+    topology = Topology()
+    world.vhost.declare_exchange(topology.requests)
+    assert world.vhost.declare_queue(topology.request_queue("s", "classic"), world.mine) == "rpcq.req.s"
+    assert world.vhost.declare_queue(topology.request_queue("s", "quorum"), world.mine) == "rpcq.once.s"
 
 
 def test_names_that_only_rabbitmq_gives_are_refused(world: World) -> None:
@@ -309,7 +309,7 @@ def test_an_exclusive_queue_is_its_connections_own(world: World) -> None:
         world.vhost.declare_queue(queue, other)
     with pytest.raises(ResourceLocked, match="RESOURCE_LOCKED"):
         world.consume("q", other)
-    assert world.publish("q", b"a") is Settled.CONFIRMED
+    assert world.publish("q", b"a") is Published.CONFIRMED
 
 
 def test_an_exclusive_queue_goes_with_its_connection_and_leaves_other_bindings(world: World) -> None:
@@ -317,9 +317,9 @@ def test_an_exclusive_queue_goes_with_its_connection_and_leaves_other_bindings(w
     world.vhost.declare_queue(Queue("own", exclusive=True, bindings=(("x", "k"), ("x", "l"))), world.mine)
     world.disconnect(world.mine)
     assert list(world.vhost.queues) == ["q"]
-    assert world.publish("k", exchange="x") is Settled.CONFIRMED
-    assert world.publish("l", exchange="x") is Settled.RETURNED
-    assert world.publish("own") is Settled.RETURNED
+    assert world.publish("k", exchange="x") is Published.CONFIRMED
+    assert world.publish("l", exchange="x") is Published.RETURNED
+    assert world.publish("own") is Published.RETURNED
 
 
 def test_an_auto_delete_queue_goes_with_its_last_consumer(world: World) -> None:
@@ -506,13 +506,17 @@ def test_what_a_lost_connection_held_of_its_own_queue_is_gone(world: World) -> N
 def test_a_full_queue_refuses_and_what_consumers_hold_does_not_count(world: World) -> None:
     world.queue("q", max_length=1, overflow="reject-publish")
     world.consume("q", prefetch=1)
-    assert [world.publish("q") for _ in range(3)] == [Settled.CONFIRMED, Settled.CONFIRMED, Settled.REFUSED]
+    assert [world.publish("q") for _ in range(3)] == [
+        Published.CONFIRMED,
+        Published.CONFIRMED,
+        Published.REFUSED,
+    ]
 
 
 def test_a_message_is_refused_when_one_of_its_queues_is_full_and_the_others_take_it(world: World) -> None:
     world.queue("full", key="k", max_length=0, overflow="reject-publish")
     world.queue("q", key="k")
-    assert world.publish("k", b"a", exchange="x") is Settled.REFUSED
+    assert world.publish("k", b"a", exchange="x") is Published.REFUSED
     assert world.ready("q") == [b"a"]
 
 
@@ -522,9 +526,9 @@ def test_an_expired_head_makes_room_and_an_expired_one_behind_it_does_not(world:
     world.publish("q", ttl="1000")
     world.now += 1.5
     world.vhost.expire(world.now)
-    assert world.publish("q") is Settled.REFUSED
+    assert world.publish("q") is Published.REFUSED
     world.now += 1.5
-    assert world.publish("q") is Settled.CONFIRMED
+    assert world.publish("q") is Published.CONFIRMED
     assert len(world.ready("q")) == 1
 
 
@@ -598,7 +602,7 @@ def test_expiry_of_a_queue_that_is_gone_does_nothing(world: World) -> None:
 
 def test_a_ttl_of_0_passes_only_where_a_consumer_is_free(world: World) -> None:
     world.queue("q")
-    assert world.publish("q", b"a", ttl="0") is Settled.CONFIRMED
+    assert world.publish("q", b"a", ttl="0") is Published.CONFIRMED
     assert world.ready("q") == []
     world.consume("q", prefetch=1)
     world.publish("q", b"b", ttl="0")
@@ -768,7 +772,7 @@ def test_a_dead_letter_that_has_nowhere_to_go_is_dropped(world: World, arguments
 def test_a_dead_letter_whose_properties_cannot_be_read_is_dropped(world: World) -> None:
     world.queue("q", dead_letter_exchange="")
     world.consume("q")
-    assert world.vhost.publish(b"", b"q", GARBAGE, b"", True, world.now) is Settled.CONFIRMED
+    assert world.vhost.publish(b"", b"q", GARBAGE, b"", True, world.now) is Published.CONFIRMED
     world.settle(1)
     assert world.ready("q") == []
 
@@ -870,7 +874,7 @@ def test_a_rejected_message_comes_back_to_its_own_full_queue_in_the_room_of_the_
     world.queue("q", max_length=2, overflow="reject-publish", dead_letter_exchange="")
     world.consume("q", prefetch=1)
     for body in (b"a", b"b", b"c"):
-        assert world.publish("q", body) is Settled.CONFIRMED
+        assert world.publish("q", body) is Published.CONFIRMED
     world.settle(1)
     assert world.bodies() == [b"a", b"b"]
     assert world.ready("q") == [b"c", b"a"]

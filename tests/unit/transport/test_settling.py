@@ -14,9 +14,9 @@ from pamqp.commands import Basic
 
 from frames import dozens, frames_of, message
 from rpcq.errors import ProtocolError
-from rpcq.transport.base import Outgoing, Settled
-from rpcq.transport.lane import Encoder
-from rpcq.transport.settling import Unconfirmed, Unsettled
+from rpcq.transport.base import Outgoing, Published
+from rpcq.transport.rabbitmq.frames import Encoder
+from rpcq.transport.rabbitmq.pending import Unconfirmed, Unsettled
 
 # What became of what was sent.
 
@@ -25,10 +25,10 @@ class Sent:
     """A message that is counted as settled."""
 
     def __init__(self, correlation_id: bytes = b"", *, mandatory: bool = True) -> None:
-        self.told: list[Settled] = []
+        self.told: list[Published] = []
         self.mandatory = mandatory
         self.key = (b"math", correlation_id)
-        self.outgoing = message(correlation_id=correlation_id, mandatory=mandatory, on_settled=self.told.append)
+        self.outgoing = message(correlation_id=correlation_id, mandatory=mandatory, on_published=self.told.append)
 
 
 class Confirming(RuleBasedStateMachine):
@@ -71,10 +71,10 @@ class Confirming(RuleBasedStateMachine):
         self.unconfirmed.confirmed(number, multiple=multiple, accepted=accepted)
         for each in covered:
             sent = self.waiting.pop(each)
-            outcome = Settled.CONFIRMED if accepted else Settled.REFUSED
+            outcome = Published.CONFIRMED if accepted else Published.REFUSED
             if sent.mandatory and self.returns[sent.key]:
                 self.returns[sent.key] -= 1
-                outcome = Settled.RETURNED
+                outcome = Published.RETURNED
             assert sent.told == [outcome]
 
     @rule(beyond=st.integers(1, 2**63), multiple=st.booleans())
@@ -90,7 +90,7 @@ class Confirming(RuleBasedStateMachine):
     @rule()
     def lose(self) -> None:
         assert self.unconfirmed.lost() == [
-            (self.waiting[each].outgoing, Settled.UNKNOWN) for each in sorted(self.waiting)
+            (self.waiting[each].outgoing, Published.UNKNOWN) for each in sorted(self.waiting)
         ]
         self.waiting.clear()
         self.returns.clear()
@@ -116,7 +116,11 @@ def test_a_return_before_its_confirm_is_what_became_of_a_message() -> None:
         unconfirmed.add([sent.outgoing])
     unconfirmed.returned(*gone.key)
     unconfirmed.confirmed(3, multiple=True, accepted=True)
-    assert (one.told, gone.told, other.told) == ([Settled.CONFIRMED], [Settled.RETURNED], [Settled.CONFIRMED])
+    assert (one.told, gone.told, other.told) == (
+        [Published.CONFIRMED],
+        [Published.RETURNED],
+        [Published.CONFIRMED],
+    )
 
 
 def test_two_returns_of_the_same_key_are_two_messages() -> None:
@@ -128,7 +132,11 @@ def test_two_returns_of_the_same_key_are_two_messages() -> None:
     unconfirmed.returned(*twins[0].key)
     for number in (1, 2, 3):
         unconfirmed.confirmed(number, multiple=False, accepted=True)
-    assert [sent.told for sent in twins] == [[Settled.RETURNED], [Settled.RETURNED], [Settled.CONFIRMED]]
+    assert [sent.told for sent in twins] == [
+        [Published.RETURNED],
+        [Published.RETURNED],
+        [Published.CONFIRMED],
+    ]
 
 
 def test_what_was_not_mandatory_was_not_returned() -> None:
@@ -138,7 +146,7 @@ def test_what_was_not_mandatory_was_not_returned() -> None:
     unconfirmed.add([request.outgoing])
     unconfirmed.returned(*request.key)
     unconfirmed.confirmed(2, multiple=True, accepted=True)
-    assert (control.told, request.told) == ([Settled.CONFIRMED], [Settled.RETURNED])
+    assert (control.told, request.told) == ([Published.CONFIRMED], [Published.RETURNED])
 
 
 def test_nothing_sent_is_nothing_that_can_be_confirmed() -> None:
@@ -151,12 +159,12 @@ def test_nothing_sent_is_nothing_that_can_be_confirmed() -> None:
 def test_what_is_sent_while_others_settle_is_not_covered_by_their_confirm() -> None:
     unconfirmed = Unconfirmed()
     late = Sent(b"late")
-    unconfirmed.add([message(on_settled=lambda _: unconfirmed.add([late.outgoing]))])
+    unconfirmed.add([message(on_published=lambda _: unconfirmed.add([late.outgoing]))])
     unconfirmed.confirmed(0, multiple=True, accepted=True)
     assert late.told == []
     assert len(unconfirmed) == 1
     unconfirmed.confirmed(2, multiple=False, accepted=True)
-    assert late.told == [Settled.CONFIRMED]
+    assert late.told == [Published.CONFIRMED]
 
 
 def test_what_came_after_a_message_that_ended_the_session_was_not_taken() -> None:
@@ -168,7 +176,13 @@ def test_what_came_after_a_message_that_ended_the_session_was_not_taken() -> Non
     assert unconfirmed.lost(100) == list(
         zip(
             sent[1:],
-            (Settled.UNKNOWN, Settled.TOO_LARGE, Settled.UNSENT, Settled.TOO_LARGE, Settled.UNSENT),
+            (
+                Published.UNKNOWN,
+                Published.TOO_LARGE,
+                Published.UNSENT,
+                Published.TOO_LARGE,
+                Published.UNSENT,
+            ),
             strict=True,
         )
     )
@@ -227,8 +241,8 @@ Confirms = Iterable[tuple[int, bool]]
 def test_each_number_is_looked_at_a_few_times_whatever_the_order(confirms: Confirms) -> None:
     unconfirmed = Unconfirmed()
     unconfirmed._waiting = waiting = Counted()
-    settled: list[Settled] = []
-    what = message(on_settled=settled.append)
+    settled: list[Published] = []
+    what = message(on_published=settled.append)
     for _ in range(MANY):
         unconfirmed.add([what])
     count = 0
@@ -240,7 +254,7 @@ def test_each_number_is_looked_at_a_few_times_whatever_the_order(confirms: Confi
     assert len(settled) == MANY - left
     assert waiting.looks <= 2 * MANY + 2 * count
     unconfirmed.confirmed(0, multiple=True, accepted=True)
-    assert settled == [Settled.CONFIRMED] * MANY
+    assert settled == [Published.CONFIRMED] * MANY
     assert waiting.looks <= 3 * MANY + 2 * count
 
 

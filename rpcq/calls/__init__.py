@@ -1,0 +1,1 @@
+"""Calls: how they are sent, received, admitted and answered, and how each ends."""

@@ -1,0 +1,243 @@
+"""Takes the requests that are delivered to a worker: reads each, and has it run or refused.
+
+    delivery -> it cannot be answered                      -> dropped
+             -> a redelivery of a call that still runs here -> the run keeps it
+             -> its caller has cancelled it                 -> dropped
+             -> admitted                                    -> Replier.begin
+             -> refused                                     -> Replier.refuse
+
+Requests that come while nothing can be published wait until it can: what cannot be answered is not begun.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from functools import partial
+from typing import Any, Final
+
+from rpcq import logs
+from rpcq.calls.admission import ExpiredOnArrival, admit, why_it_may_have_run
+from rpcq.calls.replying import CallRun, Key, Replier
+from rpcq.errors import CallError, PermissionDenied, ServiceUnavailable, TooLarge
+from rpcq.observer import ObservedRequest, Observers
+from rpcq.options import MAX_PROPERTIES, MAX_TIMEOUT, WorkerOptions
+from rpcq.runtime.backlog import Backlog
+from rpcq.service import Service
+from rpcq.transport.base import Delivery, Transport
+from rpcq.transport.sessions import Sessions, SessionState
+from rpcq.wire import requests
+from rpcq.wire.properties import MalformedProperties, Properties
+from rpcq.wire.requests import Request
+from rpcq.wire.topology import Topology
+
+REMEMBERED_CANCELS: Final = 10_000
+"""Calls cancelled before they arrived that a worker remembers."""
+
+log = logs.get_logger("rpcq.worker")
+
+
+class Taking(Enum):
+    """What an intake does with requests."""
+
+    ALL = auto()
+    """They run."""
+    REPLAYS = auto()
+    """None runs any more; stored results are still replayed."""
+    NOTHING = auto()
+    """They are left to the broker."""
+
+
+@dataclass(eq=False, slots=True)
+class Served:
+    """A service being served, with what its lifespan gave."""
+
+    service: Service
+    state: Any
+
+
+@dataclass(eq=False, slots=True)
+class Waiting:
+    """A request that waits until it can be answered."""
+
+    served: Served
+    delivery: Delivery
+
+
+class Intake:
+    """Takes requests.
+
+    Args:
+        replier: what runs and refuses them.
+        sessions: of the worker.
+        transport: what they come through.
+        topology: of the namespace.
+        options: the worker's.
+        observers: the worker's.
+
+    Attributes:
+        taking: what it does with requests.
+        waiting: requests that wait until something can be published.
+        expired_on_arrival: requests answered and not run, because their deadline had passed.
+
+    """
+
+    def __init__(
+        self,
+        replier: Replier,
+        sessions: Sessions,
+        transport: Transport,
+        topology: Topology,
+        options: WorkerOptions,
+        observers: Observers,
+    ) -> None:
+        self._replier = replier
+        self._sessions = sessions
+        self._transport = transport
+        self._requests = topology.requests.name.encode()
+        self._options = options
+        self._observers = observers
+        self._reply_prefixes = topology.reply_prefixes(options.reply_exchange)
+        self._may_reply_to = [re.compile(pattern.encode()) for pattern in options.reply_to]
+        self._cancels: dict[Key, float] = {}
+        self._seldom = logs.Seldom(log)
+        self.taking = Taking.ALL
+        self.waiting: Backlog[Waiting] = Backlog(
+            lambda: sessions.can_exchange, sessions.ready, lambda it: self._take(it.served, it.delivery)
+        )
+        self.expired_on_arrival = 0
+
+    def serve(self, service: Service, state: Any) -> Callable[[Delivery], None]:
+        """What to call with the deliveries of a service; `state` is what its lifespan gave."""
+        return partial(self._on_delivery, Served(service, state))
+
+    def may_answer(self, reply_to: bytes) -> bool:
+        """Whether a reply queue is that of a client of rpcq."""
+        return reply_to.startswith(self._reply_prefixes)
+
+    def cancel(self, key: Key, found: Properties) -> None:
+        """The caller of a call is gone; `found` are the properties of the message that says so."""
+        if self._replier.cancel(key):
+            return
+        # It may still be in the queue, or with another worker.
+        now_ms = time.time() * 1000
+        until = (found.headers or {}).get(requests.DEADLINE)
+        self._cancels[key] = until if isinstance(until, int) else now_ms + MAX_TIMEOUT * 1000
+        if len(self._cancels) > REMEMBERED_CANCELS:
+            kept = [(it, end) for it, end in self._cancels.items() if end > now_ms]
+            self._cancels = dict(kept[-REMEMBERED_CANCELS // 2 :])
+
+    def _on_delivery(self, served: Served, delivery: Delivery) -> None:
+        if self.waiting or self._sessions.consuming is not SessionState.UP or not self._transport.can_publish:
+            # Before the session is up, it may not have all of its queues.
+            self.waiting.add(Waiting(served, delivery))
+        else:
+            self._take(served, delivery)
+
+    def _take(self, served: Served, delivery: Delivery) -> None:
+        if self.taking is Taking.NOTHING:
+            return
+        replier = self._replier
+        request = self._read(served.service, delivery)
+        if request is None:
+            delivery.ack()
+            return
+        key = request.reply_to, request.correlation_id
+        if delivery.redelivered and replier.in_hand.adopt(key, delivery):
+            return  # it came over a session that was lost, and still runs here
+        if self._cancels and self._cancels.pop(key, None) is not None:
+            delivery.ack()
+            return
+        moved = delivery.exchange != self._requests
+        may_have_run = None
+        if delivery.redelivered or moved:
+            may_have_run = why_it_may_have_run(request, redelivered=delivery.redelivered, moved=moved)
+        if may_have_run is not None and key in replier.in_hand:
+            delivery.ack()  # a copy of a call that runs here, and will be answered
+            return
+        run = CallRun(replier, delivery, key, may_have_run)
+        if self._observers.requests:
+            run.observed = self._observe(served.service, request, delivery)
+        now = time.monotonic()
+        try:
+            if self.taking is Taking.REPLAYS and may_have_run is None:
+                raise ServiceUnavailable("the worker shuts down, and did not begin")
+            if len(delivery.properties) > MAX_PROPERTIES:
+                raise TooLarge(f"the properties are {len(delivery.properties)} bytes; the limit is {MAX_PROPERTIES}")
+            invocation = admit(
+                served.service,
+                request,
+                delivery.body,
+                delivery.body_size,
+                may_have_run=may_have_run,
+                max_body=self._options.max_body,
+                wall_ms=time.time() * 1000,
+                now=now,
+                state=served.state,
+            )
+        except CallError as error:
+            self._report_refused(served.service, error, key)
+            replier.refuse(run, error)
+        else:
+            replier.begin(run, invocation, now)
+
+    def _read(self, service: Service, delivery: Delivery) -> Request | None:
+        """What the request says, or None where it cannot be answered, and so is not run."""
+        try:
+            request = requests.read_request(delivery.properties)
+        except MalformedProperties as error:
+            self._seldom.warning("request dropped", service=service.name, cause=str(error))
+            return None
+        reply_to = request.reply_to
+        if request.correlation_id and reply_to.startswith(self._reply_prefixes):
+            return request
+        if not reply_to:
+            return request
+        if not request.correlation_id:
+            why = "it wants a reply and has no correlation_id"
+        elif any(it.fullmatch(reply_to) for it in self._may_reply_to):
+            return request
+        else:
+            why = f"its reply_to is {reply_to!r}; the worker's option reply_to says what else is allowed"
+            if self._options.reply_exchange is not None:
+                why += ", and rpcq clients need the option reply_exchange as this worker has it"
+        correlation_id = request.correlation_id.decode("utf-8", "replace")
+        self._seldom.warning("request dropped", service=service.name, correlation_id=correlation_id, cause=why)
+        return None
+
+    def _observe(self, service: Service, request: Request, delivery: Delivery) -> ObservedRequest:
+        """A request, as observers see it. It may name any method: only those that there are count."""
+        method = service.find(request.method)
+        name, label = ("", service.name) if method is None else (method.name, method.label)
+        observed = ObservedRequest(self._requests, service.name, name, label)
+        observed.correlation_id = request.correlation_id.decode("utf-8", "replace")
+        observed.attempt = request.attempt if type(request.attempt) is int else 1
+        observed.caller = request.app_id
+        observed.headers = request.headers
+        observed.body_size = delivery.body_size
+        return observed
+
+    def _report_refused(self, service: Service, error: CallError, key: Key) -> None:
+        """Log what tells that something is wrong elsewhere, and what nobody else will hear of."""
+        correlation_id = key[1].decode("utf-8", "replace")
+        if isinstance(error, ExpiredOnArrival):
+            self.expired_on_arrival += 1
+            self._seldom.warning(
+                "request expired on arrival; if this goes on, compare the clocks of callers and workers",
+                correlation_id=correlation_id,
+                late_ms=round(error.late_ms),
+                so_far=self.expired_on_arrival,
+            )
+        elif isinstance(error, PermissionDenied):
+            self._seldom.warning("call denied", correlation_id=correlation_id, cause=error.message)
+        elif not key[0]:
+            self._seldom.warning(
+                "request refused, and its caller wants no reply",
+                service=service.name,
+                correlation_id=correlation_id,
+                code=error.code,
+                cause=error.message,
+            )

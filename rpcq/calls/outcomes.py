@@ -1,0 +1,322 @@
+"""How a call ends: events, the table of transitions, and the errors that come of them. Pure.
+
+`TRANSITIONS` below is the one place that decides how a call ends. A call is CREATED until a request of it is handed
+to the socket, then WRITTEN, then CONFIRMED by the broker; it is DONE when its outcome is known. Requests may be sent
+again inside the same deadline: freely where the last one certainly did not run, and where it may have run only if the
+caller declared the call idempotent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum, auto
+from typing import Final
+
+from rpcq.errors import (
+    CallError,
+    CallTimeout,
+    Executed,
+    OutcomeUnknown,
+    Overloaded,
+    ServiceUnavailable,
+    TooLarge,
+)
+from rpcq.transport.base import Published
+from rpcq.wire.bodies import loads
+from rpcq.wire.replies import ERROR, Notice, Reply
+
+MAX_ATTEMPTS: Final = 3
+"""Times that an idempotent call is sent where each may have run."""
+
+
+class State(IntEnum):
+    """How far a call is."""
+
+    CREATED = auto()
+    WRITTEN = auto()
+    CONFIRMED = auto()
+    DONE = auto()
+
+
+class CallEvent(IntEnum):
+    """What happens to a call."""
+
+    WRITE = auto()
+    """A request is handed to the transport."""
+    CONFIRM = auto()
+    """The broker has the request."""
+    REPLY = auto()
+    """A worker answered: with a result, or with an error."""
+    TURNED_AWAY = auto()
+    """A worker answered that it shuts down and did not start."""
+    WORKER_LOST = auto()
+    """A worker or the broker says that the worker that held the request was lost."""
+    RETURNED = auto()
+    """No queue is bound for the service."""
+    NOT_THERE = auto()
+    """The service has no queue that delivers once: the request went to that alone, and was returned."""
+    REFUSED = auto()
+    """The broker did not take it, or does not know: the queue is full, or its node cannot be reached."""
+    REFUSED_UNRUN = auto()
+    """The same, for a queue that delivers once: it is certainly not in the queue."""
+    TOO_LARGE = auto()
+    """The broker takes no request of that size."""
+    UNSENT = auto()
+    """The request never reached the socket."""
+    LOST = auto()
+    """A session went down: nothing more will be heard of the request."""
+    EXPIRED = auto()
+    """The request expired in a queue that may have delivered it before."""
+    EXPIRED_UNRUN = auto()
+    """It expired in a queue that delivers once, the only one it was in, and too soon to have been delivered."""
+    DEADLINE = auto()
+    """The deadline passed."""
+    DEADLINE_BLOCKED = auto()
+    """The same, and the way to the broker is there but blocked or full."""
+    DEADLINE_CUT_OFF = auto()
+    """The same, and there is no connection to the broker."""
+    CANCEL = auto()
+    """The caller's task was cancelled."""
+    CLOSE = auto()
+    """The client is closed."""
+
+
+class Act(Enum):
+    """What a transition does besides changing the state."""
+
+    NOTHING = auto()
+    ANSWER = auto()
+    """The caller gets the reply."""
+    FAIL = auto()
+    """The caller gets the error."""
+    AGAIN = auto()
+    """The request is sent again: it certainly did not run."""
+    ELSEWHERE = auto()
+    """The request is sent at once, under the name of the service: it reached no queue."""
+    AGAIN_OR_FAIL = auto()
+    """The request may have run: it is sent again if the call is idempotent, else the caller gets the error."""
+    FORGET = auto()
+    """The caller is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """What becomes of a call."""
+
+    state: State
+    act: Act
+    error: type[CallError] | None = None
+    executed: Executed = "no"
+    message: str = ""
+
+
+def _fail(error: type[CallError], executed: Executed, message: str) -> Transition:
+    return Transition(State.DONE, Act.FAIL, error, executed, message)
+
+
+_ANSWER: Final = Transition(State.DONE, Act.ANSWER)
+_AGAIN: Final = Transition(State.CREATED, Act.AGAIN)
+_FORGET: Final = Transition(State.DONE, Act.FORGET)
+_NO_SERVICE: Final = _fail(ServiceUnavailable, "no", "no worker serves it: no queue is bound for it")
+_NOT_CONNECTED: Final = _fail(ServiceUnavailable, "no", "there was no connection to the broker until the deadline")
+_BLOCKED: Final = _fail(Overloaded, "no", "the broker took no messages until the deadline")
+_FULL: Final = _fail(Overloaded, "no", "the broker refused it: the request queue is full, or has no leader")
+_REFUSED: Final = _fail(
+    Overloaded, "maybe", "the broker refused it: the request queue is full, or its node cannot be reached"
+)
+_TOO_LARGE: Final = _fail(TooLarge, "no", "the broker takes no such message (max_message_size, frame_max)")
+_TOO_LATE: Final = _fail(CallTimeout, "no", "the deadline passed before the call was sent")
+_NO_WORD: Final = _fail(CallTimeout, "maybe", "no reply until the deadline")
+_EXPIRED: Final = _fail(CallTimeout, "maybe", "the request expired in the queue")
+_EXPIRED_UNRUN: Final = _fail(CallTimeout, "no", "the request expired in the queue, and was never delivered")
+_CLOSED: Final = _fail(OutcomeUnknown, "maybe", "the client was closed while the call was under way")
+_CLOSED_UNSENT: Final = _fail(ServiceUnavailable, "no", "the client was closed before the call was sent")
+_LOST: Final = Transition(
+    State.CREATED, Act.AGAIN_OR_FAIL, OutcomeUnknown, "maybe", "the connection to the broker was lost"
+)
+_WORKER_LOST: Final = Transition(
+    State.CREATED, Act.AGAIN_OR_FAIL, OutcomeUnknown, "maybe", "the worker that held the call was lost"
+)
+
+_C, _W, _F = State.CREATED, State.WRITTEN, State.CONFIRMED
+
+# A call that was sent and is CREATED again still takes a late answer to its earlier request. What else concerns an
+# earlier request says nothing about the next one, and is passed over.
+TRANSITIONS: Final[dict[tuple[State, CallEvent], Transition]] = {
+    (_C, CallEvent.WRITE): Transition(_W, Act.NOTHING),
+    (_C, CallEvent.REPLY): _ANSWER,
+    (_C, CallEvent.DEADLINE): _TOO_LATE,
+    (_C, CallEvent.DEADLINE_BLOCKED): _BLOCKED,
+    (_C, CallEvent.DEADLINE_CUT_OFF): _NOT_CONNECTED,
+    (_C, CallEvent.CANCEL): _FORGET,
+    (_C, CallEvent.CLOSE): _CLOSED_UNSENT,
+    (_W, CallEvent.CONFIRM): Transition(_F, Act.NOTHING),
+    (_W, CallEvent.REPLY): _ANSWER,
+    (_W, CallEvent.TURNED_AWAY): _AGAIN,
+    (_W, CallEvent.WORKER_LOST): _WORKER_LOST,
+    (_W, CallEvent.RETURNED): _NO_SERVICE,
+    (_W, CallEvent.NOT_THERE): Transition(_C, Act.ELSEWHERE),
+    (_W, CallEvent.REFUSED): _REFUSED,
+    (_W, CallEvent.REFUSED_UNRUN): _FULL,
+    (_W, CallEvent.TOO_LARGE): _TOO_LARGE,
+    (_W, CallEvent.UNSENT): _AGAIN,
+    (_W, CallEvent.LOST): _LOST,
+    (_W, CallEvent.EXPIRED): _EXPIRED,
+    (_W, CallEvent.EXPIRED_UNRUN): _EXPIRED_UNRUN,
+    (_W, CallEvent.DEADLINE): _NO_WORD,
+    (_W, CallEvent.DEADLINE_BLOCKED): _NO_WORD,
+    (_W, CallEvent.DEADLINE_CUT_OFF): _NO_WORD,
+    (_W, CallEvent.CANCEL): _FORGET,
+    (_W, CallEvent.CLOSE): _CLOSED,
+    (_F, CallEvent.REPLY): _ANSWER,
+    (_F, CallEvent.TURNED_AWAY): _AGAIN,
+    (_F, CallEvent.WORKER_LOST): _WORKER_LOST,
+    (_F, CallEvent.LOST): _LOST,
+    (_F, CallEvent.EXPIRED): _EXPIRED,
+    (_F, CallEvent.EXPIRED_UNRUN): _EXPIRED_UNRUN,
+    (_F, CallEvent.DEADLINE): _NO_WORD,
+    (_F, CallEvent.DEADLINE_BLOCKED): _NO_WORD,
+    (_F, CallEvent.DEADLINE_CUT_OFF): _NO_WORD,
+    (_F, CallEvent.CANCEL): _FORGET,
+    (_F, CallEvent.CLOSE): _CLOSED,
+}
+
+
+# Looked up several times in each call: by index, and members of enums by names of their own, since CPython 3.11 takes
+# as long to get at a member as to call a function.
+TABLE: Final = [
+    [None, *(TRANSITIONS.get((state, event)) for event in CallEvent)]  # auto() counts from 1
+    for state in (State(1), *State)
+]
+
+_CREATED: Final = State.CREATED
+
+Outcome = Reply | CallError
+
+
+class Call:
+    """One call under way. Subclasses say who is told.
+
+    Attributes:
+        correlation_id: 1 to 255 bytes, unique for this client.
+        request_id: the correlation ID of its last request: the call's own, and for further ones with a number after it.
+        idempotent: it may be sent again where it may have run.
+        state: how far it is.
+        sent: requests handed to the transport.
+        attempt: 1 + the number of earlier requests that may have run.
+
+    """
+
+    __slots__ = ("attempt", "correlation_id", "idempotent", "request_id", "sent", "state")
+
+    def __init__(self, correlation_id: bytes, *, idempotent: bool) -> None:
+        self.correlation_id = correlation_id
+        self.request_id = correlation_id
+        self.idempotent = idempotent
+        self.state = _CREATED
+        self.sent = 0
+        self.attempt = 1
+
+    def ended(self, outcome: Outcome) -> None:
+        """The call has ended; called once, or never where its caller is gone."""
+        raise NotImplementedError
+
+    def again(self) -> None:
+        """The request is to be sent again."""
+        raise NotImplementedError
+
+    def elsewhere(self) -> None:
+        """The request is to be sent under the name of the service."""
+        raise NotImplementedError
+
+
+def error_of(call: Call, transition: Transition, why: str) -> CallError:
+    """The error that a transition gives to the caller."""
+    assert transition.error is not None  # noqa: S101 - the table has one wherever a call may fail
+    message = f"{transition.message}: {why}" if why else transition.message
+    return for_call(call, transition.error(message, executed=transition.executed))
+
+
+def for_call(call: Call, error: CallError) -> CallError:
+    """The error with the call's ID, and with what is known of all its requests: an earlier one may have run."""
+    error.correlation_id = call.correlation_id.decode("utf-8", "replace")
+    error.attempt = call.attempt
+    if call.attempt > 1 and error.executed == "no":
+        error.executed = "maybe"
+        error.retryable = False
+    return error
+
+
+# What comes from outside -> the event that it is for the call.
+
+_LONGEST_SIGNAL: Final = 4096
+"""Bytes; the two errors of workers that are no outcome yet are rpcq's own, and short."""
+
+_OF_PUBLISHED: Final = {
+    Published.CONFIRMED: CallEvent.CONFIRM,
+    Published.RETURNED: CallEvent.RETURNED,
+    Published.REFUSED: CallEvent.REFUSED,
+    Published.TOO_LARGE: CallEvent.TOO_LARGE,
+    Published.UNSENT: CallEvent.UNSENT,
+    Published.UNKNOWN: CallEvent.LOST,
+}
+
+
+def event_of_published(published: Published, *, is_once: bool, is_ours: bool) -> CallEvent:
+    """What it means for a call what became of its last request when it was published.
+
+    Args:
+        published: what became of it.
+        is_once: the request went to one queue that delivers once, and to no other.
+        is_ours: it went to a service of rpcq's, whose queue may also be one that does not deliver once.
+
+    """
+    if is_once and published is Published.REFUSED:
+        return CallEvent.REFUSED_UNRUN
+    if is_once and is_ours and published is Published.RETURNED:
+        return CallEvent.NOT_THERE
+    return _OF_PUBLISHED[published]
+
+
+def event_of_reply(reply: Reply) -> tuple[CallEvent, str]:
+    """What a reply says of the request that it answers, and perhaps why."""
+    if reply.kind == ERROR and reply.body is not None and len(reply.body) <= _LONGEST_SIGNAL:
+        try:
+            said = loads(reply.body)
+        except ValueError:
+            return CallEvent.REPLY, ""
+        match said:
+            case {"code": "UNAVAILABLE", "executed": "no"}:
+                return CallEvent.TURNED_AWAY, ""
+            case {"code": "ABORTED", "executed": "maybe"}:
+                return CallEvent.WORKER_LOST, str(said.get("message") or "")
+    return CallEvent.REPLY, ""
+
+
+def event_of_notice(notice: Notice, *, is_unrun: bool) -> tuple[CallEvent, str]:
+    """What it means that a queue gave up the last request of a call, and perhaps why.
+
+    Args:
+        notice: the broker's.
+        is_unrun: that queue was the only one that the request was in, delivers once, and gave it up too soon to have
+            delivered it.
+
+    """
+    if notice.reason != "expired":
+        return CallEvent.WORKER_LOST, notice.reason
+    return (CallEvent.EXPIRED_UNRUN if is_unrun else CallEvent.EXPIRED), ""
+
+
+def event_of_deadline(*, is_connected: bool, can_publish: bool) -> CallEvent:
+    """What it means that the deadline of a call has come, by the state of the client's sessions."""
+    if not is_connected:
+        return CallEvent.DEADLINE_CUT_OFF
+    return CallEvent.DEADLINE if can_publish else CallEvent.DEADLINE_BLOCKED
+
+
+def too_late(call: Call, deadline: float) -> CallTimeout:
+    """The error of a call whose deadline had passed before it began."""
+    error = CallTimeout("the deadline had passed before the call", executed="no")
+    error.deadline = deadline
+    for_call(call, error)
+    return error

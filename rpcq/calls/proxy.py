@@ -1,0 +1,257 @@
+"""What makes calling a remote function look like calling a function: proxies, and Protocols bound to a service."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar, Unpack
+
+from rpcq.contracts import METHOD_NAME, Contract, result_adapter
+from rpcq.errors import ConfigurationError
+from rpcq.options import CallKwargs, CallOptions, check_name
+from rpcq.validation.schemas import type_hints
+from rpcq.wire.topology import Topology
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a call goes.
+
+    Attributes:
+        exchange: its name; empty for the default exchange.
+        routing_key: the service's name, or a queue's.
+        method: its name; empty for none.
+        label: for messages.
+        is_ours: it goes through the requests exchange, where the broker tells of an expiry.
+        once_key: the routing key by which the request reaches one queue that delivers once, and no other; the name of
+            that queue as well. Empty where there can be none.
+
+    """
+
+    exchange: bytes
+    routing_key: bytes
+    method: bytes
+    label: str
+    is_ours: bool
+    once_key: bytes
+
+
+def make_target(topology: Topology, service: str | None, method: str, queue: str | None) -> Target:
+    """The target of a method.
+
+    Raises:
+        ConfigurationError: a name cannot be one.
+
+    """
+    if not METHOD_NAME.match(method):
+        msg = f"the method is called {method!r}; a name is 1 to 100 of the characters A-Z a-z 0-9 _ -"
+        raise ConfigurationError(msg)
+    if queue is not None:
+        key = queue.encode()
+        once_key = key if topology.delivers_once(queue) else b""
+        return Target(b"", key, method.encode(), f"{queue}: {method}", is_ours=False, once_key=once_key)
+    if service is None:
+        msg = f"{method!r} names no service; call 'service.method', or name the queue: with_options(queue=...)"
+        raise ConfigurationError(msg)
+    check_name("the service", service)
+    exchange = topology.requests.name.encode()
+    once_key = topology.once_queue(service).encode()
+    return Target(exchange, service.encode(), method.encode(), f"{service}.{method}", is_ours=True, once_key=once_key)
+
+
+class Caller(Protocol):
+    """Who makes the calls: a client."""
+
+    topology: Topology
+
+    def invoke(
+        self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
+    ) -> Coroutine[Any, Any, Any]:
+        """One call, from its parameters to its result."""
+
+
+class RemoteMethod:
+    """A method of a service: calling it gives an awaitable."""
+
+    __slots__ = ("_caller", "_options", "_target")
+
+    def __init__(self, caller: Caller, target: Target, options: CallOptions) -> None:
+        self._caller = caller
+        self._target = target
+        self._options = options
+
+    def __call__(self, /, *args: Any, **params: Any) -> Coroutine[Any, Any, Any]:
+        """Call it; parameters all by name or all by position. See `CallMaker.call`."""
+        return self._caller.invoke(self._target, self._options, args, params)
+
+    def __repr__(self) -> str:
+        return f"<RemoteMethod {self._target.label}>"
+
+
+class ServiceProxy:
+    """A service, with its methods as attributes: `await calculator.add(x=1, y=2)`.
+
+    A method whose name is that of an attribute of this class, or begins with an underscore, is reached as an item:
+    `calculator["with_options"]`.
+    """
+
+    def __init__(self, caller: Caller, service: str, options: CallOptions) -> None:
+        self._caller = caller
+        self._service = service
+        self._options = options
+
+    def with_options(self, **options: Unpack[CallKwargs]) -> ServiceProxy:
+        """The same service, with other options; see `CallOptions`."""
+        return ServiceProxy(self._caller, self._service, replace(self._options, **options))
+
+    def __getitem__(self, method: str) -> RemoteMethod:
+        target = make_target(self._caller.topology, self._service, method, self._options.queue)
+        return RemoteMethod(self._caller, target, self._options)
+
+    def __getattr__(self, method: str) -> RemoteMethod:
+        if method.startswith("_"):
+            raise AttributeError(method)
+        remote = self[method]
+        self.__dict__[method] = remote  # found at once from now on
+        return remote
+
+    def __repr__(self) -> str:
+        return f"<ServiceProxy {self._service!r}>"
+
+
+class CallMaker:
+    """Makes calls with one set of options; `Client.with_options` gives one."""
+
+    _REMEMBERED = 1024  # targets called by name; programs call far fewer
+
+    def __init__(self, caller: Caller, options: CallOptions) -> None:
+        self._caller = caller
+        self._options = options
+        self._targets: dict[str, Target] = {}
+
+    def with_options(self, **options: Unpack[CallKwargs]) -> CallMaker:
+        """The same, with further options; see `CallOptions`."""
+        return CallMaker(self._caller, replace(self._options, **options))
+
+    def call(self, target: str, /, *args: Any, **params: Any) -> Coroutine[Any, Any, Any]:
+        """Call a method by its name.
+
+        Args:
+            target: `service.method`; with `queue=` in the options, the method's name alone will do.
+            args: parameters by position; a single number, string, boolean or None is sent as bare JSON.
+            params: parameters by name, instead.
+
+        Returns:
+            An awaitable of the result, as JSON has it, or as `returns=` in the options says.
+
+            Cancelling the task that awaits it cancels the handler too, if it runs.
+
+        Raises:
+            ConfigurationError: the name cannot be one. At once.
+            NotSerializable: JSON cannot carry a parameter. Nothing was sent.
+            TooLarge: parameters or headers are over the limit. Nothing was sent.
+            InvalidParams: the worker refused the parameters; it did not run.
+            MethodNotFound: the service has no such method.
+            ServiceUnavailable: nobody serves it, or no connection until the deadline; it did not run.
+            Overloaded: the request queue, the client or the broker is full; it did not run.
+            CallTimeout: the deadline passed; `executed` says what is known.
+            OutcomeUnknown: the connection or the worker was lost; it may have run.
+            InvalidReply: it ran, and its result cannot be used.
+            RemoteError: the handler raised.
+            DomainError: the handler raised one of the errors declared in `errors=`.
+            ClosedError: the client is not open.
+            UsageError: the client belongs to another event loop or process.
+
+        """
+        found = self._targets.get(target)
+        if found is None:
+            service, _, method = target.rpartition(".")
+            found = make_target(self._caller.topology, service or None, method, self._options.queue)
+            if len(self._targets) < self._REMEMBERED:
+                self._targets[target] = found
+        return self._caller.invoke(found, self._options, args, params)
+
+    def service(self, name: str) -> ServiceProxy:
+        """A proxy of a service; nothing is sent.
+
+        Raises:
+            ConfigurationError: the name cannot be one.
+
+        """
+        return ServiceProxy(self._caller, check_name("the service", name), self._options)
+
+    def bind(self, api: Callable[..., T], service: str | None = None) -> T:
+        """A proxy of a Protocol's type, so that type checkers know the methods.
+
+        Args:
+            api: a class whose methods describe the service's, as `async def`; results are validated as annotated.
+            service: its name; that of the class's `contract` if None.
+
+        Raises:
+            ConfigurationError: no service is named, or the class has something that is no method.
+
+        """
+        said: Contract | None = getattr(api, "__rpcq_contract__", None)
+        if service is None and said is None:
+            msg = f"{api!r} does not say which service it is; decorate it with @contract('name'), or give the name"
+            raise ConfigurationError(msg)
+        said = said or Contract(check_name("the service", service))  # type: ignore[arg-type]  # one of them is there
+        return typing.cast("T", _Bound(self._caller, api, service or said.service, said, self._options))
+
+
+class _Bound:
+    """The methods of a Protocol class, as attributes."""
+
+    def __init__(
+        self, caller: Caller, api: Callable[..., Any], service: str, said: Contract, options: CallOptions
+    ) -> None:
+        for name in dir(api):
+            if name.startswith("_"):
+                continue
+            function = inspect.getattr_static(api, name)
+            if not inspect.isfunction(function):
+                msg = f"{api!r} has {name!r}, which is no method; a contract has methods alone"
+                raise ConfigurationError(msg)
+            returns = type_hints(f"{service}.{name}", function).get("return", Any)
+            own = replace(
+                options,
+                errors=(*options.errors, *said.errors),
+                idempotent=options.idempotent or name in said.idempotent,
+                returns=None if returns is Any else returns,
+            )
+            if own.returns is not None:
+                result_adapter(f"{service}.{name}", own.returns)  # a type that cannot be is told now
+            target = make_target(caller.topology, service, name, options.queue)
+            setattr(self, name, _BoundMethod(caller, target, own, function))
+
+
+class _BoundMethod(RemoteMethod):
+    """A method that knows its parameters' names, if all have one: given by position, they still go by name."""
+
+    __slots__ = ("_parameters",)
+
+    def __init__(self, caller: Caller, target: Target, options: CallOptions, function: Callable[..., Any]) -> None:
+        super().__init__(caller, target, options)
+        kinds = inspect.Parameter
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        nameless = any(it.kind in (kinds.VAR_POSITIONAL, kinds.POSITIONAL_ONLY) for it in parameters)
+        self._parameters = (
+            None if nameless else [it.name for it in parameters if it.kind is kinds.POSITIONAL_OR_KEYWORD]
+        )
+
+    def __call__(self, /, *args: Any, **params: Any) -> Coroutine[Any, Any, Any]:
+        if args and self._parameters is not None:
+            if len(args) > len(self._parameters):
+                msg = f"{self._target.label} takes {len(self._parameters)} parameters by position, {len(args)} given"
+                raise TypeError(msg)
+            named = dict(zip(self._parameters, args, strict=False))
+            if twice := named.keys() & params.keys():
+                msg = f"{self._target.label} got {sorted(twice)} twice, by position and by name"
+                raise TypeError(msg)
+            params = named | params
+            args = ()
+        return self._caller.invoke(self._target, self._options, args, params)

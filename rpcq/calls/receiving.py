@@ -1,0 +1,144 @@
+"""Takes what comes to a client's reply queue: matches it to its call, and reads the value or the error in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+import pydantic
+
+from rpcq import logs
+from rpcq.calls.outcomes import Call, CallEvent, event_of_notice, event_of_reply, for_call
+from rpcq.calls.pending import PendingCalls
+from rpcq.calls.sending import ClientCall, Sender
+from rpcq.contracts import Result, result_adapter
+from rpcq.control import Control
+from rpcq.errors import InvalidReply, from_wire
+from rpcq.observer import Observers
+from rpcq.options import CallOptions
+from rpcq.transport.base import Delivery
+from rpcq.validation.bounds import NotRead, first_error
+from rpcq.wire import replies
+from rpcq.wire.properties import MalformedProperties
+from rpcq.wire.replies import Notice, Reply
+
+_REPLY: Final = CallEvent.REPLY  # a name of its own: getting at an enum's member is slow in CPython 3.11
+
+log = logs.get_logger("rpcq.client")
+
+
+class Receiver:
+    """Takes what comes to the reply queue, and matches it to the calls under way.
+
+    Args:
+        calls: the table of calls under way.
+        sender: what sends their requests.
+        control: what takes the answers of workers to questions.
+        observers: who is told of notices.
+        notices: the name of the exchange that notices come through.
+
+    """
+
+    def __init__(
+        self, calls: PendingCalls, sender: Sender, control: Control, observers: Observers, notices: str
+    ) -> None:
+        self._calls = calls
+        self._sender = sender
+        self._control = control
+        self._observers = observers
+        self._notices = notices.encode()
+        self._seldom = logs.Seldom(log)
+
+    def on_delivery(self, delivery: Delivery) -> None:
+        """Take a message of the reply queue."""
+        try:
+            encoder = self._sender.encoder
+            came = replies.read_reply(delivery.properties, delivery.body, b"" if encoder is None else encoder.reply_to)
+        except MalformedProperties as error:
+            self._drop("a malformed reply is dropped", cause=str(error))
+            return
+        if type(came) is Reply and came.kind == replies.RESULT and delivery.exchange != self._notices:
+            call = self._calls.get(came.correlation_id)  # by the ID of any of its requests: one of them ran
+            if call is not None:
+                self._calls.happened(call, _REPLY, came)
+                return
+        self._take_other(delivery, came)
+
+    def _take_other(self, delivery: Delivery, came: Reply | Notice | None) -> None:
+        """Take what is not the result of a call under way."""
+        if came is None:
+            self._drop("a copy of a request came to the reply queue, and is dropped: something moves messages")
+            return
+        if (delivery.exchange == self._notices) is not isinstance(came, Notice):
+            # Clients can have the broker send anything through the notices, and workers anything that looks like one.
+            self._drop("a forged reply or notice came to the reply queue, and is dropped")
+            return
+        request_id = came.correlation_id
+        if self._control.answered(request_id, delivery.body):
+            return
+        if isinstance(came, Notice):
+            self._observers.notice(came.reason)
+        call = self._calls.get(request_id)
+        if call is None:
+            self._calls.count_unmatched(request_id)
+            log.debug("reply for no call under way", correlation_id=request_id.decode("utf-8", "replace"))
+        elif call.request_id != request_id:
+            pass  # it is about an earlier request of the call
+        elif isinstance(came, Reply):
+            event, why = event_of_reply(came)
+            self._calls.happened(call, event, came, why)
+        else:
+            is_unrun = came.reason == "expired" and self._sender.is_unrun(cast("ClientCall", call), came)
+            event, why = event_of_notice(came, is_unrun=is_unrun)
+            self._calls.happened(call, event, why=why)
+
+    def _drop(self, what: str, **fields: str) -> None:
+        """Count and report something that is neither a reply nor a notice of ours."""
+        self._calls.stray += 1
+        self._seldom.warning(what, **fields)
+
+
+class ResultReader:
+    """Reads replies into values and errors; remembers the types that it reads.
+
+    Attributes:
+        on_reply: called with each reply that ends a call, before it is read; None for nobody.
+
+    """
+
+    def __init__(self) -> None:
+        self._results: dict[Any, Result] = {}
+        self.on_reply: Callable[[Reply], None] | None = None
+
+    def read(self, call: Call, reply: Reply, label: str, options: CallOptions) -> Any:
+        """The value in a reply.
+
+        Raises:
+            CallError: it is an error, or cannot be read as what the caller expects.
+
+        """
+        if self.on_reply is not None:
+            self.on_reply(reply)
+        try:
+            if reply.kind == replies.RESULT and reply.body is not None and options.returns is not None:
+                return self._typed(options.returns, label)(reply.body)
+            value = replies.read_body(reply)
+        except InvalidReply as error:
+            raise for_call(call, error) from None
+        except (pydantic.ValidationError, NotRead) as error:
+            why = first_error(error)
+            raise for_call(call, InvalidReply(f"{label} gave what does not fit {options.returns!r}: {why}")) from error
+        except Exception as error:  # what validators of the caller's own type raise
+            raise for_call(call, InvalidReply(f"the result of {label} could not be read: {error!r}")) from error
+        if reply.kind == replies.RESULT:
+            return value
+        raise for_call(call, from_wire(value, options.errors))
+
+    def _typed(self, returns: Any, label: str) -> Callable[[bytes], Any]:
+        try:
+            found = self._results.get(returns)
+        except TypeError:  # unhashable, such as Annotated[..., []]
+            return result_adapter(label, returns).read
+        if found is None:
+            found = self._results[returns] = result_adapter(label, returns)
+        return found.read

@@ -1,0 +1,433 @@
+"""What becomes of a request that a worker has taken: it runs or is refused, it is replied to, and it is acknowledged.
+
+A request is in hand from `begin` or `refuse` until it is acknowledged, once the broker has confirmed the reply:
+
+    begin -> execution.Executor -> CallRun.returned | raised | interrupted -+
+    refuse -----------------------------------------------------------------+-> reply -> confirmed -> acknowledged
+
+A reply that the broker did not confirm because a session was lost is published again. Nothing here decides whether a
+request may run: that is `rpcq.calls.admission`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Final
+
+from rpcq import logs, observer
+from rpcq.calls.admission import CallInvocation, MayHaveRun, never_no
+from rpcq.calls.authorization import authorize
+from rpcq.calls.replaying import Replays
+from rpcq.errors import (
+    CallError,
+    CallTimeout,
+    InvalidReply,
+    OutcomeUnknown,
+    RemoteError,
+    ServiceUnavailable,
+    in_short,
+    to_wire,
+)
+from rpcq.execution import Enter, Executor, Interruption, Run
+from rpcq.invocation import Invocation, Refused
+from rpcq.observer import CANCELLED, OK, Endings, ObservedRequest
+from rpcq.results import StoredResult
+from rpcq.runtime.backlog import Backlog
+from rpcq.transport.base import Delivery, Outgoing, Published, Transport
+from rpcq.wire import bodies, replies
+from rpcq.wire.topology import DIRECT_REPLY_TO
+
+log = logs.get_logger("rpcq.worker")
+
+CUT_OFF_TIMEOUT: Final = 2.0
+"""Seconds that the broker has to confirm the replies to callers whose handlers were cut off."""
+
+_CONFIRMED: Final = Published.CONFIRMED  # a name of its own: getting at an enum's member is slow in CPython 3.11
+
+Key = tuple[bytes, bytes]
+"""reply_to and correlation ID: they name a call among those of all clients. Without reply_to, no reply is wanted."""
+
+
+class CallRun(Run):
+    """A request in hand; once its handler has ended, the reply to it.
+
+    Attributes:
+        replier: what replies to it.
+        delivery: what is acknowledged in the end.
+        key: of the call.
+        may_have_run: why the call may have run before; None if it certainly has not.
+        queue_ms: milliseconds since the caller sent it; None where the caller told none.
+        said: what an error reply's body says; None for a result.
+        observed: what observers see of it; None where there are none, and once they were told of its end.
+        endings: what observers want to be called with at its end; None until they were told that it begins.
+
+    """
+
+    __slots__ = ("delivery", "endings", "key", "may_have_run", "observed", "queue_ms", "replier", "said")
+
+    def __init__(self, replier: Replier, delivery: Delivery, key: Key, may_have_run: MayHaveRun | None = None) -> None:
+        super().__init__()
+        self.replier = replier
+        self.delivery = delivery
+        self.key = key
+        self.may_have_run = may_have_run
+        self.queue_ms: float | None = None
+        self.said: dict[str, Any] | None = None
+        self.observed: ObservedRequest | None = None
+        self.endings: Endings[ObservedRequest] | None = None
+
+    @property
+    def id(self) -> str:
+        """The correlation ID, for logs."""
+        return self.key[1].decode("utf-8", "replace")
+
+    def returned(self, invocation: Invocation, value: Any) -> None:
+        """See `Run`."""
+        self.replier.returned(self, invocation, value)
+
+    def raised(self, invocation: Invocation, error: BaseException) -> None:
+        """See `Run`."""
+        self.replier.raised(self, invocation, error)
+
+    def interrupted(self, invocation: Invocation, why: Interruption) -> None:
+        """See `Run`."""
+        self.replier.interrupted(self, invocation, why)
+
+
+class _Reply(Outgoing):
+    """The reply to a request in hand."""
+
+    __slots__ = ("run",)
+
+    def __init__(self, run: CallRun, exchange: bytes, properties: bytes, body: bytes) -> None:
+        # Not by super(): one is made for each call.
+        self.exchange = exchange
+        self.routing_key, self.correlation_id = run.key
+        # RabbitMQ may return what goes by direct reply-to even when it delivers it.
+        self.mandatory = not self.routing_key.startswith(DIRECT_REPLY_TO)
+        self.properties = properties
+        self.body = body
+        self.run = run
+
+    def on_published(self, published: Published) -> None:
+        """See `Outgoing`."""
+        self.run.replier.published(self, published)
+
+
+class CallsInHand:
+    """The requests in hand, by the key of their call."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[Key, CallRun] = {}
+        self._others: set[CallRun] = set()  # no reply is wanted, or the caller used a correlation ID twice
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __len__(self) -> int:
+        return len(self._by_key) + len(self._others)
+
+    def __iter__(self) -> Iterator[CallRun]:
+        return iter((*self._by_key.values(), *self._others))  # a copy: they change meanwhile
+
+    def __contains__(self, key: Key) -> bool:
+        """Whether a call that wants a reply is in hand under this key."""
+        return bool(key[0]) and key in self._by_key
+
+    def get(self, key: Key) -> CallRun | None:
+        """The call that wants a reply and is in hand under this key."""
+        return self._by_key.get(key)
+
+    def add(self, run: CallRun) -> None:
+        """Take a request in hand."""
+        if not run.key[0] or self._by_key.setdefault(run.key, run) is not run:
+            self._others.add(run)
+        self._idle.clear()
+
+    def remove(self, run: CallRun) -> None:
+        """It is acknowledged."""
+        if self._by_key.get(run.key) is run:
+            del self._by_key[run.key]
+        else:
+            self._others.discard(run)
+        if not self._by_key and not self._others:
+            self._idle.set()
+
+    def adopt(self, key: Key, delivery: Delivery) -> bool:
+        """Take a redelivery as that of a call that is still in hand; False if there is none.
+
+        The session that the call came by is gone. One that came by the same session as the redelivery is another call
+        of the same reply_to and correlation ID.
+        """
+        if not key[0]:
+            return False
+        for run in (self._by_key.get(key), *self._others):
+            if run is not None and run.key == key and run.delivery.source is not delivery.source:
+                run.delivery = delivery
+                return True
+        return False
+
+    async def none_left(self) -> None:
+        """Wait until nothing is in hand."""
+        await self._idle.wait()
+
+
+class Replier:
+    """Runs requests or refuses them, replies, and acknowledges once the broker has the reply.
+
+    Args:
+        transport: where replies go.
+        executor: what runs handlers.
+        replays: runs calls with an idempotency key once.
+        reply_exchange: the exchange that replies go through; None for the default one.
+        max_body: bytes of a reply.
+        observers: of requests, as `Observers.requests` has them.
+
+    Attributes:
+        in_hand: the requests that are not acknowledged yet.
+        finished: requests that were in hand, and are no more.
+        refused_redeliveries: requests answered and not run, because they may have run before.
+        unroutable_replies: replies whose caller was gone.
+
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        executor: Executor,
+        replays: Replays,
+        *,
+        reply_exchange: str | None,
+        max_body: int,
+        observers: Sequence[Callable[[ObservedRequest], Callable[[ObservedRequest], None] | None]],
+    ) -> None:
+        self._transport = transport
+        self._executor = executor
+        self._replays = replays
+        self._exchange = (reply_exchange or "").encode()
+        self._max_body = max_body
+        self._observers = observers
+        self._encoder = replies.ReplyEncoder()
+        self._unsent: Backlog[_Reply] = Backlog(lambda: transport.can_publish, transport.writable, transport.publish)
+        self._abandoned = False
+        self._seldom = logs.Seldom(log)
+        self.in_hand = CallsInHand()
+        self.finished = 0
+        self.refused_redeliveries = 0
+        self.unroutable_replies = 0
+
+    def open(self) -> None:
+        """From now on, in this event loop."""
+        self._executor.open()
+
+    @property
+    def replayed(self) -> int:
+        """Requests that were answered with a stored result."""
+        return self._replays.replayed
+
+    def begin(self, run: CallRun, invocation: CallInvocation, now: float) -> None:
+        """Start the handler; `now` on `time.monotonic()`."""
+        run.queue_ms = invocation.queue_ms
+        self.in_hand.add(run)
+        around = None
+        if invocation.authorize is not None or invocation.deduplication is not None or run.observed is not None:
+            around = partial(self._around, run, invocation)
+        self._executor.begin(run, invocation, now, around)
+
+    def refuse(self, run: CallRun, error: CallError) -> None:
+        """Answer with an error, and run nothing."""
+        self.in_hand.add(run)
+        self._refuse(run, error)
+
+    def cancel(self, key: Key) -> bool:
+        """The caller is gone: cancel the handler; False if the call is not in hand."""
+        run = self.in_hand.get(key)
+        if run is None:
+            return False
+        self._executor.cancel(run)
+        return True
+
+    def name_of(self, task: asyncio.Task[Any]) -> dict[str, Any]:
+        """What a task runs, as fields for a log; may be called from another thread."""
+        for run in self.in_hand:
+            if run.task is task:
+                invocation = run.invocation  # gone once the handler has ended
+                return {"method": invocation.method.label if invocation else None, "correlation_id": run.id}
+        return {"task": task.get_name()}  # that a handler made, or rpcq
+
+    async def abandon(self) -> None:
+        """Cancel what still runs, and tell its callers, as long as there is a way to the broker.
+
+        What they could not be told is left to the broker unacknowledged.
+        """
+        self._abandoned = True
+        runs = list(self.in_hand)
+        if runs:
+            log.error("calls cut off", count=len(runs), correlation_ids=[run.id for run in runs[:20]])
+        await self._executor.abandon(runs)
+        if self._transport.can_publish:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CUT_OFF_TIMEOUT):
+                    await self.in_hand.none_left()
+        for run in runs:
+            if run.result is not None:
+                run.result.cancel()  # its thread may end after the loop
+        await self._unsent.close()
+        await self._replays.close()
+
+    # Running.
+
+    async def _around(self, run: CallRun, invocation: CallInvocation, enter: Enter) -> Any:
+        if run.observed is not None:
+            run.observed.ran = True
+            run.endings = self._observe_begin(run, run.observed)
+        if invocation.authorize is not None:
+            await authorize(invocation, invocation.authorize, self._seldom)
+            self._executor.check_wanted(run)
+        if invocation.deduplication is not None:
+            return await self._replays.run(run, invocation, invocation.deduplication, enter)
+        return await enter()
+
+    def returned(self, run: CallRun, invocation: Invocation, value: Any) -> None:
+        """The handler returned this, or a stored result is replayed."""
+        try:
+            body = value.body if type(value) is StoredResult else invocation.method.write_result(value, self._max_body)
+        except InvalidReply as error:
+            log.exception("result cannot be sent", method=invocation.method.label, correlation_id=run.id)
+            self._reply_error(run, error)
+        except Exception as error:  # noqa: BLE001 - of a serialiser of the handler's own type
+            self._fail(run, invocation, error)
+        else:
+            if run.observed is not None:
+                self._observe_end(run, run.observed, OK)
+            self._reply(run, replies.RESULT, body)
+
+    def raised(self, run: CallRun, invocation: Invocation, error: BaseException) -> None:
+        """The handler raised, or was not entered."""
+        if isinstance(error, Refused):
+            self._refuse(run, error.error)
+        elif isinstance(error, invocation.method.errors):
+            self._reply_error(run, error, raised=True)
+        elif isinstance(error, CallTimeout) and error.deadline == invocation.deadline:
+            message = f"{invocation.method.label} ran into the deadline in a call of its own: {error.message}"
+            self._reply_error(run, CallTimeout(message, executed="yes"))
+        else:
+            self._fail(run, invocation, error)
+
+    def interrupted(self, run: CallRun, invocation: Invocation, why: Interruption) -> None:
+        """The handler was interrupted, or never entered."""
+        label, seconds = invocation.method.label, f"{run.handler_ms / 1000:.3f} s"
+        match why:
+            case Interruption.CANCELLED:
+                if run.observed is not None:
+                    self._observe_end(run, run.observed, CANCELLED)
+                self._acknowledge(run)
+            case Interruption.TIMED_OUT:
+                self._reply_error(run, CallTimeout(f"{label} ran into the deadline after {seconds}", executed="yes"))
+            case Interruption.TIMED_OUT_UNBEGUN:
+                message = f"{label} did not begin until the deadline: its worker, authorize or a store was busy"
+                self._reply_error(run, CallTimeout(message, executed="no"))
+            case Interruption.CUT_OFF:
+                self._reply_error(run, OutcomeUnknown(f"it was stopped, and cut {label} off after {seconds}"))
+            case Interruption.CUT_OFF_UNBEGUN:
+                self._reply_error(run, ServiceUnavailable(f"the worker of {label} stopped, and did not begin"))
+
+    def _fail(self, run: CallRun, invocation: Invocation, error: BaseException) -> None:
+        """An exception that the service does not declare: its text stays here."""
+        incident = secrets.token_hex(6)
+        log.error(
+            "handler failed",
+            **invocation.names(),
+            incident=incident,
+            duration_ms=round(run.handler_ms, 3),
+            exc_info=error,
+        )
+        self._reply_error(run, RemoteError(f"{invocation.method.label} failed", incident=incident))
+
+    # Replying.
+
+    def _refuse(self, run: CallRun, error: CallError) -> None:
+        if run.may_have_run is not None or isinstance(error, MayHaveRun):
+            self.refused_redeliveries += 1
+        self._reply_error(run, error)
+
+    def _reply_error(self, run: CallRun, error: CallError, *, raised: bool = False) -> None:
+        """Reply with an error; `raised` where the handler raised it, whatever it says of itself."""
+        error = never_no(error, run.may_have_run) if not raised else error
+        said = to_wire(error)
+        if raised:
+            said |= {"executed": "yes", "retryable": False}
+        try:
+            body = bodies.dumps(said)
+        except Exception:  # noqa: BLE001 - of a serialiser of the details' own type
+            body = b""
+        if not body or len(body) > self._max_body:
+            log.error("an error's details cannot be sent", correlation_id=run.id, code=error.code)
+            said = in_short(said)
+            body = bodies.dumps(said)
+        run.said = said
+        if run.observed is not None:
+            self._observe_end(run, run.observed, error.code, error)
+        self._reply(run, replies.ERROR, body)
+
+    def _reply(self, run: CallRun, kind: bytes, body: bytes) -> None:
+        run.task = None
+        if not run.key[0]:
+            self._acknowledge(run)
+            return
+        properties = self._encoder.encode(kind, run.key[1], run.queue_ms, run.handler_ms)
+        self._transport.publish(_Reply(run, self._exchange, properties, body))
+
+    def published(self, reply: _Reply, published: Published) -> None:
+        """What became of a reply."""
+        run = reply.run
+        if published is _CONFIRMED:
+            self._acknowledge(run)
+        elif published in (Published.UNSENT, Published.UNKNOWN):
+            if not self._abandoned:
+                self._unsent.add(reply)  # published again once there is a way
+        elif published is Published.TOO_LARGE:
+            self._reply_in_short(run, len(reply.body))
+        else:
+            self.unroutable_replies += 1
+            log.debug("the caller is gone", correlation_id=run.id, reply=published.value)
+            self._acknowledge(run)
+
+    def _reply_in_short(self, run: CallRun, size: int) -> None:
+        """The broker takes no message of the reply's size: say so in one that it takes."""
+        log.error("a reply is larger than the broker takes (its max_message_size)", correlation_id=run.id, bytes=size)
+        if run.said is not None:
+            run.said = in_short(run.said)
+        else:
+            run.said = to_wire(InvalidReply(f"the result is {size} bytes of JSON, more than the broker takes"))
+        body = bodies.dumps(run.said)
+        if len(body) < size:
+            self._reply(run, replies.ERROR, body)
+        else:
+            self._acknowledge(run)  # there is no way to tell the caller
+
+    def _acknowledge(self, run: CallRun) -> None:
+        """Acknowledge, once the thread has ended too: it holds the slot that prefetch gave it."""
+        if run.outlasts and not self._abandoned:
+            assert run.result is not None  # noqa: S101 - made with the thread
+            run.result.add_done_callback(lambda _: self._acknowledge(run))
+            return
+        self.in_hand.remove(run)
+        self.finished += 1
+        run.delivery.ack()
+
+    # Observing.
+
+    def _observe_begin(self, run: CallRun, observed: ObservedRequest) -> Endings[ObservedRequest]:
+        observed.queue_seconds = None if run.queue_ms is None else run.queue_ms / 1000
+        return observer.begin(self._observers, observed)
+
+    def _observe_end(self, run: CallRun, observed: ObservedRequest, code: str, error: CallError | None = None) -> None:
+        # It may never have begun.
+        endings = self._observe_begin(run, observed) if run.endings is None else run.endings
+        observed.code, observed.error, observed.seconds = code, error, run.handler_ms / 1000
+        run.observed = run.endings = None
+        observer.end(endings, observed)

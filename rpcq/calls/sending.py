@@ -1,0 +1,283 @@
+"""Sends the requests of a client's calls: at once where there is a way, else in order as soon as there is one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Final
+
+from rpcq import logs
+from rpcq.calls.outcomes import Call, CallEvent, Outcome, event_of_deadline, event_of_published
+from rpcq.calls.pending import PendingCalls
+from rpcq.calls.proxy import Target
+from rpcq.options import CallOptions
+from rpcq.runtime.backlog import Backlog
+from rpcq.runtime.timeouts import Bucket
+from rpcq.transport.base import Outgoing, Published, Transport
+from rpcq.transport.sessions import Sessions
+from rpcq.wire import requests
+from rpcq.wire.replies import Notice
+
+TURNED_AWAY_PAUSE: Final = 0.01
+"""Seconds before a call that a worker turned away is sent again; doubled each time, up to 64 times as long."""
+
+KEPT_ELSEWHERE: Final = 1.0
+"""Seconds that a client at least goes on sending to a service's name, once it has no queue that delivers once."""
+
+log = logs.get_logger("rpcq.client")
+
+_CONFIRMED: Final = Published.CONFIRMED
+_CONFIRM: Final = CallEvent.CONFIRM
+
+
+class ClientCall(Call):
+    """A call with the future that its caller waits for, and all that it takes to send it.
+
+    Attributes:
+        deadline: on the monotonic clock.
+        is_once: its last request went to one queue that delivers once, and to no other.
+        written: when that was handed to the transport, on the monotonic clock.
+        key: its idempotency key, or None.
+        timeout: what ends it at its deadline.
+        trace: headers that go with each of its requests, or None.
+
+    """
+
+    __slots__ = (
+        "body",
+        "deadline",
+        "future",
+        "is_once",
+        "key",
+        "options",
+        "sender",
+        "target",
+        "timeout",
+        "trace",
+        "written",
+    )
+
+    def __init__(
+        self,
+        sender: Sender,
+        correlation_id: bytes,
+        target: Target,
+        options: CallOptions,
+        body: bytes,
+        deadline: float,
+        key: str | None,
+        attempt: int,
+    ) -> None:
+        super().__init__(correlation_id, idempotent=options.idempotent)
+        self.attempt = attempt
+        self.key = key
+        self.sender = sender
+        self.target = target
+        self.options = options
+        self.body = body
+        self.deadline = deadline
+        self.is_once = False
+        self.written = 0.0
+        self.future: asyncio.Future[Outcome] = sender.loop.create_future()
+        self.timeout: Bucket | asyncio.TimerHandle | None = None
+        self.trace: Mapping[str, str] | None = None
+
+    def ended(self, outcome: Outcome) -> None:
+        """See `Call`."""
+        if not self.future.done():  # its task may have been cancelled, and not have run since
+            self.future.set_result(outcome)
+
+    def again(self) -> None:
+        """See `Call`."""
+        self.sender.again(self)
+
+    def elsewhere(self) -> None:
+        """See `Call`."""
+        self.sender.elsewhere(self)
+
+    def headers(self, attempt: int) -> bytes:
+        """Those of a request of it, besides its times.
+
+        Raises:
+            TooLarge: they are over the limit.
+
+        """
+        return requests.encode_headers(key=self.key, attempt=attempt, metadata=self.options.metadata, trace=self.trace)
+
+
+class _Request(Outgoing):
+    """A request of a call; tells the table what became of it."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: ClientCall, routing_key: bytes, request_id: bytes, properties: bytes) -> None:
+        self.exchange = call.target.exchange
+        self.routing_key = routing_key
+        self.correlation_id = request_id
+        self.properties = properties
+        self.body = call.body
+        self.mandatory = True
+        self.call = call
+
+    def on_published(self, settled: Published) -> None:
+        call = self.call
+        if call.request_id != self.correlation_id:
+            return  # it is about an earlier request of the call
+        if settled is _CONFIRMED:
+            call.sender.calls.happened(call, _CONFIRM)
+        else:
+            call.sender.failed(call, settled, len(self.properties))
+
+
+class Sender:
+    """Sends requests.
+
+    Args:
+        transport: what carries them.
+        sessions: of the client.
+        calls: the table of calls under way.
+        name: the client's, which requests carry.
+        user: the broker's user, which they carry as well where the client is to be known by it; else empty.
+        unrun_within: seconds after it was sent within which an expiry proves that a request was never delivered.
+
+    Attributes:
+        loop: there once it was opened.
+        encoder: there while the consuming session is up; it has the name of the reply queue.
+        waiting: calls that wait for a way, in order.
+        resent: requests that were sent again, because a session was lost or a worker turned the call away.
+
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        sessions: Sessions,
+        calls: PendingCalls,
+        *,
+        name: str,
+        user: str,
+        unrun_within: float,
+    ) -> None:
+        self._transport = transport
+        self._sessions = sessions
+        self.calls = calls
+        self._name = name
+        self._user = user
+        self._unrun_within = unrun_within
+        # Services that have no queue which delivers once -> when that was found, on the monotonic clock.
+        self._not_once: dict[bytes, float] = {}
+        self.loop: asyncio.AbstractEventLoop
+        self.encoder: requests.RequestEncoder | None = None
+        self.waiting: Backlog[ClientCall] = Backlog(
+            lambda: sessions.can_exchange, sessions.ready, self._publish_waiting
+        )
+        self.resent = 0
+
+    def open(self) -> None:
+        """From now on, in this event loop."""
+        self.loop = asyncio.get_running_loop()
+
+    async def close(self) -> None:
+        """Send nothing more."""
+        await self.waiting.close()
+
+    # The consuming session.
+
+    def consuming(self, reply_queue: str) -> None:
+        """It is up, with this queue."""
+        self.encoder = requests.RequestEncoder(reply_queue, self._name, self._user)
+
+    def consuming_lost(self) -> None:
+        """It is down: there is nowhere to reply to."""
+        self.encoder = None
+
+    async def reply_queue(self) -> bytes:
+        """Wait until a message can be sent and be answered: its `reply_to`."""
+        while self.encoder is None or not self._transport.can_publish:
+            await self._sessions.ready()
+        return self.encoder.reply_to
+
+    # Calls.
+
+    def send(self, call: ClientCall) -> None:
+        """Send a request of the call."""
+        if self.encoder is not None and not self.waiting.items and self._transport.can_publish:
+            self._publish(call, self.encoder)
+        else:
+            self.waiting.add(call)
+
+    def again(self, call: ClientCall) -> None:
+        """Send another one: a session was lost, or a worker turned the call away."""
+        self.resent += 1
+        log.info("call is sent again", correlation_id=call.correlation_id.decode(), attempt=call.attempt)
+        # Deferred: the transport may still be reporting losses.
+        pause = TURNED_AWAY_PAUSE * 2 ** min(call.sent - 1, 6) if call.sent > 1 else 0
+        self.loop.call_later(pause, self._resend, call)
+
+    def elsewhere(self, call: ClientCall) -> None:
+        """Send it under the name of the service: there is no queue that delivers once."""
+        self._not_once[call.target.routing_key] = time.monotonic()
+        self.loop.call_soon(self._resend, call)
+
+    def failed(self, call: ClientCall, published: Published, size: int) -> None:
+        """The broker does not have the request of a call, whose properties are `size` bytes, or it is not known."""
+        why = ""
+        if published is Published.TOO_LARGE:
+            why = f"its body is {len(call.body)} bytes, its properties are {size}"
+        elif published is Published.REFUSED and not call.is_once:
+            self._look_again(call)
+        elif published is Published.RETURNED and not call.is_once:
+            self._not_once.pop(call.target.routing_key, None)
+        event = event_of_published(published, is_once=call.is_once, is_ours=call.target.is_ours)
+        self.calls.happened(call, event, why=why)
+
+    def is_unrun(self, call: ClientCall, notice: Notice) -> bool:
+        """Whether a notice of expiry proves that the last request of a call was never delivered."""
+        once_key = call.target.once_key.decode()
+        if not call.is_once and notice.queue == once_key:
+            self._look_again(call)
+        in_time = time.monotonic() - call.written < self._unrun_within
+        return call.is_once and notice.queue == once_key and in_time
+
+    def _look_again(self, call: ClientCall) -> None:
+        """More would have been known with a queue that delivers once: look for one with the next request."""
+        service = call.target.routing_key
+        found = self._not_once.get(service)
+        if found is not None and time.monotonic() - found > KEPT_ELSEWHERE:
+            del self._not_once[service]
+
+    def expire(self, call: ClientCall) -> None:
+        """Its deadline has come."""
+        event = event_of_deadline(is_connected=not self._sessions.down, can_publish=self._transport.can_publish)
+        self.calls.happened(call, event)
+
+    def _resend(self, call: ClientCall) -> None:
+        if not call.future.done():
+            self.send(call)
+
+    def _publish_waiting(self, call: ClientCall) -> None:
+        if self.encoder is not None and not call.future.done():
+            self._publish(call, self.encoder)
+
+    def _publish(self, call: ClientCall, encoder: requests.RequestEncoder) -> None:
+        target, options = call.target, call.options
+        now = time.monotonic()
+        left_ms = int((call.deadline - now) * 1000)
+        if left_ms < 1:
+            return  # its timer is about to fire
+        routing_key = target.routing_key
+        call.is_once = target.once_key != b"" and routing_key not in self._not_once
+        if call.is_once:
+            routing_key = target.once_key
+        call.written = now
+        request_id = self.calls.write(call)
+        properties = encoder.encode(
+            request_id,
+            target.method,
+            left_ms,
+            int(time.time() * 1000) + left_ms,
+            call.headers(call.attempt) if options.metadata or call.key is not None or call.trace is not None else b"",
+            notify=target.is_ours,
+        )
+        self._transport.publish(_Request(call, routing_key, request_id, properties))

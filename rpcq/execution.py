@@ -1,0 +1,279 @@
+"""Runs handlers: in a task, or in a thread of a pool, until their deadline.
+
+A run begins with `Executor.begin` and ends once, with one of the three methods that each kind of work has for itself:
+
+    begin -> the handler returns           -> Run.returned
+          -> it raises                     -> Run.raised
+          -> its task is cancelled, or its -> Run.interrupted, which says why
+             deadline comes
+
+What becomes of the message afterwards is not decided here: a call is answered and acknowledged (`rpcq.calls.replying`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Collection
+from concurrent.futures import Future
+from enum import Enum, auto
+from functools import partial
+from typing import Any, Final
+
+from rpcq import logs
+from rpcq.errors import ServiceUnavailable
+from rpcq.invocation import Invocation, Refused
+from rpcq.runtime import deadline as deadlines
+from rpcq.runtime.threads import CannotStart, Ended, Threads
+from rpcq.runtime.timeouts import Bucket, Timeouts
+
+log = logs.get_logger("rpcq.worker")
+
+CANCEL_TIMEOUT: Final = 1.0
+"""Seconds that handlers have to end once they are cancelled."""
+
+Enter = Callable[[], Awaitable[Any]]
+"""Runs the handler, and gives what it returns."""
+
+Around = Callable[[Enter], Awaitable[Any]]
+"""Runs inside the task, around the handler: it awaits `Enter`, or gives a result without it, or raises."""
+
+
+class Interruption(Enum):
+    """Why a handler was interrupted, and whether it had begun."""
+
+    CANCELLED = auto()
+    """The caller is gone."""
+    TIMED_OUT = auto()
+    """Its deadline came while it ran."""
+    TIMED_OUT_UNBEGUN = auto()
+    """Its deadline came before it began."""
+    CUT_OFF = auto()
+    """The worker stopped while it ran."""
+    CUT_OFF_UNBEGUN = auto()
+    """The worker stopped before it began."""
+
+
+class Run(ABC):
+    """One run of a handler. Subclasses say what becomes of it.
+
+    Attributes:
+        invocation: what runs; None before it begins, and once it has ended.
+        began: whether the handler was entered.
+        cancelled: its caller is gone.
+        timed_out: its deadline has come.
+        started: when its task began, on time.perf_counter(); 0 before.
+        handler_ms: milliseconds from then to its end.
+        task: runs it; None before it begins.
+        thread: the pool's future of a handler in a thread.
+        result: the event loop's future of the same.
+        ran_on: the run was interrupted, and its handler, in a thread, goes on or has just succeeded.
+        timeout: where its deadline waits.
+
+    """
+
+    __slots__ = (
+        "began",
+        "cancelled",
+        "handler_ms",
+        "invocation",
+        "ran_on",
+        "result",
+        "started",
+        "task",
+        "thread",
+        "timed_out",
+        "timeout",
+    )
+
+    def __init__(self) -> None:
+        self.invocation: Invocation | None = None
+        self.began = False
+        self.cancelled = False
+        self.timed_out = False
+        self.started = 0.0
+        self.handler_ms = 0.0
+        self.task: asyncio.Task[None] | None = None
+        self.thread: Future[Ended] | None = None
+        self.result: asyncio.Future[Ended] | None = None
+        self.ran_on = False
+        self.timeout: Bucket | asyncio.TimerHandle | None = None
+
+    @property
+    @abstractmethod
+    def id(self) -> str:
+        """What tells it apart, for logs."""
+
+    @property
+    def outlasts(self) -> bool:
+        """Whether its handler still runs though the run has ended: in a thread, which cannot be ended."""
+        return self.thread is not None and not self.thread.done()
+
+    @abstractmethod
+    def returned(self, invocation: Invocation, value: Any) -> None:
+        """The handler, or what is around it, gave this value."""
+
+    @abstractmethod
+    def raised(self, invocation: Invocation, error: BaseException) -> None:
+        """The handler, or what is around it, raised this."""
+
+    @abstractmethod
+    def interrupted(self, invocation: Invocation, why: Interruption) -> None:
+        """The handler was interrupted. In a thread, it goes on."""
+
+
+class Executor:
+    """Runs handlers.
+
+    Args:
+        threads: `def` handlers that may run at once.
+
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = Threads(threads)
+        self._loop: asyncio.AbstractEventLoop
+        self._timeouts: Timeouts[Run]
+        self._abandoned = False
+
+    def open(self) -> None:
+        """From now on, in this event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._timeouts = Timeouts(self._loop, self._time_out)
+
+    def begin(self, run: Run, invocation: Invocation, now: float, around: Around | None = None) -> None:
+        """Start the handler in a task of its own; `now` on `time.monotonic()`."""
+        run.invocation = invocation
+        self._timeouts.set(run, invocation.deadline, now)
+        task = self._loop.create_task(self._run(run, invocation, around))
+        if not run.started:  # else the loop starts tasks at once, and it may have ended
+            run.task = task
+
+    def cancel(self, run: Run) -> None:
+        """The caller is gone: cancel the handler."""
+        run.cancelled = True
+        self._interrupt(run)
+
+    async def abandon(self, runs: Collection[Run]) -> None:
+        """Cancel all these runs, and start nothing more. Threads cannot be ended, and go on.
+
+        It takes at most `CANCEL_TIMEOUT` seconds: a handler that does not end until then counts as interrupted.
+        """
+        self._abandoned = True
+        handlers = {run.task: run for run in runs if run.task is not None}
+        self._timeouts.close()
+        self._threads.abandon()
+        for run in runs:
+            self._timeouts.cancel(run)
+            self._interrupt(run)
+        if not handlers:
+            return
+        _, stuck = await asyncio.wait(handlers, timeout=CANCEL_TIMEOUT)
+        if stuck:
+            log.error("handlers do not let themselves be cancelled", count=len(stuck))
+        for task in stuck:
+            run = handlers[task]
+            if run.invocation is not None:
+                self._interrupted(run, run.invocation)
+
+    def check_wanted(self, run: Run) -> None:
+        """Check that the handler is still to be entered.
+
+        What a run waits for before (an `authorize` function, a store) may swallow its cancellation, or outlast it. Then
+        its caller has been told that it did not run, or its time is over.
+
+        Raises:
+            asyncio.CancelledError: it is not.
+
+        """
+        if run.invocation is None or run.timed_out or run.cancelled or self._abandoned:
+            raise asyncio.CancelledError
+
+    async def _run(self, run: Run, invocation: Invocation, around: Around | None) -> None:
+        run.started = time.perf_counter()
+        if run.task is None:
+            run.task = asyncio.current_task()
+        deadlines.current.set(invocation.deadline)
+        logs.current.set(invocation)
+        try:
+            if around is not None:
+                value = await around(partial(self._enter, run, invocation))
+            elif invocation.method.is_async:
+                run.began = True
+                value = await invocation.call()
+            else:
+                value = await self._run_in_thread(run, invocation)
+        except (KeyboardInterrupt, SystemExit):
+            raise  # asyncio ends the loop over these
+        except BaseException as error:  # noqa: BLE001 - the handler's own, for the run to deal with
+            if run.invocation is not None:  # else it has ended: the handler did not let itself be cancelled
+                if isinstance(error, asyncio.CancelledError):
+                    self._interrupted(run, invocation)
+                else:
+                    self._ended(run)
+                    run.raised(invocation, error)
+        else:
+            if run.invocation is not None:
+                self._ended(run)
+                run.returned(invocation, value)
+
+    async def _enter(self, run: Run, invocation: Invocation) -> Any:
+        self.check_wanted(run)
+        if invocation.method.is_async:
+            run.began = True
+            return await invocation.call()
+        return await self._run_in_thread(run, invocation)
+
+    async def _run_in_thread(self, run: Run, invocation: Invocation) -> Any:
+        def call() -> Any:
+            run.began = True
+            return invocation.call()
+
+        label = invocation.method.label
+        try:
+            run.thread = self._threads.start(call)
+        except CannotStart as error:
+            log.error("a handler cannot begin", method=label, correlation_id=run.id, cause=str(error))  # noqa: TRY400 - its cause is all there is to it
+            raise Refused(ServiceUnavailable(f"the worker could not begin: {error}")) from error
+        run.result = asyncio.wrap_future(run.thread)
+        try:
+            ended = await asyncio.shield(run.result)
+        except asyncio.CancelledError:
+            run.ran_on = not run.thread.done() or (not run.thread.cancelled() and run.thread.result().error is None)
+            raise
+        return ended.unwrap(label)
+
+    def _ended(self, run: Run) -> None:
+        if run.started:
+            run.handler_ms = (time.perf_counter() - run.started) * 1000
+        self._timeouts.cancel(run)
+        run.invocation = None
+
+    def _time_out(self, run: Run) -> None:
+        run.timed_out = True
+        self._interrupt(run)
+
+    def _interrupt(self, run: Run) -> None:
+        task, invocation = run.task, run.invocation
+        if task is None or invocation is None or task.done():
+            return
+        task.cancel()
+        if not run.started:  # cancelled before its first step, a task never gets to say so
+            self._interrupted(run, invocation)
+
+    def _interrupted(self, run: Run, invocation: Invocation) -> None:
+        """The handler was cancelled; by whom decides what it means."""
+        self._ended(run)
+        if run.thread is not None and not run.thread.cancel():
+            run.began = True  # else it still waited for a free thread, and never begins
+        if run.cancelled:
+            run.interrupted(invocation, Interruption.CANCELLED)
+        elif run.timed_out:
+            run.interrupted(invocation, Interruption.TIMED_OUT if run.began else Interruption.TIMED_OUT_UNBEGUN)
+        elif not run.began:
+            run.interrupted(invocation, Interruption.CUT_OFF_UNBEGUN)
+        elif self._abandoned:
+            run.interrupted(invocation, Interruption.CUT_OFF)
+        else:
+            run.raised(invocation, asyncio.CancelledError("the handler cancelled itself"))

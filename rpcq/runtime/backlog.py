@@ -1,0 +1,71 @@
+"""What waits, in order, until it can go on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Generic, TypeVar
+
+T = TypeVar("T", bound=Hashable)
+
+
+class Backlog(Generic[T]):
+    """Items that wait until there is a way for them; a task takes them out as soon as there is one.
+
+    There is no task while nothing waits.
+
+    Args:
+        is_ready: whether there is a way now.
+        ready: waits until there may be a way.
+        take: called with each item in order, inside the event loop; it must not raise.
+
+    Attributes:
+        items: what waits, in order. To look whether it is empty is cheaper than to ask for the length of the backlog.
+
+    """
+
+    def __init__(
+        self, is_ready: Callable[[], bool], ready: Callable[[], Awaitable[object]], take: Callable[[T], None]
+    ) -> None:
+        self._is_ready = is_ready
+        self._ready = ready
+        self._take = take
+        self.items: OrderedDict[T, None] = OrderedDict()
+        self._task: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def add(self, item: T) -> None:
+        """Let it wait behind all others."""
+        self.items[item] = None
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def discard(self, item: T) -> None:
+        """It does not wait any more, if it did."""
+        self.items.pop(item, None)
+
+    def clear(self) -> None:
+        """Forget all that waits."""
+        self.items.clear()
+
+    async def emptied(self) -> None:
+        """Wait until nothing waits."""
+        while self.items and self._task is not None:
+            await asyncio.shield(self._task)
+
+    async def close(self) -> None:
+        """Forget all that waits, and end the task."""
+        self.items.clear()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while self.items:
+            await self._ready()
+            while self.items and self._is_ready():
+                item, _ = self.items.popitem(last=False)
+                self._take(item)

@@ -1,0 +1,40 @@
+"""Pauses between tries, each longer than the one before."""
+
+from __future__ import annotations
+
+import random
+
+
+class Backoff:
+    """The pauses before one try after another, in seconds.
+
+    Args:
+        first: the first pause.
+        longest: what none of them exceeds.
+        factor: how many times longer each is than the one before.
+
+    """
+
+    def __init__(self, first: float, longest: float, factor: float = 2.0) -> None:
+        self._first = self._next = first
+        self._longest = longest
+        self._factor = factor
+
+    def pause(self) -> float:
+        """The next pause."""
+        pause = self._next
+        self._next = min(pause * self._factor, self._longest)
+        return pause
+
+    def jittered(self) -> float:
+        """The next pause with full jitter: a random part of it, so that programs which fail together retry apart."""
+        return full_jitter(self.pause())
+
+    def reset(self) -> None:
+        """Begin with the first pause again."""
+        self._next = self._first
+
+
+def full_jitter(longest: float) -> float:
+    """A random pause of at most `longest` seconds."""
+    return random.uniform(0, longest)  # noqa: S311 - spread, not secrecy

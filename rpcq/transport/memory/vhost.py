@@ -1,0 +1,493 @@
+"""What RabbitMQ does with messages: exchanges, queues, consumers, expiry and dead letters. Pure.
+
+No event loop and no clock of its own: whoever owns a `Vhost` passes the monotonic time as `now`, in seconds, and takes
+what it hands to consumers out of `Vhost.outbox`. Rules are RabbitMQ's; where pages leave off, they were read off 3.10:
+
+    https://www.rabbitmq.com/docs/queues      arguments, exclusive, auto-delete, reserved names, equivalence
+    https://www.rabbitmq.com/docs/ttl         per-message TTL: a message expires only at the head of its queue
+    https://www.rabbitmq.com/docs/dlx         dead-lettering: reasons, headers, cycles
+    https://www.rabbitmq.com/docs/maxlength   only messages that are ready count; reject-publish
+    https://www.rabbitmq.com/docs/quorum-queues   delivery limit; x-delivery-count
+    https://www.rabbitmq.com/docs/sender-selected CC
+    https://www.rabbitmq.com/tutorials/amqp-concepts#exchange-topic   wildcards of topic exchanges
+
+Not there, and refused by name rather than ignored: every other argument of a queue. Not there: BCC, priorities.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from heapq import heappop, heappush
+from itertools import count
+from operator import attrgetter
+from secrets import token_urlsafe
+from typing import Any, Final
+
+from rpcq.errors import AccessRefused, NotFound, PreconditionFailed, ResourceLocked, TopologyMismatch
+from rpcq.transport.base import Published
+from rpcq.transport.memory.routing import LiveExchange
+from rpcq.transport.memory.rules import (
+    Reason,
+    check_arguments,
+    check_equivalent,
+    check_reserved,
+    check_user,
+    is_cycle,
+    milliseconds,
+    record_death,
+)
+from rpcq.wire.properties import EXPIRATION, HEADERS, USER_ID, MalformedProperties, decode, encode
+from rpcq.wire.topology import Exchange, Queue
+
+DEFAULT_EXCHANGE: Final = b""
+HELD_BACK: Final = -(1 << 62)
+"""Positions from here up are before those of all messages that were never delivered."""
+
+_HIGH_BYTE: Final = (HEADERS | EXPIRATION) >> 8
+_position: Final = attrgetter("position")
+
+
+class Entry:
+    """A message in one queue.
+
+    Attributes:
+        position: its place among the messages of its queue.
+        expires: the time from which it is dead when it reaches the head; None if it has no TTL.
+        deliveries: how often it came back to its queue.
+
+    """
+
+    __slots__ = ("body", "deliveries", "exchange", "expires", "position", "properties", "routing_key")
+
+    def __init__(
+        self, exchange: bytes, routing_key: bytes, properties: bytes, body: bytes, expires: float | None
+    ) -> None:
+        self.exchange = exchange
+        self.routing_key = routing_key
+        self.properties = properties
+        self.body = body
+        self.expires = expires
+        self.position = 0
+        self.deliveries = 0
+
+
+class Connection:
+    """A connection that declares and consumes: what is its own, and what it holds."""
+
+    __slots__ = ("consumers", "exclusive", "last_tag", "unacked")
+
+    def __init__(self) -> None:
+        self.consumers: list[Consumer] = []
+        self.exclusive: list[LiveQueue] = []
+        self.unacked: dict[int, Handed] = {}
+        self.last_tag = 0
+
+
+class Consumer:
+    """A consumer of one queue; `deliver` is for the owner of the `Vhost`, which calls nothing itself."""
+
+    __slots__ = ("cancelled", "connection", "deliver", "held", "no_ack", "prefetch", "queue")
+
+    def __init__(
+        self,
+        queue: LiveQueue,
+        connection: Connection,
+        deliver: Callable[[Handed], None],
+        prefetch: int,
+        no_ack: bool,
+    ) -> None:
+        self.queue = queue
+        self.connection = connection
+        self.deliver = deliver
+        self.prefetch = 0 if no_ack else prefetch
+        self.no_ack = no_ack
+        self.held = 0
+        self.cancelled = False
+
+    def properties(self, entry: Entry) -> bytes:
+        """What properties this consumer gets: a quorum queue says how often a message came back."""
+        if not entry.deliveries or not self.queue.quorum:
+            return entry.properties
+        properties = decode(entry.properties)
+        properties.headers = {**(properties.headers or {}), "x-delivery-count": entry.deliveries}
+        return encode(properties)
+
+
+Handed = tuple[Consumer, int, Entry]
+"""A message on its way to a consumer, with its delivery tag."""
+
+
+class LiveQueue:
+    """A queue that was declared, and its messages. `ready` and `available` never both hold something for long."""
+
+    def __init__(self, name: str, declared: Queue, owner: Connection | None) -> None:
+        arguments = declared.arguments
+        exchange = arguments.get("x-dead-letter-exchange")
+        self.name = name
+        self.declared = declared
+        self.owner = owner
+        self.max_length: int | None = arguments.get("x-max-length")
+        self.dead_letter_exchange: bytes | None = None if exchange is None else exchange.encode()
+        self.quorum = arguments.get("x-queue-type") == "quorum"
+        self.delivery_limit: int | None = arguments.get("x-delivery-limit")
+        self.ready: deque[Entry] = deque()
+        self.consumers: list[Consumer] = []
+        self.available: deque[Consumer] = deque()  # those under their prefetch; whose turn it is stands first
+        self.positions = count()
+        self.returns = count(HELD_BACK)
+        self.wake: float | None = None
+        self.bound = [(DEFAULT_EXCHANGE, name.encode())]
+        self.deleted = False
+
+    def put_back(self, entries: list[Entry]) -> None:
+        """Return messages that were handed out, in the order given by their delivery tags.
+
+        To a classic queue they return to where they were; in a quorum queue they stand before all that was never
+        delivered, in the order in which they came back.
+        """
+        if self.quorum:
+            for entry in entries:
+                entry.position = next(self.returns)
+        entries.sort(key=_position)
+        if self.ready and entries[-1].position > self.ready[0].position:
+            self.ready = deque(sorted([*entries, *self.ready], key=_position))
+        else:
+            self.ready.extendleft(reversed(entries))
+
+    def put_last(self, entry: Entry) -> None:
+        """Return what a consumer gave back to a quorum queue without a delivery limit: behind all others."""
+        entry.deliveries += 1
+        entry.position = next(self.positions)
+        self.ready.append(entry)
+
+
+class Vhost:
+    """Exchanges and queues, and all that happens to their messages.
+
+    Args:
+        wall: tells the time that stands in the headers of dead letters; with a time zone.
+
+    Attributes:
+        outbox: what was handed to consumers, in order; the owner takes it out and delivers it.
+
+    """
+
+    def __init__(self, wall: Callable[[], datetime]) -> None:
+        self.outbox: deque[Handed] = deque()
+        self.queues: dict[str, LiveQueue] = {}
+        self._wall = wall
+        # The default exchange has every queue under its name.
+        self._exchanges = {DEFAULT_EXCHANGE: LiveExchange(Exchange(""))}
+        self._wakes: list[tuple[float, int, LiveQueue]] = []
+        self._ties = count()
+        self._letters: list[tuple[LiveQueue, Entry]] | None = None  # that are on their way; else they arrive at once
+
+    @property
+    def next_expiry(self) -> float | None:
+        """When `expire` is due next, if nothing happens until then."""
+        return self._wakes[0][0] if self._wakes else None
+
+    def declare_exchange(self, exchange: Exchange) -> None:
+        """Declare an exchange, or find it there.
+
+        Raises:
+            AccessRefused: the name is one of RabbitMQ's own.
+            TopologyMismatch: it exists with another type, or is internal and should not be, or the reverse.
+
+        """
+        check_reserved("exchange", exchange.name)
+        live = self._exchanges.setdefault(exchange.name.encode(), LiveExchange(exchange))
+        if live.declared != exchange:
+            msg = f"PRECONDITION_FAILED - the exchange {exchange.name!r} exists as {live.declared}, not as {exchange}"
+            raise TopologyMismatch(msg)
+
+    def declare_queue(self, queue: Queue, connection: Connection) -> str:
+        """Declare and bind a queue, or find it there; its name.
+
+        Raises:
+            AccessRefused: the name is one of RabbitMQ's own, or a binding is to the default exchange.
+            NotFound: there is no exchange to bind it to.
+            ResourceLocked: it is another connection's.
+            PreconditionFailed: it exists with other arguments (`TopologyMismatch`), or cannot be declared like this.
+
+        """
+        check_reserved("queue", queue.name)
+        live = self.queues.get(queue.name)
+        if live is None:
+            live = self._create(queue, connection)
+        else:
+            _check_owner(live, connection)
+            check_equivalent(live.declared, queue)
+        for exchange, key in (*queue.bindings, *((exchange, live.name) for exchange in queue.bound_by_name)):
+            self._bind(live, exchange, key)
+        return live.name
+
+    def consume(
+        self,
+        name: str,
+        connection: Connection,
+        deliver: Callable[[Handed], None],
+        *,
+        prefetch: int,
+        no_ack: bool,
+        now: float,
+    ) -> Consumer:
+        """Add a consumer to a queue, and hand it what it may have at once.
+
+        Raises:
+            NotFound: there is no such queue.
+            ResourceLocked: it is another connection's.
+
+        """
+        live = self.queues.get(name)
+        if live is None:
+            msg = f"NOT_FOUND - no queue {name!r}"
+            raise NotFound(msg)
+        _check_owner(live, connection)
+        consumer = Consumer(live, connection, deliver, prefetch, no_ack)
+        live.consumers.append(consumer)
+        live.available.append(consumer)
+        connection.consumers.append(consumer)
+        self._serve(live, now)
+        return consumer
+
+    def cancel(self, consumer: Consumer) -> None:
+        """Take a consumer off its queue. What it holds can still be settled."""
+        queue = consumer.queue
+        consumer.cancelled = True
+        consumer.connection.consumers.remove(consumer)
+        queue.consumers.remove(consumer)
+        if consumer in queue.available:
+            queue.available.remove(consumer)
+        if queue.declared.auto_delete and not queue.consumers:
+            self._delete(queue)
+
+    def disconnect(self, connections: Iterable[Connection], now: float) -> None:
+        """End connections, all at once: their consumers and exclusive queues go, what they hold goes back."""
+        ended = list(connections)
+        touched: dict[LiveQueue, Any] = {}
+        for connection in ended:
+            for consumer in connection.consumers[:]:
+                self.cancel(consumer)
+            for queue in connection.exclusive:
+                self._delete(queue)
+        for connection in ended:
+            held: dict[LiveQueue, list[Entry]] = {}
+            for consumer, _, entry in connection.unacked.values():
+                held.setdefault(consumer.queue, []).append(entry)
+            connection.unacked.clear()
+            for queue, entries in held.items():
+                self._return(queue, entries, now)
+            touched.update(held)
+        for queue in touched:
+            self._serve(queue, now)
+
+    def publish(
+        self,
+        exchange: bytes,
+        routing_key: bytes,
+        properties: bytes,
+        body: bytes,
+        mandatory: bool,
+        now: float,
+    ) -> Published:
+        """Route a message to its queues: confirmed, returned or refused.
+
+        Raises:
+            NotFound: RabbitMQ closes the channel over it, with 404: there is no such exchange.
+            PreconditionFailed: the same, with 406: the expiration or the CC header is not one, or the user's name is
+                that of another user.
+            AccessRefused: RabbitMQ closes the channel over it, with 403: the exchange is internal.
+            MalformedProperties: the properties cannot be read. Only what is needed of them is.
+
+        """
+        live = self._exchanges.get(exchange)
+        if live is None:
+            msg = f"NOT_FOUND - no exchange {exchange.decode(errors='replace')!r}"
+            raise NotFound(msg)
+        if live.declared.internal:
+            msg = f"ACCESS_REFUSED - cannot publish to internal exchange {live.declared.name!r}"
+            raise AccessRefused(msg)
+        expires = None
+        if len(properties) < 2:
+            raise MalformedProperties("the properties end early")
+        # To look for the header's name is far cheaper than to decode; a false find costs only time.
+        if properties[0] & _HIGH_BYTE and (properties[0] & (EXPIRATION >> 8) or b"\x02CC" in properties):
+            found = decode(properties)
+            if found.expiration is not None:
+                expires = now + milliseconds(found.expiration) / 1000
+            targets = live.route(routing_key, found.headers)
+        else:
+            targets = live.bound_to(routing_key)
+        if properties[1] & USER_ID:
+            check_user(decode(properties).user_id)
+        if not targets:
+            return Published.RETURNED if mandatory else Published.CONFIRMED
+        settled = Published.CONFIRMED
+        for queue in targets:
+            if not self._enqueue(queue, Entry(exchange, routing_key, properties, body, expires), now):
+                settled = Published.REFUSED
+        return settled
+
+    def settle(self, connection: Connection, tag: int, accept: bool, requeue: bool, now: float) -> None:
+        """Acknowledge or reject what a connection holds under a delivery tag.
+
+        Raises:
+            PreconditionFailed: it holds nothing under that tag; RabbitMQ closes the channel over it, with 406.
+
+        """
+        handed = connection.unacked.pop(tag, None)
+        if handed is None:
+            msg = f"PRECONDITION_FAILED - unknown delivery tag {tag}"
+            raise PreconditionFailed(msg)
+        consumer, _, entry = handed
+        queue = consumer.queue
+        if requeue and queue.quorum and queue.delivery_limit is None:
+            queue.put_last(entry)
+        elif requeue:
+            self._return(queue, [entry], now)
+        if consumer.held == consumer.prefetch and not consumer.cancelled:
+            queue.available.append(consumer)
+        consumer.held -= 1
+        letters: list[tuple[LiveQueue, Entry]] = []
+        if not accept and not requeue and not queue.deleted:
+            # It is on its way before what has expired meanwhile, and arrives after the consumer's next message has
+            # left: a queue that is its own dead letters' finds that room.
+            self._letters = letters
+            self._dead_letter(queue, entry, "rejected", now)
+        if queue.ready:
+            self._serve(queue, now)
+        self._letters = None
+        for target, letter in letters:
+            if not target.deleted:
+                self._enqueue(target, letter, now)
+
+    def expire(self, now: float) -> None:
+        """Give up what is dead at the head of its queue."""
+        while self._wakes and self._wakes[0][0] <= now:
+            queue = heappop(self._wakes)[2]
+            queue.wake = None
+            self._serve(queue, now)
+
+    def _create(self, queue: Queue, connection: Connection) -> LiveQueue:
+        check_arguments(queue)
+        name = queue.name or f"amq.gen-{token_urlsafe(16)}"
+        live = LiveQueue(name, queue, connection if queue.exclusive else None)
+        self.queues[name] = live
+        self._exchanges[DEFAULT_EXCHANGE].bindings[name.encode()] = (live,)
+        if queue.exclusive:
+            connection.exclusive.append(live)
+        return live
+
+    def _bind(self, queue: LiveQueue, exchange: str, key: str) -> None:
+        if not exchange:
+            raise AccessRefused("ACCESS_REFUSED - operation not permitted on the default exchange")
+        live = self._exchanges.get(exchange.encode())
+        if live is None:
+            msg = f"NOT_FOUND - no exchange {exchange!r} to bind the queue {queue.name!r} to"
+            raise NotFound(msg)
+        if live.bind(queue, key.encode()):
+            queue.bound.append((exchange.encode(), key.encode()))
+
+    def _delete(self, queue: LiveQueue) -> None:
+        if queue.deleted:
+            return
+        queue.deleted = True
+        queue.ready.clear()
+        del self.queues[queue.name]
+        for exchange, key in queue.bound:
+            self._exchanges[exchange].unbind(queue, key)
+
+    def _enqueue(self, queue: LiveQueue, entry: Entry, now: float) -> bool:
+        """Whether the queue took it. A limit counts what is ready, and not what consumers hold."""
+        if queue.max_length is not None and len(queue.ready) >= queue.max_length:
+            self._serve(queue, now)  # what has expired since then makes room
+            if len(queue.ready) >= queue.max_length:
+                return False
+        entry.position = next(queue.positions)
+        if queue.available and not queue.ready:  # before the TTL is looked at: 0 passes where a consumer is free
+            self._hand_over(queue, entry)
+            return True
+        queue.ready.append(entry)
+        if entry.expires is not None and len(queue.ready) == 1:
+            self._serve(queue, now)
+        return True
+
+    def _serve(self, queue: LiveQueue, now: float) -> None:
+        """Hand out what can be, give up what is dead at the head, and see to it that the next head will be."""
+        while queue.ready:
+            expires = queue.ready[0].expires
+            if expires is not None and expires <= now:
+                self._dead_letter(queue, queue.ready.popleft(), "expired", now)
+            elif queue.available:
+                self._hand_over(queue, queue.ready.popleft())
+            else:
+                if expires is not None and (queue.wake is None or expires < queue.wake):
+                    queue.wake = expires
+                    heappush(self._wakes, (expires, next(self._ties), queue))
+                return
+
+    def _hand_over(self, queue: LiveQueue, entry: Entry) -> None:
+        available = queue.available
+        consumer = available[0]
+        connection = consumer.connection
+        connection.last_tag = tag = connection.last_tag + 1
+        handed = (consumer, tag, entry)
+        if consumer.no_ack:
+            available.rotate(-1)
+        else:
+            connection.unacked[tag] = handed
+            consumer.held += 1
+            if consumer.held == consumer.prefetch:
+                available.popleft()
+            else:
+                available.rotate(-1)
+        self.outbox.append(handed)
+
+    def _return(self, queue: LiveQueue, entries: list[Entry], now: float) -> None:
+        if queue.deleted:
+            return
+        kept = []
+        for entry in entries:
+            entry.deliveries += 1
+            if queue.delivery_limit is not None and entry.deliveries > queue.delivery_limit:
+                self._dead_letter(queue, entry, "delivery_limit", now)
+            else:
+                kept.append(entry)
+        if kept:
+            queue.put_back(kept)
+
+    def _dead_letter(self, queue: LiveQueue, entry: Entry, reason: Reason, now: float) -> None:
+        """Route a message that its queue gives up: under its own keys, at most once, dropped where nothing is bound."""
+        if queue.dead_letter_exchange is None:
+            return
+        exchange = self._exchanges.get(queue.dead_letter_exchange)
+        if exchange is None:
+            return
+        try:
+            properties = decode(entry.properties)
+        except MalformedProperties:
+            return  # RabbitMQ would not have let it in; and what cannot be read cannot be told where it died
+        headers = properties.headers or {}
+        targets = exchange.route(entry.routing_key, headers)
+        deaths = record_death(
+            headers, queue.name, reason, entry.exchange, entry.routing_key, properties.expiration, self._wall()
+        )
+        properties.headers = headers
+        properties.expiration = None  # else it would expire again where it goes
+        raw = encode(properties)
+        for target in targets:
+            if reason == "rejected" or not is_cycle(target.name, deaths):
+                letter = Entry(queue.dead_letter_exchange, entry.routing_key, raw, entry.body, None)
+                if self._letters is None:
+                    self._enqueue(target, letter, now)
+                else:
+                    self._letters.append((target, letter))
+
+
+def _check_owner(queue: LiveQueue, connection: Connection) -> None:
+    if queue.owner is not None and queue.owner is not connection:
+        msg = f"RESOURCE_LOCKED - the queue {queue.name!r} is exclusive to another connection"
+        raise ResourceLocked(msg)

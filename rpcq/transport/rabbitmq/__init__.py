@@ -1,0 +1,1 @@
+"""The transport over RabbitMQ: two sessions, each with a connection of aio-pika."""

@@ -1,0 +1,155 @@
+"""What operators ask of a broker: what it is, what is there and in what state; and to declare or delete.
+
+Each question has a channel of its own, since the broker closes the channel of one that it refuses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from operator import methodcaller
+from typing import Any, TypeVar
+
+from aio_pika.abc import AbstractChannel
+
+from rpcq.errors import BrokerUnreachable, NotFound
+from rpcq.options import ConnectionOptions
+from rpcq.transport.rabbitmq.connection import connect
+from rpcq.transport.rabbitmq.consuming import declare
+from rpcq.transport.rabbitmq.faults import heeding_cancellation, is_foreign, translate
+from rpcq.transport.rabbitmq.session import Link, declare_exchange
+from rpcq.url import BrokerURL
+from rpcq.wire.topology import Exchange, Queue
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """A queue as it is now.
+
+    Attributes:
+        name: the queue's.
+        messages: that are ready to be delivered.
+        consumers: how many there are.
+
+    """
+
+    name: str
+    messages: int
+    consumers: int
+
+
+class Admin:
+    """One connection to one node, for questions; see `open_admin`.
+
+    Attributes:
+        product: "RabbitMQ".
+        version: its version, as it says.
+        host: the node's, as the URL has it.
+        port: the node's.
+        is_encrypted: whether the connection is TLS.
+
+    """
+
+    def __init__(self, link: Link, url: BrokerURL, host: str, port: int) -> None:
+        said = link.connection.transport.connection.server_properties  # type: ignore[union-attr]  # it is open
+        self._link = link
+        self.product = _text(said.get("product"))
+        self.version = _text(said.get("version"))
+        self.host = host
+        self.port = port
+        self.is_encrypted = url.scheme == "amqps"
+
+    async def queue(self, name: str) -> QueueState | None:
+        """The state of a queue; None if there is none.
+
+        Raises:
+            BrokerError: it could not be asked, or the broker refused.
+
+        """
+
+        async def ask(channel: AbstractChannel) -> QueueState:
+            found = (await channel.declare_queue(name, passive=True)).declaration_result
+            return QueueState(name, found.message_count or 0, found.consumer_count or 0)
+
+        try:
+            return await self._ask(ask)
+        except NotFound:
+            return None
+
+    async def has_exchange(self, name: str) -> bool:
+        """Whether there is such an exchange.
+
+        Raises:
+            BrokerError: it could not be asked, or the broker refused.
+
+        """
+
+        async def ask(channel: AbstractChannel) -> None:
+            await channel.declare_exchange(name, passive=True)
+
+        try:
+            await self._ask(ask)
+        except NotFound:
+            return False
+        return True
+
+    async def declare(self, exchanges: Sequence[Exchange], queues: Sequence[Queue]) -> list[str]:
+        """Declare exchanges, then queues with their bindings; the names of the queues.
+
+        Raises:
+            TopologyMismatch: one exists with other arguments.
+            BrokerError: the broker refused.
+
+        """
+        for each in exchanges:
+            await self._ask(partial(declare_exchange, exchange=each))
+        return [await self._ask(partial(declare, queue=queue.for_session())) for queue in queues]
+
+    async def delete(self, queues: Sequence[str] = (), exchanges: Sequence[str] = ()) -> None:
+        """Delete queues with what is in them, and exchanges; what is not there is passed over."""
+        for queue in queues:
+            await self._ask(methodcaller("queue_delete", queue))
+        for exchange in exchanges:
+            await self._ask(methodcaller("exchange_delete", exchange))
+
+    async def _ask(self, question: Callable[[AbstractChannel], Awaitable[T]]) -> T:
+        try:
+            with heeding_cancellation():
+                channel, _ = await self._link.channel(confirms=False)
+                answer = await question(channel)
+                await channel.close()
+        except (Exception, asyncio.CancelledError) as error:
+            if not is_foreign(error):
+                raise
+            raise translate(error, self._link.protocol.lost) from error
+        return answer
+
+
+@asynccontextmanager
+async def open_admin(url: BrokerURL, options: ConnectionOptions, host: str, port: int) -> AsyncIterator[Admin]:
+    """Ask one node of the URL while inside.
+
+    Raises:
+        BrokerError: it cannot be reached or used; the message says why.
+
+    """
+    try:
+        async with asyncio.timeout(options.connect_timeout):
+            connection, protocol = await connect(url, host, port, options, "admin", lambda _: None, lambda _: None)
+    except TimeoutError as error:
+        where, limit = f"{url.scheme}://{host}:{port}", options.connect_timeout
+        raise BrokerUnreachable(f"cannot reach {where}: it did not answer within {limit:g} s") from error
+    link = Link(connection, protocol)
+    try:
+        yield Admin(link, url, host, port)
+    finally:
+        await link.close()
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value or "unknown")

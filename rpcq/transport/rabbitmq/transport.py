@@ -1,0 +1,75 @@
+"""RabbitMQ: a session that consumes and one that publishes, with the fast lane for their messages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from rpcq import logs
+from rpcq.errors import ClosedError
+from rpcq.options import ConnectionOptions
+from rpcq.transport.base import Listener, Outgoing, Published, Subscription
+from rpcq.transport.rabbitmq.consuming import ConsumingSession
+from rpcq.transport.rabbitmq.publishing import PublishingSession
+from rpcq.url import BrokerURL
+from rpcq.wire.topology import Exchange
+
+for _name in logs.QUIET:
+    logs.silence(_name)
+
+
+class RabbitMQTransport:
+    """A transport over RabbitMQ; see `rpcq.transport.base.Transport`."""
+
+    def __init__(self, url: BrokerURL, options: ConnectionOptions) -> None:
+        self._url = url
+        self._options = options
+        self._consuming: ConsumingSession | None = None
+        self._publishing: PublishingSession | None = None
+        self._closed = False
+
+    @property
+    def can_publish(self) -> bool:
+        """Whether a message may be published now; see `Transport.can_publish`."""
+        return self._publishing is not None and self._publishing.ready
+
+    async def start(
+        self, exchanges: Sequence[Exchange], subscriptions: Sequence[Subscription], listener: Listener
+    ) -> None:
+        """Open both sessions; see `Transport.start`."""
+        if self._closed:
+            raise ClosedError("the transport is closed")
+        # Replies are sent as soon as requests come: the way out is there before the way in.
+        self._publishing = PublishingSession(self._url, self._options, exchanges, listener)
+        self._consuming = ConsumingSession(self._url, self._options, exchanges, listener, subscriptions)
+        try:
+            for session in (self._publishing, self._consuming):
+                await session.open()
+        except BaseException:
+            await self.close()
+            raise
+
+    def publish(self, message: Outgoing) -> None:
+        """Send a message; see `Transport.publish`."""
+        if self._publishing is None:
+            message.on_published(Published.UNSENT)
+        else:
+            self._publishing.publish(message)
+
+    async def writable(self) -> None:
+        """Wait until a message may be published; see `Transport.writable`."""
+        if self._publishing is not None:
+            await self._publishing.writable()
+
+    async def stop_consuming(self) -> None:
+        """Cancel the consumers; see `Transport.stop_consuming`."""
+        if self._consuming is not None:
+            await self._consuming.stop()
+
+    async def close(self) -> None:
+        """Close both sessions; see `Transport.close`."""
+        self._closed = True
+        if self._publishing is not None:
+            await self._publishing.drain()  # what is confirmed now is acknowledged now
+        sessions = [session for session in (self._consuming, self._publishing) if session is not None]
+        await asyncio.gather(*(session.close() for session in sessions))

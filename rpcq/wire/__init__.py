@@ -1,0 +1,1 @@
+"""The wire contract: bytes <-> requests, replies and control messages, and the names of exchanges and queues."""
