@@ -1,6 +1,6 @@
 # make demo    the main job, on the in-process broker; over RabbitMQ with RPCQ_URL=amqp://...
 # make web     a page at http://127.0.0.1:8000 that sends requests and shows their answers live; the same
-# make test    all tests, on a real RabbitMQ too (tests/broker.py says where it comes from)
+# make test    all tests, on a real RabbitMQ too (tests/support/broker.py says where it comes from)
 # make test-faults  every fault of docs/reliability.md, and all else that takes long
 # make soak    mixed load for 10 minutes while faults strike at random; ARGS='--minutes 1 --seed 7 --nodes 3'
 # make check   format, lint, types, structure, the documentation, and known holes of the dependencies
@@ -44,7 +44,7 @@ test: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-faults: $(VENV)/.installed-test $(VENV)/.installed-uvloop
-	$(BIN)/python -m pytest tests/faults tests/security tests/conformance tests/unit/test_cli_bench.py tests/unit/test_operations.py tests/docs -m '' $(ARGS)
+	$(BIN)/python -m pytest tests/faults tests/security tests/conformance tests/unit/cli/test_bench.py tests/unit/observability/test_operations.py tests/docs -m '' $(ARGS)
 
 soak: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	PYTHONPATH=tests $(BIN)/python -m soak $(ARGS)
@@ -55,9 +55,9 @@ check: $(VENV)/.installed-uvloop $(VENV)/.installed-check $(VENV)/.installed-doc
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@if $(BIN)/python tests/lowest.py --reachable; then \
+	@if $(BIN)/python tests/support/lowest.py --reachable; then \
 		$(BIN)/pip-audit --progress-spinner off --skip-editable && \
-		$(BIN)/python tests/lowest.py >$(VENV)/lowest.txt && \
+		$(BIN)/python tests/support/lowest.py >$(VENV)/lowest.txt && \
 		$(BIN)/pip-audit --progress-spinner off --no-deps --disable-pip --requirement $(VENV)/lowest.txt; \
 	else echo 'pypi.org does not tell known holes here: the dependencies are NOT audited for known holes'; fi
 
@@ -70,7 +70,7 @@ fmt: $(VENV)/.installed-check
 
 bench: $(VENV)/.installed-peers $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	$(BIN)/python benchmarks/import_time.py
-	$(BIN)/python tests/broker.py -- $(BIN)/python -m benchmarks.peers $(ARGS)
+	$(BIN)/python tests/support/broker.py -- $(BIN)/python -m benchmarks.peers $(ARGS)
 
 clean:
 	rm -rf $(VENV) build .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -1,4 +1,4 @@
-"""The pytest plugin. What it needs of rpcq is imported by the first test that uses it."""
+"""The pytest plugin. It imports rpcq only when a test uses the fixture."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 
 @pytest.fixture
 def rpcq_running(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """`rpcq.testing.running`, in a place of this test alone.
+    """`rpcq.testing.running` in a namespace of this test.
 
-    That is the broker of `RPCQ_TEST_URL`, or one in this process. `RPCQ_URL` and `RPCQ_NAMESPACE` name it while the
-    test runs, so that code which opens a client or a worker of its own gets there too. It is no async fixture: any
-    plugin for async tests will do, or none.
+    It uses the broker of `RPCQ_TEST_URL`, or a new one in this process. `RPCQ_URL` and `RPCQ_NAMESPACE` name broker and
+    namespace while the test runs: code that opens its own client or worker reaches the same services. It is not an
+    async fixture, so it works with any plugin for async tests, or none.
     """
     from rpcq.testing import Place  # noqa: PLC0415
 

@@ -1,1 +1,1 @@
-"""The services that `producer_service` calls, and what callers may know of them (`consumer_service.contracts`)."""
+"""The services that `producer_service` calls, and their contracts (`consumer_service.contracts`)."""

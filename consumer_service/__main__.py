@@ -13,7 +13,7 @@ from rpcq import RpcqError, Worker
 
 
 async def serve(url: str | None, prefetch: int, namespace: str) -> bool:
-    """Serve until SIGTERM or Ctrl-C; whether everything that ran could end."""
+    """Serve until SIGTERM or Ctrl-C, and return whether all handlers ended."""
     worker = Worker(echo, calculator, url=url, prefetch=prefetch, namespace=namespace, name="consumer_service")
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -22,7 +22,7 @@ async def serve(url: str | None, prefetch: int, namespace: str) -> bool:
 
 
 def main() -> int:
-    """0 after a clean stop, 1 if a call was cut off, 2 if it could not serve."""
+    """Run the command; the exit code is 0 after a clean stop, 1 if a call was cut off, 2 if it could not serve."""
     parser = argparse.ArgumentParser(prog="python -m consumer_service", description=__doc__)
     parser.add_argument("--url", help="the broker's URL (default: RPCQ_URL)")
     parser.add_argument("--prefetch", type=int, default=100, help="calls of each service at once (default: 100)")

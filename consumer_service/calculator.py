@@ -12,19 +12,19 @@ calculator = Service("calculator", errors=[DivisionByZero])
 
 @calculator.method(idempotent=True)
 async def add(x: int, y: int) -> int:
-    """The sum."""
+    """Return the sum."""
     return x + y
 
 
 @calculator.method(idempotent=True)
 async def multiply(x: Decimal, y: Decimal) -> Decimal:
-    """The product."""
+    """Return the product."""
     return x * y
 
 
 @calculator.method(idempotent=True)
 async def divide(x: Decimal, y: Decimal) -> Decimal:
-    """The quotient."""
+    """Return the quotient."""
     if not y:
         raise DivisionByZero("the divisor is zero", details={"x": x})
     return x / y

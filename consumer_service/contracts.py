@@ -1,4 +1,4 @@
-"""What callers may know: import these, and bind them to a client."""
+"""The contracts of the services: callers import these, and bind them to a client."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class DivisionByZero(DomainError):
 
 @contract("echo", idempotent=["process"])
 class EchoApi(Protocol):
-    """Answers what it is told."""
+    """Returns each message, processed."""
 
     async def process(self, message: str, delay: float = 0.0) -> str:
-        """The message, processed, after `delay` seconds."""
+        """Return the message, processed, after `delay` seconds."""
         ...
 
 
@@ -26,13 +26,13 @@ class CalculatorApi(Protocol):
     """Exact arithmetic."""
 
     async def add(self, x: int, y: int) -> int:
-        """The sum."""
+        """Return the sum."""
         ...
 
     async def multiply(self, x: Decimal, y: Decimal) -> Decimal:
-        """The product."""
+        """Return the product."""
         ...
 
     async def divide(self, x: Decimal, y: Decimal) -> Decimal:
-        """The quotient; `DivisionByZero` where there is none."""
+        """Return the quotient, or raise `DivisionByZero`."""
         ...

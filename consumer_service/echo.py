@@ -11,7 +11,7 @@ echo = Service("echo")
 
 @echo.method(idempotent=True)
 async def process(message: str, delay: float = 0.0) -> str:
-    """Answer a message, after `delay` seconds of simulated work."""
+    """Return the message, processed, after `delay` seconds of simulated work."""
     if delay > 0:
         await asyncio.sleep(delay)
     return f"Consumer processed: {message}"

@@ -1,14 +1,14 @@
-"""What both images start: `start.py MODULE ARGUMENTS...` is `python -m MODULE ARGUMENTS...`, fit for a container.
+"""The program that both images start: `start.py MODULE ARGUMENTS...` runs `python -m MODULE ARGUMENTS...`.
 
-- `RPCQ_URL`, where it is not set, is put together from `RABBITMQ_USER`, `RABBITMQ_PASSWORD` and `RABBITMQ_HOST`, each
-  quoted as a URL wants it: any password will do, and the broker gets the same variable as it is.
-- `RPCQ_NAME`, where it is not set, is the name of the container, so that each replica can be told from the others.
-- SIGTERM ends a program that is still starting, and is Ctrl-C to one that runs, until it says otherwise. The first
-  process of a container does not die of a signal that it does not handle: one that is stopped while it imports, or that
-  knows only Ctrl-C, would be waited for in vain, and killed in the end. The images start this with SIGTERM blocked, so
-  that none is lost before it is handled.
+- If `RPCQ_URL` is not set, it is made of `RABBITMQ_USER`, `RABBITMQ_PASSWORD` and `RABBITMQ_HOST`. Each part is
+  percent-encoded, so any password works, and the broker gets the same variable unchanged.
+- If `RPCQ_NAME` is not set, it is the name of the container, which distinguishes the replicas.
+- SIGTERM ends a program that is still starting, and acts as Ctrl-C on one that runs, until the program installs its own
+  handler. The kernel ignores a signal that the first process of a container does not handle. Without this handler, a
+  program that is still importing, or that handles only Ctrl-C, would ignore SIGTERM and be killed after a timeout. The
+  images start this program with SIGTERM blocked, so that no signal is lost before the handler is installed.
 """
-# ruff: noqa: INP001 - a script, in a folder that is no package
+# ruff: noqa: INP001 - a script, in a folder that is not a package
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 
 def prepare(environ: MutableMapping[str, str], host: str) -> None:
-    """Set what is not set yet."""
+    """Set `RPCQ_URL` and `RPCQ_NAME` if they are not set."""
     if not environ.get("RPCQ_URL") and environ.get("RABBITMQ_USER"):
         user, password = (quote(environ.get(name, ""), safe="") for name in ("RABBITMQ_USER", "RABBITMQ_PASSWORD"))
         environ["RPCQ_URL"] = f"amqp://{user}:{password}@{environ.get('RABBITMQ_HOST') or 'rabbitmq'}/"
@@ -32,16 +32,16 @@ def prepare(environ: MutableMapping[str, str], host: str) -> None:
 
 
 def stop(_number: int, _frame: FrameType | None) -> None:
-    """End it as Ctrl-C does where somebody listens to that, as asyncio does while it runs."""
+    """End the program: as Ctrl-C does if the program handles Ctrl-C, as asyncio does while it runs; else at once."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         signal.raise_signal(signal.SIGINT)
-    else:  # nothing is there to be tidied up, and an exception amid an import may crash what is imported
+    else:  # nothing to clean up yet, and an exception during an import may crash the imported module
         os._exit(128 + signal.SIGTERM)
 
 
 def main() -> None:
     """Run the module that the arguments name, in this process."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are told to ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes its background processes ignore it
     signal.signal(signal.SIGTERM, stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     prepare(os.environ, socket.gethostname())

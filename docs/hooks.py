@@ -1,8 +1,8 @@
 # ruff: noqa: INP001 - no package: MkDocs loads it by its path
-"""What the pages have that nobody writes by hand; MkDocs calls `on_...` (its "hooks").
+"""The generated parts of the pages; MkDocs calls the functions `on_...` (its "hooks").
 
-A page says `<!-- generated: NAME -->`, and gets there what GENERATORS has under that name. A site that would load
-something from elsewhere is a warning, and so an error.
+In a page, `<!-- generated: NAME -->` is replaced by the result of the function of that name in GENERATORS. A page that
+would load something from another site causes a warning, which `mkdocs build --strict` makes an error.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
+import griffe
 import typer
 
 from rpcq.cli import app
@@ -30,12 +31,12 @@ FOREIGN: Final = re.compile(
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in what is generated."""
+    """Fill in the generated parts."""
     return PLACE.sub(lambda found: GENERATORS[found["name"]](), markdown)
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
-    """See that nothing is loaded from elsewhere."""
+    """Check that the page loads nothing from another site."""
     for found in FOREIGN.findall(output):
         log.warning("%s would load something from elsewhere: %s", page.file.src_uri, found)
     return output
@@ -103,25 +104,42 @@ def _value(value: Any) -> str:
 
 
 def settings_table() -> str:
-    """Every option of a client and of a worker, with its variable."""
+    """The broker's URL and every option of a client and of a worker, with its variable."""
+    meanings = _meanings() | {"url": "the broker: amqp://user:password@host:port/vhost, amqps://..., or memory://"}
     rows = [
         (
             f"`{it.variable}`",
             f"`{it.kind}`",
             _value(it.default),
             " and ".join(it.read_by),
-            URL.sub(r"`\g<0>`", f"{it.meaning[:1].upper()}{it.meaning[1:].rstrip('.')}."),
+            URL.sub(r"`\g<0>`", _sentence(meanings[it.option])),
         )
         for it in settings()
     ]
     return _table(("Variable", "Type", "Default", "Read by", "Meaning"), rows)
 
 
-# What was measured.
+def _meanings() -> dict[str, str]:
+    """What the docstrings in `rpcq.options` say of each option, read by the parser that mkdocstrings uses."""
+    module = griffe.load("rpcq.options", search_paths=[ROOT])
+    return {
+        attribute.name: " ".join(attribute.description.split())
+        for kind in ("ConnectionOptions", "ClientOptions", "WorkerOptions")
+        for section in griffe.parse_google(module[kind].docstring)
+        if section.kind is griffe.DocstringSectionKind.attributes
+        for attribute in section.value
+    }
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+
+
+# Results of benchmarks.
 
 
 def figures() -> str:
-    """The part of the benchmarks' README that says what they showed."""
+    """The results, from the benchmarks' README."""
     text = (ROOT / "benchmarks" / "README.md").read_text()
     found = re.search(r"^## What they showed\n(.+?)(?=^## )", text, re.DOTALL | re.MULTILINE)
     if found is None:

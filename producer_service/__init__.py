@@ -1,1 +1,1 @@
-"""Sends many concurrent requests to `consumer_service`, and checks every answer."""
+"""Sends many concurrent requests to `consumer_service`, and checks every reply."""

@@ -1,7 +1,7 @@
-"""`python -m producer_service`: send many concurrent requests and check every answer.
+"""`python -m producer_service`: send many concurrent requests and check every reply.
 
-The broker is that of `--url` or `RPCQ_URL`; with neither, it is the in-process one, and so is the worker.
-`python -m producer_service serve` is the same as a web app, with options of its own.
+The broker is in `--url` or `RPCQ_URL`; without these, the broker and the worker run in this process.
+`python -m producer_service serve` does the same as a web app, with options of its own.
 """
 
 from __future__ import annotations
@@ -28,26 +28,28 @@ console = Console()
 
 
 def arguments() -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m producer_service", description=__doc__)
     parser.add_argument("--url", default=os.environ.get("RPCQ_URL") or "memory://", help="the broker's URL")
     parser.add_argument("--requests", type=int, default=1000, help="calls to send (default: 1000)")
     parser.add_argument("--concurrency", type=int, default=200, help="calls under way at once (default: 200)")
-    parser.add_argument("--delay", type=float, default=0.0, help="seconds of simulated work in each (default: 0)")
-    parser.add_argument("--timeout", type=float, default=30.0, help="seconds that each call has (default: 30)")
-    parser.add_argument("--wait", type=float, default=30.0, help="seconds to wait for a consumer (default: 30)")
-    parser.add_argument("--prefetch", type=int, default=100, help="of a worker that this starts (default: 100)")
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds of simulated work in each call (default: 0)")
+    parser.add_argument("--timeout", type=float, default=30.0, help="seconds until each call has ended (default: 30)")
+    parser.add_argument("--wait", type=float, default=30.0, help="seconds to wait for a worker (default: 30)")
+    parser.add_argument(
+        "--prefetch", type=int, default=100, help="prefetch of the worker that this starts (default: 100)"
+    )
     parser.add_argument("--namespace", default="rpcq", help="prefix of queues and exchanges (default: rpcq)")
-    parser.add_argument("--with-worker", action="store_true", help="start consumer_service too, in its own process")
+    parser.add_argument("--with-worker", action="store_true", help="also start consumer_service, in its own process")
     found = parser.parse_args()
     if found.requests < 1 or found.concurrency < 1:
-        parser.error("--requests and --concurrency are at least 1")
+        parser.error("--requests and --concurrency must be at least 1")
     return found
 
 
 @asynccontextmanager
 async def worker(asked: argparse.Namespace) -> AsyncIterator[str]:
-    """A worker, where one is to be started; gives where it runs."""
+    """Start a worker if one is needed, and yield a text that says where the worker runs."""
     if asked.url.startswith("memory:"):
         async with Worker(echo, calculator, url=asked.url, prefetch=asked.prefetch, namespace=asked.namespace):
             yield f"in this process, prefetch {asked.prefetch}"
@@ -67,7 +69,7 @@ async def worker(asked: argparse.Namespace) -> AsyncIterator[str]:
 
 
 async def run(asked: argparse.Namespace) -> Measured:
-    """Connect, wait for a consumer, send, and say what came back."""
+    """Connect, wait for a worker, send the requests, and return the measurements."""
     async with (
         worker(asked) as where,
         Client(asked.url, name="producer_service", namespace=asked.namespace) as client,
@@ -89,7 +91,7 @@ async def run(asked: argparse.Namespace) -> Measured:
 
 
 def show(found: Measured) -> None:
-    """The summary as a table."""
+    """Print the summary as a table."""
     table = Table(show_header=False)
     table.add_row("sent", f"{found.sent:,}")
     table.add_row("matched", f"{found.ok - found.mismatched:,}")
@@ -102,9 +104,9 @@ def show(found: Measured) -> None:
 
 
 def serve(given: list[str]) -> int:
-    """The web form, which needs what the command-line form does not."""
+    """Run the web app, which needs packages that the command line does not need."""
     try:
-        from producer_service.serve import main as serving  # noqa: PLC0415 - where it is asked for
+        from producer_service.serve import main as serving  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as error:
         print(f"producer_service: serve needs the extra web: pip install 'rpcq[web]' ({error})", file=sys.stderr)
         return 2
@@ -112,7 +114,7 @@ def serve(given: list[str]) -> int:
 
 
 def main() -> int:
-    """0 only if every request got its own answer."""
+    """Run the command; the exit code is 0 only if every request got its own reply."""
     if sys.argv[1:2] == ["serve"]:
         return serve(sys.argv[2:])
     try:

@@ -1,4 +1,4 @@
-"""The web form of the producer: `POST /process` for programs, and a page for people.
+"""The producer as a web app: `POST /process` for programs, and a page for people.
 
 uvicorn --factory producer_service.app:create_app
 python -m producer_service serve
@@ -36,31 +36,31 @@ from rpcq.web import CancelOnDisconnect, Rpc, on_call_error, problem
 
 STATIC: Final = Path(__file__).parent / "static"
 MOST_RUNS: Final = 32
-"""Runs under way together, of all users; one more is refused, as the service would be by too many requests."""
+"""The most runs under way at once, of all users; one more is refused, to protect the service from overload."""
 
-BATCH: Final = 0.05
-"""Seconds between two events of a stream: 20 a second, whatever the rate of answers."""
+INTERVAL: Final = 0.05
+"""Seconds between two events of a stream: at most 20 a second, at any rate of answers."""
 
 SHOWN: Final = 6
-"""Answers of one event that have their text; the page could not show more of them anyway."""
+"""Answers in one event that contain their text: the page does not show more of them."""
 
 PING: Final = 15
-"""Seconds of silence after which a stream has a comment, so that nobody between takes it for dead."""
+"""Seconds of silence after which a stream sends a comment, so that proxies do not close it."""
 
 SEND_TIMEOUT: Final = 30.0
 """Seconds that a browser may take to read an event."""
 
-AWAY: Final = "The message broker cannot be reached. It is tried again all the time."
+AWAY: Final = "The message broker cannot be reached. The app keeps trying."
 
 Delay = Annotated[float, Field(ge=0, le=60, description="Seconds of simulated work in each request.")]
-Timeout = Annotated[float, Field(gt=0, le=300, description="Seconds that each request has.")]
+Timeout = Annotated[float, Field(gt=0, le=300, description="Seconds until each request has ended.")]
 
 
 log = logging.getLogger("producer_service")
 
 
 class Messages(BaseModel):
-    """What `POST /process` takes."""
+    """The body of `POST /process`."""
 
     messages: Annotated[
         list[Annotated[str, StringConstraints(max_length=1000)]], Field(min_length=1, max_length=MOST_REQUESTS)
@@ -70,7 +70,7 @@ class Messages(BaseModel):
 
 
 class Asked(BaseModel):
-    """What a person asks for on the page: `GET /stream`."""
+    """The query of `GET /stream`, from the form on the page."""
 
     requests: Annotated[int, Field(ge=1, le=MOST_REQUESTS)] = 200
     concurrency: Annotated[int, Field(ge=1, le=MOST_AT_ONCE)] = 50
@@ -88,7 +88,7 @@ class Failure(BaseModel):
 
 
 class Processed(BaseModel):
-    """How one message ended: an answer or an error."""
+    """The answer to one message, or its error."""
 
     message: str
     answer: str | None
@@ -97,13 +97,13 @@ class Processed(BaseModel):
 
 
 class Answers(BaseModel):
-    """What `POST /process` answers: as many as there were messages, in their order."""
+    """The response of `POST /process`: one answer for each message, in their order."""
 
     answers: list[Processed]
 
 
 class Ready(BaseModel):
-    """What the page's header says."""
+    """The state in the header of the page."""
 
     ready: bool
     text: str
@@ -111,11 +111,11 @@ class Ready(BaseModel):
 
 
 class Producer:
-    """What the app does, without HTTP.
+    """What the app does, apart from HTTP.
 
     Args:
-        rpc: the app's calls.
-        worker: where the worker is, in words.
+        rpc: makes the app's calls.
+        worker: where the worker runs, as a text for the page.
 
     """
 
@@ -126,10 +126,10 @@ class Producer:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """One run.
+        """Count a run while it is under way.
 
         Raises:
-            Overloaded: there are `MOST_RUNS` already.
+            Overloaded: `MOST_RUNS` runs are under way.
 
         """
         if self.runs >= MOST_RUNS:
@@ -141,11 +141,11 @@ class Producer:
             self.runs -= 1
 
     async def process(self, asked: Messages) -> list[dict[str, Any]]:
-        """The answers, in the order of the messages.
+        """Make a call for each message, and return the answers in the order of the messages.
 
         Raises:
-            ServiceUnavailable: no message at all could be served.
-            Overloaded: the same.
+            ServiceUnavailable: no worker took any of the messages.
+            Overloaded: there are too many runs, or no call was accepted.
 
         """
         with self.counted():
@@ -153,18 +153,18 @@ class Producer:
             await run.all()
         if run.unserved is not None:
             raise run.unserved
-        return [it.told() for it in sorted(run.take(), key=attrgetter("number"))]
+        return [it.as_json() for it in sorted(run.take(), key=attrgetter("number"))]
 
     async def events(self, asked: Asked) -> AsyncGenerator[dict[str, str], None]:
-        """Server-sent events: `begun`, some `answers`, and `done` or `failed` at last. Closing it cancels the calls."""
+        """Server-sent events: `begun`, `answers`, then `done` or `failed`. Closing the generator cancels the calls."""
         try:
             with self.counted():
                 self._check_ready()
                 run = self._run(_numbered(asked), asked.delay, asked.timeout, asked.concurrency)
                 yield _event("begun", asked.model_dump())
-                async with aclosing(_batches(run)) as batches:
-                    async for batch in batches:
-                        yield batch
+                async with aclosing(_answer_events(run)) as events:
+                    async for event in events:
+                        yield event
         except RpcqError as error:
             yield _event("failed", _why(error, ready=self.rpc.ready))
             return
@@ -178,7 +178,7 @@ class Producer:
             yield _event("failed", _why(run.unserved, ready=self.rpc.ready) | {"summary": run.summary()})
 
     def _check_ready(self) -> None:
-        """Say once what every call of a run would: each has a timeout, and a person would wait for all of them."""
+        """Raise at once if the broker is away: otherwise each call of the run would wait for its timeout."""
         if not self.rpc.ready:
             raise ServiceUnavailable(self.rpc.why_not_ready or "")
 
@@ -186,44 +186,44 @@ class Producer:
         return Run(self.rpc.bind(EchoApi, timeout=timeout), messages, delay, concurrency)
 
 
-async def _batches(run: Run) -> AsyncGenerator[dict[str, str], None]:
+async def _answer_events(run: Run) -> AsyncGenerator[dict[str, str], None]:
     task = asyncio.create_task(run.all())
-    told = -1
+    shown = -1
     try:
         ended = False
         while not ended:
-            await asyncio.wait([task], timeout=BATCH)
-            ended = task.done()  # before the answers are taken: none comes later
-            if (answers := run.take()) or run.sent != told:
-                told = run.sent
-                yield _event("answers", _batch(told, answers))
+            await asyncio.wait([task], timeout=INTERVAL)
+            ended = task.done()  # checked before `take`, so that no answer comes after the last one
+            if (answers := run.take()) or run.sent != shown:
+                shown = run.sent
+                yield _event("answers", _answers(shown, answers))
         task.result()
     finally:
         task.cancel()
         await asyncio.wait([task])
 
 
-def _batch(sent: int, answers: list[Answer]) -> dict[str, Any]:
-    """Of each answer its number, when it came, how long it took, and its kind; of the last ones all there is."""
+def _answers(sent: int, answers: list[Answer]) -> dict[str, Any]:
+    """The number, time, latency and kind of each answer, and all fields of the last ones."""
     return {
         "sent": sent,
         "ended": [[it.number, round(it.ended_ms, 1), round(it.latency_ms, 2), it.kind] for it in answers],
-        "shown": [{"number": it.number, "kind": it.kind} | it.told() for it in answers[-SHOWN:]],
+        "shown": [{"number": it.number, "kind": it.kind} | it.as_json() for it in answers[-SHOWN:]],
     }
 
 
 def _numbered(asked: Asked) -> list[str]:
-    """Each its own, so that an answer to another is noticed."""
+    """A different message for each request, so that an answer to another request is noticed."""
     return [f"{asked.message} {number}" for number in range(1, asked.requests + 1)]
 
 
 def _why(error: RpcqError, *, ready: bool) -> dict[str, Any]:
-    """A problem document in words for the page."""
+    """A problem document with texts for the page."""
     document = dict(problem(error).document)
     if not ready:
         document |= {"title": "The broker is away", "detail": "Send again once it is back."}
     elif isinstance(error, ServiceUnavailable):
-        document |= {"title": "Nobody could take the requests", "detail": "No worker of the service answers. None ran."}
+        document |= {"title": "No worker took the requests", "detail": "No worker of the service answers. None ran."}
     return document
 
 
@@ -234,16 +234,16 @@ def _event(name: str, data: object) -> dict[str, str]:
 def create_app(
     url: str | None = None, *, namespace: str = "rpcq", with_worker: bool = False, prefetch: int = 100
 ) -> FastAPI:
-    """The app.
+    """Make the app.
 
     Args:
-        url: the broker's; that of `RPCQ_URL` if None, and the in-process one, with the worker beside, if that is empty.
+        url: the broker's URL; None for `RPCQ_URL`. If that is empty too, the broker and the worker run in this process.
         namespace: prefix of queues and exchanges.
-        with_worker: whether the worker runs beside the app, in its event loop.
-        prefetch: calls of each service that such a worker runs at once.
+        with_worker: whether the worker runs in this process, in the event loop of the app.
+        prefetch: calls of each service that this worker runs at once.
 
     Raises:
-        ConfigurationError: one of these cannot be used.
+        ConfigurationError: an argument is not valid.
 
     """
     url = url or os.environ.get("RPCQ_URL") or "memory://"
@@ -253,7 +253,7 @@ def create_app(
         url, services=services, worker_options={"prefetch": prefetch}, name="producer_service", namespace=namespace
     )
     producer = Producer(rpc, "in this process" if beside else "running elsewhere")
-    # The documentation pages of FastAPI load scripts from another host.
+    # Without the documentation pages of FastAPI, which load scripts from another host.
     app = FastAPI(
         title="rpcq producer", lifespan=rpc.lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json"
     )
@@ -264,7 +264,7 @@ def create_app(
     app.add_exception_handler(StarletteHTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_middleware(Shielding)
-    app.add_middleware(CancelOnDisconnect)  # after all other middleware, which puts it outside of them
+    app.add_middleware(CancelOnDisconnect)  # added last, so it is the outermost middleware
     return app
 
 
@@ -283,13 +283,13 @@ def _add_health(app: FastAPI, producer: Producer) -> None:
     async def livez() -> str:
         return "alive"
 
-    @app.get("/readyz", response_class=PlainTextResponse, summary="Whether the app should be sent requests")
+    @app.get("/readyz", response_class=PlainTextResponse, summary="Whether the app is ready for requests")
     async def readyz() -> PlainTextResponse:
-        # `rpc.why_not_ready` names the broker, and is for the log.
+        # Not `rpc.why_not_ready`, which names the broker and is for the log.
         ready = producer.rpc.ready
         return PlainTextResponse("ready" if ready else AWAY, HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE)
 
-    @app.get("/status", summary="The same for the page, which a 503 would be an error for")
+    @app.get("/status", summary="Whether the app is ready, always with status 200, for the page")
     async def status() -> Ready:
         ready = producer.rpc.ready
         return Ready(ready=ready, text="Broker connected" if ready else AWAY, worker=producer.worker)
@@ -300,19 +300,19 @@ def _add_page(app: FastAPI) -> None:
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def index(request: Request) -> Response:
-        return await files.get_response("index.html", request.scope)  # 304 where the browser has it
+        return await files.get_response("index.html", request.scope)  # 304 if the browser has it
 
     @app.get("/favicon.ico", include_in_schema=False)
-    async def icon() -> FileResponse:  # browsers ask for it where a page is no page, as /livez
+    async def icon() -> FileResponse:  # browsers request it on responses without a page, such as /livez
         return FileResponse(STATIC / "icon.svg")
 
     app.mount("/static", files)
 
 
 async def _own(request: Request) -> None:
-    """A GET that does work must not be for other sites to start, by an image or a link of theirs."""
+    """Refuse requests from other sites: an image or a link there must not start a run."""
     if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-        raise HTTPException(HTTPStatus.FORBIDDEN, "Another site asked for this.")
+        raise HTTPException(HTTPStatus.FORBIDDEN, "This request came from another site.")
 
 
 async def _refused(_request: Request, error: Any) -> Response:
@@ -320,9 +320,9 @@ async def _refused(_request: Request, error: Any) -> Response:
 
 
 async def _invalid(_request: Request, error: Any) -> Response:
-    # Without what was sent, which may be megabytes.
+    # Without the input, which may be megabytes.
     errors = [{name: it[name] for name in ("loc", "msg", "type")} for it in error.errors()]
-    return _problem(HTTPStatus.UNPROCESSABLE_ENTITY, "What was sent does not fit; 'errors' says where.", errors=errors)
+    return _problem(HTTPStatus.UNPROCESSABLE_ENTITY, "The request is not valid; see 'errors'.", errors=errors)
 
 
 def _problem(status: int, detail: str, headers: Any = None, **more: Any) -> Response:

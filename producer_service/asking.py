@@ -1,6 +1,6 @@
-"""Many concurrent calls of `echo.process` whose answers are wanted one by one, as they come.
+"""Many concurrent calls of `echo.process`, with each answer as it comes.
 
-`producer_service.load` measures and keeps counts; this keeps each answer, and cancelling it cancels every call.
+`producer_service.load` measures and keeps only counts. This module keeps each answer; cancelling it cancels all calls.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rpcq.web import problem
 
 MOST_REQUESTS: Final = 10_000
 MOST_AT_ONCE: Final = 1_000
-"""Calls of one run, and how many of them may be under way together."""
+"""The most calls of one run, and the most of them under way at once."""
 
 PERCENTILES: Final = (50, 90, 99, 100)
 
@@ -29,12 +29,12 @@ class Answer:
     """How one call ended.
 
     Attributes:
-        number: which of the run, from 0.
-        message: what was asked.
-        answer: what came back, or None.
-        error: why nothing did, or None.
-        ended_ms: milliseconds from the start of the run until it ended.
-        latency_ms: milliseconds that it took.
+        number: the number of the call in its run, from 0.
+        message: the message that was sent.
+        answer: the result, or None.
+        error: the error, or None.
+        ended_ms: milliseconds from the start of the run to the end of the call.
+        latency_ms: milliseconds from the start of the call to its end.
 
     """
 
@@ -52,8 +52,8 @@ class Answer:
             return str(problem(self.error).document.get("code", "INTERNAL"))
         return "matched" if self.answer == f"Consumer processed: {self.message}" else "mismatched"
 
-    def told(self) -> dict[str, Any]:
-        """It as JSON. The error's own text may name hosts and queues, and is left out."""
+    def as_json(self) -> dict[str, Any]:
+        """The values for JSON, without the error's own text, which may name hosts and queues."""
         found: dict[str, Any] = {
             "message": self.message,
             "answer": self.answer,
@@ -61,22 +61,23 @@ class Answer:
             "error": None,
         }
         if self.error is not None:
-            said = problem(self.error).document
-            found["error"] = {"code": self.kind, "title": said["title"], "executed": said.get("executed", "maybe")}
+            document = problem(self.error).document
+            executed = document.get("executed", "maybe")
+            found["error"] = {"code": self.kind, "title": document["title"], "executed": executed}
         return found
 
 
 @dataclass(slots=True)
 class Run:
-    """Calls with these messages, `concurrency` at once; used once.
+    """Calls with these messages, `concurrency` at once. An object is used only once.
 
     Attributes:
-        echo: what is called; with the timeout that each call is to have.
+        echo: the service; its options contain the timeout of each call.
         messages: one for each call.
-        delay: seconds of simulated work in each.
+        delay: seconds of simulated work in each call.
         concurrency: calls under way at once.
         sent: calls made so far.
-        fresh: answers that nobody has taken yet.
+        fresh: answers since the last `take`.
         counts: answers so far by `Answer.kind`.
 
     """
@@ -94,26 +95,26 @@ class Run:
     _began: float = field(default_factory=time.perf_counter)
 
     async def all(self) -> None:
-        """Make all calls; an error of one ends only that one. Cancelling this cancels those under way."""
+        """Make all calls; an error ends only its own call. Cancelling this cancels the calls under way."""
         numbers = iter(range(len(self.messages)))
 
         async def caller() -> None:
-            for number in numbers:  # shared: whoever is free takes the next
+            for number in numbers:  # shared: each caller that is free takes the next one
                 answer = await self._ask(number)
-                self.fresh.append(answer)  # to the list of now: the one of before the wait may have been taken
+                self.fresh.append(answer)  # read again after the wait: `take` replaces the list
 
         async with asyncio.TaskGroup() as callers:
             for _ in range(min(self.concurrency, len(self.messages))):
                 callers.create_task(caller())
 
     def take(self) -> list[Answer]:
-        """The answers that came since the last time."""
+        """The answers since the last `take`."""
         taken, self.fresh = self.fresh, []
         return taken
 
     @property
     def unserved(self) -> RpcqError | None:
-        """Where no call at all could be served, why; the last one's error."""
+        """The error of the last call, if no call at all could be served; otherwise None."""
         return None if self._served else self._unserved
 
     def summary(self) -> dict[str, Any]:
@@ -153,5 +154,5 @@ class Run:
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """The value that so many of these, in ascending order, are not above; 0 where there are none."""
+    """The percentile of values in ascending order; 0 if there are no values."""
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)] if ordered else 0.0

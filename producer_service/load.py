@@ -1,4 +1,4 @@
-"""Many concurrent calls of `echo.process`, each answer checked: made and measured by what is behind `rpcq bench`."""
+"""Many concurrent calls of `echo.process`, with each reply checked, by the load generator of `rpcq bench`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ async def send(
     requests: int,
     concurrency: int,
     delay: float = 0.0,
-    timeout: float = 30.0,  # noqa: ASYNC109 - each call's, not this function's
+    timeout: float = 30.0,  # noqa: ASYNC109 - for each call, not for this function
     on_answers: Callable[[int], None] = lambda _: None,
 ) -> Measured:
-    """Send `requests` calls, up to `concurrency` at once; `on_answers` is called each second, with how many ended."""
+    """Make `requests` calls, up to `concurrency` at once; `on_answers` gets, each second, how many have ended."""
     echo = client.with_options(timeout=timeout).bind(EchoApi)
 
     async def ask(number: int) -> bool:
         message = f"request {number}"
         return await echo.process(message=message, delay=delay) == f"Consumer processed: {message}"
 
-    def tell(_: int, tally: Tally) -> None:
+    def report(_: int, tally: Tally) -> None:
         on_answers(tally.ok + tally.failed)
 
     plan = Plan(target="echo.process", concurrency=concurrency, calls=requests, timeout=timeout, warm_up=0.0)
-    return await Generator(plan, client, tell, ask).run()
+    return await Generator(plan, client, report, ask).run()

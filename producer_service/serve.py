@@ -1,6 +1,6 @@
 """`python -m producer_service serve`: the page and `POST /process`.
 
-The broker is that of `--url` or `RPCQ_URL`; with neither, it is the in-process one, and so is the worker.
+The broker is in `--url` or `RPCQ_URL`; without these, the broker and the worker run in this process.
 """
 
 from __future__ import annotations
@@ -18,33 +18,35 @@ from producer_service.app import create_app
 from rpcq import ConfigurationError
 
 GRACE: int = 10
-"""Seconds that requests have to end when the server is told to stop; streams are ended at once."""
+"""Seconds that requests have to end when the server stops; streams end at once."""
 
 
 def port(text: str) -> int:
-    """A port; ValueError, of which argparse makes a message, where it is none."""
+    """Read a port; argparse makes a message of the ValueError if it is not valid."""
     if (number := int(text)) not in range(65536):
         raise ValueError
     return number
 
 
 def arguments(given: list[str]) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m producer_service serve", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=port, default=8000, help="port to listen on, 0 for a free one (default: 8000)")
     parser.add_argument("--url", default=os.environ.get("RPCQ_URL") or "memory://", help="the broker's URL")
     parser.add_argument("--namespace", default="rpcq", help="prefix of queues and exchanges (default: rpcq)")
-    parser.add_argument("--prefetch", type=int, default=100, help="of a worker that this starts (default: 100)")
-    parser.add_argument("--with-worker", action="store_true", help="run consumer_service too, in this process")
+    parser.add_argument(
+        "--prefetch", type=int, default=100, help="prefetch of the worker that this starts (default: 100)"
+    )
+    parser.add_argument("--with-worker", action="store_true", help="also run consumer_service, in this process")
     return parser.parse_args(given)
 
 
 class Server(uvicorn.Server):
-    """Says where it is, once it listens: the port may have been any."""
+    """Prints its address once it listens, because port 0 means any free port."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start; the app's lifespan has begun when this says so."""
+        """Start, and print the address after the app's lifespan has begun."""
         await super().startup(sockets)
         if self.started:
             host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
@@ -53,8 +55,8 @@ class Server(uvicorn.Server):
 
 
 def main(given: list[str]) -> int:
-    """Serve until SIGTERM or Ctrl-C; 0 after that, 2 if it could not."""
-    # As Ctrl-C: uvicorn ends what is under way, and raises the signal again when it has.
+    """Serve until SIGTERM or Ctrl-C; the exit code is 0 after that, and 2 if the app cannot be served."""
+    # SIGTERM acts like Ctrl-C: uvicorn lets requests end, and then raises the signal again.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     asked = arguments(given)
     try:

@@ -1,4 +1,4 @@
-"""What every response tells the browser, and how much a request may send. Plain ASGI."""
+"""Security headers of every response, and the largest body of a request. Plain ASGI."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LARGEST_BODY: Final = 16 * 1024 * 1024
-"""Bytes: the longest messages, as many as are allowed, in letters of one byte, and some room."""
+"""Bytes: enough for the most and longest messages, in characters of one byte, with some reserve."""
 
 HEADERS: Final = {
-    # Nothing of the page comes from elsewhere, and nothing stands inline.
+    # The page loads nothing from other sites, and has no inline scripts or styles.
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -28,8 +28,8 @@ HEADERS: Final = {
 class Shielding:
     """Adds headers to each response, and refuses bodies above `LARGEST_BODY` bytes with 413.
 
-    The page and its files are kept by browsers and asked for again each time, which is a 304: there is no build step
-    that would give them names of their own. All else is not kept at all.
+    Browsers may cache the page and its files, but must check each time whether they changed (a 304): there is no build
+    step that would give each version its own name. Browsers must not cache other responses.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -40,7 +40,7 @@ class Shielding:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        kept = scope["path"] == "/" or scope["path"].startswith("/static/")
+        cached = scope["path"] == "/" or scope["path"].startswith("/static/")
         size = 0
 
         async def counted() -> Message:
@@ -51,12 +51,12 @@ class Shielding:
                 raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The request is too large.")
             return message
 
-        async def told(message: Message) -> None:
+        async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers.setdefault("cache-control", "no-cache" if kept else "no-store")
+                headers.setdefault("cache-control", "no-cache" if cached else "no-store")
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
-        await self.app(scope, counted, told)
+        await self.app(scope, counted, with_headers)

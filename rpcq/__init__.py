@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from rpcq.calls.proxy import CallMaker, ServiceProxy
 from rpcq.client import Client
 from rpcq.contracts import contract
+from rpcq.control import MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
 from rpcq.errors import (
     BrokerError,
     CallError,
@@ -24,7 +26,10 @@ from rpcq.errors import (
     TooLarge,
     UsageError,
 )
-from rpcq.options import Retry
+from rpcq.observer import Observed, ObservedCall, ObservedRequest, Observer
+from rpcq.options import CallOptions, ClientOptions, ConnectionOptions, Retry, WorkerOptions
+from rpcq.results import Claim, ResultStore, StoredResult
+from rpcq.runtime.deadline import Deadline
 from rpcq.runtime.process import own_version
 from rpcq.service import Context, Service
 from rpcq.worker import Worker
@@ -32,27 +37,45 @@ from rpcq.worker import Worker
 __all__ = [
     "BrokerError",
     "CallError",
+    "CallMaker",
+    "CallOptions",
     "CallTimeout",
+    "Claim",
     "Client",
+    "ClientOptions",
     "ClosedError",
     "ConfigurationError",
+    "ConnectionOptions",
     "Context",
+    "Deadline",
     "DomainError",
     "InvalidParams",
     "InvalidReply",
+    "MethodInfo",
     "MethodNotFound",
     "NotSerializable",
+    "Observed",
+    "ObservedCall",
+    "ObservedRequest",
+    "Observer",
     "OutcomeUnknown",
     "Overloaded",
     "PermissionDenied",
     "RemoteError",
+    "ResultStore",
     "Retry",
     "RpcqError",
     "Service",
+    "ServiceInfo",
+    "ServiceProxy",
     "ServiceUnavailable",
+    "StoredResult",
     "TooLarge",
     "UsageError",
     "Worker",
+    "WorkerInfo",
+    "WorkerOptions",
+    "WorkerStats",
     "contract",
 ]
 

@@ -54,7 +54,7 @@ log = logs.get_logger("rpcq.client")
 
 
 class Phase(Enum):
-    """How far a client is."""
+    """The phases of a client."""
 
     NEW = "new"
     OPEN = "open"
@@ -69,9 +69,8 @@ class Client:
 
     Args:
         url: the broker: `amqp://user:password@host:port/vhost`, `amqps://...` or `memory://`; `RPCQ_URL` if None.
-        options: as in `ClientOptions`; what is not given comes from the environment (`RPCQ_TIMEOUT`, ...), if it is
-            there.
-        observers: who is told of its calls and sessions: metrics, traces, logs; see `rpcq.observer`.
+        options: as in `ClientOptions`. What is not given is read from the environment (`RPCQ_TIMEOUT`, ...).
+        observers: called with its calls and sessions: metrics, traces, logs; see `rpcq.Observer`.
 
     Raises:
         ConfigurationError: the URL or an option cannot be used.
@@ -108,12 +107,12 @@ class Client:
     # Opening and closing.
 
     async def connect(self) -> Self:
-        """Open both connections; from then on the client keeps itself connected.
+        """Open both connections. From then on, the client reconnects by itself.
 
         Raises:
             BrokerError: the broker cannot be used; the message says why. Nothing is left open.
-            ClosedError: it was closed meanwhile.
-            UsageError: it was opened before.
+            ClosedError: the client was closed meanwhile.
+            UsageError: the client was opened before.
 
         """
         if self._phase is not Phase.NEW:
@@ -145,7 +144,7 @@ class Client:
     async def close(self) -> None:
         """Close both connections. Calls under way end at once: `OutcomeUnknown` if sent, else `ServiceUnavailable`.
 
-        Cancelling it does not stop it: the client is closed all the same.
+        If this is cancelled, the client is closed all the same.
         """
         if self._phase is Phase.NEW:
             self._phase = Phase.CLOSED
@@ -185,7 +184,7 @@ class Client:
 
     @property
     def in_flight(self) -> int:
-        """Calls under way, with those that failed and wait to be made again."""
+        """Calls under way, including those that failed and wait to be made again."""
         return len(self._calls) + len(self._retries)
 
     @property
@@ -194,7 +193,7 @@ class Client:
         return self._phase is Phase.OPEN and not self._sessions.down
 
     def counts(self) -> Mapping[str, int]:
-        """What it counts, for observers: calls under way, replies for none of them, and what was sent again."""
+        """The counters, for observers: calls under way, replies for none of them, requests sent again."""
         calls = self._calls
         return {
             "pending_replies": len(calls),
@@ -212,7 +211,7 @@ class Client:
 
     @property
     def unmatched_replies(self) -> int:
-        """Replies and notices that were for no call under way: late, twice, or for nobody. Each was dropped."""
+        """Replies and notices that belonged to no call under way: late, duplicate, or stray. Each was dropped."""
         return self._calls.unmatched
 
     def on_reply(self, callback: Callable[[Reply], None] | None) -> None:
@@ -245,12 +244,12 @@ class Client:
             timeout: seconds, above 0.
 
         Raises:
-            ServiceUnavailable: none did until then.
-            ConfigurationError: the name or the timeout cannot be used.
+            ServiceUnavailable: no worker answered in time.
+            ConfigurationError: the name or the timeout is not valid.
             ClosedError: the client is not open, or was closed meanwhile.
 
         """
-        check_name("the service", name)
+        check_name("the name of a service", name)
         check_seconds("timeout", timeout)
         deadline = Deadline.after(timeout)
         backoff = Backoff(0.05, 0.5, 1.5)
@@ -264,28 +263,28 @@ class Client:
         raise ServiceUnavailable(f"no worker of {name!r} answered within {timeout:g} s; is one running {where}?")
 
     def workers(self, service: str | None = None, *, wait: float = 1.0) -> AsyncGenerator[WorkerInfo, None]:
-        """The workers that are there, as they answer: `async for worker in client.workers("calculator")`.
+        """Ask which workers there are: `async for worker in client.workers("calculator")`.
 
         Args:
-            service: of this service alone; None for every worker of the namespace.
-            wait: seconds to wait for answers, above 0; the number of answers is not known. It ends at once where no
-                worker is there.
+            service: only workers of this service; None for all workers of the namespace.
+            wait: seconds to wait for answers, above 0: how many come is not known. It ends at once if there is no
+                worker.
 
         Raises:
-            ConfigurationError: the service or the wait cannot be used.
+            ConfigurationError: the service or the wait is not valid.
             ClosedError: the client is not open.
 
         """
         return self._ask(control.DESCRIBE, WorkerInfo, service, wait)
 
     def stats(self, service: str | None = None, *, wait: float = 1.0) -> AsyncGenerator[WorkerStats, None]:
-        """How the workers fare; as `workers`."""
+        """Ask the workers for their counters; used like `workers`."""
         return self._ask(control.STATS, WorkerStats, service, wait)
 
     async def _ask(self, question: bytes, kind: type[T], service: str | None, wait: float) -> AsyncGenerator[T, None]:
         self._check_usable()
         if service is not None:
-            check_name("the service", service)
+            check_name("the name of a service", service)
         check_seconds("wait", wait)
         async with aclosing(self._control.ask(question, service, wait)) as answers:
             async for answer in answers:
@@ -295,7 +294,7 @@ class Client:
     def invoke(
         self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
     ) -> Coroutine[Any, Any, Any]:
-        """One call, from its parameters to its result: where `CallMaker` and the proxies come."""
+        """Make one call, from its parameters to its result. `CallMaker` and the proxies use it."""
         if self._observers.calls:
             return self._observed(target, options, args, params)
         if options.retry is None:
@@ -305,7 +304,7 @@ class Client:
     async def _observed(
         self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
     ) -> Any:
-        """One call, with its attempts, of which the observers are told."""
+        """Make one call and call the observers with it."""
         observed = ObservedCall(target.exchange, target.routing_key.decode(), target.method.decode(), target.label)
         observed.correlation_id = self._calls.next_id().decode()
         began = time.perf_counter()
@@ -335,7 +334,7 @@ class Client:
         params: Mapping[str, Any],
         observed: ObservedCall | None = None,
     ) -> Any:
-        """One call, made again where it fails as `retry` says, within the deadline of the first time."""
+        """Make one call, and again if it fails as `retry` says, within the deadline of the first time."""
         self._check_usable()
         deadline = inherit(options.timeout, time.monotonic())
         key = options.idempotency_key
@@ -364,7 +363,7 @@ class Client:
         attempt: int = 1,
         observed: ObservedCall | None = None,
     ) -> Any:
-        """One call; with `deadline`, `key` and `attempt` where it is made again, or may be."""
+        """Make one call; `deadline`, `key` and `attempt` are for a call that is or may be made again."""
         self._check_usable()
         body = bodies.encode_params(args, params, self.options.max_body)
         now = time.monotonic()
@@ -380,7 +379,7 @@ class Client:
             call.trace = observed.headers
         del body, params, args  # the call may last
         if options.metadata:
-            call.headers(MAX_ATTEMPTS)  # what is too large is told before anything is sent
+            call.headers(MAX_ATTEMPTS)  # raises before anything is sent
         self._calls.add(call)
         self._timeouts.set(call, deadline, now)
         try:
@@ -396,7 +395,7 @@ class Client:
         try:
             if type(outcome) is Reply:
                 return self._results.read(call, outcome, target.label, options)
-            raise outcome  # type: ignore[misc]  # an outcome that is no reply is an error
+            raise outcome  # type: ignore[misc]  # else the outcome is an error
         except CallTimeout as error:
             error.deadline = deadline
             raise
@@ -404,7 +403,7 @@ class Client:
             del outcome, call  # the error's traceback holds this frame
 
     def _give_up(self, call: ClientCall) -> None:
-        """The caller is gone: forget the call, and tell the worker if it may have begun."""
+        """The caller is gone: forget the call, and send a cancellation if it may have begun."""
         may_run = call.sent and self._calls.is_pending(call)
         self._calls.happened(call, CallEvent.CANCEL)
         encoder = self._sender.encoder

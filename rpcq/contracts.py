@@ -1,4 +1,4 @@
-"""What a caller knows of a service: its contract, a Protocol class, and the types of its results. Pure."""
+"""What callers know of a service: a contract, which is a Protocol class, and the types of results. Pure."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from rpcq.wire.values import (
 )
 
 METHOD_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,100}\Z")
-"""A method's name has no dot: `a.b.c` is method `c` of service `a.b`."""
+"""A method's name. It has no dot: `a.b.c` is method `c` of service `a.b`."""
 
 C = TypeVar("C")
 
 
 @dataclass(frozen=True, slots=True)
 class Contract:
-    """What `contract` says of a Protocol class."""
+    """What `contract` attaches to a Protocol class."""
 
     service: str
     errors: tuple[type[DomainError], ...] = ()
@@ -42,21 +42,24 @@ class Contract:
 def contract(
     service: str, *, errors: Iterable[type[DomainError]] = (), idempotent: Iterable[str] = ()
 ) -> Callable[[C], C]:
-    """Say what service a Protocol class describes, so that `Client.bind` needs no more.
+    """Mark a Protocol class as the contract of a service, for `Client.bind`.
 
     Args:
-        service: its name.
+        service: the service's name.
         errors: domain errors that callers want to catch by their class.
-        idempotent: names of methods that may be sent again where an attempt may have been lost.
+        idempotent: names of methods that may be sent again after an attempt that may have run.
+
+    Raises:
+        ConfigurationError: a name or an error is not valid, or the class has no such method.
 
     """
-    said = Contract(check_name("the service", service), check_errors(errors), frozenset(idempotent))
+    declared = Contract(check_name("the name of a service", service), check_errors(errors), frozenset(idempotent))
 
     def mark(api: C) -> C:
-        unknown = sorted(name for name in said.idempotent if not callable(getattr(api, name, None)))
+        unknown = sorted(name for name in declared.idempotent if not callable(getattr(api, name, None)))
         if unknown:
-            raise ConfigurationError(f"the contract of {service!r} calls {unknown} idempotent, and has no such method")
-        api.__rpcq_contract__ = said  # type: ignore[attr-defined]  # read by `Client.bind`
+            raise ConfigurationError(f"idempotent in the contract of {service!r} must name its methods; got {unknown}")
+        api.__rpcq_contract__ = declared  # type: ignore[attr-defined]  # read by `Client.bind`
         return api
 
     return mark
@@ -72,26 +75,26 @@ class Result:
         self._plain = codec.plain
         self._read = codec.read
         self.read: Callable[[bytes], Any] = self._read_floats if codec.floats else codec.read
-        """A value from JSON. Raises pydantic's ValidationError, `bounds.NotRead` and InvalidReply."""
+        """Read a value from JSON. Raises pydantic's ValidationError, `bounds.NotRead` and InvalidReply."""
 
     def _read_floats(self, body: bytes) -> Any:
         value = self._read(body)
         if type(value) is float and math.isfinite(value):
             return value
-        # The first look is here, not behind another call, as in `bodies.loads`.
-        is_odd = len(body) > 200 or body.translate(MARKS, b"+").rfind(EXPONENT) >= 0
-        if is_odd or body.find(b"N") >= 0 or body.find(b"I") >= 0:
+        # Hot path: check here before calling `refuse_beyond_float`, as in `bodies.loads`.
+        is_suspect = len(body) > 200 or body.translate(MARKS, b"+").rfind(EXPONENT) >= 0
+        if is_suspect or body.find(b"N") >= 0 or body.find(b"I") >= 0:
             try:
                 refuse_beyond_float(refuse_nan(body), value, self._read)
             except ValueError as error:
-                raise InvalidReply(f"the result of {self.label} cannot be taken: {error}") from error
+                raise InvalidReply(f"the result of {self.label} cannot be read: {error}") from error
         return value
 
     def write(self, value: Any) -> bytes:
-        """A value as JSON, by aliases: that is how the other side reads it."""
+        """Write a value as JSON. Fields are written by their aliases, because the other side reads those."""
         valid = self._check(value)
         body = refuse_nan(self._write(valid, by_alias=True))
-        if body.find(b"null") >= 0 and valid is not None:  # perhaps a model's NaN, which has a mode of its own
+        if body.find(b"null") >= 0 and valid is not None:  # may be a model's NaN: a model has its own mode
             bodies.dumps(self._plain(valid, mode="json", by_alias=True))
         if body.find(b"*") >= 0 or len(body) > MAX_DIGITS or OWN_SECRETS():
             refuse_changed(valid, body)
@@ -99,10 +102,10 @@ class Result:
 
 
 def result_adapter(label: str, returns: Any, *, written: bool = False) -> Result:
-    """Reads what `label` returns, and writes it if `written`.
+    """Make the `Result` of the type that `label` returns; `written` if values are written, too.
 
     Raises:
-        ConfigurationError: pydantic has no schema for the type, or its secrets or bytes would arrive as something else.
+        ConfigurationError: pydantic has no schema for the type, or would change its secrets or bytes on the way.
 
     """
     try:

@@ -1,6 +1,7 @@
-"""What goes over the control exchange: who is there, what do they serve, how do they fare; and cancellations.
+"""Control messages: questions to workers, their answers, and cancellations of calls.
 
-`rpcq list`, `rpcq describe`, `rpcq ping` and `Client.wait_for_service` ask it. Each worker answers for itself.
+`rpcq list`, `rpcq describe`, `rpcq ping` and `Client.wait_for_service` ask workers who is there, what they serve and
+in what state they are. Each worker answers for itself.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from rpcq.wire.topology import EVERY_SERVICE, Topology
 T = TypeVar("T")
 
 MOST_ANSWERS: Final = 16
-"""Answers of a worker that the broker has not confirmed."""
+"""Answers that a worker may have sent and the broker has not confirmed yet."""
 
 MOST_QUESTIONS: Final = 1000
 """Questions that a worker keeps until it can answer them."""
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-"""What a worker answers may be anything: of larger numbers, a sum could have more digits than Python writes."""
+"""A count in an answer. Larger ones are refused, because a sum of them could have more digits than Python writes."""
 
 log = logs.get_logger("rpcq.control")
 
@@ -47,11 +48,11 @@ class MethodInfo:
     """A method, as its worker describes it.
 
     Attributes:
-        name: what callers call it.
+        name: the name under which callers call it.
         signature: its parameters and its result, with their types: "(x: int, y: int) -> int".
-        doc: its handler's docstring; empty where it has none.
-        idempotent: running it twice does no harm.
-        timeout: seconds that it may run; None for the caller's deadline alone.
+        doc: its handler's docstring, or an empty string.
+        idempotent: whether running it twice does no harm.
+        timeout: the most seconds that it may run; None for the caller's deadline alone.
         errors: the codes of the domain errors that it declares.
 
     """
@@ -66,13 +67,13 @@ class MethodInfo:
 
 @dataclass(frozen=True, slots=True)
 class ServiceInfo:
-    """A service, as a worker of it describes it.
+    """A service, as one of its workers describes it.
 
     Attributes:
-        name: the service's.
-        queue: its request queue.
+        name: the service's name.
+        queue: the name of its request queue.
         queue_type: "classic" or "quorum".
-        methods: what it offers.
+        methods: its methods.
 
     """
 
@@ -87,12 +88,12 @@ class WorkerInfo:
     """A worker, as it describes itself.
 
     Attributes:
-        name: what it is called (its option `name`).
+        name: the worker's name (its option `name`).
         host: its machine's name.
-        pid: its process.
-        version: of rpcq.
+        pid: its process ID.
+        version: its version of rpcq.
         prefetch: calls of each service that it runs at once.
-        services: what it serves.
+        services: the services that it runs.
 
     """
 
@@ -106,20 +107,20 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStats:
-    """How a worker fares.
+    """The state of a worker, and what it has done since it was started.
 
     Attributes:
-        name: what it is called.
+        name: the worker's name.
         host: its machine's name.
-        pid: its process.
-        time_ms: its wall clock when it answered, milliseconds since the epoch.
+        pid: its process ID.
+        time_ms: its wall clock when it answered, in milliseconds since the epoch.
         uptime: seconds since it was started.
-        in_flight: requests that it holds.
-        finished: requests that it has answered or dropped since.
-        refused_redeliveries: requests answered and not run, because a worker that held them was lost.
-        expired_on_arrival: requests answered and not run, because their deadline had passed.
+        in_flight: requests that it has in hand.
+        finished: requests that it has replied to or dropped.
+        refused_redeliveries: requests refused because a worker that held them was lost.
+        expired_on_arrival: requests refused because their deadline had passed.
         unroutable_replies: replies whose caller was gone.
-        replayed: requests that were answered with a remembered result.
+        replayed: requests for which it replayed a stored result.
 
     """
 
@@ -137,7 +138,7 @@ class WorkerStats:
 
 
 def describe(name: str, prefetch: int, services: Sequence[Service], topology: Topology) -> WorkerInfo:
-    """What this process says of itself as a worker of `services`."""
+    """Describe this process as a worker of `services`."""
     return WorkerInfo(
         name=name,
         host=socket.gethostname(),
@@ -168,19 +169,19 @@ def _describe_method(method: Method) -> MethodInfo:
 
 
 class Answerer:
-    """A worker's side: takes control messages, and answers the questions among them.
+    """The worker's side: takes control messages, answers questions, and passes on cancellations.
 
-    Anybody may ask as often as they like. So no more than `MOST_ANSWERS` are on their way to the broker at once, and
-    what is asked beyond `MOST_QUESTIONS` is dropped.
+    Clients may ask without limit. So at most `MOST_ANSWERS` answers are sent and unconfirmed at once, and questions
+    beyond `MOST_QUESTIONS` are dropped.
 
     Args:
-        transport: where answers go.
-        info: what the worker says of itself.
-        stats: gives the state of the worker, from its name, host, process ID and seconds since its start.
-        cancel: called where the caller of a call is gone, with the call's key and the message's properties.
-        may_answer: whether a queue may be answered to.
-        reply_exchange: the exchange that answers go through; None for the default one.
-        max_body: bytes of an answer.
+        transport: sends the answers.
+        info: the worker's description of itself.
+        stats: called with the worker's name, host, process ID and seconds since its start; returns its state.
+        cancel: called with the key of a call whose caller is gone, and the properties of the control message.
+        may_answer: whether answers may be sent to a queue.
+        reply_exchange: the exchange for answers; None for the default one.
+        max_body: the most bytes of an answer.
 
     """
 
@@ -212,13 +213,13 @@ class Answerer:
             control.STATS: get_stats,
         }
         self._questions: deque[tuple[bytes, bytes, bytes]] = deque()
-        self._under_way = 0
+        self._unconfirmed = 0
         self._seldom = logs.Seldom(log)
         self._is_answering = False
         self._opened = time.monotonic()
 
     def open(self) -> None:
-        """The worker starts now."""
+        """Start to count the worker's uptime."""
         self._opened = time.monotonic()
 
     def on_delivery(self, delivery: Delivery) -> None:
@@ -242,39 +243,39 @@ class Answerer:
         self._seldom.warning("control message dropped", cause=cause)
 
     def answer(self, kind: bytes, reply_to: bytes, correlation_id: bytes) -> bool:
-        """Answer a question; False if it is of no kind that is known."""
+        """Answer a question, perhaps later; return False if its kind is not known."""
         if kind not in self._answers:
             return False
         if len(self._questions) >= MOST_QUESTIONS:
             self._seldom.warning("question dropped: there are too many", reply_to=reply_to.decode("utf-8", "replace"))
         else:
             self._questions.append((kind, reply_to, correlation_id))
-            self._go_on()
+            self._send_answers()
         return True
 
-    def _go_on(self) -> None:
-        if self._is_answering:  # told at once that an answer was not sent
+    def _send_answers(self) -> None:
+        if self._is_answering:  # `publish` called `_on_published` at once; the loop below goes on
             return
         self._is_answering = True
         try:
-            while self._questions and self._under_way < MOST_ANSWERS:
+            while self._questions and self._unconfirmed < MOST_ANSWERS:
                 kind, reply_to, correlation_id = self._questions.popleft()
                 properties = self._encoder.encode(replies.RESULT, correlation_id, None, 0.0)
                 body = self._answers[kind]()
-                self._under_way += 1
+                self._unconfirmed += 1
                 self._transport.publish(
-                    Message(self._exchange, reply_to, correlation_id, properties, body, self._settled)
+                    Message(self._exchange, reply_to, correlation_id, properties, body, self._on_published)
                 )
         finally:
             self._is_answering = False
 
-    def _settled(self, _: Published) -> None:
-        self._under_way -= 1
-        self._go_on()
+    def _on_published(self, _: Published) -> None:
+        self._unconfirmed -= 1
+        self._send_answers()
 
 
 def _fitting(info: WorkerInfo, max_body: int) -> bytes:
-    """A description; without docs, then signatures, then methods, as long as it is too large."""
+    """Write a description; if it is too large, without docs, then without signatures, then without methods."""
     described = asdict(info)
     body = bodies.dumps(described)
     for left_out in ("doc", "signature"):
@@ -293,13 +294,13 @@ def _fitting(info: WorkerInfo, max_body: int) -> bytes:
 
 
 class Control:
-    """A client's side: sends control messages, and gathers the answers.
+    """The client's side: sends control messages, and collects the answers.
 
     Args:
-        transport: where they go.
-        names: the exchange's.
-        ready: waits until the client has a reply queue and may publish; gives the queue's name.
-        next_id: gives correlation IDs.
+        transport: sends the control messages.
+        topology: has the name of the control exchange.
+        ready: waits until the client has a reply queue and may publish; returns the queue's name.
+        next_id: makes correlation IDs.
 
     """
 
@@ -314,28 +315,28 @@ class Control:
         self._exchange = topology.control.name.encode()
         self._ready = ready
         self._next_id = next_id
-        self._asked: dict[bytes, asyncio.Queue[bytes | None]] = {}
-        self._not_ready: set[asyncio.Task[bytes]] = set()
+        self._questions: dict[bytes, asyncio.Queue[bytes | None]] = {}  # the answers to each, by correlation ID
+        self._waiting: set[asyncio.Task[bytes]] = set()
         self._seldom = logs.Seldom(log)
 
     def cancel(self, service: bytes, correlation_id: bytes, reply_to: bytes, deadline_ms: int) -> None:
-        """Tell all workers of a service that the caller of this request is gone."""
+        """Send to all workers of a service that the caller of this request is gone."""
         properties = control.encode_control(control.CANCEL, correlation_id, reply_to, deadline_ms)
         self._transport.publish(Message(self._exchange, service, correlation_id, properties, b"", lambda _: None))
 
     def answered(self, correlation_id: bytes, body: bytes | None) -> bool:
-        """Take what came to the reply queue; False if it is no answer to a question."""
-        found = self._asked.get(correlation_id) if self._asked else None
-        if found is None:
+        """Take an answer from the reply queue; return False if the message is no answer to a question."""
+        answers = self._questions.get(correlation_id) if self._questions else None
+        if answers is None:
             return False
         if body is None:
             self._seldom.warning("answer of a worker dropped: it is larger than this client's max_body")
         else:
-            found.put_nowait(body)
+            answers.put_nowait(body)
         return True
 
     def read(self, kind: type[T], answer: bytes) -> T | None:
-        """An answer as what it should be; None if it is not, which is logged: another worker's may be."""
+        """Validate an answer; if it does not fit, log that and return None: answers of other workers may fit."""
         try:
             found: T = _codec(kind).read(answer)  # type: ignore[arg-type]  # a class is hashable
         except (ValidationError, NotRead) as error:
@@ -344,33 +345,35 @@ class Control:
         return found
 
     def close(self) -> None:
-        """End all questions: no further answers come, and nothing more is asked."""
-        for answers in self._asked.values():
+        """End all questions, also those that wait to be asked."""
+        for answers in self._questions.values():
             answers.put_nowait(None)
-        for waiting in self._not_ready:
+        for waiting in self._waiting:
             waiting.cancel()
 
     async def ask(self, kind: bytes, service: str | None, wait: float) -> AsyncGenerator[bytes, None]:
-        """The answers of all workers of a service (None: of every worker), as they come within `wait` seconds.
+        """Ask all workers of a service (None: every worker), and yield their answers as they come in `wait` seconds.
 
-        It ends at once where no worker is there.
+        It ends at once if there is no worker.
         """
         until = time.monotonic() + wait
         correlation_id = self._next_id()
         answers: asyncio.Queue[bytes | None] = asyncio.Queue()
 
-        def settled(outcome: Published) -> None:
-            if outcome is not Published.CONFIRMED:
+        def on_published(published: Published) -> None:
+            if published is not Published.CONFIRMED:
                 answers.put_nowait(None)
 
-        self._asked[correlation_id] = answers
+        self._questions[correlation_id] = answers
         try:
             reply_to = await self._reply_to(wait)
             if reply_to is None:
                 return
             key = EVERY_SERVICE if service is None else service
             properties = control.encode_control(kind, correlation_id, reply_to)
-            self._transport.publish(Message(self._exchange, key.encode(), correlation_id, properties, b"", settled))
+            self._transport.publish(
+                Message(self._exchange, key.encode(), correlation_id, properties, b"", on_published)
+            )
             while True:
                 async with asyncio.timeout(until - time.monotonic()):
                     answer = await answers.get()
@@ -380,21 +383,21 @@ class Control:
         except TimeoutError:
             return
         finally:
-            del self._asked[correlation_id]
+            del self._questions[correlation_id]
 
     async def _reply_to(self, wait: float) -> bytes | None:
-        """Where answers go; None where nothing can be asked within `wait` seconds, or before `close`."""
+        """The client's reply queue; None if the client cannot ask within `wait` seconds, or is closed before."""
 
         async def get_ready() -> bytes:
             return await self._ready()
 
         waiting = asyncio.get_running_loop().create_task(get_ready())
-        self._not_ready.add(waiting)
+        self._waiting.add(waiting)
         try:
             await asyncio.wait([waiting], timeout=wait)
             return waiting.result() if waiting.done() and not waiting.cancelled() else None
         finally:
-            self._not_ready.discard(waiting)
+            self._waiting.discard(waiting)
             waiting.cancel()
 
 

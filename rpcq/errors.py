@@ -1,8 +1,8 @@
 """Every error that rpcq raises, and how a call's error goes over the wire.
 
     RpcqError
-    +-- ConfigurationError (ValueError)       what was asked for cannot be: a URL, a name, a service, an option
-    +-- UsageError (RuntimeError)             the right thing at the wrong time or place
+    +-- ConfigurationError (ValueError)       an argument is not valid: a URL, a name, a service, an option
+    +-- UsageError (RuntimeError)             used at the wrong time or place
     |   +-- ClosedError                       the client or worker is closed, or was never opened
     +-- BrokerError (ConnectionError)         the broker cannot be used, with the cause by name
     |   +-- BrokerUnreachable                 no connection: host, port, network, timeout, TLS
@@ -11,16 +11,16 @@
     |   +-- AccessRefused                     the user lacks a permission
     |   +-- NotFound                          no such queue or exchange                           (404)
     |   +-- ResourceLocked                    the queue is exclusive to another connection        (405)
-    |   +-- PreconditionFailed                the broker does not take it as it is                (406)
+    |   +-- PreconditionFailed                the broker refuses an argument or a property        (406)
     |   |   +-- TopologyMismatch              a queue or exchange exists with other arguments
-    |   +-- ProtocolError                     the peer did not speak AMQP 0-9-1 as it should
+    |   +-- ProtocolError                     the peer violated AMQP 0-9-1
     +-- CallError                             how a call failed; says whether it ran      executed  retryable
         +-- InvalidParams                     the worker refused the parameters           no        no
         |   +-- NotSerializable (TypeError)   JSON cannot carry a parameter; not sent     no        no
         |   +-- TooLarge (ValueError)         body or headers over the limit; not sent    no        no
         +-- MethodNotFound                    the service has no such method              no        no
         +-- PermissionDenied                  the caller may not make this call           no        no
-        +-- ServiceUnavailable                nobody could take the call                  no        yes
+        +-- ServiceUnavailable                no worker could take the call               no        yes
         +-- Overloaded                        a queue or a limit is full                  no        yes
         +-- CallTimeout (TimeoutError)        the deadline passed                         any       if no
         +-- OutcomeUnknown                    the connection or the worker was lost       maybe     no
@@ -29,11 +29,11 @@
         +-- DomainError                       the base of a service's own errors          yes       no
 
 `executed` is "no", "maybe" or "yes". `retryable` is true where the same call may be sent again as it is: it did not
-run, and the cause may pass. A call whose outcome is "maybe" is safe to repeat only if it is idempotent, and that only
-its caller knows.
+run, and the cause may pass. A call whose outcome is "maybe" is safe to repeat only if it is idempotent, and only its
+caller knows whether it is.
 
-An error that is drawn with "no" may say "maybe", and is then not retryable: an earlier attempt may have run, or a
-classic queue refused the request, which may have delivered it.
+An error that is shown here with "no" can be "maybe" and not retryable: when an earlier attempt may have run, or when a
+classic queue refused the request, because it may have delivered it anyway.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ class RpcqError(Exception):
 
 
 class ConfigurationError(RpcqError, ValueError):
-    """What was asked for cannot be; the message names it and the mend."""
+    """An argument or an option is not valid. The message names it and says what is valid."""
 
 
 class UsageError(RpcqError, RuntimeError):
-    """A right thing at the wrong time or place: from another event loop, after a fork, twice."""
+    """Something is used at the wrong time or place: in another event loop, after a fork, or twice."""
 
 
 class ClosedError(UsageError):
@@ -84,7 +84,7 @@ class ClosedError(UsageError):
 
 
 class BrokerError(RpcqError, ConnectionError):
-    """The broker cannot be used. `permanent` says that trying again will not help until somebody mends it."""
+    """The broker cannot be used. If `permanent` is true, trying again does not help until somebody fixes the cause."""
 
     permanent: ClassVar[bool] = True
 
@@ -116,7 +116,7 @@ class ResourceLocked(BrokerError):
 
 
 class PreconditionFailed(BrokerError):
-    """The broker does not take what was asked as it is: an argument, a property, a delivery tag (reply code 406)."""
+    """The broker refuses an argument, a property or a delivery tag (reply code 406)."""
 
 
 class TopologyMismatch(PreconditionFailed):
@@ -124,7 +124,7 @@ class TopologyMismatch(PreconditionFailed):
 
 
 class ProtocolError(BrokerError):
-    """The peer did not speak AMQP 0-9-1 as it should; the session was ended so that nothing is misread."""
+    """The peer violated AMQP 0-9-1. The session was ended, because later frames could be misread."""
 
     permanent = False
 
@@ -134,13 +134,13 @@ class CallError(RpcqError):
 
     Attributes:
         code: one of gRPC's status names, or a domain error's own code in lower case.
-        message: for people; never the text of an exception that the service did not declare.
+        message: text for people; it never contains the text of an exception that the service did not declare.
         executed: whether the handler ran: "no", "maybe" or "yes".
         retryable: whether the same call may be sent again as it is.
         details: what the service attached, as JSON values, or None.
-        incident: an ID that also stands in the worker's log, or None.
-        correlation_id: the call's, or None where the call was never given one.
-        attempt: which attempt ended so: 1 + the number of earlier ones that may have run.
+        incident: an ID that is also in the worker's log, or None.
+        correlation_id: the call's correlation ID, or None if it never got one.
+        attempt: the attempt that failed: 1 + the number of earlier attempts that may have run.
 
     """
 
@@ -196,7 +196,7 @@ class NotSerializable(InvalidParams, TypeError):
 
 
 class TooLarge(InvalidParams, ValueError):
-    """The body or the headers are over the limit: one's own (nothing was sent), the worker's or the broker's."""
+    """The body or the headers are over a limit: the client's (nothing was sent), the worker's or the broker's."""
 
 
 class MethodNotFound(CallError):
@@ -207,14 +207,14 @@ class MethodNotFound(CallError):
 
 
 class PermissionDenied(CallError):
-    """The service does not let this caller make this call: by its `allow`, or by its `authorize`, which raises it."""
+    """This caller may not make this call: the service's `allow` excludes it, or its `authorize` raised this error."""
 
     code = "PERMISSION_DENIED"
     default_executed = "no"
 
 
 class ServiceUnavailable(CallError):
-    """Nobody could take the call: no such service, no connection until the deadline, or the worker shuts down."""
+    """No worker could take the call: no such service, no connection until the deadline, or the worker shuts down."""
 
     code = "UNAVAILABLE"
     default_executed = "no"
@@ -224,7 +224,7 @@ class ServiceUnavailable(CallError):
 class Overloaded(CallError):
     """The request queue, the client's limit of calls in flight or the broker is full.
 
-    `executed` is "maybe" where the broker refused the request for a classic queue: it may have delivered it before.
+    `executed` is "maybe" where the broker refused the request for a classic queue: it may have delivered it anyway.
     """
 
     code = "RESOURCE_EXHAUSTED"
@@ -233,10 +233,10 @@ class Overloaded(CallError):
 
 
 class CallTimeout(CallError, TimeoutError):
-    """The deadline passed. `executed` says what is known: "no", "maybe" (no word came) or "yes" (it was running).
+    """The deadline passed. `executed` says what is known: "no", "maybe" (no reply came) or "yes" (it was running).
 
     Attributes:
-        deadline: that of the call, on `time.monotonic()` of its caller; None where it is not known.
+        deadline: the call's deadline on its caller's `time.monotonic()`; None if it is not known.
 
     """
 
@@ -267,7 +267,7 @@ class RemoteError(CallError):
 
     `executed` is "no" where the service's `authorize` raised it.
 
-    `code` is UNKNOWN, or the code that the reply gave where rpcq has no class for it.
+    `code` is UNKNOWN, or the reply's code if rpcq has no class for it.
     """
 
     def __init__(self, message: str = "", *, code: str = "UNKNOWN", **rest: Any) -> None:
@@ -289,7 +289,7 @@ class DomainError(CallError):
     code = "domain_error"
 
     def __new__(cls, *args: Any, **_rest: Any) -> Self:
-        """An error that is whole, even where the subclass has an `__init__` of its own that does not call this one."""
+        """Set all attributes here: a subclass may have an `__init__` that does not call this class's."""
         error = super().__new__(cls, *args)
         CallError.__init__(error)
         error.args = args
@@ -300,7 +300,7 @@ class DomainError(CallError):
         if "code" not in cls.__dict__:
             cls.code = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
         if not isinstance(cls.code, str) or not DOMAIN_CODE.match(cls.code):
-            msg = f"{cls.__name__}.code is {cls.code!r}; a domain error's code is lower case: {DOMAIN_CODE.pattern}"
+            msg = f"{cls.__name__}.code must be lower case ({DOMAIN_CODE.pattern}); got {cls.code!r}"
             raise ConfigurationError(msg)
 
 
@@ -323,7 +323,7 @@ def to_wire(error: CallError) -> dict[str, Any]:
     """The body of an error reply, before JSON."""
     body = {
         "code": error.code,
-        "message": str(error.message).encode("utf-8", "replace").decode(),  # whatever it was raised with
+        "message": str(error.message).encode("utf-8", "replace").decode(),  # may be no string, or not UTF-8
         "executed": error.executed,
         "retryable": error.retryable,
         "details": error.details,
@@ -334,18 +334,18 @@ def to_wire(error: CallError) -> dict[str, Any]:
 
 
 def in_short(body: dict[str, Any]) -> dict[str, Any]:
-    """The body of an error reply without what may make it large."""
+    """An error reply's body without its details, and with at most 1000 characters of its message."""
     return body | {"details": None, "message": str(body["message"])[:1000]}
 
 
 def from_wire(body: Any, domain: tuple[type[DomainError], ...] = ()) -> CallError:
-    """The exception that an error reply stands for; `domain` lists the domain errors that the caller declared.
+    """Make the exception for an error reply; `domain` lists the domain errors that the caller declared.
 
-    A body that is not an error as the wire contract describes it gives `InvalidReply`. Unknown codes give
+    A body that is not an error by the wire contract gives `InvalidReply`. Unknown codes give
     `RemoteError` with that code; an unknown `executed` counts as "maybe".
     """
     if not isinstance(body, dict) or not isinstance(body.get("code"), str):
-        return InvalidReply("the reply says that it is an error, but its body is not one", executed="maybe")
+        return InvalidReply("the body of an error reply has no code", executed="maybe")
     code = body["code"]
     message, incident, executed = body.get("message"), body.get("incident"), body.get("executed")
     fields: dict[str, Any] = {
@@ -360,6 +360,6 @@ def from_wire(body: Any, domain: tuple[type[DomainError], ...] = ()) -> CallErro
             error = kind.__new__(kind)  # a domain error may have an __init__ of its own
             CallError.__init__(error, **fields)
             return error
-    if kind_of_call := BY_CODE.get(code):
-        return kind_of_call(**fields)
+    if known := BY_CODE.get(code):
+        return known(**fields)
     return RemoteError(code=code, **fields)

@@ -56,7 +56,7 @@ class Interruption(Enum):
 
 
 class Run(ABC):
-    """One run of a handler. Subclasses say what becomes of it.
+    """One run of a handler. Subclasses deal with its end.
 
     Attributes:
         invocation: what runs; None before it begins, and once it has ended.
@@ -103,20 +103,20 @@ class Run(ABC):
     @property
     @abstractmethod
     def id(self) -> str:
-        """What tells it apart, for logs."""
+        """Its name in logs."""
 
     @property
     def outlasts(self) -> bool:
-        """Whether its handler still runs though the run has ended: in a thread, which cannot be ended."""
+        """Whether its handler still runs in a thread, although the run has ended. Threads cannot be ended."""
         return self.thread is not None and not self.thread.done()
 
     @abstractmethod
     def returned(self, invocation: Invocation, value: Any) -> None:
-        """The handler, or what is around it, gave this value."""
+        """The handler, or the code around it, returned this value."""
 
     @abstractmethod
     def raised(self, invocation: Invocation, error: BaseException) -> None:
-        """The handler, or what is around it, raised this."""
+        """The handler, or the code around it, raised this."""
 
     @abstractmethod
     def interrupted(self, invocation: Invocation, why: Interruption) -> None:
@@ -234,7 +234,7 @@ class Executor:
         try:
             run.thread = self._threads.start(call)
         except CannotStart as error:
-            log.error("a handler cannot begin", method=label, correlation_id=run.id, cause=str(error))  # noqa: TRY400 - its cause is all there is to it
+            log.error("a handler cannot begin", method=label, correlation_id=run.id, cause=str(error))  # noqa: TRY400 - the cause says everything
             raise Refused(ServiceUnavailable(f"the worker could not begin: {error}")) from error
         run.result = asyncio.wrap_future(run.thread)
         try:
@@ -259,11 +259,11 @@ class Executor:
         if task is None or invocation is None or task.done():
             return
         task.cancel()
-        if not run.started:  # cancelled before its first step, a task never gets to say so
+        if not run.started:  # a task that is cancelled before its first step never runs its handlers of exceptions
             self._interrupted(run, invocation)
 
     def _interrupted(self, run: Run, invocation: Invocation) -> None:
-        """The handler was cancelled; by whom decides what it means."""
+        """The handler was cancelled: find out why."""
         self._ended(run)
         if run.thread is not None and not run.thread.cancel():
             run.began = True  # else it still waited for a free thread, and never begins

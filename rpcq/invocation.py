@@ -1,4 +1,4 @@
-"""What is to run: a method with its validated arguments, and when it has to end. Pure."""
+"""An invocation: a method with its validated arguments and its deadline. Pure."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rpcq.service import Context, Method
 
 
 class Invocation(ABC):
-    """One call of a handler that may run: the method, its validated arguments, and when it has to end.
+    """One call of a handler that is to run: the method, its validated arguments and its deadline.
 
     Attributes:
-        method: what is called.
+        method: the method to call.
         args: its arguments by position.
         params: its arguments by name.
-        deadline: on the monotonic clock, in seconds.
+        deadline: when it has to end, in seconds of the monotonic clock.
 
     """
 
@@ -28,20 +28,20 @@ class Invocation(ABC):
         self.deadline = deadline
 
     def call(self) -> Any:
-        """Call the handler; the result is a coroutine if it is an `async def`."""
+        """Call the handler; an `async def` returns a coroutine."""
         return self.method.call(self.args, self.params, self.context)
 
     @abstractmethod
     def context(self) -> Context:
-        """What the handler may know of the message."""
+        """What the handler gets to know of the message."""
 
     @abstractmethod
     def names(self) -> dict[str, Any]:
-        """What tells it apart, as fields for logs."""
+        """The fields that identify it in logs."""
 
 
 class Refused(Exception):
-    """The handler is not entered; the caller gets `error`."""
+    """The handler does not run; the caller gets `error`."""
 
     def __init__(self, error: CallError) -> None:
         super().__init__(error)

@@ -1,7 +1,7 @@
 """Logs with structlog, on top of the standard library's logging: the application decides what is shown.
 
-The library only emits; `configure` is for programs of rpcq's own (the command line, the example services), and makes
-them readable on a terminal and JSON elsewhere. No line holds a password, a body or a user's header.
+rpcq only emits records. `configure` is for its own programs (the command line, the example services): lines for people
+on a terminal, and JSON elsewhere. No line contains a password, a body or a header of a user.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from rpcq.url import mask_urls
 
 
 class Named(Protocol):
-    """A call that a handler runs for."""
+    """The call that a handler runs for."""
 
     def names(self) -> dict[str, Any]:
-        """What tells it apart."""
+        """The fields that identify it in logs."""
 
 
 current: Final[ContextVar[Named | None]] = ContextVar("rpcq_call", default=None)
-"""The call that the handler of this context runs for. Setting it is all that a call pays: `add_call` reads it."""
+"""The call that the handler of this context runs for, read by `add_call`. Setting it is the only cost for each call."""
 
 SELDOM: Final = 1.0
-"""Seconds between two warnings of one kind that a peer can cause as often as it likes."""
+"""Seconds between two warnings of one kind, for warnings that a peer can cause without limit."""
 
 QUIET: Final = ("aio_pika", "aiormq")
-"""At DEBUG they log bodies and headers; what they log above that, rpcq reports itself, by name."""
+"""Loggers that are silenced. At DEBUG they log bodies and headers; rpcq itself reports what they log above DEBUG."""
 
 
 _RECORD: Final = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime"} - {"exc_info", "stack_info"})
@@ -48,7 +48,7 @@ def _mask_urls(_logger: Any, _method: str, event: structlog.typing.EventDict) ->
 
 
 def _printable(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """For a terminal, which obeys what a worker or a caller put into a text. The renderer quotes what is no text."""
+    """Escape control characters that a worker or a caller put into a text. The renderer escapes other types."""
     for key, value in event.items():
         if isinstance(value, str):
             event[key] = printable(value, lines=True)
@@ -59,21 +59,21 @@ def _json(value: Any, **_: Any) -> str:
     return printable_json(orjson.dumps(value, default=str).decode())
 
 
-def _step_aside(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Rename what logging refuses as `extra`: an application may have bound any name with `structlog.contextvars`."""
+def _rename_reserved(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Rename fields that logging refuses as `extra`: applications bind any names with `structlog.contextvars`."""
     for key in event.keys() & _RECORD:
         event[f"{key}_"] = event.pop(key)
     return event
 
 
 def add_call(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """A structlog processor: lines that a handler logs carry its call's method, correlation ID and attempt.
+    """Add a call's method, correlation ID and attempt to the lines that its handler logs: a structlog processor.
 
-    `rpcq worker` has it. In a configuration of your own, put it in the list of processors, beside
+    `rpcq worker` uses it. In your own configuration, put it in the list of processors, beside
     `structlog.contextvars.merge_contextvars`, or in `foreign_pre_chain` for the standard library's loggers.
     """
     call = current.get()
-    if call is not None and "correlation_id" not in event:  # else it is about another one, that this one makes
+    if call is not None and "correlation_id" not in event:  # otherwise the line is about a call that the handler makes
         for key, value in call.names().items():
             event.setdefault(key, value)
     return event
@@ -87,7 +87,7 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
             structlog.stdlib.filter_by_level,
             structlog.contextvars.merge_contextvars,
             _mask_urls,
-            _step_aside,
+            _rename_reserved,
             structlog.stdlib.render_to_log_kwargs,
         ],
         wrapper_class=structlog.stdlib.BoundLogger,
@@ -97,46 +97,46 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
 
 
 class Seldom:
-    """Warnings that a peer can cause as often as it likes: each is written at most once a second.
+    """Limits warnings that a peer can cause without limit: each is logged at most once a second.
 
     Args:
-        log: where they are written, with how many there were since the last one.
+        log: the logger. A warning has the number of those before it that were left out, as `unsaid`.
 
     """
 
     def __init__(self, log: structlog.stdlib.BoundLogger) -> None:
         self._log = log
         self._times: dict[str, float] = {}
-        self._unsaid: dict[str, int] = {}
+        self._left_out: dict[str, int] = {}
 
     def warning(self, event: str, **fields: Any) -> None:
-        """Write it, or count it; `event` is one of a few."""
+        """Log the warning, or count it. `event` is one of a few texts, because each is kept in memory."""
         now = time.monotonic()
         if now - self._times.get(event, -math.inf) < SELDOM:
-            self._unsaid[event] = self._unsaid.get(event, 0) + 1
+            self._left_out[event] = self._left_out.get(event, 0) + 1
             return
         self._times[event] = now
-        if unsaid := self._unsaid.pop(event, 0):
-            fields["unsaid"] = unsaid
+        if left_out := self._left_out.pop(event, 0):
+            fields["unsaid"] = left_out
         self._log.warning(event, **fields)
 
 
 def silence(name: str) -> None:
-    """Keep a building block's logger quiet unless the application set its level."""
+    """Silence the logger of a dependency, unless the application has set its level."""
     logger = logging.getLogger(name)
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.CRITICAL)
 
 
 def configure(level: str = "INFO") -> None:
-    """Show this program's logs on standard error: for people on a terminal, a line of JSON each elsewhere."""
+    """Write this program's logs to standard error: for people on a terminal, as lines of JSON elsewhere."""
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.ExtraAdder(),
         add_call,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.format_exc_info,  # plain: a prettier one would show the values of variables
+        structlog.processors.format_exc_info,  # plain: a rich traceback shows the values of variables
         _mask_urls,
     ]
     final: list[structlog.typing.Processor]

@@ -1,7 +1,7 @@
-"""What is told of calls, requests and sessions, and to whom. Metrics, traces and logs are observers; so may be yours.
+"""Observers: they are called with calls, requests, notices and sessions. Metrics, traces and logs are observers.
 
-An observer of calls has one shape, the same at a client and at a worker: it is called when one begins, and may give a
-function that is called when it has ended. Neither can change what becomes of the call.
+An observer is called in the same way at a client and at a worker: once when a call or a request begins; if it returns
+a function, that function is called once when it has ended. Neither can change the outcome.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rpcq.errors import CallError, ConfigurationError
 Role = Literal["consuming", "publishing"]
 
 OK: Final = "OK"
-"""The code of what did not fail, as gRPC has it."""
+"""The code of a call that did not fail, as in gRPC."""
 
 ABORTED: Final = "ABORTED"
 CANCELLED: Final = "CANCELLED"
@@ -26,27 +26,27 @@ log = logs.get_logger("rpcq.observer")
 
 
 def code_of(error: BaseException) -> str:
-    """The code of a call that ended with this error."""
+    """Return the code of a call that ended with this error."""
     if isinstance(error, CallError):
         return error.code
     if isinstance(error, asyncio.CancelledError):
         return CANCELLED
-    return FAILED_PRECONDITION  # it could not be made: its client is closed, for one
+    return FAILED_PRECONDITION  # the call could not be made, for example because its client is closed
 
 
 class Observed:
     """A call at a client, or a request at a worker.
 
     Attributes:
-        exchange: that it goes through; empty for the default one.
-        service: its name; at a client with the option `queue`, that queue's.
-        method: its name; empty where a request named none that the service has.
-        label: both, as "service.method".
-        correlation_id: the call's; at a client where it was made again, that of the last time.
+        exchange: the exchange that it is published to; empty for the default exchange.
+        service: name of the service; at a client with the option `queue`, name of that queue.
+        method: name of the method; empty if a request named a method that the service does not have.
+        label: both names, as "service.method".
+        correlation_id: ID of the call; if the client made the call again, the ID of the last time.
         code: empty until it has ended; then "OK", "CANCELLED", or the error's code.
-        error: what its caller gets, or None.
-        attempt: 1 + the number of earlier ones that may have run.
-        seconds: how long it took: at a client until its caller went on, at a worker in the handler.
+        error: the error that the caller gets, or None.
+        attempt: 1 + the number of earlier requests of the call that may have run.
+        seconds: duration: at a client until its caller went on, at a worker in the handler.
 
     """
 
@@ -68,7 +68,7 @@ class ObservedCall(Observed):
     """A call at a client.
 
     Attributes:
-        headers: W3C trace context that goes with each of its requests; an observer may set it.
+        headers: W3C trace context, sent with each request of the call; an observer may set it.
 
     """
 
@@ -80,16 +80,17 @@ class ObservedCall(Observed):
 
 
 class ObservedRequest(Observed):
-    """A request at a worker; its observers are called in the context of its handler.
+    """A request at a worker; observers are called in the context (`contextvars`) of its handler.
 
     Attributes:
         caller: the name that the client gave itself, or empty.
-        headers: those of the request, as they came; empty where it has none but rpcq's own.
-        queue_seconds: between the client and the handler, by the clocks of both; None where the caller told none.
+        headers: headers of the request, as received; empty if it has only rpcq's own headers.
+        queue_seconds: time from the client to the handler, by the clocks of both; None if the caller sent no time.
         body_size: bytes of the parameters as JSON.
-        code: as for calls, also where the broker then refuses the result for its size, and the caller gets an error.
-        ran: the handler is entered, in the context that the observer is called in; else the request is refused, or
-            is given up before that, and the context is nobody's.
+        code: as for calls; it stays "OK" if the broker then refuses the result for its size and the caller gets an
+            error.
+        ran: True if the handler is entered, in the context that the observer is called in. False if the request is
+            refused or given up before that; then no handler uses the context.
 
     """
 
@@ -104,37 +105,40 @@ class ObservedRequest(Observed):
         self.ran = False
 
 
-class Watched(Protocol):
-    """A client or a worker, as observers see it: what it counts, at any time."""
+class Counted(Protocol):
+    """A client or a worker, as observers see it: they may read its counts at any time."""
 
     def counts(self) -> Mapping[str, int]:
-        """Its counters by name, which only grow, and its gauges."""
+        """Return its counters, which only grow, and its gauges, by name."""
 
 
 class Observer:
-    """The base of observers: each method does nothing, and a subclass overrides those that it needs.
+    """The base class of observers: each method does nothing, and a subclass overrides those that it needs.
 
-    Give it to `Client(observers=[...])` and `Worker(observers=[...])`. The methods are called inside the event loop,
-    and must not block; what they raise is logged, and costs no call.
+    Give it to `Client(observers=[...])` and `Worker(observers=[...])`. The methods are called inside the event loop
+    and must not block. An exception that they raise is logged; the call goes on.
     """
 
     def on_call(self, call: ObservedCall) -> Callable[[ObservedCall], None] | None:
-        """A call begins at a client. What this gives is called once it has ended."""
+        """A call begins at a client. If this returns a function, it is called once the call has ended."""
 
     def on_request(self, request: ObservedRequest) -> Callable[[ObservedRequest], None] | None:
-        """A request begins at a worker, in the context of its handler. What this gives is called once it has ended."""
+        """A request begins at a worker. If this returns a function, it is called once the request has ended.
+
+        Both are called in the context of the handler.
+        """
 
     def on_notice(self, reason: str) -> None:
-        """The broker told a client that a queue gave up a request: "expired", "delivery_limit", ..."""
+        """A client got a notice that a queue gave up a request: "expired", "delivery_limit", ..."""
 
-    def on_session(self, owner: Watched, role: Role, cause: BaseException | None) -> None:
-        """A session of a client or a worker is up, or down for this cause."""
+    def on_session(self, owner: Counted, role: Role, cause: BaseException | None) -> None:
+        """A session of a client or a worker is up (`cause` is None), or down for this cause."""
 
-    def on_opened(self, owner: Watched) -> None:
+    def on_opened(self, owner: Counted) -> None:
         """A client or a worker is about to connect, inside its event loop."""
 
-    def on_closed(self, owner: Watched) -> None:
-        """It is closed."""
+    def on_closed(self, owner: Counted) -> None:
+        """A client or a worker is closed."""
 
 
 Kind = TypeVar("Kind", bound=Observed)
@@ -142,26 +146,26 @@ Endings = list[Callable[[Kind], None]]
 
 
 class Observers:
-    """All observers of one client or worker; each method is called only where an observer overrides it.
+    """All observers of one client or worker. Only methods that an observer overrides are called.
 
     Args:
-        observers: in the order in which they are told.
+        observers: observers, in the order in which they are called.
         owner: the client or worker.
 
     Raises:
-        ConfigurationError: one is none.
+        ConfigurationError: one of them is not an `Observer`.
 
     Attributes:
-        calls: what is called with each call; empty where nobody looks, and then nothing is paid.
-        requests: the same with requests.
+        calls: functions to call with each call; if there are none, a call costs nothing more.
+        requests: functions to call with each request.
 
     """
 
-    def __init__(self, observers: Iterable[Observer], owner: Watched) -> None:
+    def __init__(self, observers: Iterable[Observer], owner: Counted) -> None:
         self._observers: Sequence[Observer] = tuple(observers)
         for observer in self._observers:
             if not isinstance(observer, Observer):
-                msg = f"observers holds {observer!r}; it holds instances of rpcq.observer.Observer"
+                msg = f"observers must hold instances of rpcq.observer.Observer; got {observer!r}"
                 raise ConfigurationError(msg)
         self._owner = owner
         self.calls = tuple(it.on_call for it in self._overriding("on_call"))
@@ -172,21 +176,21 @@ class Observers:
 
     def opened(self) -> None:
         """See `Observer.on_opened`."""
-        self._tell("on_opened", self._owner)
+        self._call("on_opened", self._owner)
 
     def closed(self) -> None:
         """See `Observer.on_closed`."""
-        self._tell("on_closed", self._owner)
+        self._call("on_closed", self._owner)
 
     def session(self, role: Role, cause: BaseException | None = None) -> None:
         """See `Observer.on_session`."""
-        self._tell("on_session", self._owner, role, cause)
+        self._call("on_session", self._owner, role, cause)
 
     def notice(self, reason: str) -> None:
         """See `Observer.on_notice`."""
-        self._tell("on_notice", reason)
+        self._call("on_notice", reason)
 
-    def _tell(self, name: str, *args: Any) -> None:
+    def _call(self, name: str, *args: Any) -> None:
         for observer in self._overriding(name):
             try:
                 getattr(observer, name)(*args)
@@ -194,24 +198,24 @@ class Observers:
                 log.exception("observer failed", observer=type(observer).__name__, method=name)
 
 
-def begin(observers: Sequence[Callable[[Kind], Callable[[Kind], None] | None]], seen: Kind) -> Endings[Kind]:
-    """Tell that a call or a request begins; gives who wants to be told of its end."""
+def begin(observers: Sequence[Callable[[Kind], Callable[[Kind], None] | None]], observed: Kind) -> Endings[Kind]:
+    """Call observers at the start of a call or a request; return the functions to call at its end."""
     endings: Endings[Kind] = []
-    for told in observers:
+    for began in observers:
         try:
-            ended = told(seen)
+            ended = began(observed)
         except Exception:
-            log.exception("observer failed", observer=repr(told))
+            log.exception("observer failed", observer=repr(began))
         else:
             if ended is not None:
                 endings.append(ended)
     return endings
 
 
-def end(endings: Endings[Kind], seen: Kind) -> None:
-    """Tell that it has ended."""
+def end(endings: Endings[Kind], observed: Kind) -> None:
+    """Call what `begin` returned, once the call or the request has ended."""
     for ended in endings:
         try:
-            ended(seen)
+            ended(observed)
         except Exception:
             log.exception("observer failed", observer=repr(ended))

@@ -1,7 +1,7 @@
 """Frozen option objects, checked when they are made. Reads no environment.
 
-Each class stands beside a `TypedDict` with the same names, so that the options can be given as keyword arguments
-(`Client(url, timeout=5)`, `with_options(timeout=2)`) and are known to type checkers; they travel as one object.
+Beside each class is a `TypedDict` with the same names: callers give options as keyword arguments
+(`Client(url, timeout=5)`, `with_options(timeout=2)`), type checkers know them, and inside rpcq they are one object.
 Times are seconds, sizes are bytes.
 """
 
@@ -17,33 +17,33 @@ from typing import Any, Final, TypedDict
 from rpcq.errors import DOMAIN_CODE, STATUS_CODES, ConfigurationError, DomainError
 
 NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,100}\Z")
-"""What services and clients may be called."""
+"""Names that services and clients may have."""
 
 NAMESPACE: Final = re.compile(r"(?!amq\Z)[A-Za-z0-9_-]{1,100}\Z")
-"""What namespaces may be called: without a dot, so that no two pairs of namespace and service share a queue."""
+"""Names that namespaces may have: without a dot, since two pairs of namespace and service must not share a queue."""
 
 MAX_HEADERS: Final = 8 * 1024
-"""All headers of a message together; RabbitMQ ends a connection over far larger ones."""
+"""Bytes of all headers of a message together; RabbitMQ closes a connection over far larger ones."""
 
 MAX_PROPERTIES: Final = MAX_HEADERS + 4 * 1024
-"""The same with the rest of a message's properties: none of the others is over 256 bytes."""
+"""Bytes of all properties of a message: the headers, and the others, which have at most 256 bytes each."""
 
 MAX_TIMEOUT: Final = 25 * 60.0
-"""RabbitMQ ends a channel whose consumer holds a message for 30 minutes (`consumer_timeout`)."""
+"""RabbitMQ closes a channel whose consumer holds a message for 30 minutes (`consumer_timeout`)."""
 
 OWNED_HEADERS: Final = re.compile(r"x-(death\Z|first-death-|last-death-|delivery-count\Z|opt-|acquired-count\Z)")
-"""Names that RabbitMQ owns: refused from users, never shown as metadata."""
+"""Names of headers that RabbitMQ owns: refused from users, and never shown as metadata."""
 
 
 def check_name(what: str, name: str) -> str:
-    """The name, if it is one; `what` says what it names.
+    """Check a name, and return it; `what` is the subject of the error's message, such as "the name of a service".
 
     Raises:
-        ConfigurationError: it is not 1 to 100 of `A-Za-z0-9_.-`.
+        ConfigurationError: the name is not 1 to 100 of `A-Za-z0-9_.-`.
 
     """
     if not isinstance(name, str) or not NAME.match(name):
-        msg = f"{what} is called {name!r}; a name is 1 to 100 of the characters A-Z a-z 0-9 _ . -"
+        msg = f"{what} must be 1 to 100 of the characters A-Z a-z 0-9 _ . -; got {name!r}"
         raise ConfigurationError(msg)
     return name
 
@@ -52,67 +52,73 @@ def check_seconds(name: str, value: float, most: float = math.inf) -> None:
     """Check a number of seconds.
 
     Raises:
-        ConfigurationError: it is not a finite number above 0 and at most `most`; the message has its name.
+        ConfigurationError: it is not a finite number above 0 and at most `most`; the message contains `name`.
 
     """
     largest = min(most, sys.float_info.max)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= largest:
         upper = "" if most == math.inf else f" and at most {most:g}"
-        msg = f"{name} is {value!r}; it is a number of seconds above 0{upper}"
+        msg = f"{name} must be a number of seconds above 0{upper}; got {value!r}"
         raise ConfigurationError(msg)
 
 
 def _check_several(name: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, str | bytes | type) or not isinstance(value, Iterable):
-        msg = f"{name} is {value!r}; it is a tuple, also of one"
+        msg = f"{name} must be a tuple, even for one item; got {value!r}"
         raise ConfigurationError(msg)
     return tuple(value)
 
 
 def check_errors(errors: Any) -> tuple[type[DomainError], ...]:
-    """The domain errors in a tuple, list or other iterable.
+    """Check domain errors in a tuple, list or other iterable, and return them as a tuple.
 
     Raises:
-        ConfigurationError: it is none, or holds something else.
+        ConfigurationError: `errors` is not iterable, or contains something else.
 
     """
     kinds = _check_several("errors", errors)
     for kind in kinds:
         if not (isinstance(kind, type) and issubclass(kind, DomainError)):
-            msg = f"errors holds {kind!r}; it holds subclasses of DomainError"
+            msg = f"errors must be subclasses of DomainError; got {kind!r}"
             raise ConfigurationError(msg)
     return kinds
 
 
 def _check_count(name: str, value: int, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        msg = f"{name} is {value!r}; it is a whole number from {least} to {most}"
+        msg = f"{name} must be a whole number from {least} to {most}; got {value!r}"
         raise ConfigurationError(msg)
 
 
 def _size(value: Any) -> int:
-    """Bytes of a string in UTF-8; -1 if it is none, or has none."""
+    """Bytes of a string in UTF-8; -1 if the value is not a string, or cannot be encoded."""
     try:
         return len(value.encode()) if isinstance(value, str) else -1
     except UnicodeEncodeError:
         return -1
 
 
+def _check_short(name: str, value: str | None) -> None:
+    if value is not None and not 1 <= _size(value) <= 255:
+        msg = f"{name} must be a string of 1 to 255 bytes; got {value!r}"
+        raise ConfigurationError(msg)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Retry:
-    """When a client makes a call again that has failed, and how long it waits before it does.
+    """When a client retries a failed call, and how long it waits before each retry.
 
-    The pause before the n-th retry is drawn between 0 and `initial_backoff * 2 ** (n - 1)`, at most `max_backoff`: full
-    jitter, so that callers which failed together do not come back together. All is inside the one deadline: a retry
-    that would begin after it is not made.
+    The pause before the n-th retry is random between 0 and `initial_backoff * 2 ** (n - 1)`, at most `max_backoff`.
+    This is full jitter: callers that failed together do not retry together. The call's deadline holds for all
+    attempts: a retry that would begin after it is not made.
 
-    A call that may have run is made again only if its caller declared it idempotent.
+    A call that may have run is retried only if its caller declared it idempotent.
 
     Attributes:
-        max_attempts: how often the call is made at most, the first time included.
-        initial_backoff: seconds.
-        max_backoff: seconds.
-        codes: which errors: gRPC's status names, or the codes of domain errors.
+        max_attempts: the most attempts, including the first one.
+        initial_backoff: seconds that the pause before the first retry is at most.
+        max_backoff: seconds that any pause is at most.
+        codes: the errors to retry: gRPC's status names, or the codes of domain errors.
 
     """
 
@@ -128,11 +134,11 @@ class Retry:
         object.__setattr__(self, "codes", _check_several("codes", self.codes))
         for code in self.codes:
             if not isinstance(code, str) or not (code in STATUS_CODES or DOMAIN_CODE.match(code)):
-                msg = f"codes holds {code!r}; it holds {', '.join(STATUS_CODES)}, or codes of domain errors"
+                msg = f"codes must be {', '.join(STATUS_CODES)}, or codes of domain errors; got {code!r}"
                 raise ConfigurationError(msg)
 
     def longest_pause(self, retries: int) -> float:
-        """Seconds that the pause before the next one is at most, after this many retries."""
+        """The longest pause before the next retry, in seconds, after this many retries."""
         return min(self.max_backoff, self.initial_backoff * 2.0 ** min(retries, 64))
 
 
@@ -154,16 +160,16 @@ class CallOptions:
     """How a call is made.
 
     Attributes:
-        timeout: seconds until the call has ended; a handler's own calls also inherit its deadline.
-        idempotent: running it twice does no harm: it is sent again where it may have been lost.
-        idempotency_key: makes this call and an earlier one of the same key, method and parameters one: a worker that
-            remembers the result gives it again, and does not run it; 1 to 255 bytes. None for a new one for each
-            call, if it is idempotent.
-        retry: make it again where it failed; None for not.
-        queue: send to this queue through the default exchange, past rpcq's own: for servers that are not rpcq's.
+        timeout: seconds until the call has ended; calls that a handler makes also inherit the handler's deadline.
+        idempotent: whether the call may run twice without harm. Such a call is sent again when it may have been lost.
+        idempotency_key: 1 to 255 bytes that identify the call. A worker that has a stored result for the same key,
+            method and parameters replays it, and does not run the handler. None means a new key for each call that is
+            idempotent.
+        retry: when to retry a failed call; None for never.
+        queue: send to this queue through the default exchange, not through rpcq's own; for servers other than rpcq.
         errors: domain errors that the caller wants to catch by their class.
-        returns: the type that results are validated as; None leaves them as JSON has them.
-        metadata: headers for the handler: names that begin with `x-`, values that are strings.
+        returns: the type that results are validated as; None returns them as decoded from JSON.
+        metadata: headers for the handler: names begin with `x-`, values are strings.
 
     """
 
@@ -179,30 +185,29 @@ class CallOptions:
     def __post_init__(self) -> None:
         check_seconds("timeout", self.timeout, MAX_TIMEOUT)
         object.__setattr__(self, "errors", check_errors(self.errors))
-        if self.queue is not None and not 1 <= _size(self.queue) <= 255:
-            msg = f"queue is {self.queue!r}; the name of a queue has 1 to 255 bytes"
-            raise ConfigurationError(msg)
-        if self.idempotency_key is not None and not 1 <= _size(self.idempotency_key) <= 255:
-            msg = f"idempotency_key is {self.idempotency_key!r}; it is a string of 1 to 255 bytes"
-            raise ConfigurationError(msg)
+        _check_short("queue", self.queue)
+        _check_short("idempotency_key", self.idempotency_key)
         if self.retry is not None and not isinstance(self.retry, Retry):
-            msg = f"retry is {self.retry!r}; it is a Retry(...) or None"
+            msg = f"retry must be a Retry(...) or None; got {self.retry!r}"
             raise ConfigurationError(msg)
         if not isinstance(self.metadata, Mapping):
-            msg = f"metadata is {self.metadata!r}; it is a mapping of names to strings"
+            msg = f"metadata must be a mapping of names to strings; got {self.metadata!r}"
             raise ConfigurationError(msg)
-        object.__setattr__(self, "metadata", dict(self.metadata))  # what is checked is what is sent
+        object.__setattr__(self, "metadata", dict(self.metadata))  # a copy: send what was checked
         for name, value in self.metadata.items():
             if not 1 <= _size(name) <= 255 or not name.startswith("x-") or OWNED_HEADERS.match(name):
-                msg = f"metadata has {name!r}; names begin with 'x-', have at most 255 bytes and are not RabbitMQ's own"
+                msg = (
+                    "names of metadata must begin with 'x-', have at most 255 bytes and not be RabbitMQ's own; "
+                    f"got {name!r}"
+                )
                 raise ConfigurationError(msg)
             if _size(value) < 0:
-                msg = f"metadata {name!r} is {value!r}; metadata are strings"
+                msg = f"metadata {name!r} must be a string; got {value!r}"
                 raise ConfigurationError(msg)
 
 
 class ConnectionKwargs(TypedDict, total=False):
-    """What `ClientKwargs` and `WorkerKwargs` share; see `ConnectionOptions`."""
+    """The keyword arguments that `Client` and `Worker` share; see `ConnectionOptions`."""
 
     name: str
     namespace: str
@@ -214,17 +219,19 @@ class ConnectionKwargs(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionOptions:
-    """How the broker is reached.
+    """How to reach the broker.
 
     Attributes:
-        name: what this program is called: in RabbitMQ's list of connections, and as `app_id` of its requests.
-        namespace: prefix of all queues and exchanges, so that environments can share a vhost; it has no dot.
-        heartbeat: seconds; a connection on which nothing arrives for two of them is given up. 5 to 20 is sensible.
-        connect_timeout: seconds until an attempt to connect and declare is given up.
-        max_body: bytes of a message; larger ones are refused before they are sent, and again where they arrive. More
-            than the broker takes is of no use: its `max_message_size`, by default 16 MiB from RabbitMQ 4.0 on.
-        reply_exchange: the topic exchange that replies go through, for brokers whose users may not write to every
-            queue, the same for clients and workers; None for the default exchange.
+        name: the name of this program in RabbitMQ's list of connections, and the `app_id` of its requests.
+        namespace: the prefix of all queues and exchanges, which lets environments share a vhost; it has no dot.
+        heartbeat: seconds between two heartbeats, a whole number; 5 to 20 is sensible. A connection that receives
+            nothing for two heartbeats is closed as lost.
+        connect_timeout: seconds that an attempt to connect and declare may take.
+        max_body: the largest body of a message, in bytes. A larger one is refused before it is sent, and where it
+            arrives. A value above the broker's own limit is of no use: `max_message_size`, by default 16 MiB since
+            RabbitMQ 4.0.
+        reply_exchange: the topic exchange for replies, for brokers whose users may not write to every queue. It must be
+            the same for clients and workers. None for the default exchange.
 
     """
 
@@ -236,21 +243,21 @@ class ConnectionOptions:
     reply_exchange: str | None = None
 
     def __post_init__(self) -> None:
-        check_name("the program", self.name)
+        check_name("name", self.name)
         if not isinstance(self.namespace, str) or not NAMESPACE.match(self.namespace):
             msg = (
-                f"the namespace is called {self.namespace!r}; a name is 1 to 100 of A-Z a-z 0-9 _ -, and not "
-                "'amq', which begins the broker's own names"
+                "namespace must be 1 to 100 of the characters A-Z a-z 0-9 _ -, and not 'amq', which begins the "
+                f"broker's own names; got {self.namespace!r}"
             )
             raise ConfigurationError(msg)
         check_seconds("heartbeat", self.heartbeat, 3600)
         if self.heartbeat != int(self.heartbeat):
-            msg = f"heartbeat is {self.heartbeat!r}; it is a whole number of seconds from 1 to 3600"
+            msg = f"heartbeat must be a whole number of seconds from 1 to 3600; got {self.heartbeat!r}"
             raise ConfigurationError(msg)
         check_seconds("connect_timeout", self.connect_timeout)
         _check_count("max_body", self.max_body, 1, 512 * 1024 * 1024)
         if self.reply_exchange is not None:
-            check_name("the reply exchange", self.reply_exchange)
+            check_name("reply_exchange", self.reply_exchange)
 
 
 class ClientKwargs(ConnectionKwargs, total=False):
@@ -267,14 +274,14 @@ class ClientOptions(ConnectionOptions):
     """How a client behaves.
 
     Attributes:
-        timeout: seconds that a call has unless `with_options` says otherwise.
-        max_in_flight: calls that may be under way at once; one more gets `Overloaded`.
-        identify: tell services the user of the URL, as `Context.user`; the broker checks that it is true. Not for
-            tokens of OAuth 2, whose user has another name than the URL.
-        disconnected_timeout: seconds that the broker at least waits for a consumer whose node was lost, before it gives
-            what that held to another one: `consumer_disconnected_timeout` of RabbitMQ 4.3, 60 s by default. A request
-            that expires in a quorum queue sooner than that after it was sent has certainly not run; the client allows
-            for two of its heartbeats, in which its own clock may have stood still.
+        timeout: seconds until a call has ended; `with_options` changes it for some calls.
+        max_in_flight: the most calls under way at once; one more fails with `Overloaded`.
+        identify: whether requests contain the user of the URL, which services get as `Context.user`. The broker checks
+            that it is true. Not for tokens of OAuth 2, whose user has another name than the URL.
+        disconnected_timeout: seconds that the broker waits, at least, for a consumer on a lost node, before it delivers
+            that consumer's messages to another one: `consumer_disconnected_timeout` of RabbitMQ 4.3, 60 s by default. A
+            request that expires in a quorum queue within this time after it was sent has certainly not run. The client
+            subtracts two heartbeats, in which its own clock may have stood still.
 
     """
 
@@ -288,16 +295,16 @@ class ClientOptions(ConnectionOptions):
         check_seconds("timeout", self.timeout, MAX_TIMEOUT)
         _check_count("max_in_flight", self.max_in_flight, 1, 10_000_000)
         if not isinstance(self.identify, bool):
-            msg = f"identify is {self.identify!r}; it is True or False"
+            msg = f"identify must be True or False; got {self.identify!r}"
             raise ConfigurationError(msg)
         check_seconds("disconnected_timeout", self.disconnected_timeout)
 
     @property
     def unrun_within(self) -> float:
-        """Seconds after it was sent within which the expiry of a request proves that it was never delivered.
+        """The expiry of a request proves that it was never delivered, if it comes within these seconds after sending.
 
-        A client whose clock stands still, because its machine does, loses its connection and its reply queue with it
-        after two heartbeats.
+        Two heartbeats are subtracted: a client whose machine, and so its clock, stands still for longer loses its
+        connection, and the reply queue with it.
         """
         return self.disconnected_timeout - 2 * self.heartbeat
 
@@ -317,12 +324,12 @@ class WorkerOptions(ConnectionOptions):
     """How a worker behaves.
 
     Attributes:
-        prefetch: calls of each service that it runs at once; `def` handlers have as many threads.
+        prefetch: calls of each service that run at once; `def` handlers have as many threads.
         grace: seconds that running handlers have to end when the worker stops.
-        reply_to: regular expressions of further queues that it may reply to, whole names; server-named queues
-            and direct reply-to are always allowed.
-        remember: bytes that remembered results of calls with an idempotency key may take, about; 0 remembers none.
-        blocked_after: seconds that a handler may block the event loop before the log names it.
+        reply_to: regular expressions of further queues that the worker may reply to; each matches a whole name.
+            Server-named queues and direct reply-to are always allowed.
+        remember: the approximate limit, in bytes, for stored results of calls with an idempotency key; 0 stores none.
+        blocked_after: seconds that a handler may block the event loop before a warning names it.
 
     """
 
@@ -341,7 +348,7 @@ class WorkerOptions(ConnectionOptions):
         object.__setattr__(self, "reply_to", _check_several("reply_to", self.reply_to))
         for pattern in self.reply_to:
             try:
-                re.compile(pattern.encode() if isinstance(pattern, str) else None)  # it matches names as they come
+                re.compile(pattern.encode() if isinstance(pattern, str) else None)  # it is matched with bytes
             except (re.error, TypeError, UnicodeEncodeError) as error:
-                msg = f"reply_to holds {pattern!r}, which is not a regular expression: {error}"
+                msg = f"reply_to must be regular expressions; got {pattern!r}: {error}"
                 raise ConfigurationError(msg) from error

@@ -1,7 +1,7 @@
-"""Answers that a worker remembers by idempotency key, to give them again instead of running a call twice. Pure.
+"""Stored results: a worker stores results by idempotency key, and replays them instead of running a call twice. Pure.
 
-A call that is sent again carries the key of its earlier attempts. Where one of them ran to its end, the worker that
-remembers its result replays it. Only results are remembered: a call that failed may be tried again.
+A call that is sent again carries the key of its earlier attempts. If one of them ran to its end, a worker that finds
+its stored result replays it. Only results are stored: a call that failed may be tried again.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from enum import Enum
 from typing import Final, NamedTuple, Protocol
 
 OVERHEAD: Final = 400
-"""Bytes that an answer takes besides its own, about: keys, objects, the table."""
+"""Bytes of memory that a stored result takes besides its body, about: keys, objects, the table."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResult:
-    """What is remembered of a call.
+    """The result of a call, as a store keeps it.
 
     Attributes:
-        fingerprint: of the method and the parameters that were called: see `fingerprint`.
-        body: the result, JSON.
+        fingerprint: hash of the method and the parameters of the call: see `fingerprint`.
+        body: the result as JSON.
 
     """
 
@@ -33,56 +33,56 @@ class StoredResult:
 
 
 class Claim(Enum):
-    """What `ResultStore.claim` found, where no answer is remembered."""
+    """What `ResultStore.claim` found when it found no stored result."""
 
     TAKEN = "taken"
-    """Nobody had the key; it is the asker's now."""
+    """No owner had the key; the caller has it now."""
     HELD = "held"
-    """Another owner has it, and its time has not passed: the call runs there."""
+    """Another owner has the key, and its time has not passed: the call runs there."""
     LAPSED = "lapsed"
-    """Another owner had it, and its time passed without an answer: the call may have run. It is the asker's now."""
+    """Another owner had the key, and its time passed without a result: the call may have run. The caller has it now."""
 
 
 class ResultStore(Protocol):
-    """Where answers are remembered; `Service(result_store=...)` shares one among the workers of a service.
+    """A store of results; `Service(result_store=...)` shares one among the workers of a service.
 
-    A key is the service's name, the scope that the idempotency key belongs to, and that key, with slashes between.
-    Before a handler runs, its worker claims the key, so that of two requests with one key, on whatever workers, only
-    one runs at a time. `claim` must be atomic.
+    A key is the service's name, the scope of the idempotency key, and the idempotency key, joined by slashes. Before a
+    handler runs, its worker claims the key: of two requests with one key, on any workers, only one runs at a time.
+    `claim` must be atomic.
 
-    Where `get` or `claim` raises, the request is not run, and its caller's client sends it again; where `put` or
-    `release` raises, that is logged, and the caller gets its answer all the same. `get`, `claim` and `put` are part of
-    the time that the call has, and are cancelled with it.
+    If `get` or `claim` raises, the request does not run, and the client sends it again. If `put` or `release` raises,
+    the exception is logged, and the caller still gets its reply. `get`, `claim` and `put` count toward the time of the
+    call, and are cancelled with it.
     """
 
     async def get(self, key: str) -> StoredResult | None:
-        """What was put under this key, or None."""
+        """Return the stored result of this key, or None."""
 
     async def claim(self, key: str, owner: str, seconds: float) -> StoredResult | Claim:
-        """The answer under this key; where there is none, take the key for `owner`, unless another owner has it.
+        """Return the stored result of this key; if there is none, take the key for `owner` unless another owner has it.
 
-        An owner that has the key and claims it once more is told what it was told before, and its time begins anew.
+        An owner that has the key and claims it again gets the same `Claim` as before, and its time begins again.
 
         Args:
-            key: of the call.
-            owner: who asks; another one for each request.
-            seconds: how long the owner has it, if it neither puts an answer nor releases it.
+            key: key of the call.
+            owner: who claims it; different for each request.
+            seconds: how long the owner has the key, if it neither puts a result nor releases it.
 
         """
 
-    async def put(self, key: str, answer: StoredResult) -> None:
-        """Remember an answer, even if another owner holds the key. The store may forget it later."""
+    async def put(self, key: str, result: StoredResult) -> None:
+        """Store a result, even if another owner has the key. The store may delete it later."""
 
     async def release(self, key: str, owner: str) -> None:
-        """Give the key back, if it is this owner's and has no answer: the call failed, and may be tried again."""
+        """Free the key if this owner has it and it has no result: the call failed, and may be tried again."""
 
 
 class MemoryResults:
-    """Remembers the answers that were used last, in this process.
+    """Stores results in the memory of this process; keeps those that were used last.
 
     Args:
-        size: bytes that they may take together, about; 0 remembers nothing.
-        now: the monotonic clock, in seconds.
+        size: bytes that all of them may take, about; with 0 nothing is stored.
+        now: monotonic clock, in seconds.
 
     """
 
@@ -96,7 +96,7 @@ class MemoryResults:
         return sum(isinstance(entry, StoredResult) for entry in self._entries.values())
 
     async def get(self, key: str) -> StoredResult | None:
-        """What was put under this key, or None."""
+        """See `ResultStore.get`."""
         entry = self._entries.get(key)
         if not isinstance(entry, StoredResult):
             return None
@@ -118,9 +118,9 @@ class MemoryResults:
         self._enter(key, _Claimed(owner, now + seconds, found))
         return found
 
-    async def put(self, key: str, answer: StoredResult) -> None:
-        """Remember an answer, and forget what was not asked for longest where there is no room."""
-        self._enter(key, answer)
+    async def put(self, key: str, result: StoredResult) -> None:
+        """Store a result; if there is no room, delete those that were not used for longest."""
+        self._enter(key, result)
 
     async def release(self, key: str, owner: str) -> None:
         """See `ResultStore.release`."""
@@ -136,12 +136,12 @@ class MemoryResults:
         self._entries[key] = entry
         self._taken += _size_of(key, entry)
         while self._taken > self._size:
-            oldest, forgotten = self._entries.popitem(last=False)
-            self._taken -= _size_of(oldest, forgotten)
+            oldest, deleted = self._entries.popitem(last=False)
+            self._taken -= _size_of(oldest, deleted)
 
 
 class _Claimed(NamedTuple):
-    """A key that an owner has, until a moment of the clock."""
+    """A key that an owner has; `until` is a time of the store's clock."""
 
     owner: str
     until: float
@@ -153,5 +153,5 @@ def _size_of(key: str, entry: StoredResult | _Claimed) -> int:
 
 
 def fingerprint(method: str, body: bytes) -> bytes:
-    """What tells two calls apart that have the same key: 16 bytes."""
+    """Hash a method and its parameters, to tell apart different calls with the same key: 16 bytes."""
     return hashlib.blake2b(b"%b\0%b" % (method.encode(), body), digest_size=16).digest()

@@ -1,7 +1,7 @@
-"""Services and their methods: what they are called, who may call them, what they take and return. Pure.
+"""Services and their methods: their names, their callers, their parameters and results. Pure.
 
 A service is a named set of methods behind one request queue. Parameters and results are validated with pydantic from
-the handlers' annotations; what is not annotated is taken as JSON has it.
+the handlers' annotations; without an annotation, a value is what JSON gives.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ Handler = TypeVar("Handler", bound=Callable[..., Any])
 Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
 
 EVERY_METHOD: Final = "*"
-"""In `allow`, all methods that it does not name; no method can be called that."""
+"""In `allow`, all methods that it does not name. No method can have this name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a handler may know of the request: it takes a parameter annotated `Context`.
+    """What a handler can know of its request. It gets this in a parameter that is annotated `Context`.
 
     Attributes:
         service: the service's name.
         method: the method's name.
-        correlation_id: the call's; empty where the caller wants no reply.
+        correlation_id: the call's correlation ID; empty if the caller wants no reply.
         deadline: when the call ends; calls that the handler makes inherit it.
         attempt: 1 + the number of earlier attempts that may have run.
-        idempotency_key: the same for every attempt at one call, or None.
-        caller: the client's name, as it gives it itself, or None.
-        user: the broker's user that the client is, which the broker has checked; None where the client does not say it
-            (its option `identify`).
-        metadata: the caller's own headers, those that begin with `x-`.
-        state: what the service's `lifespan` gave, or None.
+        idempotency_key: the call's key, the same for all its attempts; or None.
+        caller: the name that the client gives itself, which is not checked; or None.
+        user: the client's user at the broker, checked by the broker; None if the client does not send it (see its
+            option `identify`).
+        metadata: the caller's own headers, whose names begin with `x-`.
+        state: what the service's `lifespan` yielded, or None.
 
     """
 
@@ -74,15 +74,15 @@ class Method:
 
     Attributes:
         service: the service's name.
-        name: what callers call it.
+        name: the name under which callers call it.
         handler: the Python function.
-        is_async: whether it is an `async def`; others run in threads.
-        idempotent: running it twice does no harm.
-        errors: the domain errors that callers get to see.
-        timeout: seconds that it may run, whatever the caller's deadline; None for the caller's alone.
-        allow: the broker's users that may call it; None for everybody.
-        context_parameter: the place (past all, if by name only) and name of the parameter that takes a `Context`,
-            or None.
+        is_async: whether it is an `async def`; a `def` runs in a thread.
+        idempotent: whether running it twice does no harm.
+        errors: the domain errors that are sent to callers.
+        timeout: the most seconds that it may run; None for the caller's deadline alone.
+        allow: the broker's users that may call it; None for all users.
+        context_parameter: the position and the name of the parameter that takes a `Context`, or None; a keyword-only
+            parameter has the position `sys.maxsize`.
 
     """
 
@@ -108,7 +108,7 @@ class Method:
         self.timeout = timeout
         self.allow = allow
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise ConfigurationError(f"{self.label} is a generator; a method returns one value")
+            raise ConfigurationError(f"{self.label} must return one value; got a generator")
         hints = type_hints(self.label, function)
         self.context_parameter, signature = _without_context(self.label, handler, hints)
         parameters = _parameters_codec(self.label, signature)
@@ -118,15 +118,15 @@ class Method:
         self.signature = signature.replace(return_annotation=returns)
 
     def read_params(self, body: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments in a request's body: from an object by name, an array by position, a scalar as the only one.
+        """Read the arguments from a request's body: an object by name, an array by position, a scalar as the only one.
 
         Raises:
-            InvalidParams: the body is not JSON, or does not fit the method; `details` lists what is wrong.
+            InvalidParams: the body is not JSON, or does not fit the method; `details` lists the errors.
 
         """
         try:
             if body[:1] not in (b"{", b"[") and body.lstrip()[:1] not in (b"{", b"["):
-                bodies.loads(body)  # on its own: what is an array only with the brackets is none
+                bodies.loads(body)  # validate first: `1, 2` must not become `[1, 2]`
                 body = b"[%b]" % body
             found: tuple[tuple[Any, ...], dict[str, Any]] = self._read(refuse_nan(body))
             if self._floats:
@@ -134,7 +134,7 @@ class Method:
         except pydantic.ValidationError as error:
             raise _invalid_params(self.label, error) from error
         except (NotCarried, NotRead) as error:
-            raise InvalidParams(f"the parameters of {self.label} cannot be taken: {error}") from error
+            raise InvalidParams(f"the parameters of {self.label} cannot be read: {error}") from error
         except ValueError as error:
             raise InvalidParams(f"the parameters of {self.label} are not JSON: {error}") from error
         except Exception as error:
@@ -143,24 +143,24 @@ class Method:
         return found
 
     def call(self, args: tuple[Any, ...], params: dict[str, Any], context: Callable[[], Context]) -> Any:
-        """Call the handler; what it returns is a coroutine if it is an `async def`.
+        """Call the handler; an `async def` returns a coroutine.
 
-        `context` is called only if the handler wants one.
+        `context` is called only if the handler takes a `Context`.
         """
         if self.context_parameter is not None:
             at, name = self.context_parameter
-            if len(args) > at:  # by position: the context stands where the handler has it
+            if len(args) > at:  # by position: insert the context at its parameter's position
                 args = (*args[:at], context(), *args[at:])
             else:
                 params[name] = context()
         return self.handler(*args, **params)
 
     def write_result(self, value: Any, max_body: int) -> bytes:
-        """What the handler returned, as JSON.
+        """Write what the handler returned as JSON.
 
         Raises:
             InvalidReply: it does not fit the annotation, JSON cannot carry it, or it is over `max_body` bytes. The
-                message does not tell the value.
+                message does not contain the value.
 
         """
         try:
@@ -184,29 +184,29 @@ class Service:
     """A named set of methods behind one request queue.
 
     Args:
-        name: 1 to 100 of `A-Za-z0-9_.-`.
+        name: 1 to 100 of the characters `A-Za-z0-9_.-`.
         queue_type: "classic" is fast; "quorum" survives the loss of a node, and the broker itself delivers a request
             at most once.
-        queue: the request queue's name, for foreign clients; None for rpcq's own.
-        timeout: seconds that a call has whose caller gives no deadline.
-        default_method: what a request without a `type` calls; a service of one method needs none.
+        queue: the request queue's name, for clients that are not rpcq's; None for rpcq's own name.
+        timeout: seconds that a call may take if its caller gives no deadline.
+        default_method: the method that a request without a `type` calls; not needed if there is only one method.
         errors: domain errors that every method may raise.
-        lifespan: gives an async context manager that is entered before the first call and left after the last;
-            what it yields is `Context.state`.
-        result_store: where results are remembered by idempotency key, for workers that are to share them; None for the
-            memory of each worker.
-        allow: methods -> the broker's users that may call them, such as `{"refund": ["billing"]}`; "*" stands for all
-            methods that are not named, which everybody may call otherwise. Clients need `identify=True`.
-        authorize: an `async def` that is called with the `Context` of each request before its handler, and before an
-            answer is replayed. It raises `PermissionDenied` to refuse the call. It may give a string, such as a tenant:
-            callers with different ones never share an idempotency key; None for the broker's user.
+        lifespan: returns an async context manager, which is entered before the first call and left after the last
+            one. What it yields is `Context.state`.
+        result_store: where workers share stored results, by idempotency key; None keeps them in each worker's memory.
+        allow: maps methods to the broker's users that may call them, such as `{"refund": ["billing"]}`; "*" stands for
+            all methods that are not named. A method without an entry may be called by all users. Clients need
+            `identify=True`.
+        authorize: an `async def` that is called with the `Context` of each request, before its handler runs or a
+            stored result is replayed. It raises `PermissionDenied` to refuse the call. It may return a string, such as
+            a tenant: callers with different strings never share an idempotency key. None stands for the broker's user.
 
     Raises:
-        ConfigurationError: an argument cannot be; the message names it.
+        ConfigurationError: an argument is not valid; the message names it.
 
     """
 
-    def __init__(  # noqa: PLR0913 - all that is said of a service
+    def __init__(  # noqa: PLR0913 - all options of a service
         self,
         name: str,
         *,
@@ -220,9 +220,11 @@ class Service:
         allow: Mapping[str, Iterable[str]] | None = None,
         authorize: Authorize | None = None,
     ) -> None:
-        self.name = check_name("the service", name)
+        self.name = check_name("the name of a service", name)
         if queue_type not in ("classic", "quorum"):
-            raise ConfigurationError(f"service {name!r} has the queue type {queue_type!r}; it is 'classic' or 'quorum'")
+            raise ConfigurationError(
+                f"queue_type of service {name!r} must be 'classic' or 'quorum'; got {queue_type!r}"
+            )
         options = CallOptions(timeout=timeout, queue=queue, errors=check_errors(errors))
         self.queue_type: Literal["classic", "quorum"] = queue_type
         self.queue = queue
@@ -233,7 +235,7 @@ class Service:
         self.result_store = result_store
         self.allow = _check_allow(name, {} if allow is None else allow)
         if authorize is not None and not inspect.iscoroutinefunction(_function(authorize)):
-            raise ConfigurationError(f"authorize of service {name!r} is {authorize!r}; it is an async def, or None")
+            raise ConfigurationError(f"authorize of service {name!r} must be an async def or None; got {authorize!r}")
         self.authorize = authorize
         self.methods: dict[str, Method] = {}
 
@@ -262,27 +264,27 @@ class Service:
         errors: Sequence[type[DomainError]] = (),
         timeout: float | None = None,
     ) -> Any:
-        """Offer a function under its name. It stays an ordinary function.
+        """Offer a function as a method. The function itself is not changed.
 
         Args:
             handler: an `async def`, or a `def`, which runs in a thread.
-            name: what callers call it; the function's own name if None.
-            idempotent: running it twice does no harm: it is run again where an earlier attempt may have been lost.
-            errors: domain errors that callers get to see, besides the service's.
-            timeout: seconds that it may run, whatever the caller's deadline.
+            name: the name under which callers call it; None for the function's own name.
+            idempotent: running it twice does no harm, so it may run again after an attempt that may have run.
+            errors: domain errors that are sent to callers, besides the service's.
+            timeout: the most seconds that it may run, even if the caller's deadline is later.
 
         Raises:
-            ConfigurationError: the service has a method of that name, or the annotations cannot be handled.
+            ConfigurationError: the service already has a method of that name, or pydantic cannot handle an annotation.
 
         """
 
         def add(handler: Handler) -> Handler:
             called = name or str(getattr(handler, "__name__", ""))
             if not METHOD_NAME.match(called):
-                msg = f"service {self.name!r} has a method called {called!r}; a name is 1 to 100 of A-Z a-z 0-9 _ -"
+                msg = f"the name of a method must be 1 to 100 of the characters A-Z a-z 0-9 _ -; got {called!r}"
                 raise ConfigurationError(msg)
             if called in self.methods:
-                msg = f"service {self.name!r} has two methods called {called!r}; give one of them name=..."
+                msg = f"methods of service {self.name!r} must have different names; got {called!r} twice"
                 raise ConfigurationError(msg)
             if timeout is not None:
                 CallOptions(timeout=timeout)
@@ -300,7 +302,7 @@ class Service:
         return add if handler is None else add(handler)
 
     def find(self, name: str | None) -> Method | None:
-        """The method that a request means; a request may name none where there is only one, or a default."""
+        """Find the method of a request. Without a name, it is the default method, or the only one."""
         if name is not None:
             return self.methods.get(name)
         if self.default_method is not None:
@@ -308,18 +310,20 @@ class Service:
         return next(iter(self.methods.values())) if len(self.methods) == 1 else None
 
     def check(self) -> None:
-        """That it can be served.
+        """Check that the service can be served.
 
         Raises:
-            ConfigurationError: it has no methods, its default method is none of them, or `allow` has another.
+            ConfigurationError: it has no methods, or `default_method` or `allow` names a method that it does not have.
 
         """
         if not self.methods:
             raise ConfigurationError(f"service {self.name!r} has no methods; add one with @{self.name}.method")
         if self.default_method is not None and self.default_method not in self.methods:
-            raise ConfigurationError(f"service {self.name!r} has no method {self.default_method!r}, its default")
+            raise ConfigurationError(
+                f"default_method of service {self.name!r} must be one of its methods; got {self.default_method!r}"
+            )
         if unknown := sorted(self.allow.keys() - self.methods.keys() - {EVERY_METHOD}):
-            raise ConfigurationError(f"allow of service {self.name!r} has {unknown[0]!r}, which is none of its methods")
+            raise ConfigurationError(f"allow of service {self.name!r} must name its methods; got {unknown[0]!r}")
 
     def __repr__(self) -> str:
         return f"<Service {self.name!r}: {', '.join(self.methods) or 'no methods'}>"
@@ -327,22 +331,26 @@ class Service:
 
 def _check_allow(service: str, allow: Any) -> dict[str, frozenset[str]]:
     if not isinstance(allow, Mapping):
-        raise ConfigurationError(f"allow of service {service!r} is {allow!r}; it maps methods to users: {_ALLOW_FORM}")
+        raise ConfigurationError(f"allow of service {service!r} must be {_ALLOW_FORM}; got {allow!r}")
     found = {}
     for method, users in allow.items():
         if isinstance(users, str) or not isinstance(users, Iterable):
-            raise ConfigurationError(f"allow of service {service!r} has {users!r} for {method!r}; {_ALLOW_FORM}")
+            raise ConfigurationError(
+                f"allow of service {service!r} must be {_ALLOW_FORM}; got {users!r} for {method!r}"
+            )
         found[method] = frozenset(users)
         if not all(isinstance(user, str) and user for user in found[method]):
-            raise ConfigurationError(f"allow of service {service!r} has users of {method!r} that are no names of users")
+            raise ConfigurationError(
+                f"allow of service {service!r} must have names of users for {method!r}; got {users!r}"
+            )
     return found
 
 
-_ALLOW_FORM: Final = 'it is written {"method": ["user", ...]}'
+_ALLOW_FORM: Final = 'of the form {"method": ["user", ...]}'
 
 
 def _function(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """The function that runs where the handler is called: a partial's, an object's `__call__`, or itself."""
+    """The function that a handler runs: the function of a partial, the `__call__` of an object, or the handler."""
     while isinstance(handler, functools.partial):
         handler = handler.func
     return handler if inspect.isroutine(handler) or not callable(handler) else handler.__call__  # type: ignore[operator]
@@ -351,22 +359,22 @@ def _function(handler: Callable[..., Any]) -> Callable[..., Any]:
 def _without_context(
     label: str, handler: Callable[..., Any], hints: Mapping[str, Any]
 ) -> tuple[tuple[int, str] | None, inspect.Signature]:
-    """Where the context goes (its place and name), and the signature without it, annotations resolved."""
+    """The position and name of the context parameter, and the signature without it and with resolved annotations."""
     context_parameter = None
     parameters = []
     bound = handler.keywords if isinstance(handler, functools.partial) else ()
     try:
         given = inspect.signature(handler).parameters.values()
     except ValueError as error:  # some builtins
-        raise ConfigurationError(f"{label} does not say what parameters it takes: {error}") from error
+        raise ConfigurationError(f"{label} has no signature that can be read: {error}") from error
     for at, parameter in enumerate(given):
         hint = hints.get(parameter.name, Any)
         if parameter.name in bound:
-            continue  # the program's to give, not the caller's
+            continue  # the partial gives it, not the caller
         if any(it is Context for it in (hint, *typing.get_args(hint))):
             by_position = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
             if context_parameter is not None or not (by_position or parameter.kind is parameter.KEYWORD_ONLY):
-                msg = f"{label} takes its Context in one parameter that can be given by name"
+                msg = f"{label} must take its Context in one parameter that can be given by name"
                 raise ConfigurationError(msg)
             context_parameter = at if by_position else sys.maxsize, parameter.name
         else:
@@ -375,13 +383,13 @@ def _without_context(
 
 
 def _parameters_codec(label: str, signature: inspect.Signature) -> Codec:
-    """Validates a JSON object or array as the arguments of a function, and gives them as (args, kwargs)."""
+    """Make a codec that validates a JSON object or array as a function's arguments, and returns (args, kwargs)."""
 
     def capture(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, kwargs
 
     capture.__name__ = label.rpartition(".")[2]
-    capture.__signature__ = signature  # type: ignore[attr-defined]  # what pydantic reads
+    capture.__signature__ = signature  # type: ignore[attr-defined]  # pydantic reads it
     capture.__annotations__ = {it.name: it.annotation for it in signature.parameters.values()}
     try:
         return make_codec(capture, f"{label} takes", written=False)
@@ -392,7 +400,7 @@ def _parameters_codec(label: str, signature: inspect.Signature) -> Codec:
 
 _MOST_DETAILS: Final = 100
 _LONGEST_DETAIL: Final = 1000
-"""Characters of a message and of the names that lead to a field: both may have text from the body in them."""
+"""Characters of a message, and of the names that lead to a field: both may contain text from the body."""
 
 
 def _invalid_params(label: str, error: pydantic.ValidationError) -> InvalidParams:
@@ -409,7 +417,7 @@ def _invalid_params(label: str, error: pydantic.ValidationError) -> InvalidParam
 
 
 def _in_short(loc: tuple[int | str, ...]) -> list[int | str]:
-    """The names that lead to a field; the first ones alone, and "..." after them, where they are long."""
+    """The names that lead to a field, cut off with "..." where they are too long."""
     found: list[int | str] = []
     left = _LONGEST_DETAIL
     for part in loc:

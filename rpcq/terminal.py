@@ -1,6 +1,6 @@
-"""Text for terminals: a character that a terminal obeys, or that hides or reorders others, becomes an escape. Pure.
+"""Text for terminals: characters that control a terminal, or hide or reorder other characters, are escaped. Pure.
 
-What workers, callers and brokers send may hold control characters, which move the cursor, set the window's title or
+Text from workers, callers and brokers may contain control characters, which move the cursor, set the window's title or
 make the terminal answer, and marks that reverse the direction of text. `str.isprintable` is false for all of these.
 """
 
@@ -19,15 +19,15 @@ def printable(text: str, *, lines: bool = False) -> str:
 
     Args:
         text: any text.
-        lines: newlines and tabs are kept: the text may have lines.
+        lines: keep newlines and tabs, because the text may have several lines.
 
     """
     return _escaped(text, "\n\t" if lines else "", lambda character: character.encode("unicode_escape").decode())
 
 
 def printable_json(text: str) -> str:
-    r"""A JSON text, of the same value, with its unprintable characters as JSON's escapes, such as `\u001b`."""
-    # Newlines are kept: JSON has them between values alone.
+    r"""A JSON text of the same value, with its unprintable characters as JSON's escapes, such as `\u001b`."""
+    # Newlines are kept: in JSON they are only between values.
     return _escaped(text, "\n", lambda character: json.dumps(character)[1:-1])
 
 

@@ -1,10 +1,10 @@
-"""Test a service, or what calls one, without a broker. The same test runs on RabbitMQ by a URL.
+"""Test a service, or code that calls a service, without a broker. With a URL, the same test runs on RabbitMQ.
 
     async with running(calculator) as client:
         assert await client.call("calculator.add", x=1, y=2) == 3
 
-Nothing is patched: a real worker serves, a real client calls, and what goes between them is what goes over RabbitMQ.
-`FakeService` stands in for a service that the code under test calls.
+Nothing is patched: a real worker serves, a real client calls, and their messages are the same as over RabbitMQ.
+`FakeService` replaces a service that the code under test calls.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from rpcq.worker import Worker
 __all__ = ["FakeService", "Received", "running"]
 
 FAKES_GRACE: Final = 0.05
-"""Seconds that a fake's handlers have to end when its worker stops or is lost; long enough to send what is answered."""
+"""Seconds that a fake's handlers have to end when its worker stops or is lost: long enough to send their replies."""
 
 
 class Settings(TypedDict, total=False):
     """The keyword arguments of `running` besides the URL: options of its client and of its workers.
 
     Attributes:
-        name: what both are called.
-        timeout: seconds that a call has unless `with_options` says otherwise.
-        prefetch: calls of each service that run at once.
-        max_body: bytes of a message.
-        grace: seconds that running handlers have to end when the test does; 1 unless given.
+        name: name of the client and of the workers.
+        timeout: seconds that a call has, unless `with_options` sets another timeout.
+        prefetch: number of calls of each service that may run at the same time.
+        max_body: largest size of a message, bytes.
+        grace: seconds that running handlers have to end when the test ends; 1 by default.
 
     """
 
@@ -62,23 +62,24 @@ class Settings(TypedDict, total=False):
 def running(
     *services: Service, url: str | None = None, **settings: Unpack[Settings]
 ) -> AbstractAsyncContextManager[Client]:
-    """Serve services, real and fake ones, and give a connected client, until the `async with` is left.
+    """Serve real and fake services, and yield a connected client, until the `async with` is left.
 
-    All of it is in a namespace of its own. On RabbitMQ, its queues and exchanges are deleted in the end; a queue that a
-    service names itself (`queue=`) is in no namespace, and stays. So does what the code under test declares besides.
+    Services and client use a namespace of their own. On RabbitMQ, its queues and exchanges are deleted at the end. Not
+    deleted are queues that a service names itself (`queue=`), which are in no namespace, and everything else that the
+    code under test declares.
 
-    Code that opens its own client or worker gets to the same place with the same URL and
-    `namespace=client.options.namespace`, or from `RPCQ_URL` and `RPCQ_NAMESPACE`, which the pytest fixture
+    Code that opens its own client or worker reaches the same services with the same URL and
+    `namespace=client.options.namespace`, or through `RPCQ_URL` and `RPCQ_NAMESPACE`, which the pytest fixture
     `rpcq_running` sets.
 
     Args:
-        services: what is served; none, to see what callers get when nobody serves.
-        url: the broker; that of `RPCQ_TEST_URL` if None; without either, a fresh one in this process.
-        settings: as in `Settings`; what is not given is as in production.
+        services: services to serve; none, to test what callers get when there is no worker.
+        url: URL of the broker; `RPCQ_TEST_URL` if None; if that is not set either, a new broker in this process.
+        settings: as in `Settings`; those that are not given are as in production.
 
     Raises:
-        BrokerError: the broker cannot be used, or the queues could not be deleted. Where the test has failed already,
-            the latter is a note on its error.
+        BrokerError: the broker cannot be used, or the queues could not be deleted. If the test has already failed, the
+            second is added to its error as a note.
         ConfigurationError: a service, the URL or a setting cannot be used; or two services have the same name.
 
     """
@@ -86,7 +87,7 @@ def running(
 
 
 class Place:
-    """A broker, and a namespace on it that nobody else has.
+    """A broker, and a namespace on it that is not used elsewhere.
 
     Args:
         url: as for `running`.
@@ -111,13 +112,13 @@ class Place:
         max_body: int | None = None,
         grace: float = 1.0,
     ) -> AsyncIterator[Client]:
-        """See `running`. The queues are deleted when the last of those that overlap here is left."""
+        """See `running`. If several overlap, the queues are deleted when the last one is left."""
         for service in services:
             if not isinstance(service, Service):
-                raise ConfigurationError(f"{service!r} is no Service")
+                raise ConfigurationError(f"services must be instances of Service; got {service!r}")
         names = [service.name for service in services]
         if twice := sorted({it for it in names if names.count(it) > 1}):
-            raise ConfigurationError(f"two services are called {', '.join(twice)}; give one of them another name")
+            raise ConfigurationError(f"services must have different names; got several called {', '.join(twice)}")
         both = _given(namespace=self.namespace, name=name, max_body=max_body)
 
         def worker(*served: Service, grace: float) -> Worker:
@@ -130,13 +131,13 @@ class Place:
             self._used = True
             if real:
                 await workers.enter_async_context(worker(*real, grace=grace))
-            for fake in fakes:  # each with a worker of its own, which it may lose
+            for fake in fakes:  # each has a worker of its own, which `vanishes` may cut off
                 await workers.enter_async_context(_served(fake, partial(worker, grace=FAKES_GRACE)))
             yield client
 
     @asynccontextmanager
     async def _cleared(self, services: Sequence[Service]) -> AsyncIterator[None]:
-        """Leave nothing behind."""
+        """Delete the queues and exchanges of the namespace at the end."""
         self._users += 1
         self._queues |= {self._topology.request_queue(it.name, it.queue_type).name for it in services}
         try:
@@ -161,10 +162,10 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 async def _delete(url: str, exchanges: Sequence[str], queues: Sequence[str]) -> None:
-    """Delete exchanges and queues of RabbitMQ with all that is in them; what is not there is passed over.
+    """Delete exchanges, and queues with their messages, from RabbitMQ; skip those that do not exist.
 
     Raises:
-        BrokerError: it could not be done.
+        BrokerError: they could not be deleted.
 
     """
     broker, options = parse(url), ConnectionOptions(name="rpcq.testing")
@@ -180,10 +181,10 @@ class Received:
     """A call that a fake service got.
 
     Attributes:
-        method: its name.
-        args: the parameters that came by position.
-        params: those that came by name; in a fake of a contract, of the types that the contract gives them.
-        context: the rest: `metadata`, `attempt`, `deadline`, `caller`, ...
+        method: name of the method.
+        args: parameters by position.
+        params: parameters by name; in a fake of a contract, they have the types of the contract.
+        context: everything else: `metadata`, `attempt`, `deadline`, `caller`, ...
 
     """
 
@@ -194,29 +195,30 @@ class Received:
 
 
 _Act = Callable[[Received], Awaitable[Any]]
-"""What a fake does with a call."""
+"""A behaviour: what a fake does with a call."""
 
 
 class FakeService(Service):
-    """A service that does as it is told, for tests of what calls it.
+    """A service with scripted behaviour, for tests of code that calls it.
 
         stock = FakeService("stock").fails("take", OutOfStock("no bolts")).answers("take", 3)
 
-    Each call of a method takes the next of what was told of that method, and the last one stays. More may be told while
-    it is served. A method of which nothing was told is `MethodNotFound`.
+    `answers`, `fails` and `vanishes` add a behaviour to a method. Each call of the method uses the next behaviour, and
+    the last one is used again and again. Behaviours may be added while the fake is served. A call of a method without a
+    behaviour ends with `MethodNotFound`.
 
-    It is served by a real worker of its own in `running`, and callers get what they get in production: domain errors
-    come as themselves to who declares them, a fake that is slow runs into the caller's deadline, and so on.
+    In `running`, a real worker of its own serves it, and callers get what they get in production: domain errors arrive
+    as themselves if the caller declares them, a fake that is too slow makes the call time out, and so on.
 
     Args:
-        name: the service's.
-        queue_type: "classic" or "quorum", as the real one.
+        name: name of the service.
+        queue_type: "classic" or "quorum", as for the real service.
 
     Attributes:
-        calls: what it got, in order; also calls that it failed or vanished with, and each attempt at one.
+        calls: the calls that it got, in order, with each attempt; also those that failed or whose worker vanished.
 
     Raises:
-        ConfigurationError: an argument cannot be; the message names it.
+        ConfigurationError: an argument is not valid; the message names it.
 
     """
 
@@ -232,44 +234,44 @@ class FakeService(Service):
     def of(
         cls, api: Any, service: str | None = None, *, queue_type: Literal["classic", "quorum"] = "classic"
     ) -> FakeService:
-        """A fake of what a Protocol class describes, so that it cannot drift from that.
+        """Make a fake of the service that a Protocol class describes; the fake must keep to that contract.
 
-        Only methods of the class can be told; parameters are validated as it has them (`InvalidParams`), results
-        have to fit, and a further attempt at a call is refused where the contract does not say that it is idempotent.
+        Only methods of the class can have a behaviour. Parameters are validated against the class (`InvalidParams`),
+        and so are results. A second attempt at a call is refused unless the contract declares the method idempotent.
 
         Args:
             api: the class, as for `Client.bind`.
-            service: its name; that of the class's `contract` if None.
-            queue_type: "classic" or "quorum", as the real one.
+            service: name of the service; if None, the name in the class's `contract`.
+            queue_type: "classic" or "quorum", as for the real service.
 
         Raises:
-            ConfigurationError: no service is named, or the class has something that is no method.
+            ConfigurationError: no service is named, or the class has an attribute that is not a method.
 
         """
-        said: Contract | None = getattr(api, "__rpcq_contract__", None)
-        if service is None and said is None:
-            msg = f"{api!r} does not say which service it is; decorate it with @contract('name'), or give the name"
+        declared: Contract | None = getattr(api, "__rpcq_contract__", None)
+        if service is None and declared is None:
+            msg = f"{api!r} names no service: decorate it with @contract('name'), or give the name"
             raise ConfigurationError(msg)
-        fake = cls(service or cast("Contract", said).service, queue_type=queue_type)
+        fake = cls(service or cast("Contract", declared).service, queue_type=queue_type)
         fake._contract = {name: inspect.getattr_static(api, name) for name in dir(api) if not name.startswith("_")}
         for name, function in fake._contract.items():
             if not inspect.isfunction(function):
-                raise ConfigurationError(f"{api!r} has {name!r}, which is no method; a contract has methods alone")
-        if said is not None:
-            fake._idempotent = said.idempotent
+                raise ConfigurationError(f"a contract must have only methods; {api!r} has {name!r}")
+        if declared is not None:
+            fake._idempotent = declared.idempotent
         return fake
 
     def answers(self, method: str, value: Any = None, *, after: float = 0.0) -> Self:
-        """Answer a call of the method.
+        """Add a behaviour: the method returns a result.
 
         Args:
-            method: its name.
-            value: the result; or a function of the parameters, `def` or `async def`, that gives it or raises.
-            after: seconds until then: how slow it is.
+            method: name of the method.
+            value: the result; or a function, `def` or `async def`, that takes the parameters and returns it or raises.
+            after: seconds that the method takes.
 
         Raises:
-            ConfigurationError: the contract has no such method; JSON cannot carry the value, or it is not what the
-                contract says that the method returns.
+            ConfigurationError: the contract has no such method; or JSON cannot carry the value, or the value does not
+                have the type that the contract gives the result.
 
         """
         offered = self._offered(method)
@@ -277,56 +279,57 @@ class FakeService(Service):
             try:
                 offered.write_result(value, sys.maxsize)
             except InvalidReply as error:
-                raise ConfigurationError(f"a fake cannot answer {value!r}: {error.message}") from error
+                msg = f"value must be a result that the method can return; got {value!r}: {error.message}"
+                raise ConfigurationError(msg) from error
 
-        async def answer(received: Received) -> Any:
+        async def act(received: Received) -> Any:
             if not callable(value):
                 return value
             result = value(*received.args, **received.params)
             return await result if inspect.isawaitable(result) else result
 
-        return self._tell(offered, answer, after)
+        return self._add(offered, act, after)
 
     def fails(self, method: str, error: Exception | type[Exception], *, after: float = 0.0) -> Self:
-        """Fail a call of the method, with what its caller is to see.
+        """Add a behaviour: the method fails, and the caller gets an error.
 
         Args:
-            method: its name.
-            error: a domain error comes as itself to callers who declare it; an error of rpcq's as it is, with its
-                `executed` and `retryable`; any other exception as `RemoteError`, like that of a handler. After
-                `OutcomeUnknown` an idempotent call is sent again, as in production.
-            after: seconds until then.
+            method: name of the method.
+            error: the caller gets a domain error as itself if it declares it; an error of rpcq's as it is, with its
+                `executed` and `retryable`; and any other exception as `RemoteError`, as if a handler had raised it.
+                After `OutcomeUnknown`, an idempotent call is sent again, as in production.
+            after: seconds before it fails.
 
         Raises:
-            ConfigurationError: the contract has no such method; that is no exception; or it is `ServiceUnavailable`,
-                which callers get where nobody serves: leave the fake out of `running` for that.
+            ConfigurationError: the contract has no such method; the error is not an exception; or it is
+                `ServiceUnavailable`, which callers get without a worker: leave the fake out of `running` instead.
 
         """
         raised = error() if isinstance(error, type) else error
         if not isinstance(raised, Exception):
-            raise ConfigurationError(f"a fake fails with an exception, not with {raised!r}")
+            raise ConfigurationError(f"error must be an exception; got {raised!r}")
         if isinstance(raised, ServiceUnavailable):
-            # A worker that says so shuts down, and the client sends the call again.
-            msg = "no worker tells its callers that it is not there; leave the fake out of running(), and they get it"
+            # A worker replies with it when it shuts down, and the client sends the call again.
+            msg = "error must not be ServiceUnavailable: callers get it if you leave the fake out of running()"
             raise ConfigurationError(msg)
 
         async def fail(_: Received) -> Any:
             error = _final(raised)
             if isinstance(error, CallError) and not isinstance(error, DomainError):
-                raise Refused(error)  # no handler raises it
+                raise Refused(error)  # a worker replies with it; a handler does not raise it
             raise error
 
-        return self._tell(self._offered(method), fail, after)
+        return self._add(self._offered(method), fail, after)
 
     def vanishes(self, method: str, *, after: float = 0.0) -> Self:
-        """Lose the worker that holds a call of the method: it is cut off, and the next one takes its place.
+        """Add a behaviour: the worker that holds the call is cut off, and another worker replaces it.
 
-        The caller gets `OutcomeUnknown`, or another attempt if the call is idempotent. What else the lost worker holds
-        at that moment and does not end within 0.05 s is lost with it.
+        The caller gets `OutcomeUnknown`; an idempotent call is sent again. Other calls that the lost worker has in hand
+        and does not end within 0.05 s are lost with it.
 
         Args:
-            method: its name.
-            after: seconds until then.
+            method: name of the method.
+            after: seconds before the worker is cut off.
 
         Raises:
             ConfigurationError: the contract has no such method.
@@ -336,17 +339,17 @@ class FakeService(Service):
         async def vanish(received: Received) -> Any:
             lost = received.context.state
             if lost is None:
-                raise RuntimeError("a fake can vanish only inside rpcq.testing.running")
+                raise RuntimeError("a fake can only vanish inside rpcq.testing.running")
             lost.set()
-            await asyncio.get_running_loop().create_future()  # until its worker is gone
+            await asyncio.get_running_loop().create_future()  # never ends: its worker is cut off
 
-        return self._tell(self._offered(method), vanish, after)
+        return self._add(self._offered(method), vanish, after)
 
     def check(self) -> None:
-        """That it can be served: it can, whatever it was told."""
+        """Do nothing: a fake can always be served, even without methods."""
 
     def under(self, lost: asyncio.Event) -> Service:
-        """The same for one worker, which is to be cut off once `lost` is set."""
+        """Return a copy of this service for one worker, which has to be cut off once `lost` is set."""
 
         @asynccontextmanager
         async def lifespan() -> AsyncIterator[asyncio.Event]:
@@ -356,9 +359,9 @@ class FakeService(Service):
         served.lifespan = lifespan
         return served
 
-    def _tell(self, offered: Method, act: _Act, after: float) -> Self:
+    def _add(self, offered: Method, act: _Act, after: float) -> Self:
         if isinstance(after, bool) or not isinstance(after, int | float) or not 0 <= after < float("inf"):
-            raise ConfigurationError(f"after is {after!r}; it is a number of seconds from 0")
+            raise ConfigurationError(f"after must be a number of seconds of at least 0; got {after!r}")
 
         async def later(received: Received) -> Any:
             await asyncio.sleep(after)
@@ -369,15 +372,17 @@ class FakeService(Service):
         return self
 
     def _offered(self, name: str) -> Method:
-        """The method, as a worker takes it; only `_tell` has it served."""
+        """Return the method; `_add` then adds it to the methods that are served."""
         if name in self.methods:
             return self.methods[name]
-        check_name("the method", name)
+        check_name("the name of a method", name)
         if not METHOD_NAME.match(name):
-            raise ConfigurationError(f"the method is called {name!r}; a method's name has no dot")
+            raise ConfigurationError(f"the name of a method must have no dot; got {name!r}")
         if self._contract is not None and name not in self._contract:
             has = ", ".join(self._contract) or "none"
-            raise ConfigurationError(f"the contract of {self.name!r} has no method {name!r}; it has {has}")
+            raise ConfigurationError(
+                f"the name of a method must be in the contract of {self.name!r}, which has {has}; got {name!r}"
+            )
         return Method(
             self.name,
             name,
@@ -401,11 +406,11 @@ class FakeService(Service):
         return handle
 
     def __repr__(self) -> str:
-        return f"<FakeService {self.name!r}: {', '.join(self.methods) or 'nothing was told'}>"
+        return f"<FakeService {self.name!r}: {', '.join(self.methods) or 'no methods'}>"
 
 
 def _take_types(handle: Callable[..., Any], function: Callable[..., Any], label: str) -> None:
-    """Make a handler take the parameters of a contract's method, and return what it returns."""
+    """Give a handler the signature and the types of a contract's method."""
     parameters = list(inspect.signature(function).parameters.values())[1:]
     context = inspect.Parameter("rpcq_context", inspect.Parameter.KEYWORD_ONLY)
     before = [it for it in parameters if it.kind is not it.VAR_KEYWORD]
@@ -414,7 +419,7 @@ def _take_types(handle: Callable[..., Any], function: Callable[..., Any], label:
 
 
 def _final(error: Exception) -> Exception:
-    """What a handler raises, so that the caller gets it: a fresh one for each call."""
+    """Return the error to raise for one call: a copy, or without the traceback of earlier calls."""
     if not isinstance(error, CallError):
         return error.with_traceback(None)
     return copy.copy(error)
@@ -422,7 +427,7 @@ def _final(error: Exception) -> Exception:
 
 @asynccontextmanager
 async def _served(fake: FakeService, make: Callable[[Service], Worker]) -> AsyncIterator[None]:
-    """Serve a fake: a worker that is to be lost is cut off, and the next one takes its place."""
+    """Serve a fake: cut off each worker that has to be lost, and start another one in its place."""
     workers: list[Worker] = []
 
     async def begin() -> asyncio.Event:
@@ -435,16 +440,16 @@ async def _served(fake: FakeService, make: Callable[[Service], Worker]) -> Async
         while True:
             await lost.wait()
             lost = await begin()
-            await workers[0].stop()  # not clean: what it holds is left to the broker
+            await workers[0].stop()  # its handlers do not end: it is cut off, and its deliveries return to the broker
             del workers[0]
 
-    keeper = asyncio.create_task(replace_lost(await begin()))
+    replacing = asyncio.create_task(replace_lost(await begin()))
     try:
         yield
     finally:
-        keeper.cancel()
-        await asyncio.wait([keeper])
+        replacing.cancel()
+        await asyncio.wait([replacing])
         for worker in workers:
             await worker.stop()
-    if not keeper.cancelled():
-        await keeper  # there was no next worker: the error says why
+    if not replacing.cancelled():
+        await replacing  # a worker could not be replaced: raise its error

@@ -4,8 +4,8 @@
     amqps://user:password@one,two:5671,three/vhost  several nodes of one cluster, tried in turn, over TLS
     memory://                                       the in-process broker; memory://name is another one
 
-A missing vhost is "/", as in aio-pika; elsewhere in the vhost, "/" is written %2F. `amqps` takes the query parameters
-cafile, capath, certfile and keyfile; a certfile that holds its key as well needs no keyfile.
+The default vhost is "/", as in aio-pika; a "/" in the name of another vhost is written %2F. `amqps` takes the query
+parameters cafile, capath, certfile and keyfile; keyfile is not necessary if certfile contains the key.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _COLON: Final = re.compile(r"(?:\A|(?<=,))(?P<ipv6>\[[0-9A-Fa-f:.%]+\])|:(?!\Z)(
 
 @dataclass(frozen=True, slots=True)
 class BrokerURL:
-    """Where a broker is, and who asks.
+    """The address of a broker, and the user who connects.
 
     Attributes:
         scheme: "amqp", "amqps" or "memory".
-        hosts: pairs of host and port, to be tried in turn; for "memory" one pair of its name and 0.
+        hosts: pairs of host and port, to be tried in turn; for "memory", one pair of its name and 0.
 
     """
 
@@ -49,24 +49,25 @@ class BrokerURL:
 
 
 def mask(url: str) -> str:
-    """The URL with its password hidden, for logs and messages; the whole string is one URL, well-formed or not.
+    """The URL with its password hidden, for logs and messages. The whole string is one URL, well-formed or not.
 
-    What stands between the first colon of the user's part and the last @ is hidden: a password may not be quoted. What
-    follows another colon is shown if it is a port number, and hidden otherwise: it may be a password without a host.
+    Everything between the first colon of the user's part and the last @ is hidden, because the password may contain
+    these characters without quoting. Text after any other colon is shown only if it is a port number: it may be the
+    password of a URL without a host.
     """
     scheme = _SCHEME.match(url)
     before, at, hosts = url[scheme.end() if scheme else 0 :].rpartition("@")
     if at and scheme is None:
-        before = "***"  # not a URL, so all of it may be the password
+        before = "***"  # not a URL: all of it may be the password
     user, colon, _ = before.partition(":")
     return f"{scheme[0] if scheme else ''}{user}{':***' if colon else ''}{at}{_mask_hosts(hosts)}"
 
 
 def mask_urls(text: str) -> str:
-    """The text with the passwords of all URLs in it hidden.
+    """The text with the passwords of all its URLs hidden.
 
-    A URL in a text ends at white space. So what follows white space in a password is shown, if that is not quoted.
-    Without an @, only URLs of AMQP are changed: a colon in the path of another one is no secret.
+    A URL in a text ends at white space: if a password contains white space that is not quoted, the rest of it is shown.
+    A URL without an @ is changed only if its scheme is AMQP's: in the path of another URL, a colon means no password.
     """
     return _IN_TEXT.sub(_mask_word, text)
 
@@ -91,10 +92,10 @@ def _is_port(digits: str) -> bool:
 
 
 def parse(url: str) -> BrokerURL:
-    """The values in a URL.
+    """Read the values in a URL.
 
     Raises:
-        ConfigurationError: it is not one; the message names the part, and hides the password.
+        ConfigurationError: it is not valid; the message names the part, and hides the password.
 
     """
     if not isinstance(url, str):
@@ -103,23 +104,23 @@ def parse(url: str) -> BrokerURL:
     match = _URL.match(url)
     if match is None:
         form = "amqp://user:password@host:port/vhost"
-        raise _refuse(url, f"it is not of the form {form}, each part with / @ : ? # quoted as %2F %40 %3A %3F %23")
+        raise _invalid(url, f"be of the form {form}, with / @ : ? # in each part quoted as %2F %40 %3A %3F %23")
     scheme = match["scheme"]
     if scheme == "memory":
         return BrokerURL(scheme, hosts=((match["hosts"], 0),))
     if scheme not in PORTS:
-        raise _refuse(url, f"its scheme is {scheme!r}, and may be amqp, amqps or memory")
-    hosts = tuple(_host(url, host, PORTS[scheme]) for host in match["hosts"].split(","))  # before any part of the query
+        raise _invalid(url, "have the scheme amqp, amqps or memory")
+    hosts = tuple(_host(url, host, PORTS[scheme]) for host in match["hosts"].split(","))  # checked before the query
     query = tuple(parse_qsl(match["query"] or "", keep_blank_values=True))
     for name, _ in query:
         if name not in TLS_PARAMETERS or scheme != "amqps":
-            where = "amqps takes cafile, capath, certfile and keyfile" if scheme == "amqps" else "amqp takes none"
-            raise _refuse(url, f"its query has {name!r}; {where}")
+            takes = "amqps takes cafile, capath, certfile and keyfile" if scheme == "amqps" else "amqp takes none"
+            raise _invalid(url, f"not have the query parameter {name!r}: {takes}")
     names = [name for name, _ in query]
     if twice := next((name for name in names if names.count(name) > 1), ""):
-        raise _refuse(url, f"its query has {twice!r} twice; a file may hold several certificates")
+        raise _invalid(url, f"have the query parameter {twice!r} only once: a file may contain several certificates")
     if "keyfile" in names and "certfile" not in names:
-        raise _refuse(url, "its query has 'keyfile', the key of a certificate, and no 'certfile'")
+        raise _invalid(url, "have the query parameter 'certfile' if it has 'keyfile'")
     user, colon, password = (match["credentials"] or "guest:guest").partition(":")
     return BrokerURL(
         scheme,
@@ -134,12 +135,12 @@ def parse(url: str) -> BrokerURL:
 def _host(url: str, text: str, default_port: int) -> tuple[str, int]:
     match = _HOST.match(text)
     if match is None:
-        hint = "; a colon is followed by a port, and an IPv6 address is written in [ ]" if ":" in text else ""
-        raise _refuse(url, f"its host is {_mask_hosts(text)!r}{hint}" if text else "it names no host")
+        hint = ", with a number as the port, and an IPv6 address in [ ]" if ":" in text else ""
+        raise _invalid(url, f"have a valid host in place of {_mask_hosts(text)!r}{hint}" if text else "name a host")
     if match["port"] and not _is_port(match["port"]):
-        raise _refuse(url, "its port must be a number from 1 to 65535")
+        raise _invalid(url, "have a port from 1 to 65535")
     return match["host"].strip("[]"), int(match["port"] or default_port)
 
 
-def _refuse(url: str, why: str) -> ConfigurationError:
-    return ConfigurationError(f"the broker's URL {mask(url)!r} cannot be used: {why}")
+def _invalid(url: str, must: str) -> ConfigurationError:
+    return ConfigurationError(f"the broker's URL must {must}; got {mask(url)!r}")

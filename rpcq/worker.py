@@ -1,8 +1,8 @@
-"""The worker: a consumer pool that runs handlers and replies.
+"""The worker: takes requests, runs handlers, and replies.
 
-Its order is fixed: parse, check the deadline and `allow`, validate, ask `authorize`, run, publish the reply, wait for
-its confirm, acknowledge.
-Every delivery starts in the loop iteration that brings it: prefetch is the concurrency, and there is no backlog.
+The order for each request is fixed: parse, check the deadline and `allow`, validate, ask `authorize`, run, publish the
+reply, wait for its confirm, acknowledge. Every delivery starts in the loop iteration that brings it. The prefetch
+limits the concurrency; there is no second queue.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ log = logs.get_logger("rpcq.worker")
 
 
 class Phase(Enum):
-    """How far a worker is."""
+    """The phases of a worker."""
 
     NEW = "new"
     SERVING = "serving"
@@ -54,9 +54,8 @@ class Worker:
     Args:
         services: at least one, each with at least one method.
         url: the broker, as for `Client`; `RPCQ_URL` if None.
-        options: as in `WorkerOptions`; what is not given comes from the environment (`RPCQ_PREFETCH`, ...), if it is
-            there.
-        observers: who is told of its requests and sessions: metrics, traces, logs; see `rpcq.observer`.
+        options: as in `WorkerOptions`. What is not given is read from the environment (`RPCQ_PREFETCH`, ...).
+        observers: called with its requests and sessions: metrics, traces, logs; see `rpcq.Observer`.
 
     Raises:
         ConfigurationError: a service, the URL or an option cannot be used.
@@ -112,8 +111,8 @@ class Worker:
 
         Raises:
             BrokerError: the broker cannot be used; the message says why. Nothing is left open.
-            ClosedError: it was stopped meanwhile.
-            UsageError: it was started before.
+            ClosedError: the worker was stopped meanwhile.
+            UsageError: the worker was started before.
 
         """
         if self._phase is not Phase.NEW:
@@ -146,11 +145,11 @@ class Worker:
         )
 
     async def stop(self) -> bool:
-        """Take nothing new, let what runs end within the grace time, and close.
+        """Take nothing new, wait for what runs within the grace time, and close.
 
         Returns:
-            Whether everything ended. What did not is cancelled, and its callers get `OutcomeUnknown` at once.
-            Cancelling this does not stop it.
+            Whether everything ended in time. The rest is cancelled, and its callers get `OutcomeUnknown` at once. If
+            this is cancelled, the worker stops all the same.
 
         """
         if self._closing is None:
@@ -203,7 +202,7 @@ class Worker:
         return clean
 
     def request_stop(self) -> None:
-        """Let `run` stop; to be called from a signal handler of the event loop."""
+        """Make `run` stop; for signal handlers of the event loop."""
         self._stopping.set()
 
     async def __aenter__(self) -> Self:
@@ -217,23 +216,23 @@ class Worker:
 
     @property
     def in_flight(self) -> int:
-        """Requests that it holds: running, or answered and not yet acknowledged."""
+        """Requests that it holds: they wait, run, or are replied to and not acknowledged yet."""
         return len(self._replier.in_hand) + len(self._intake.waiting)
 
     @property
     def connected(self) -> bool:
-        """Whether both sessions are up and it takes requests: not before `start`, and no longer once it stops."""
+        """Whether it takes requests: it was started, does not stop, and both sessions are up."""
         return not self.why_not_ready()
 
     def why_not_ready(self) -> str:
-        """Why it takes no requests now, for people; empty where it does. May be called from another thread."""
+        """Why it takes no requests now, as text; empty if it does. May be called from another thread."""
         if self._phase is not Phase.SERVING:
             return f"the worker is {self._phase.value}"
         down = self._sessions.down
         return f"the {' and the '.join(down)} session to the broker is down" if down else ""
 
     def counts(self) -> Mapping[str, int]:
-        """What it counts, for observers: the numbers of `WorkerStats`, and how often its loop was blocked."""
+        """The counters, for observers: those of `WorkerStats`, and how often its event loop was blocked."""
         watchdog = self._watchdog
         return {
             "in_flight": self.in_flight,
@@ -247,12 +246,12 @@ class Worker:
 
     @property
     def expired_on_arrival(self) -> int:
-        """Requests answered and not run, because their deadline had passed."""
+        """Requests that were refused because their deadline had passed."""
         return self._intake.expired_on_arrival
 
     @property
     def refused_redeliveries(self) -> int:
-        """Requests answered and not run, because a worker that held them was lost."""
+        """Requests that were refused because they may have run before: the worker that held them was lost."""
         return self._replier.refused_redeliveries
 
     async def _enter(self, service: Service) -> Subscription:
@@ -293,14 +292,14 @@ class Worker:
 
 def _check(services: tuple[Service, ...]) -> None:
     if not services:
-        raise ConfigurationError("a worker without services; give it at least one")
+        raise ConfigurationError("services must be one or more; got none")
     for service in services:
         if not isinstance(service, Service):
-            raise ConfigurationError(f"{service!r} is no Service")
+            raise ConfigurationError(f"services must be instances of Service; got {service!r}")
         service.check()
     names = [service.name for service in services]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigurationError(f"two services are called {', '.join(twice)}; a worker serves each once")
+        raise ConfigurationError(f"services must have different names; got several called {', '.join(twice)}")
     queues = [service.queue for service in services if service.queue is not None]
     if shared := sorted({queue for queue in queues if queues.count(queue) > 1}):
-        raise ConfigurationError(f"two services share the queue {', '.join(shared)}; each has its own")
+        raise ConfigurationError(f"services must have different queues; got several with the queue {', '.join(shared)}")

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from broker import Broker, Unavailable
-from broker import broker as a_broker
+from support.broker import Broker, Unavailable
+from support.broker import broker as a_broker
 
 if TYPE_CHECKING:
-    from postgres import Postgres
+    from support.postgres import Postgres
 
 _in_use = pytest.StashKey[Broker | str]()
 """The broker of this session, or why there is none; not there before a test has asked."""
@@ -32,7 +32,7 @@ _programs = pytest.StashKey[dict[str, str | Unavailable]]()
 """Fixture -> the path of the program that it gives, or why there is none; the same."""
 
 PROGRAMS = {"chromium": "CHROMIUM", "promtool": "PROMTOOL"}
-"""Fixture -> what it gives, in `programs.py`."""
+"""Fixture -> what it gives, in `support.programs`."""
 
 
 def _broker_of(config: pytest.Config) -> Broker | str:
@@ -52,7 +52,7 @@ def _postgres_of(config: pytest.Config) -> Postgres | str:
     """The same for PostgreSQL."""
     if _database in config.stash:
         return config.stash[_database]
-    import postgres  # not every run has tests that need one
+    from support import postgres  # not every run has tests that need one
 
     stack = contextlib.ExitStack()
     config.add_cleanup(stack.close)
@@ -78,7 +78,7 @@ def _teller(config: pytest.Config, who: str) -> Callable[[str], None]:
 def _program_of(config: pytest.Config, fixture: str) -> str | Unavailable:
     found = config.stash.setdefault(_programs, {})
     if fixture not in found:
-        import programs  # not every run has tests that need one
+        from support import programs  # not every run has tests that need one
 
         try:
             found[fixture] = getattr(programs, PROGRAMS[fixture]).find(_teller(config, fixture))

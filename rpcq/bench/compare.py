@@ -1,4 +1,4 @@
-"""Two reports, and whether one is better than the other, or only different by chance. Pure."""
+"""Compares two reports: what is better or worse, and what may be chance. Pure."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from rpcq.bench.result import Distribution, Report, Run
 Verdict = Literal["better", "worse", "within noise", "unknown noise"]
 
 REPEAT: Final = "run both with --repeat 5"
-"""How to know the noise."""
+"""How to measure the noise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A measure in the runs of one report.
+    """The values of a measure in the runs of one report.
 
     Attributes:
-        median: of the runs.
-        low: of the least run.
-        high: of the greatest.
-        runs: those that have it.
+        median: median of the values.
+        low: least value.
+        high: greatest value.
+        runs: number of runs that have a value.
 
     """
 
@@ -43,13 +43,13 @@ class Change:
     """A measure in both reports.
 
     Attributes:
-        name: of the measure.
+        name: name of the measure.
         kind: "time" in milliseconds, "rate" in calls a second, or "percent" of the calls that ended.
-        a: of the first; None where it was not measured there.
-        b: of the second.
-        percent: how much more `b` is than `a`, by their medians; None where `a` is 0, or one is missing.
-        verdict: about `b`: "within noise" where the ranges of both overlap, "unknown noise" where either has one run
-            only; None where one is missing.
+        a: its values in the first report; None if it was not measured there.
+        b: its values in the second report; None if it was not measured there.
+        percent: change from the median of `a` to that of `b`; None if the median of `a` is 0, or one is missing.
+        verdict: judges `b`: "within noise" if the ranges of both overlap, "unknown noise" if one has a single run;
+            None if one is missing.
 
     """
 
@@ -63,14 +63,14 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What is different between two reports.
+    """The differences between two reports.
 
     Attributes:
-        changes: measure by measure.
-        models: of the first and of the second: "open", "closed", or "" for a report without runs.
-        settings: name -> both values, where they differ; None stands for a missing one.
-        host: the same of the hosts.
-        warnings: why not to trust the rest, the gravest first.
+        changes: the change of each measure.
+        models: models of the first and of the second report: "open", "closed", or "" for a report without runs.
+        settings: name -> both values, for the settings that differ; None for a value that is missing.
+        host: the same for the hosts.
+        warnings: reasons not to trust the comparison, the most serious first.
 
     """
 
@@ -85,7 +85,7 @@ class Comparison:
 
 
 def compare(a: Report, b: Report) -> Comparison:
-    """What is different in `b`, as against `a`."""
+    """The differences from `a` to `b`."""
     changes = [_change(name, kind, of, a.runs, b.runs) for name, kind, of in _measures()]
     models = (_model(a), _model(b))
     settings = _differences(a.settings, b.settings)
@@ -169,10 +169,10 @@ def _warnings(
     if models[0] != models[1]:
         first, second = (model or "none" for model in models)
         found.append(
-            f"the models differ ({first}, {second}): the closed one hides stalls, so that latency means two things"
+            f"the models differ ({first}, {second}): the closed model hides stalls, so their latencies do not compare"
         )
     elif models[0] == "closed":
-        found.append("both are of the closed model, which hides stalls")
+        found.append("both use the closed model, which hides stalls")
     if settings:
         found.append(f"the settings differ: {_listed(settings)}")
     if host:
@@ -181,12 +181,12 @@ def _warnings(
         if report.interrupted:
             found.append(f"the {name} was interrupted")
         if not all(run.correct for run in report.runs):
-            found.append(f"the {name} lost, doubled or mixed up calls")
+            found.append(f"the {name} lost, duplicated or mixed up calls")
         reasons = dict.fromkeys(why for run in report.runs for why in run.bottleneck)
         if reasons:
             found.append(f"in the {name}, the generator itself may be what was measured: {'; '.join(reasons)}")
     if len(a.runs) < 2 or len(b.runs) < 2:
-        found.append(f"the noise is not known, since not both have several runs: {REPEAT}")
+        found.append(f"the noise is not known, because one or both have a single run: {REPEAT}")
     return found
 
 
@@ -210,7 +210,7 @@ STYLES: Final[Mapping[str | None, str]] = {
 
 
 def table(comparison: Comparison, a: str = "first", b: str = "second") -> RenderableType:
-    """A comparison for the terminal; `a` and `b` are names for the two."""
+    """The comparison for the terminal; `a` and `b` are the names of the two reports."""
     found = Table(box=None, pad_edge=False, padding=(0, 2))
     found.add_column("", style="dim")
     for name in (Text(a), Text(b), Text("change"), Text("")):
@@ -228,7 +228,7 @@ def table(comparison: Comparison, a: str = "first", b: str = "second") -> Render
 
 
 def change_text(change: Change) -> str:
-    """How much more or less, in percent."""
+    """The text of a change, in percent."""
     if change.a is None or change.b is None:
         return "-"
     if change.percent is None:

@@ -1,7 +1,7 @@
-"""The built-in target: a service that echoes nonces, and remembers which it has seen.
+"""The built-in target: a service that echoes nonces, and records which ones it has seen.
 
-As a process: `python -m rpcq.bench.echo`, with its settings as JSON on standard input. It says "ready", serves until
-its standard input closes, and says what it has seen.
+As a process: `python -m rpcq.bench.echo`, with its settings as a line of JSON on standard input. It writes "ready",
+serves until its standard input closes, and writes what it has seen.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ METHOD = "echo"
 
 
 @dataclass(slots=True)
-class Seen:
-    """Which nonces handlers have seen.
+class NonceRecord:
+    """The nonces that handlers have seen.
 
     Attributes:
-        runs: how often handlers were run.
-        doubled: how often with a nonce that they had seen before.
-        bits: generator -> a bit for each of its nonces.
+        runs: number of runs of handlers.
+        doubled: runs with a nonce that was seen before.
+        bits: number of the generator -> a bit for each of its nonces.
 
     """
 
@@ -41,7 +41,7 @@ class Seen:
     bits: dict[int, bytearray] = field(default_factory=dict)
 
     def add(self, nonce: int) -> None:
-        """A handler ran with this."""
+        """Record that a handler ran with this nonce."""
         self.runs += 1
         generator, number = divmod(nonce, NONCES)
         at, bit = divmod(number, 8)
@@ -52,8 +52,8 @@ class Seen:
             self.doubled += 1
         bits[at] |= 1 << bit
 
-    def merge(self, others: Iterable[Seen]) -> Seen:
-        """What all of them saw, together with this."""
+    def merge(self, others: Iterable[NonceRecord]) -> NonceRecord:
+        """Add what others saw to this; returns this."""
         for other in others:
             self.runs += other.runs
             self.doubled += other.doubled
@@ -67,35 +67,35 @@ class Seen:
         return self
 
     def to_json(self) -> str:
-        """For `read_seen` in another process."""
+        """The record as JSON, for `read_nonces` in another process."""
         bits = {generator: base64.b85encode(zlib.compress(each)).decode() for generator, each in self.bits.items()}
         return json.dumps({"runs": self.runs, "doubled": self.doubled, "bits": bits})
 
 
-def read_seen(text: str | bytes) -> Seen:
-    """What a worker saw, from its JSON."""
+def read_nonces(text: str | bytes) -> NonceRecord:
+    """The record of a worker, from its JSON."""
     found = json.loads(text)
     bits = {int(it): bytearray(zlib.decompress(base64.b85decode(each))) for it, each in found["bits"].items()}
-    return Seen(found["runs"], found["doubled"], bits)
+    return NonceRecord(found["runs"], found["doubled"], bits)
 
 
-def echo_service(name: str, queue_type: Literal["classic", "quorum"], simulate: float) -> tuple[Service, Seen]:
-    """A service whose one method gives back its nonce, after `simulate` seconds; and what it will have seen."""
-    service, seen = Service(name, queue_type=queue_type), Seen()
+def echo_service(name: str, queue_type: Literal["classic", "quorum"], simulate: float) -> tuple[Service, NonceRecord]:
+    """A service whose method returns its nonce after `simulate` seconds, and the record of the nonces it sees."""
+    service, nonces = Service(name, queue_type=queue_type), NonceRecord()
 
     @service.method(name=METHOD)
-    async def echo(nonce: int, payload: str) -> int:  # noqa: ARG001 - it is there to be carried
-        seen.add(nonce)
+    async def echo(nonce: int, payload: str) -> int:  # noqa: ARG001 - it only makes the request larger
+        nonces.add(nonce)
         if simulate:
             await asyncio.sleep(simulate)
         return nonce
 
-    return service, seen
+    return service, nonces
 
 
-async def serve(asked: Mapping[str, Any]) -> None:
+async def serve(settings: Mapping[str, Any]) -> None:
     """Serve until standard input closes."""
-    service, seen = echo_service(asked["service"], asked["queue_type"], asked["simulate"])
+    service, nonces = echo_service(settings["service"], settings["queue_type"], settings["simulate"])
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     ended = asyncio.Event()
@@ -106,12 +106,16 @@ async def serve(asked: Mapping[str, Any]) -> None:
             ended.set()
 
     async with Worker(
-        service, url=asked["url"], namespace=asked["namespace"], prefetch=asked["prefetch"], name="rpcq-bench-worker"
+        service,
+        url=settings["url"],
+        namespace=settings["namespace"],
+        prefetch=settings["prefetch"],
+        name="rpcq-bench-worker",
     ):
-        print("ready", flush=True)  # noqa: T201 - to whoever started this
+        print("ready", flush=True)  # noqa: T201 - read by the process that started this one
         await asyncio.get_running_loop().connect_read_pipe(Pipe, sys.stdin)
         await ended.wait()
-    print(seen.to_json(), flush=True)  # noqa: T201
+    print(nonces.to_json(), flush=True)  # noqa: T201
 
 
 def main() -> None:

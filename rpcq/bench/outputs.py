@@ -1,4 +1,4 @@
-"""A report for the terminal, as CSV and as HdrHistogram's text, and the conditions that make a test fail. Pure."""
+"""Writes a report for the terminal, as CSV and as HdrHistogram's text; conditions that make a test fail. Pure."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from rpcq.errors import ConfigurationError
 
 COLUMNS: Final[Mapping[str, str]] = {
     "at": "seconds since measuring began",
-    "offered": "calls that were due in this second; empty in the closed model",
+    "offered": "calls that were due in the second; empty in the closed model",
     "sent": "calls that were sent in it",
     "ok": "calls that ended in it with a result",
     "failed": "calls that ended in it with an error",
-    "p50_ms": "median latency of those that ended in it, in milliseconds; empty where none did",
+    "p50_ms": "median latency of the calls that ended in it, in milliseconds; empty if none did",
     "p99_ms": "99th percentile of the same",
-    "max_ms": "the longest of the same",
-    "depth": "requests that waited in the queue at its end; empty where that is not known",
-    "lag_ms": "the longest that the generator's event loop was late in it, in milliseconds",
+    "max_ms": "maximum of the same",
+    "depth": "requests that waited in the queue at its end; empty if that is not known",
+    "lag_ms": "the longest that the event loop of a generator was late in it, in milliseconds",
 }
-"""The columns of `write_csv`, in their order, and what each has."""
+"""The columns of `write_csv`, in their order, and what each one contains."""
 
 PARTS: Final = ("queue", "handler", "transport")
-"""What the service time is made of: names of attributes of `Run`."""
+"""The parts of the service time: names of attributes of `Run`."""
 
 OPEN: Final = (
-    "Open model: calls are sent when they are due, whatever became of earlier ones. Latency counts from when a call "
-    "was due, so whoever would have waited is counted."
+    "Open model: calls are sent when they are due, and do not wait for earlier ones. Latency counts from when a call "
+    "was due, so it includes the time that a caller waits during a stall."
 )
 
 CLOSED: Final = (
-    "Closed model: it hides stalls. Each caller waits for its answer before it calls again, so a stall holds up the "
-    "very calls that would have shown it: the percentiles look better than what independent callers would meet. "
-    "To see stalls, offer a rate."
+    "Closed model: it hides stalls. Each caller waits for its reply before it calls again, so a stall delays the "
+    "calls that would have shown it: the percentiles look better than what independent callers would see. "
+    "To see stalls, use the open model: --rate."
 )
 
 
 def time_text(milliseconds: float | None) -> str:
-    """A time for people: three digits, in µs, ms or s; a dash for None."""
+    """The text of a time: three digits, in µs, ms or s; a dash for None."""
     if milliseconds is None:
         return "-"
     rounded = _three_digits(milliseconds)
@@ -62,7 +62,7 @@ def time_text(milliseconds: float | None) -> str:
 
 
 def number_text(number: float | None) -> str:
-    """A number for people, with separators of thousands; of what is behind the point, three digits are enough."""
+    """The text of a number, with separators of thousands; a fraction is rounded to three digits in all."""
     if number is None:
         return "-"
     return (
@@ -71,7 +71,7 @@ def number_text(number: float | None) -> str:
 
 
 def share_text(part: float, whole: float) -> str:
-    """How much of the whole a part is, in percent. What is not all never reads 100%, what is something never 0%."""
+    """The share of a part in percent. It is 100% only for the whole, and 0% only for nothing."""
     if not whole:
         return "-"
     percent = 100 * part / whole
@@ -88,7 +88,7 @@ def _three_digits(number: float) -> float:
 
 
 def _digits(number: float) -> str:
-    """The whole number with separators, and behind the point as much as makes three digits."""
+    """The whole number with separators, and decimal places up to three digits in all."""
     size = abs(number)
     places = 0 if size >= 100 or number == int(number) else 1 if size >= 10 else 2 if size >= 1 else 3
     text = f"{number:,.{places}f}"
@@ -96,13 +96,13 @@ def _digits(number: float) -> str:
 
 
 def subject(report: Report) -> str:
-    """What was tested, in one line: the target, and the load."""
+    """The target and the load of a test, in one line."""
     target = str(report.settings.get("target") or "calls")
     return f"{target} {load(report)}" if report.runs else target
 
 
 def load(report: Report) -> str:
-    """How it was loaded, in a few words."""
+    """The load of a test, in a few words."""
     run = report.runs[0]
     if len(run.steps) > 1:
         rates = [step.rate for step in run.steps]
@@ -116,14 +116,14 @@ def load(report: Report) -> str:
 
 
 def checks(run: Run) -> str:
-    """What became of the correctness of results, in one line."""
+    """Whether results were correct, in one line."""
     if not run.checked:
         return "not checked: only calls of the built-in echo carry a nonce"
     return f"lost {run.lost:,}, duplicated {run.duplicated:,}, mismatched {run.mismatched:,}"
 
 
 def by_count(counts: Mapping[str, int]) -> str:
-    """Names and how often each was, the most frequent first."""
+    """Names with their counts, the most frequent first."""
     return ", ".join(
         f"{name} {count:,}" for name, count in sorted(counts.items(), key=lambda it: (-it[1], it[0])) if count
     )
@@ -133,7 +133,7 @@ def by_count(counts: Mapping[str, int]) -> str:
 
 
 def summary(run: Run, report: Report) -> RenderableType:
-    """A run for the terminal."""
+    """The summary of a run for the terminal."""
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column()
@@ -179,7 +179,7 @@ def _facts(run: Run, report: Report) -> list[tuple[str, str, str]]:
 
 
 def rows(distribution: Distribution) -> list[tuple[str, float | None]]:
-    """Names of percentiles, the greatest and the mean, with milliseconds; None where there were no values."""
+    """Percentiles, maximum and mean, by name, in milliseconds; None if there were no values."""
     values: list[tuple[str, float | None]] = [
         (f"p{it:g}", distribution.percentiles.get(f"{it:g}") if distribution.count else None) for it in PERCENTILES
     ]
@@ -223,7 +223,7 @@ def _parts(run: Run) -> Table:
 
 
 def write_csv(run: Run, file: TextIO) -> None:
-    """The run second by second, one line each under a header; `COLUMNS` says what each column has."""
+    """Write the run as CSV: a header, and a line for each second. `COLUMNS` describes the columns."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(COLUMNS)
     for it in run.series:
@@ -231,11 +231,11 @@ def write_csv(run: Run, file: TextIO) -> None:
 
 
 def write_hgrm(run: Run, file: TextIO) -> None:
-    """The latency, in milliseconds, as HdrHistogram's percentile distribution: a text that its plotters read."""
+    """Write the latency in milliseconds as HdrHistogram's percentile distribution, a text that its plotters read."""
     histogram = run.latency.histogram()
     text = io.BytesIO()
     histogram.output_percentile_distribution(text, 1000.0)
-    # The library scales all values but the standard deviation, which is still in microseconds.
+    # The library scales all values except the standard deviation, which stays in microseconds.
     deviation = f"StdDeviation   = {histogram.get_stddev() / 1000:12.3f}]"
     file.write(re.sub(r"StdDeviation +=[^\]]*\]", deviation, text.getvalue().decode()))
 
@@ -251,7 +251,7 @@ DISTRIBUTIONS: Final[Mapping[str, str]] = {
     "handler_": "handler",
     "transport_": "transport",
 }
-"""What stands before the name of a percentile -> the attribute of `Run`."""
+"""Prefix of the name of a percentile -> attribute of `Run`."""
 
 COUNTS: Final = ("errors", "lost", "duplicated", "mismatched", "late", "dropped")
 POINTS: Final = (*(f"p{it:g}" for it in PERCENTILES), "max", "mean")
@@ -281,15 +281,15 @@ _NUMBER: Final = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(\S*)")
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What makes a test fail, such as `p99 > 50 ms`.
+    """A condition under which a test fails, such as `p99 > 50 ms`.
 
     Attributes:
-        measure: what is looked at. `p50`, `p75`, `p90`, `p95`, `p99`, `p99.9`, `p99.99`, `max` and `mean` are of the
-            latency; with `service_`, `queue_`, `handler_` or `transport_` before them, of these. `errors`, `lost`,
-            `duplicated`, `mismatched`, `late` and `dropped` are calls; `errors%` (or `error_rate`) is the share of the
-            calls that ended; `achieved` and `offered` are calls a second.
+        measure: the measure. `p50`, `p75`, `p90`, `p95`, `p99`, `p99.9`, `p99.99`, `max` and `mean` are those of the
+            latency; with the prefix `service_`, `queue_`, `handler_` or `transport_`, those of that part. `errors`,
+            `lost`, `duplicated`, `mismatched`, `late` and `dropped` are numbers of calls; `errors%` (or `error_rate`)
+            is the share of the calls that ended; `achieved` and `offered` are calls a second.
         operator: `>`, `>=`, `<`, `<=`, `==` or `!=`.
-        limit: in milliseconds, percent, calls a second, or calls.
+        limit: the value to compare with, in milliseconds, percent, calls a second, or calls.
 
     """
 
@@ -302,37 +302,35 @@ class Condition:
         """A condition from its text: a measure, an operator, and a number with its unit, as in `p99>50ms`.
 
         Raises:
-            ConfigurationError: one of these is not what it can be.
+            ConfigurationError: the measure, the operator, the number or the unit is wrong.
 
         """
         found = _SPLIT.fullmatch(text)
         if not found:
-            raise ConfigurationError(
-                f"{text!r} compares nothing; a condition is like 'p99>50ms', with {_list(OPERATORS)}"
-            )
+            raise ConfigurationError(f"a condition must be like 'p99>50ms', with {_list(OPERATORS)}; got {text!r}")
         measure, sign, right = found[1].strip(), found[2], found[3].strip()
         if sign not in OPERATORS:
-            raise ConfigurationError(f"{text!r} compares with {sign!r}; that is one of {_list(OPERATORS)}")
+            raise ConfigurationError(f"the operator must be one of {_list(OPERATORS)}; got {sign!r} in {text!r}")
         if measure not in _MEASURES:
             close = difflib.get_close_matches(measure, _MEASURES, 1)
-            hint = f"did you mean {close[0]!r}? It" if close else "it"
+            hint = f": did you mean {close[0]!r}?" if close else ""
             known = _list([*POINTS, *COUNTS, "errors%", "achieved", "offered", "service_p99"])
-            raise ConfigurationError(f"{text!r} is about {measure!r}, which is no measure; {hint} can be {known}, ...")
+            raise ConfigurationError(f"the measure must be {known}, ...; got {measure!r} in {text!r}{hint}")
         number = _NUMBER.fullmatch(right)
         if not number:
             raise ConfigurationError(
-                f"{text!r} compares with {right!r}, which is no number; it is like '{_example(measure)}'"
+                f"the limit must be a number, like '{_example(measure)}'; got {right!r} in {text!r}"
             )
         if measure == "errors" and number[2] == "%":
             measure = "errors%"
         units = UNITS[_MEASURES[measure]]
         unit = number[2]
         if unit not in units and float(number[1]) == 0 and not unit:
-            unit = next(iter(units))  # no unit makes a difference to 0
+            unit = next(iter(units))  # 0 is the same in every unit
         if unit not in units:
-            wrong = f"has the unit {unit!r}" if unit else "has no unit"
+            wrong = f"the unit {unit!r}" if unit else "no unit"
             raise ConfigurationError(
-                f"{text!r}: {right!r} {wrong}; {measure} is {_kind(measure)}, like '{_example(measure)}'"
+                f"{measure} must be {_kind(measure)}, like '{_example(measure)}'; got {wrong} in {text!r}"
             )
         return cls(measure, sign, float(number[1]) * units[unit])
 
@@ -340,7 +338,7 @@ class Condition:
         return f"{self.measure} {self.operator} {self.text(self.limit)}"
 
     def text(self, value: float | None) -> str:
-        """A value of this measure, with its unit."""
+        """The text of a value of this measure, with its unit."""
         if value is None:
             return "not known"
         match _MEASURES[self.measure]:
@@ -357,10 +355,9 @@ class Condition:
                 return f"{value:.15g}"
 
     def value(self, run: Run) -> float | None:
-        """What the run has there, in the unit of `limit`.
+        """The value in a run, in the unit of `limit`.
 
-        None where it is not known: a percentile of no calls, the rate that the closed model does not offer, what was
-        lost where nothing was checked.
+        None if it is not known: a percentile of no calls, `offered` in the closed model, `lost` if nothing was checked.
         """
         ended = run.ok + run.failed
         if self.measure in {"errors%", "error_rate"}:
@@ -375,7 +372,7 @@ class Condition:
         return None if distribution is None else dict(rows(distribution)).get(point)
 
     def holds(self, run: Run) -> bool:
-        """Whether it is so; also where the value is not known, since a test does not pass for want of a value."""
+        """Whether the condition holds; also if the value is not known: a test must not pass without a value."""
         value = self.value(run)
         if value is None or math.isnan(value):
             return True

@@ -1,7 +1,7 @@
-"""A report as one page of HTML, which needs nothing from anywhere. Pure.
+"""A report as one page of HTML, which needs no other file and no network. Pure; needs Jinja2.
 
-The plots are SVG, made here: the page has no script, and its Content-Security-Policy allows no request. What is at a
-place of a plot stands in a `<title>`, which browsers show where the pointer rests.
+The template `page.html.jinja` has the markup; this module prepares its values. The page has no script, and its
+Content-Security-Policy allows no request.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
-from importlib.resources import files
-from string import Template
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
 
 from rpcq.bench.outputs import (
     CLOSED,
@@ -39,226 +39,239 @@ from rpcq.bench.plots import (
     short_texts,
     time_axis,
 )
-from rpcq.bench.result import Report, Run, Second, Step
+from rpcq.bench.rendering import render
+from rpcq.bench.result import Distribution, Report, Run, Second, Step
 
 
 def page(report: Report) -> str:
-    """The report as a page of HTML, whole in itself."""
-    title = f"rpcq bench: {subject(report)}"
-    parts = [f"<h1>{escape(title)}</h1>", f'<p class="quiet">{_about(report)}</p>']
+    """The report as a page of HTML."""
+    shown = _typical(report.runs)
+    run = None if shown is None else report.runs[shown]
+    text = render(
+        "page.html.jinja",
+        title=f"rpcq bench: {subject(report)}",
+        format=report.format,
+        count=len(report.runs),
+        number=None if shown is None else shown + 1,
+        began=report.runs[0].began if report.runs else "",
+        facts=_facts(report),
+        notes=_notes(report, run),
+        open_model=OPEN,
+        run=None if run is None else _shown(run),
+        runs=_all_runs(report.runs, shown) if shown is not None and len(report.runs) > 1 else None,
+        details=[(name, _texts(values)) for name, values in _details(report) if values],
+    )
+    return str(text)
+
+
+# What the page says
+
+
+class _Note(NamedTuple):
+    """A warning at the top of the page; a wrong result or a doubtful one stands out."""
+
+    head: str
+    text: str
+    is_wrong: bool = False
+    reasons: Sequence[str] = ()
+
+
+class _Card(NamedTuple):
+    """A number of the run, and a word about it."""
+
+    name: str
+    text: str
+    about: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A table: each row has a name, and its cells."""
+
+    heads: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[str]]]
+    foot: Sequence[tuple[str, Sequence[str]]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of the service time; `width` is its share of the mean in percent."""
+
+    name: str
+    share: str
+    width: float
+    cells: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """The run that is shown in detail."""
+
+    of: Run
+    errors: str
+    executed: str
+    checks: str
+    cards: Sequence[_Card]
+    latency: tuple[_Table, Markup]
+    parts: Sequence[_Part]
+    over_time: Sequence[Markup]
+    by_rate: tuple[_Table, Sequence[Markup]] | None
+
+
+def _shown(run: Run) -> _Shown:
+    return _Shown(
+        of=run,
+        errors=by_count(run.errors),
+        executed=by_count(run.executed) or "not known",
+        checks=checks(run),
+        cards=_cards(run),
+        latency=_latency(run),
+        parts=_parts(run),
+        over_time=_over_time(run) if run.series else (),
+        by_rate=_by_rate(run.steps) if len(run.steps) > 1 else None,
+    )
+
+
+def _facts(report: Report) -> list[str]:
+    facts = []
     if report.runs:
-        shown = _typical(report.runs)
-        run = report.runs[shown]
-        parts += [_verdict(report, shown), _notes(report, run), _cards(run)]
-        if len(report.runs) > 1:
-            parts.append(_runs(report.runs, shown))
-        parts += [_latency(run), _over_time(run)]
-        if len(run.steps) > 1:
-            parts.append(_by_rate(run.steps))
-    else:
-        parts += ["<p>There is no run in this report.</p>", _notes(report, None)]
-    parts += [_asked(report), f"<footer>Made by rpcq bench; format {escape(report.format)}.</footer>"]
-    text = files("rpcq.bench").joinpath("page.html").read_text("utf-8")
-    return Template(text).substitute(title=escape(title), body="\n".join(part for part in parts if part))
-
-
-# What is said
-
-
-def _about(report: Report) -> str:
-    said = []
-    if report.runs:
-        began = report.runs[0].began
-        said.append(f'<time datetime="{escape(began)}">{escape(began[:19].replace("T", " "))} UTC</time>')
-        said.append(f"{number_text(report.runs[0].seconds)} s measured")
+        facts.append(f"{number_text(report.runs[0].seconds)} s measured")
     if len(report.runs) > 1:
-        said.append(f"{len(report.runs)} runs")
+        facts.append(f"{len(report.runs)} runs")
     for name, before in (("rpcq", "rpcq "), ("broker", "")):
         if report.host.get(name):
-            said.append(escape(before + _text(report.host[name])))
-    return " · ".join(said)
+            facts.append(before + _text(report.host[name]))
+    return facts
 
 
-def _verdict(report: Report, shown: int) -> str:
-    run = report.runs[shown]
-    if not run.sent:
-        return '<p class="verdict">No call was made.</p>'
-    ended = run.ok + run.failed
-    which = f"Run {shown + 1}: " if len(report.runs) > 1 else ""
-    said = [f"{which}<b>{run.sent:,}</b> calls in {number_text(run.seconds)} s: <b>{run.ok:,}</b> ok"]
-    if run.failed:
-        said.append(
-            f'<b class="bad">{run.failed:,} failed</b> ({share_text(run.failed, ended)}: '
-            f"{escape(by_count(run.errors))}; did they run: {escape(by_count(run.executed)) or 'not known'})"
-        )
-    else:
-        said.append("<b>none</b> failed")
-    if not run.checked:
-        results = f"Results were {escape(checks(run))}."
-    elif run.correct:
-        results = '<span class="good">No call was lost, none ran twice, no result was mixed up.</span>'
-    else:
-        results = f'<b class="bad">Results are wrong: {escape(checks(run))}.</b>'
-    handled = f" Handlers saw {run.handled:,} calls, warm-up included." if run.handled is not None else ""
-    return f'<p class="verdict">{", ".join(said)}. {results}{handled}</p>'
-
-
-def _notes(report: Report, run: Run | None) -> str:
+def _notes(report: Report, run: Run | None) -> list[_Note]:
     notes = []
     if run and run.model == "closed":
-        notes.append(_note(*CLOSED.split(": ", 1)))
+        name, text = CLOSED.split(": ", 1)
+        notes.append(_Note(name, text[:1].upper() + text[1:]))
     if report.interrupted:
-        notes.append(_note("Interrupted", "The test was ended before its time; this is what was measured until then."))
+        notes.append(_Note("Interrupted", "The test was ended early; this is what was measured until then."))
     reasons = list(dict.fromkeys(why for one in report.runs for why in one.bottleneck))
     if reasons:
-        listed = "".join(f"<li>{escape(why)}</li>" for why in reasons)
         notes.append(
-            '<div class="note wrong"><b>The generator itself may be what was measured</b>'
-            f"<ul>{listed}</ul><p>Use more processes, or a lower rate, before you trust these numbers.</p></div>"
+            _Note(
+                "The generator itself may be what was measured",
+                "Use more processes, or a lower rate, before you trust these numbers.",
+                is_wrong=True,
+                reasons=reasons,
+            )
         )
     wrong = [str(at) for at, one in enumerate(report.runs, 1) if not one.correct]
     if wrong and len(report.runs) > 1:
-        notes.append(
-            _note("Results are wrong", f"Calls were lost, doubled or mixed up in run {', '.join(wrong)}.", "wrong")
-        )
-    return "".join(notes)
+        text = f"Calls were lost, duplicated or mixed up in run {', '.join(wrong)}."
+        notes.append(_Note("Results are wrong", text, is_wrong=True))
+    return notes
 
 
-def _note(head: str, text: str, kind: str = "") -> str:
-    return f'<div class="note {kind}"><b>{escape(head)}</b><p>{escape(text[:1].upper() + text[1:])}</p></div>'
-
-
-def _cards(run: Run) -> str:
+def _cards(run: Run) -> list[_Card]:
     of = dict(rows(run.latency))
-    offered = "" if run.offered is None else f"of {number_text(run.offered)} offered"
-    lag = f"of a core; lag {time_text(run.lag_p99)} at p99"
-    cards = [
-        ("Achieved", f"{number_text(run.achieved)}/s", offered),
-        ("Latency p50", time_text(of["p50"]), "50% are slower"),
-        ("Latency p99", time_text(of["p99"]), "1% are slower"),
-        ("Latency p99.9", time_text(of["p99.9"]), "0.1% are slower"),
-        ("Latency max", time_text(of["max"]), "the longest"),
-        ("Failed", share_text(run.failed, run.ok + run.failed), f"{run.failed:,} calls"),
-        ("Generator", share_text(run.cpu, 1.0), lag),
+    return [
+        _Card(
+            "Achieved",
+            f"{number_text(run.achieved)}/s",
+            "" if run.offered is None else f"of {number_text(run.offered)} offered",
+        ),
+        _Card("Latency p50", time_text(of["p50"]), "50% are slower"),
+        _Card("Latency p99", time_text(of["p99"]), "1% are slower"),
+        _Card("Latency p99.9", time_text(of["p99.9"]), "0.1% are slower"),
+        _Card("Latency max", time_text(of["max"]), "the longest"),
+        _Card("Failed", share_text(run.failed, run.ok + run.failed), f"{run.failed:,} calls"),
+        _Card("Generator", share_text(run.cpu, 1.0), f"of a core; lag {time_text(run.lag_p99)} at p99"),
     ]
-    listed = "".join(f"<div><dt>{name}</dt><dd>{text}<small>{small}</small></dd></div>" for name, text, small in cards)
-    return f'<dl class="cards">{listed}</dl>'
 
 
-def _typical(runs: Sequence[Run]) -> int:
-    """Which run has the median p99: the one that is shown in detail."""
+def _typical(runs: Sequence[Run]) -> int | None:
+    """Index of the run with the median p99, which is shown in detail; None if there are no runs."""
+    if not runs:
+        return None
     order = sorted(range(len(runs)), key=lambda at: runs[at].latency.percentiles.get("99", 0.0))
     return order[(len(order) - 1) // 2]
 
 
-def _runs(runs: Sequence[Run], shown: int) -> str:
+def _all_runs(runs: Sequence[Run], shown: int) -> tuple[_Table, Markup]:
     columns: list[tuple[str, Callable[[Run], float | None], Callable[[float | None], str]]] = [
         ("Achieved /s", lambda run: run.achieved, number_text),
-        *[(name, _point(name), time_text) for name in ("p50", "p99", "p99.9", "max")],
+        *[(name, _latency_point(name), time_text) for name in ("p50", "p99", "p99.9", "max")],
         ("Failed", lambda run: run.failed, number_text),
     ]
-    head = _heads("Run", *(name for name, _, _ in columns))
-    body = "".join(
-        f'<tr><th scope="row">Run {at + 1}</th>'
-        + "".join(f"<td>{text(of(run))}</td>" for _, of, text in columns)
-        + "</tr>"
-        for at, run in enumerate(runs)
-    )
     known = [[value for run in runs if (value := of(run)) is not None] for _, of, _ in columns]
-    foot = ""
-    for name, how in (("Median", statistics.median), ("Least", min), ("Greatest", max)):
-        cells = zip(known, columns, strict=True)
-        foot += f'<tr><th scope="row">{name}</th>'
-        foot += "".join(f"<td>{text(float(how(values)) if values else None)}</td>" for values, (_, _, text) in cells)
-        foot += "</tr>"
-    table = (
-        '<div class="scroll" tabindex="0" role="region" aria-label="All runs"><table class="runs">'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody><tfoot>{foot}</tfoot></table></div>"
+    table = _Table(
+        heads=["Run", *(name for name, _, _ in columns)],
+        rows=[(f"Run {at}", [text(of(run)) for _, of, text in columns]) for at, run in enumerate(runs, 1)],
+        foot=[
+            (
+                name,
+                [
+                    text(float(how(values)) if values else None)
+                    for values, (_, _, text) in zip(known, columns, strict=True)
+                ],
+            )
+            for name, how in (("Median", statistics.median), ("Least", min), ("Greatest", max))
+        ],
     )
     curves = [curve(run.latency) for run in runs]
-    lines = [
-        Line("other runs" if at == min(set(range(len(runs))) - {shown}) else "", "thin", points)
-        for at, points in enumerate(curves)
-        if at != shown
-    ]
+    others = [points for at, points in enumerate(curves) if at != shown]
+    lines = [Line("" if at else "other runs", "thin", points) for at, points in enumerate(others)]
     lines.append(Line(f"run {shown + 1}", "a", curves[shown]))
-    plot = figure(
+    return table, figure(
         "All runs: latency by percentile",
-        "How far the runs are apart is how far a difference between two tests may be chance.",
+        "A difference between two tests may be chance if it is not larger than the differences between these runs.",
         percentile_axis(max(run.latency.count for run in runs)),
         time_axis(lines),
         lines,
     )
-    said = f"Run {shown + 1} is the one whose p99 is the median; what follows is about it."
-    pair = f'<div class="pair top all"><div class="sheet">{table}</div>{plot}</div>'
-    return f'<h2>{len(runs)} runs</h2><p class="quiet">{said}</p>{pair}'
 
 
-def _point(name: str) -> Callable[[Run], float | None]:
-    return lambda run: dict(rows(run.latency))[name]
+def _latency_point(name: str) -> Callable[[Run | Step], float | None]:
+    return lambda it: dict(rows(it.latency))[name]
 
 
-def _latency(run: Run) -> str:
-    said = "Latency from when a call was due; service time from when it was sent."
-    if run.model == "closed":
-        said = "In the closed model, latency is the service time: stalls are hidden."
-    body = "".join(
-        f'<tr><th scope="row">{name}</th><td>{time_text(latency)}</td><td>{time_text(service)}</td></tr>'
-        for (name, latency), (_, service) in zip(rows(run.latency), rows(run.service_time), strict=True)
-    )
-    table = (
-        f'<div class="sheet"><table><caption>Percentiles<span>{said}</span>'
-        f"</caption><thead><tr>{_heads('Percentile', 'Latency', 'Service time')}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
+def _latency(run: Run) -> tuple[_Table, Markup]:
+    table = _Table(
+        heads=["Percentile", "Latency", "Service time"],
+        rows=[
+            (name, [time_text(latency), time_text(service)])
+            for (name, latency), (_, service) in zip(rows(run.latency), rows(run.service_time), strict=True)
+        ],
     )
     lines = [Line("service time", "b", curve(run.service_time)), Line("latency", "a", curve(run.latency))]
-    plot = figure(
+    return table, figure(
         "Latency by percentile",
-        "Of all calls, so many ended within this time; each mark to the right is ten times rarer.",
+        "The share of all calls that ended within a time; each mark to the right is ten times rarer.",
         percentile_axis(run.latency.count),
         time_axis(lines),
         lines,
     )
-    model = f'<p class="quiet">{OPEN}</p>' if run.model == "open" else ""
-    return f'<h2>Latency</h2>{model}<div class="pair">{table}{plot}</div>{_parts(run)}'
 
 
-def _parts(run: Run) -> str:
-    parts = [(name, part) for name in PARTS if (part := getattr(run, name)) is not None and part.count]
-    if not parts:
-        return ""
+def _parts(run: Run) -> list[_Part]:
+    parts: list[tuple[str, Distribution]] = [
+        (name, part) for name in PARTS if (part := getattr(run, name)) is not None and part.count
+    ]
     whole = sum(part.mean for _, part in parts)
-    body = ""
-    for name, part in parts:
-        share = share_text(part.mean, whole)
-        width = 100 * max(0.0, part.mean) / whole if whole > 0 else 0.0
-        body += (
-            f'<tr><th scope="row">{name.capitalize()}<small>{share}</small><svg class="bar" viewBox="0 0 100 8" '
-            f'preserveAspectRatio="none" role="img" aria-label="{share} of the mean"><rect class="all" width="100" '
-            f'height="8"/><rect width="{width:.2f}" height="8"/></svg></th><td>{time_text(part.mean)}</td>'
-            f"<td>{time_text(part.percentiles.get('50'))}</td><td>{time_text(part.percentiles.get('99'))}</td></tr>"
+    return [
+        _Part(
+            name.capitalize(),
+            share_text(part.mean, whole),
+            100 * max(0.0, part.mean) / whole if whole > 0 else 0.0,
+            [time_text(it) for it in (part.mean, part.percentiles.get("50"), part.percentiles.get("99"))],
         )
-    return (
-        '<div class="sheet"><table class="parts"><caption>Where the time goes<span>Queue: from the client to the '
-        "handler. Transport: what is left of the service time.</span></caption>"
-        f"<thead><tr>{_heads('Part', 'Mean', 'p50', 'p99')}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+        for name, part in parts
+    ]
 
 
-def _heads(*names: str) -> str:
-    return "".join(f'<th scope="col">{name}</th>' for name in names)
-
-
-def _over_time(run: Run) -> str:
-    if not run.series:
-        return ""
-
+def _over_time(run: Run) -> list[Markup]:
     def line(name: str, style: str, of: Callable[[Second], float | None], *, both: bool = False) -> Line:
         return Line(name, style, [(it.at + 0.5, of(it)) for it in run.series], both)
 
     x = second_axis(run.series)
     together = math.ceil(len(run.series) / CHUNKS)
-    most = f" The greatest of each {together} seconds." if together > 1 else ""
+    most = f" The maximum of each {together} seconds." if together > 1 else ""
     both = f" The median of each {together} seconds, and the range of what was ok." if together > 1 else ""
     latency = [
         line("max", "c", lambda it: it.max),
@@ -285,56 +298,49 @@ def _over_time(run: Run) -> str:
     lag = [line("lag", "a", lambda it: it.lag)]
     about = "How late its event loop was, at most. Where this is high, the generator is what was measured." + most
     plots.append(figure("Lag of the generator", about, x, time_axis(lag), lag))
-    return f'<h2>Over time</h2><div class="pair">{"".join(plots)}</div>'
+    return plots
 
 
-def _by_rate(steps: Sequence[Step]) -> str:
+def _by_rate(steps: Sequence[Step]) -> tuple[_Table, Sequence[Markup]]:
     def line(name: str, style: str, of: Callable[[Step], float | None]) -> Line:
         return Line(name, style, [(it.rate, of(it)) for it in sorted(steps, key=lambda it: it.rate)])
 
-    def latency(name: str) -> Callable[[Step], float | None]:
-        return lambda step: dict(rows(step.latency))[name]
-
-    asked = [it.rate for it in steps]
-    x = linear_axis(asked, short_texts(asked), lambda value: f"{number_text(value)}/s", 1.0)
-    times = [line("max", "c", latency("max")), line("p99", "b", latency("p99")), line("p50", "a", latency("p50"))]
+    offered = [it.rate for it in steps]
+    x = linear_axis(offered, short_texts(offered), lambda value: f"{number_text(value)}/s", 1.0)
+    times = [line(name, style, _latency_point(name)) for name, style in (("max", "c"), ("p99", "b"), ("p50", "a"))]
     rates = [line("asked for", "wide", lambda it: it.rate), line("achieved", "a", lambda it: it.achieved)]
-    plots = figure(
-        "Latency by rate", "Where it rises steeply, the target has no more to give.", x, time_axis(times), times
-    )
-    plots += figure("Achieved by rate", "Calls that ended, a second.", x, count_axis(rates), rates)
     names = ("p50", "p90", "p99", "p99.9", "max")
-    body = "".join(
-        f'<tr><th scope="row">{number_text(it.rate)}</th><td>{number_text(it.seconds)} s</td>'
-        f"<td>{number_text(it.achieved)}</td><td>{it.failed:,}</td>"
-        + "".join(f"<td>{time_text(latency(name)(it))}</td>" for name in names)
-        + "</tr>"
-        for it in steps
+    table = _Table(
+        heads=["Rate /s", "Lasted", "Achieved /s", "Failed", *names],
+        rows=[
+            (
+                number_text(it.rate),
+                [
+                    f"{number_text(it.seconds)} s",
+                    number_text(it.achieved),
+                    f"{it.failed:,}",
+                    *(time_text(_latency_point(name)(it)) for name in names),
+                ],
+            )
+            for it in steps
+        ],
     )
-    head = _heads("Rate /s", "Lasted", "Achieved /s", "Failed", *names)
-    table = (
-        '<div class="scroll sheet" tabindex="0" role="region" aria-label="Rates"><table class="runs">'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-    return f'<h2>By rate</h2><div class="pair">{plots}</div>{table}'
+    return table, [
+        figure("Latency by rate", "Where it rises steeply, the target is at its limit.", x, time_axis(times), times),
+        figure("Achieved by rate", "Calls that ended, a second.", x, count_axis(rates), rates),
+    ]
 
 
-def _asked(report: Report) -> str:
-    tables = "".join(
-        f'<div class="sheet"><table class="names"><caption>{name}</caption><tbody>'
-        + "".join(
-            f'<tr><th scope="row">{escape(str(key))}</th><td class="mono">{escape(_text(value))}</td></tr>'
-            for key, value in values.items()
-        )
-        + "</tbody></table></div>"
-        for name, values in (("Settings", report.settings), ("Host", report.host))
-        if values
-    )
-    return f'<h2>What was asked for, and where</h2><div class="pair top">{tables}</div>' if tables else ""
+def _details(report: Report) -> list[tuple[str, Mapping[str, Any]]]:
+    return [("Settings", report.settings), ("Host", report.host)]
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: _text(value) for name, value in values.items()}
 
 
 def _text(value: Any) -> str:
-    """A setting for people."""
+    """The text of a setting."""
     match value:
         case None:
             return "-"

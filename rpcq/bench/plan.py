@@ -1,4 +1,4 @@
-"""What one generator of load is to do, and when its calls are due. Pure."""
+"""The plan of one load generator, and when its calls are due. Pure."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pydantic
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A span of time in which the rate goes from one value to another, in a straight line.
+    """A span of time in which the rate changes linearly from one value to another.
 
     Attributes:
-        first: calls a second at its beginning.
-        last: calls a second at its end.
-        seconds: how long it is.
+        first: calls a second at the beginning.
+        last: calls a second at the end.
+        seconds: length of the phase.
 
     """
 
@@ -28,17 +28,17 @@ class Phase:
 
     @property
     def calls(self) -> float:
-        """How many are due in it."""
+        """The number of calls that are due in this phase."""
         return (self.first + self.last) / 2 * self.seconds
 
     def due(self, number: float) -> float:
-        """Seconds from its beginning until so many calls have come due."""
+        """Seconds from the beginning of the phase until `number` calls are due."""
         slope = (self.last - self.first) / self.seconds
         if number <= 0:
             return 0.0
         if abs(slope) < 1e-9:
             return number / self.first
-        # first * t + slope * t**2 / 2 = number; the root that does not cancel where the slope is small.
+        # first * t + slope * t**2 / 2 = number. This form of the root keeps its precision when the slope is small.
         root = math.sqrt(max(0.0, self.first**2 + 2 * slope * number))
         return 2 * number / (self.first + root)
 
@@ -47,37 +47,35 @@ class Phase:
 class Plan:
     """What one of several generators does.
 
+    It has more than 15 fields because a user sets each of them on its own.
+
     Attributes:
-        target: `service.method`.
-        number: which it is, from 0.
-        processes: how many there are; each makes its share.
-        url: the broker's, where it runs in a process of its own; so is the next.
-        namespace: of the service.
-        checks: the target is the built-in echo, which is called with a nonce.
+        target: the method to call, as `service.method`.
+        url: URL of the broker. It is only read when the generator is a process of its own, as `namespace` is.
+        namespace: namespace of the service.
         args: parameters by position.
         params: parameters by name.
-        lines: parameters by name of each call in turn, instead; from a file.
+        lines: parameters by name of each call in turn, from a file; used instead of `args` and `params`.
         payload: bytes of text that each call of the built-in echo carries.
-        timeout: seconds that each call has.
-        idempotent: whether the calls say so.
-        warm_up: seconds of load before it counts.
-        phases: the rates of the open model, for all processes together; empty for the closed one.
-        arrivals: whether calls are due at even distances, or at random ones as of independent callers.
-        seed: of the random ones.
-        concurrency: callers of the closed model, for all processes together.
-        calls: how many the closed model makes after warm-up, for all processes together; None for as many as there is
-            time for.
-        seconds: how long the closed model lasts; None for until `calls` are made.
-        in_flight: calls that may be under way at once in this process; the open model drops what would be more.
+        timeout: seconds that each call may take.
+        idempotent: whether the calls are marked as idempotent.
+        warm_up: seconds of load before measuring begins.
+        phases: rates of the open model, for all generators together; empty in the closed model.
+        arrivals: "constant" for calls at even distances, "poisson" for random ones, as independent callers make them.
+        seed: seed of the random arrivals.
+        concurrency: callers of the closed model, for all generators together.
+        calls: calls that the closed model makes after warm-up, for all generators together; None for no limit.
+        seconds: how long the closed model runs; None for until `calls` are made.
+        in_flight: calls that may be under way at once in this generator; the open model drops the calls above it.
+        processes: number of generators; each makes its share of the calls.
+        number: number of this generator, from 0.
+        checks: whether the target is the built-in echo, which is called with a nonce.
 
     """
 
     target: str
-    number: int = 0
-    processes: int = 1
     url: str = ""
     namespace: str = "rpcq"
-    checks: bool = False
     args: tuple[Any, ...] = ()
     params: dict[str, Any] = field(default_factory=dict)
     lines: tuple[dict[str, Any], ...] = ()
@@ -92,42 +90,45 @@ class Plan:
     calls: int | None = None
     seconds: float | None = None
     in_flight: int = 100_000
+    processes: int = 1
+    number: int = 0
+    checks: bool = False
 
     @property
     def own_concurrency(self) -> int:
-        """Callers of this process."""
+        """Callers of this generator."""
         return _share(self.concurrency, self.number, self.processes)
 
     @property
     def own_calls(self) -> float:
-        """Calls that this process makes after warm-up, in the closed model."""
+        """Calls that this generator makes after warm-up, in the closed model."""
         return math.inf if self.calls is None else _share(self.calls, self.number, self.processes)
 
     @property
     def own_seconds(self) -> float:
-        """How long it measures, in the closed model."""
+        """Seconds that this generator measures, in the closed model."""
         return math.inf if self.seconds is None else self.seconds
 
     def due(self) -> Iterator[float]:
-        """When the calls of this process are due: seconds from the beginning of warm-up, which has the first rate."""
+        """When each call of this generator is due, in seconds since warm-up began. Warm-up has the first rate."""
         phases = self.phases
         if self.warm_up:
             first = phases[0].first or phases[0].last
             phases = (Phase(first, first, self.warm_up), *phases)
-        chance = random.Random(f"{self.seed}/{self.number}")  # noqa: S311 - no secret, and to be had again
+        chance = random.Random(f"{self.seed}/{self.number}")  # noqa: S311 - not a secret; has to be reproducible
         at, begins, before = self.number + 0.5, 0.0, 0.0
         if self.arrivals == "poisson":
             at = chance.expovariate(1.0 / self.processes)
         for phase in phases:
             while at < before + phase.calls:
                 yield begins + phase.due(at - before)
-                # One unit is one call of all processes; constant ones take turns.
+                # The unit of `at` is one call of all generators; with constant arrivals, generators take turns.
                 at += 1.0 * self.processes if self.arrivals == "constant" else chance.expovariate(1.0 / self.processes)
             before += phase.calls
             begins += phase.seconds
 
     def to_json(self) -> bytes:
-        """For `read_plan` in another process."""
+        """The plan as JSON, for `read_plan` in another process."""
         return pydantic.TypeAdapter(Plan).dump_json(self)
 
 

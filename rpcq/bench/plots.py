@@ -1,6 +1,6 @@
-"""Plots of a report, as SVG in the text of a page. Pure.
+"""The plots of a report, as SVG for a page of HTML. Pure.
 
-What is at a place of a plot stands in a `<title>`, which browsers show where the pointer rests.
+The values at each place are in a `<title>`, which browsers show where the pointer rests.
 """
 
 from __future__ import annotations
@@ -10,28 +10,34 @@ import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import Final
+from typing import Final, NamedTuple
 
-from rpcq.bench.outputs import (
-    number_text,
-    time_text,
-)
+from markupsafe import Markup
+
+from rpcq.bench.outputs import number_text, time_text
+from rpcq.bench.rendering import render
 from rpcq.bench.result import Distribution, Second
 
-WIDTH: Final = 560
-HEIGHT: Final = 290
-LEFT: Final = 84
-RIGHT: Final = 20
-TOP: Final = 12
-BOTTOM: Final = 38
-"""A plot's size and margins, in its own units; the margins hold labels of the size that phones need."""
+
+class _Box(NamedTuple):
+    """Size and margins of a plot, in units of its own."""
+
+    width: int
+    height: int
+    left: int
+    right: int
+    top: int
+    bottom: int
+
+
+BOX: Final = _Box(width=560, height=290, left=84, right=20, top=12, bottom=38)
+"""The margins have room for labels that can be read on a phone."""
 
 CHUNKS: Final = 280
-"""Points of a line at most; what has more is drawn in so many parts, each at its greatest or as its whole range."""
+"""Most points of a line. A longer line is drawn in that many parts, each at its maximum or as its range."""
 
 DECADES: Final = 1.3
-"""Powers of ten between the least and the greatest value, from which on an axis of times is logarithmic."""
+"""Powers of ten. If times span at least this, from least to greatest, their axis is logarithmic."""
 
 Point = tuple[float, float | None]
 
@@ -46,10 +52,10 @@ class Axis:
     Attributes:
         low: the value at its beginning.
         high: the value at its end.
-        marks: where they are, and what they say.
-        say: a value for people.
-        log: whether it is logarithmic.
-        minor: the marks that have no room on phones, by their place in `marks`.
+        marks: values that are marked, and the text of each mark.
+        say: returns the text of a value.
+        log: whether the axis is logarithmic.
+        minor: indexes of the marks that are hidden on phones.
 
     """
 
@@ -61,7 +67,7 @@ class Axis:
     minor: frozenset[int] = frozenset()
 
     def place(self, value: float) -> float:
-        """From 0 at its beginning to 1 at its end."""
+        """Where the value is on the axis: 0 is the beginning, 1 is the end."""
         value = min(max(value, self.low), self.high)
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
@@ -73,11 +79,11 @@ class Line:
     """A line of a plot.
 
     Attributes:
-        name: what the legend says; empty for what it does not name.
-        style: the class that draws it.
-        points: with gaps where y is None.
-        range: where there are too many points, each part is drawn as its median, in a band from its least to its
-            greatest; else at its greatest.
+        name: name in the legend; empty for a line that the legend leaves out.
+        style: CSS class of the line.
+        points: points of the line; y is None where it has a gap.
+        range: how to draw a line with too many points: each part at its median, in a band from its least to its
+            greatest value; if False, at its greatest value.
 
     """
 
@@ -94,7 +100,7 @@ def _values(lines: Sequence[Line]) -> list[float]:
 def linear_axis(
     values: Sequence[float], text: Callable[[float], str], say: Callable[[float], str], least: float
 ) -> Axis:
-    """From 0 on, with up to six marks at round values, `least` apart or more."""
+    """An axis from 0 on, with up to six marks at round values, which are at least `least` apart."""
     high = max(values, default=0.0) or 1.0
     step = max(least, _round_step(high / 5))
     count = max(1, math.ceil(high / step - 1e-9))
@@ -107,13 +113,13 @@ def _round_step(least: float) -> float:
 
 
 def count_axis(lines: Sequence[Line]) -> Axis:
-    """Of whole numbers."""
+    """An axis of whole numbers."""
     values = _values(lines)
     return linear_axis(values, short_texts(values), number_text, 1.0)
 
 
 def time_axis(lines: Sequence[Line]) -> Axis:
-    """Of milliseconds: logarithmic where they span much."""
+    """An axis of milliseconds; logarithmic if they span more than `DECADES`."""
     values = _values(lines)
     some = [value for value in values if value > 0]
     if some and math.log10(max(some) / min(some)) >= DECADES:
@@ -135,7 +141,7 @@ def _round_down(value: float) -> float:
 
 
 def second_axis(series: Sequence[Second]) -> Axis:
-    """Of the time of a run; in minutes where that is long."""
+    """An axis of the time of a run, in seconds; in minutes for a long run."""
     low, high = float(series[0].at), series[-1].at + 1.0
     long = high - low > 180
     size, unit = (60.0, "min") if long else (1.0, "s")
@@ -147,7 +153,7 @@ def second_axis(series: Sequence[Second]) -> Axis:
 
 
 def percentile_axis(count: int) -> Axis:
-    """Of log10(1 / (1 - share)): each unit is ten times rarer, up to one call of all."""
+    """An axis of log10(1 / (1 - share)): each unit is ten times rarer, up to one call of `count`."""
     high = max(1.0, math.log10(count) if count else 1.0)
     marks = [(0.0, "0"), (math.log10(2), "50")]
     marks += [(float(nines), f"{100 - 10 ** (2 - nines):.10g}") for nines in range(1, int(high + 1e-9) + 1)]
@@ -158,7 +164,7 @@ def percentile_axis(count: int) -> Axis:
 
 
 def curve(distribution: Distribution) -> list[Point]:
-    """Milliseconds by log10(1 / (1 - share))."""
+    """Milliseconds by log10(1 / (1 - share)), for `percentile_axis`."""
     count = distribution.count
     if not count:
         return []
@@ -174,7 +180,7 @@ def curve(distribution: Distribution) -> list[Point]:
 
 
 def short_texts(values: Sequence[float]) -> Callable[[float], str]:
-    """Numbers as an axis of these has them, all in the same unit."""
+    """A function that writes numbers for an axis of these values, all in the same unit."""
     high = max(values, default=0.0)
     size, unit = (1e6, "M") if high >= 2e6 else (1e3, "k") if high >= 1e4 else (1.0, "")
     return lambda value: f"{value / size:,.10g}{unit if value else ''}"
@@ -183,73 +189,91 @@ def short_texts(values: Sequence[float]) -> Callable[[float], str]:
 # Plots
 
 
-def figure(head: str, about: str, x: Axis, y: Axis, lines: Sequence[Line]) -> str:
-    """A plot with its head, its caption, and a key where it has several lines."""
-    named = [line for line in lines if line.name]
-    key = ""
-    if len(named) > 1:
-        key = "".join(f"<li>{_sample(line.style)}{escape(line.name)}</li>" for line in reversed(named))
-        key = f'<ul class="key">{key}</ul>'
-    scale = " Log scale." if y.log else ""
-    return (
-        f"<figure><figcaption><h3>{head}</h3>{key}<p>{about}{scale}</p></figcaption>{_plot(head, x, y, lines)}</figure>"
-    )
+class _Mark(NamedTuple):
+    """A mark of the horizontal axis; its text may be beside it."""
+
+    at: float
+    text: str
+    text_at: float
+    style: str
 
 
-def _sample(style: str) -> str:
-    return f'<svg viewBox="0 0 32 12" aria-hidden="true"><path class="{style}" d="M3 6H29"/></svg>'
+class _Shape(NamedTuple):
+    """What is drawn for a line: a path, dots, or both."""
+
+    style: str
+    path: str
+    dots: Sequence[tuple[float, float]] = ()
+    width: float | None = None
 
 
-def _plot(head: str, x: Axis, y: Axis, lines: Sequence[Line]) -> str:
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-    wide, tall = right - LEFT, bottom - TOP
+class _Tip(NamedTuple):
+    """A text that is shown where the pointer rests."""
 
-    def place(point: tuple[float, float]) -> tuple[float, float]:
-        return LEFT + wide * x.place(point[0]), bottom - tall * y.place(point[1])
-
-    drawn = []
-    for value, text in y.marks:
-        _, at = place((x.low, value))
-        drawn.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{right}"/>')
-        drawn.append(f'<text class="y" x="{LEFT - 9}" y="{at:.1f}" dy=".35em">{text}</text>')
-    for number, (value, text) in enumerate(x.marks):
-        at, _ = place((value, y.low))
-        minor = " minor" if number in x.minor else ""
-        drawn.append(f'<path class="axis" d="M{at:.1f} {bottom}v5"/>')
-        kind, at = ("y", at + RIGHT) if at > right - RIGHT else ("x", at)  # the last one ends where the plot does
-        drawn.append(f'<text class="{kind}{minor}" x="{at:.1f}" y="{HEIGHT - 9}">{text}</text>')
-    drawn.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
-    if not _values(lines):
-        drawn.append(f'<text class="x" x="{LEFT + wide / 2:.1f}" y="{TOP + tall / 2:.1f}">no calls ended</text>')
-    for line in lines:
-        if line.style == "bars":
-            drawn.append(_bars(line, place, bottom))
-        else:
-            drawn.append(_path(line, place))
-    drawn += _tips(lines, x, y, place)
-    said = escape(f"{head}: {_said(lines, y)}.")
-    return f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{said}">{"".join(drawn)}</svg>'
+    left: float
+    width: float
+    text: str
 
 
 Place = Callable[[tuple[float, float]], tuple[float, float]]
 
 
-def _path(line: Line, place: Place) -> str:
-    """A line through the points that there are; one that has no neighbour, and each of a few, is a dot."""
-    pieces = _pieces(thin(line.points, statistics.median if line.range else max), place)
-    drawn = ["M" + _through(piece) for piece in pieces if len(piece) > 1]
-    dots = [point for piece in pieces if len(piece) == 1 or len(line.points) <= 12 for point in piece]
-    path = f'<path class="{line.style}" d="{"".join(drawn)}"/>' if drawn else ""
-    path += "".join(f'<circle class="{line.style}" cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>' for x, y in dots)
+def figure(head: str, about: str, x: Axis, y: Axis, lines: Sequence[Line]) -> Markup:
+    """A plot with its heading, its caption, and a legend if it has several lines."""
+    wide, tall = BOX.width - BOX.left - BOX.right, BOX.height - BOX.top - BOX.bottom
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        return BOX.left + wide * x.place(point[0]), BOX.top + tall - tall * y.place(point[1])
+
+    named = [line for line in lines if line.name]
+    return render(
+        "figure.html.jinja",
+        box=BOX,
+        head=head,
+        about=about,
+        label=f"{head}: {_said(lines, y)}.",
+        key=named[::-1] if len(named) > 1 else [],
+        is_log=y.log,
+        is_empty=not _values(lines),
+        y_marks=[(place((x.low, value))[1], text) for value, text in y.marks],
+        x_marks=[
+            _mark(place((value, y.low))[0], text, number in x.minor) for number, (value, text) in enumerate(x.marks)
+        ],
+        shapes=[
+            shape for line in lines for shape in (_bars(line, place) if line.style == "bars" else _line(line, place))
+        ],
+        tips=_tips(lines, x, y, place),
+    )
+
+
+def _mark(at: float, text: str, is_minor: bool) -> _Mark:
+    end = BOX.width - BOX.right
+    # The text at the end of the axis is aligned to the edge of the plot; the others are centred under their marks.
+    style, text_at = ("y", at + BOX.right) if at > end - BOX.right else ("x", at)
+    return _Mark(at, text, text_at, f"{style} minor" if is_minor else style)
+
+
+def _line(line: Line, place: Place) -> Iterator[_Shape]:
+    """A line through its points. A point without a neighbour is a dot, and so is each one if there are few."""
     if line.range and line.style == "a" and len(line.points) > CHUNKS:
         bands = zip(*(_pieces(thin(line.points, how), place) for how in (min, max)), strict=True)
-        band = "".join(f"M{_through(low)}L{_through(high[::-1])}Z" for low, high in bands if low)
-        path = f'<path class="band" d="{band}"/>{path}'
-    return path
+        yield _Shape("band", "".join(f"M{_through(low)}L{_through(high[::-1])}Z" for low, high in bands if low))
+    pieces = _pieces(thin(line.points, statistics.median if line.range else max), place)
+    path = "".join("M" + _through(piece) for piece in pieces if len(piece) > 1)
+    yield _Shape(
+        line.style, path, [it for piece in pieces if len(piece) == 1 or len(line.points) <= 12 for it in piece]
+    )
+
+
+def _bars(line: Line, place: Place) -> Iterator[_Shape]:
+    bottom = BOX.height - BOX.bottom
+    points = [place((x, y)) for x, y in thin(line.points) if y]
+    width = max(1.5, min(8.0, 0.7 * (BOX.width - BOX.left - BOX.right) / len(line.points)))
+    yield _Shape(line.style, "".join(f"M{x:.1f} {bottom}V{min(y, bottom - 1.5):.1f}" for x, y in points), width=width)
 
 
 def _pieces(points: Sequence[Point], place: Place) -> list[list[tuple[float, float]]]:
-    """Where the points are, in pieces between the gaps."""
+    """The places of the points, in pieces between the gaps."""
     pieces: list[list[tuple[float, float]]] = [[]]
     for x, y in points:
         if y is None:
@@ -263,15 +287,8 @@ def _through(piece: Sequence[tuple[float, float]]) -> str:
     return "L".join(f"{x:.1f} {y:.1f}" for x, y in piece)
 
 
-def _bars(line: Line, place: Place, bottom: float) -> str:
-    points = [place((x, y)) for x, y in thin(line.points) if y]
-    wide = max(1.5, min(8.0, 0.7 * (WIDTH - LEFT - RIGHT) / len(line.points)))
-    drawn = "".join(f"M{x:.1f} {bottom}V{min(y, bottom - 1.5):.1f}" for x, y in points)
-    return f'<path class="bars" stroke-width="{wide:.1f}" d="{drawn}"/>'
-
-
 def thin(points: Sequence[Point], how: Callable[[list[float]], float] = max) -> list[Point]:
-    """No more points than can be told apart: each part of many is one, a gap where it has no value."""
+    """At most `CHUNKS` points: each part of a longer line becomes one point, or a gap if it has no value."""
     if len(points) <= CHUNKS:
         return list(points)
     size = math.ceil(len(points) / CHUNKS)
@@ -283,8 +300,8 @@ def thin(points: Sequence[Point], how: Callable[[list[float]], float] = max) -> 
     return kept
 
 
-def _tips(lines: Sequence[Line], x: Axis, y: Axis, place: Place) -> Iterator[str]:
-    """What the lines say at each place: shown where the pointer rests."""
+def _tips(lines: Sequence[Line], x: Axis, y: Axis, place: Place) -> Iterator[_Tip]:
+    """The values of all lines at each place, for the pointer."""
     named = [line for line in lines if line.name and line.points]
     if not named:
         return
@@ -300,10 +317,7 @@ def _tips(lines: Sequence[Line], x: Axis, y: Axis, place: Place) -> Iterator[str
             f"{line.name} {_range([v for _, v in line.points[at : at + size] if v is not None], y)}"
             for line in reversed(named)
         ]
-        yield (
-            f'<rect class="tip" x="{left:.1f}" y="{TOP}" width="{right - left:.1f}" height="{HEIGHT - TOP - BOTTOM}">'
-            f"<title>{escape(where)}: {escape(', '.join(said))}</title></rect>"
-        )
+        yield _Tip(left, right - left, f"{where}: {', '.join(said)}")
 
 
 def _range(values: Sequence[float], axis: Axis) -> str:
@@ -314,5 +328,5 @@ def _range(values: Sequence[float], axis: Axis) -> str:
 
 
 def _said(lines: Sequence[Line], y: Axis) -> str:
-    """A plot in words, for those who do not see it."""
+    """The ranges of all lines in words, for screen readers."""
     return ", ".join(f"{line.name} {_range(_values([line]), y)}" for line in reversed(lines) if line.name)

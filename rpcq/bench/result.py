@@ -1,6 +1,6 @@
-"""What a load test found: values, and their JSON. Pure.
+"""The results of a load test, and their JSON. Pure.
 
-Times of calls are milliseconds, times of a run are seconds since it began; rates are calls a second.
+Times of calls are milliseconds, times of a run are seconds since it began, rates are calls a second.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from hdrh.histogram import HdrHistogram
 from rpcq.errors import ConfigurationError
 
 FORMAT: Final = "rpcq-bench/1"
-"""The version of the schema; what is added keeps it, what changes its meaning does not."""
+"""Version of the schema. New fields keep it; a field whose meaning changes needs a new one."""
 
 PERCENTILES: Final = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99)
 
 HIGHEST: Final = 3_600_000_000
-"""Microseconds: an hour, which no call lasts."""
+"""Microseconds: an hour. Longer calls count as this."""
 
 DIGITS: Final = 3
 """Significant decimal digits that a histogram keeps."""
@@ -29,15 +29,15 @@ DIGITS: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """How something was spread, in milliseconds.
+    """The distribution of times, in milliseconds.
 
     Attributes:
-        count: values.
-        mean: of all of them.
-        min: the least.
-        max: the greatest.
-        percentiles: "50", "75", "90", "95", "99", "99.9" and "99.99" -> milliseconds that so many were not above.
-        hdr: all of it, to three digits: an HdrHistogram of microseconds, compressed, in base64 (its V2 format).
+        count: number of values.
+        mean: mean of the values.
+        min: least value.
+        max: greatest value.
+        percentiles: "50", "75", "90", "95", "99", "99.9" and "99.99" -> the percentile.
+        hdr: all values, to three digits: an HdrHistogram of microseconds, compressed, in base64 (its V2 format).
 
     """
 
@@ -50,7 +50,7 @@ class Distribution:
 
     @classmethod
     def of(cls, histogram: HdrHistogram) -> Distribution:
-        """What a histogram of microseconds holds."""
+        """The distribution of a histogram of microseconds."""
         count = histogram.get_total_count()
         found = histogram.get_percentile_to_value_dict(list(PERCENTILES))
         return cls(
@@ -63,17 +63,17 @@ class Distribution:
         )
 
     def histogram(self) -> HdrHistogram:
-        """All of it, in microseconds."""
+        """All values as a histogram of microseconds."""
         return HdrHistogram.decode(self.hdr.encode())
 
 
 def new_histogram() -> HdrHistogram:
-    """An empty one, of microseconds."""
+    """An empty histogram of microseconds."""
     return HdrHistogram(1, HIGHEST, DIGITS)
 
 
 def merged(histograms: Iterable[HdrHistogram]) -> HdrHistogram:
-    """One that holds all that these hold."""
+    """One histogram with the values of all of these."""
     whole = new_histogram()
     for one in histograms:
         whole.add(one)
@@ -86,13 +86,15 @@ class Second:
 
     Attributes:
         at: when it began.
-        offered: calls that should have been sent in it; None in the closed model.
+        offered: calls that were due in it; None in the closed model.
         sent: calls that were sent in it.
-        ok: calls that ended in it, with a result.
-        failed: calls that ended in it, with an error.
-        p50: of the latencies of those that ended in it; so are p99 and max; None where none ended.
-        depth: requests that waited in the queue at its end; None where that is not known.
-        lag: the longest that the generator's event loop was late in it, in milliseconds.
+        ok: calls that ended in it with a result.
+        failed: calls that ended in it with an error.
+        p50: median latency of the calls that ended in it; None if none ended, as for `p99` and `max`.
+        p99: 99th percentile of the same.
+        max: maximum of the same.
+        depth: requests that waited in the queue at its end; None if that is not known.
+        lag: the longest that the event loop of a generator was late in it, in milliseconds.
 
     """
 
@@ -113,12 +115,12 @@ class Step:
     """A part of a run at one rate.
 
     Attributes:
-        rate: what was asked for.
+        rate: calls a second that were due.
         begins: when it began.
         seconds: how long it was.
-        achieved: calls that ended in it, a second.
-        failed: calls that ended in it, with an error.
-        latency: of those that should have been sent in it.
+        achieved: calls a second that ended in it.
+        failed: calls that ended in it with an error.
+        latency: latency of the calls that were due in it.
 
     """
 
@@ -132,38 +134,41 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run.
+    """One run of a load test.
+
+    It has more than 15 fields because it is a plain record, which is read as JSON.
 
     Attributes:
-        model: "open": calls are sent when they are due, whatever became of earlier ones; "closed": each caller waits
-            for its answer before it calls again, so that a stall holds up the calls that would have shown it.
-        began: when, in UTC (ISO 8601).
-        seconds: how long it was measured, without warm-up.
-        offered: calls a second that should have been sent; None in the closed model.
+        model: "open": calls are sent when they are due, and do not wait for earlier ones. "closed": each caller waits
+            for its reply before it calls again, so a stall delays the calls that would have shown it.
+        began: when measuring began, in UTC (ISO 8601).
+        seconds: how long it measured, without warm-up.
+        offered: calls a second that were due; None in the closed model.
         achieved: calls a second that ended.
         sent: calls that were sent.
         ok: calls that ended with a result.
         errors: class of the error -> calls that ended with it.
-        executed: "no", "maybe" and "yes" -> calls that failed, and did, may have, or did not run.
-        warm_up: calls that were made before, and are counted nowhere else.
-        checked: whether the next three were looked at: each call of the built-in echo carries a nonce.
-        lost: calls of which nothing was heard: `sent` without `ok` and `errors`.
-        duplicated: nonces that handlers saw more than once, and replies that were for no call.
-        mismatched: results that were another call's.
-        handled: nonces that handlers saw, warm-up included; None where the target is not the built-in echo.
-        latency: from when a call was due to when it ended, whatever with. In the closed model it is due when sent.
-        service_time: from when it was sent to when it ended.
-        queue: from the client to the handler, by the clocks of both, as workers tell it; None where none did.
-        handler: in the handler, as workers tell it.
-        transport: what is left of the service time.
+        executed: "no", "maybe" and "yes" -> calls that failed and did not, may have, or did run.
+        warm_up: calls of the warm-up; they are counted nowhere else.
+        checked: whether `lost`, `duplicated` and `mismatched` were checked, with the nonces of the built-in echo.
+        lost: calls that did not end: `sent` without `ok` and `errors`.
+        duplicated: runs of handlers with a nonce that was seen before, and replies that belonged to no call.
+        mismatched: results that belonged to another call.
+        handled: runs of handlers, warm-up included; None if the target is not the built-in echo.
+        latency: from when a call was due until it ended, with a result or an error. In the closed model, a call is due
+            when it is sent.
+        service_time: from when a call was sent until it ended.
+        queue: from the client to the handler, by the clocks of both, as workers report it; None if none did.
+        handler: in the handler, as workers report it; None if none did.
+        transport: the rest of the service time; None if `queue` is.
         late: calls that were sent more than 10 ms after they were due.
-        dropped: calls that were not sent at all, since too many were under way.
-        cpu: of one core, what the busiest generator used: 1.0 is all.
-        lag_p99: milliseconds that the generator's event loop was late.
-        lag_max: the same, at most.
-        bottleneck: why the generator itself may have been what was measured; empty if it was not.
-        series: second by second.
-        steps: where there were several rates.
+        dropped: calls that were not sent, because too many were under way.
+        cpu: share of one core that the busiest generator used; 1.0 is all of it.
+        lag_p99: 99th percentile of how late the event loop of a generator was, in milliseconds.
+        lag_max: maximum of the same.
+        bottleneck: reasons why the generator may have limited the result; empty if there are none.
+        series: the run second by second.
+        steps: the steps of the run, if it had several rates.
 
     """
 
@@ -203,20 +208,20 @@ class Run:
 
     @property
     def correct(self) -> bool:
-        """Nothing was lost, doubled or mixed up."""
+        """Whether no call was lost, duplicated or mixed up."""
         return not (self.lost or self.duplicated or self.mismatched)
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a test found, in one run or several.
+    """The report of a load test, with one run or several.
 
     Attributes:
-        settings: what was asked for, by name; a password in the URL is masked.
-        host: where it was: "platform", "cpus", "python", "rpcq", "broker".
-        runs: one, or as many as `--repeat` asked for.
-        interrupted: whether it was ended before its time.
-        format: the version of this schema.
+        settings: the settings of the test by name; a password in the URL is masked.
+        host: where the test ran: "platform", "cpus", "python", "rpcq", "broker".
+        runs: the runs: one, or as many as `--repeat` asked for.
+        interrupted: whether the test was ended early.
+        format: version of this schema.
 
     """
 
@@ -227,23 +232,23 @@ class Report:
     format: Literal["rpcq-bench/1"] = field(default=FORMAT, kw_only=True)
 
     def to_json(self) -> bytes:
-        """The report as JSON, to be read again with `read_report`."""
+        """The report as JSON, for `read_report`."""
         return _adapter().dump_json(self, indent=1)
 
 
 def read_report(text: str | bytes, name: str) -> Report:
-    """A report from its JSON; `name` says whose it is.
+    """A report from its JSON; `name` is the name of the file, for the error.
 
     Raises:
-        ConfigurationError: it is none, or of another version.
+        ConfigurationError: the text is not a report, or has another version.
 
     """
     try:
         return _adapter().validate_json(text)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "it"
-        raise ConfigurationError(f"{name} is no report of `rpcq bench` ({FORMAT}): {where}: {first['msg']}") from error
+        where = ".".join(str(part) for part in first["loc"]) or "the text"
+        raise ConfigurationError(f"{name} is not a report of rpcq bench ({FORMAT}): {where}: {first['msg']}") from error
 
 
 @cache

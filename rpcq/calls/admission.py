@@ -26,18 +26,18 @@ from rpcq.service import Authorize, Context, Method, Service
 from rpcq.wire.requests import Request
 
 MARGIN: Final = 0.1
-"""Seconds, at most a twentieth of what is left, that a handler ends before the caller's deadline: so that the word
-that it ran gets there in time."""
+"""Seconds that a handler ends before the caller's deadline, at most a twentieth of the time left: its reply must arrive
+in time."""
 
 
 class Deduplication:
     """What makes several requests one call.
 
     Attributes:
-        key: the service's name, whose key it is, and the idempotency key, with slashes between.
-        fingerprint: of the method and the parameters: under the same key they have to be the same.
-        store: where the service remembers answers; None for where the worker does.
-        barred: why it may not run, where no answer is remembered; None if it may.
+        key: the service's name, the scope of the key, and the idempotency key, separated by slashes.
+        fingerprint: of the method and the parameters, which must be the same under the same key.
+        store: the store of the service; None for that of the worker.
+        barred: why the call may not run if no result is stored; None if it may.
 
     """
 
@@ -55,9 +55,9 @@ class CallInvocation(Invocation):
 
     Attributes:
         request: what its properties say.
-        queue_ms: milliseconds since the caller sent it, by the wall clocks of both; None where the caller told none.
-        state: what the service's lifespan gave.
-        deduplication: where it has an idempotency key; else None.
+        queue_ms: milliseconds since the caller sent it, by the wall clocks of both; None if the request does not say.
+        state: what the service's lifespan yielded.
+        deduplication: for a call with an idempotency key; else None.
         authorize: the service's own function that says whether the caller may make this call, or None.
 
     """
@@ -83,7 +83,7 @@ class CallInvocation(Invocation):
         self.authorize = authorize
 
     def names(self) -> dict[str, Any]:
-        """What tells the call apart, for logs."""
+        """The fields that identify the call in logs."""
         request = self.request
         return {
             "method": self.method.label,
@@ -92,7 +92,7 @@ class CallInvocation(Invocation):
         }
 
     def context(self) -> Context:
-        """What the handler may know of the request."""
+        """What the handler gets to know of the request."""
         request = self.request
         return Context(
             service=self.method.service,
@@ -109,10 +109,10 @@ class CallInvocation(Invocation):
 
 
 def key_of(request: Request, service: str, scope: str | None = None) -> str:
-    """What answers are remembered by: the same idempotency key of another service or in another scope is another one.
+    """The key that a result is stored by: service, scope and idempotency key.
 
-    The scope is what the service's `authorize` gave, as `=scope`; where that is None, the broker's user, as `@user`;
-    and where the client does not say that, nothing. Quoted, neither has an `=` or `@` of its own.
+    The scope is `=scope` if the service's `authorize` returned one, else `@user` for a client that identifies itself,
+    else empty. Both are quoted, so that neither contains `=` or `@`.
     """
     if scope is None:
         whose = f"@{quote(request.user, safe='')}" if request.user else ""
@@ -122,7 +122,7 @@ def key_of(request: Request, service: str, scope: str | None = None) -> str:
 
 
 class ExpiredOnArrival(CallTimeout):
-    """The deadline had passed before the request came; `late_ms` says by how much, on the worker's clock."""
+    """The deadline had passed before the request came, by `late_ms` milliseconds on the worker's clock."""
 
     def __init__(self, late_ms: float) -> None:
         message = f"the deadline had passed {late_ms:.0f} ms ago, by the worker's clock"
@@ -131,16 +131,16 @@ class ExpiredOnArrival(CallTimeout):
 
 
 class MayHaveRun(OutcomeUnknown):
-    """The request may have run somewhere else already. Whether to try again is the caller's to decide."""
+    """The request may have run elsewhere already. The caller decides whether to try again."""
 
 
 def why_it_may_have_run(request: Request, *, redelivered: bool, moved: bool) -> MayHaveRun | None:
-    """Why a request that has just come may have run before; None if it certainly has not.
+    """Why a request that has just arrived may have run before; None if it certainly has not.
 
     Args:
         request: what its properties say.
         redelivered: the broker delivered it before.
-        moved: it did not come through the exchange that it was sent to.
+        moved: it came through another exchange than the one for requests.
 
     """
     if redelivered:
@@ -151,10 +151,10 @@ def why_it_may_have_run(request: Request, *, redelivered: bool, moved: bool) -> 
 
 
 def never_no(error: CallError, may_have_run: MayHaveRun | None) -> CallError:
-    """The error that a caller gets who was about to get `error`: of what may have run, nobody says that it did not.
+    """The error for the caller: an error that says `no` becomes `maybe` if the request may have run before.
 
-    The one place of this rule. A worker may refuse a request for many reasons: its methods or parameters are those of
-    another version, its store of answers fails, no time is left. None of them says what became of the request before.
+    This is the one place of that rule. A worker may refuse a request because its methods or parameters are of another
+    version, its store fails, or no time is left. None of these reasons says what became of the request before.
     """
     if may_have_run is None or error.executed != "no":
         return error
@@ -177,12 +177,12 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
 ) -> CallInvocation:
     """Check everything that can be checked before the handler runs.
 
-    What may have run before is refused here, unless it has an idempotency key: then an answer may be remembered.
+    A request that may have run before is refused, unless it has an idempotency key: then a result may be stored.
 
     Args:
         service: whose queue it came from.
         request: what its properties say.
-        body: its body; None where it was too large to be kept.
+        body: its body; None if it was too large to be kept.
         body_size: bytes that its sender announced.
         may_have_run: why it may have run before; None if it certainly has not.
         max_body: bytes that a body may have.
@@ -191,7 +191,7 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
         state: what the service's lifespan gave.
 
     Raises:
-        CallError: it does not run; this is what its caller gets, by the rule of `never_no`.
+        CallError: the request does not run. The caller gets this error, by the rule of `never_no`.
 
     """
     if request.problem:
@@ -227,10 +227,10 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
 
 
 def _time_left(service: Service, request: Request, wall_ms: float) -> tuple[float, float | None]:
-    """Seconds until the caller's deadline, and milliseconds since the request was sent, where they are told.
+    """Seconds until the caller's deadline, and milliseconds since the request was sent if the request says so.
 
-    A deadline that has passed always counts; the relative time counts where the absolute one lies further ahead, as it
-    does where this clock is behind the caller's.
+    The request has its deadline twice: as an absolute time and as time left. The earlier one counts, because the
+    absolute one is too late if this clock is behind the caller's.
 
     Raises:
         CallTimeout: no time is left.

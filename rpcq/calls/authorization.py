@@ -1,4 +1,4 @@
-"""Whether a caller may make a call, as the service's own function says, before anything is run or replayed for it."""
+"""Asks the service's own function whether a caller may make a call, before the call is run or replayed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from rpcq.errors import PermissionDenied, RemoteError
 from rpcq.invocation import Refused
 from rpcq.service import Authorize
 
-MOST_BYTES: Final = 255
-"""Of a scope."""
+MAX_SCOPE: Final = 255
+"""Bytes of a scope."""
 
 log = logs.get_logger("rpcq.worker")
 
 
 async def authorize(invocation: CallInvocation, ask: Authorize, seldom: logs.Seldom) -> None:
-    """Ask the service's function; what it gives is the scope of the call's idempotency key.
+    """Ask the service's function; the scope that it returns becomes part of the call's idempotency key.
 
     Raises:
-        Refused: the caller may not make this call, or the function failed: then it is not known, and nothing runs.
+        Refused: the caller may not make this call; or the function failed: then rpcq cannot know, and nothing runs.
 
     """
     try:
@@ -35,19 +35,19 @@ async def authorize(invocation: CallInvocation, ask: Authorize, seldom: logs.Sel
             raise
         incident = secrets.token_hex(6)
         log.exception("a call cannot be authorized", **invocation.names(), incident=incident)
-        message = f"whether this call of {invocation.method.label} is allowed could not be found out"
+        message = f"the service could not check whether this call of {invocation.method.label} is allowed"
         raise Refused(RemoteError(message, executed="no", incident=incident)) from error
     if scope is not None and invocation.deduplication is not None:
         invocation.deduplication.key = key_of(invocation.request, invocation.method.service, scope)
 
 
 def _check(scope: object) -> str | None:
-    if scope is None or (isinstance(scope, str) and len(scope.encode()) <= MOST_BYTES):
+    if scope is None or (isinstance(scope, str) and len(scope.encode()) <= MAX_SCOPE):
         return scope
-    raise ValueError(f"authorize gave {scope!r:.300}; it gives a string of at most {MOST_BYTES} bytes, or None")
+    raise ValueError(f"authorize must return a string of at most {MAX_SCOPE} bytes, or None; got {scope!r:.300}")
 
 
 def _is_cancelled() -> bool:
-    """Whether the call is cancelled; what the service's function awaits may end in a `CancelledError` of its own."""
+    """Whether the call was cancelled; the service's function may also raise a `CancelledError` of its own."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

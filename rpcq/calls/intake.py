@@ -1,12 +1,12 @@
 """Takes the requests that are delivered to a worker: reads each, and has it run or refused.
 
-    delivery -> it cannot be answered                      -> dropped
-             -> a redelivery of a call that still runs here -> the run keeps it
-             -> its caller has cancelled it                 -> dropped
-             -> admitted                                    -> Replier.begin
-             -> refused                                     -> Replier.refuse
+    delivery -> there is no way to reply to it               -> dropped
+             -> a redelivery of a call that is in hand here  -> the run takes it over
+             -> its caller has cancelled the call            -> dropped
+             -> admitted                                     -> Replier.begin
+             -> refused                                      -> Replier.refuse
 
-Requests that come while nothing can be published wait until it can: what cannot be answered is not begun.
+Requests that come while nothing can be published wait until it can: no call begins that cannot be replied to.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ class Taking(Enum):
     """What an intake does with requests."""
 
     ALL = auto()
-    """They run."""
+    """All run."""
     REPLAYS = auto()
-    """None runs any more; stored results are still replayed."""
+    """No new call runs; stored results are still replayed."""
     NOTHING = auto()
-    """They are left to the broker."""
+    """All are left to the broker."""
 
 
 @dataclass(eq=False, slots=True)
 class Served:
-    """A service being served, with what its lifespan gave."""
+    """A service that is served, with what its lifespan yielded."""
 
     service: Service
     state: Any
@@ -61,7 +61,7 @@ class Served:
 
 @dataclass(eq=False, slots=True)
 class Waiting:
-    """A request that waits until it can be answered."""
+    """A request that waits until it can be replied to."""
 
     served: Served
     delivery: Delivery
@@ -111,15 +111,15 @@ class Intake:
         self.expired_on_arrival = 0
 
     def serve(self, service: Service, state: Any) -> Callable[[Delivery], None]:
-        """What to call with the deliveries of a service; `state` is what its lifespan gave."""
+        """The callback for the deliveries of a service; `state` is what its lifespan yielded."""
         return partial(self._on_delivery, Served(service, state))
 
     def may_answer(self, reply_to: bytes) -> bool:
-        """Whether a reply queue is that of a client of rpcq."""
+        """Whether a queue is the reply queue of an rpcq client, by its name."""
         return reply_to.startswith(self._reply_prefixes)
 
     def cancel(self, key: Key, found: Properties) -> None:
-        """The caller of a call is gone; `found` are the properties of the message that says so."""
+        """The caller of a call is gone; `found` are the properties of the control message."""
         if self._replier.cancel(key):
             return
         # It may still be in the queue, or with another worker.
@@ -147,7 +147,7 @@ class Intake:
             return
         key = request.reply_to, request.correlation_id
         if delivery.redelivered and replier.in_hand.adopt(key, delivery):
-            return  # it came over a session that was lost, and still runs here
+            return  # its first delivery came over a session that was lost, and it is still in hand
         if self._cancels and self._cancels.pop(key, None) is not None:
             delivery.ack()
             return
@@ -156,7 +156,7 @@ class Intake:
         if delivery.redelivered or moved:
             may_have_run = why_it_may_have_run(request, redelivered=delivery.redelivered, moved=moved)
         if may_have_run is not None and key in replier.in_hand:
-            delivery.ack()  # a copy of a call that runs here, and will be answered
+            delivery.ack()  # a copy of a call that is in hand here, and will be replied to
             return
         run = CallRun(replier, delivery, key, may_have_run)
         if self._observers.requests:
@@ -185,7 +185,7 @@ class Intake:
             replier.begin(run, invocation, now)
 
     def _read(self, service: Service, delivery: Delivery) -> Request | None:
-        """What the request says, or None where it cannot be answered, and so is not run."""
+        """Read the request. None if there is no way to reply to it; it is not run then."""
         try:
             request = requests.read_request(delivery.properties)
         except MalformedProperties as error:
@@ -209,7 +209,7 @@ class Intake:
         return None
 
     def _observe(self, service: Service, request: Request, delivery: Delivery) -> ObservedRequest:
-        """A request, as observers see it. It may name any method: only those that there are count."""
+        """The request as observers see it. A method that does not exist has no name: metrics must stay bounded."""
         method = service.find(request.method)
         name, label = ("", service.name) if method is None else (method.name, method.label)
         observed = ObservedRequest(self._requests, service.name, name, label)
@@ -221,7 +221,7 @@ class Intake:
         return observed
 
     def _report_refused(self, service: Service, error: CallError, key: Key) -> None:
-        """Log what tells that something is wrong elsewhere, and what nobody else will hear of."""
+        """Log refusals that point to a problem elsewhere, and those whose caller gets no reply."""
         correlation_id = key[1].decode("utf-8", "replace")
         if isinstance(error, ExpiredOnArrival):
             self.expired_on_arrival += 1

@@ -1,9 +1,15 @@
 """How a call ends: events, the table of transitions, and the errors that come of them. Pure.
 
-`TRANSITIONS` below is the one place that decides how a call ends. A call is CREATED until a request of it is handed
-to the socket, then WRITTEN, then CONFIRMED by the broker; it is DONE when its outcome is known. Requests may be sent
-again inside the same deadline: freely where the last one certainly did not run, and where it may have run only if the
-caller declared the call idempotent.
+`TRANSITIONS` is the one place that decides how a call ends. What comes from outside (a reply, a notice, a confirm, the
+deadline) becomes an event of the table by the functions at the end of this module. The states:
+
+    CREATED --WRITE--> WRITTEN --CONFIRM--> CONFIRMED --> DONE
+       ^                  |                     |          ^
+       |    sent again    |                     |          |   a reply, or an error
+       +------------------+---------------------+----------+
+
+A request is sent again within the same deadline if it certainly did not run, or if it may have run and the caller
+declared the call idempotent.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from rpcq.wire.bodies import loads
 from rpcq.wire.replies import ERROR, Notice, Reply
 
 MAX_ATTEMPTS: Final = 3
-"""Times that an idempotent call is sent where each may have run."""
+"""Requests of an idempotent call, of which each may have run."""
 
 
 class State(IntEnum):
@@ -46,35 +52,35 @@ class CallEvent(IntEnum):
     CONFIRM = auto()
     """The broker has the request."""
     REPLY = auto()
-    """A worker answered: with a result, or with an error."""
+    """A worker replied, with a result or an error."""
     TURNED_AWAY = auto()
-    """A worker answered that it shuts down and did not start."""
+    """A worker replied that it shuts down and did not begin."""
     WORKER_LOST = auto()
-    """A worker or the broker says that the worker that held the request was lost."""
+    """The worker that held the request was lost, as another worker or the broker says."""
     RETURNED = auto()
     """No queue is bound for the service."""
     NOT_THERE = auto()
-    """The service has no queue that delivers once: the request went to that alone, and was returned."""
+    """The request was sent only to the queue that delivers once, and was returned: the service has no such queue."""
     REFUSED = auto()
-    """The broker did not take it, or does not know: the queue is full, or its node cannot be reached."""
+    """The broker refused the request: the queue is full, or its node cannot be reached. It may be in the queue."""
     REFUSED_UNRUN = auto()
-    """The same, for a queue that delivers once: it is certainly not in the queue."""
+    """The broker refused the request for a queue that delivers once: it is certainly not in the queue."""
     TOO_LARGE = auto()
     """The broker takes no request of that size."""
     UNSENT = auto()
     """The request never reached the socket."""
     LOST = auto()
-    """A session went down: nothing more will be heard of the request."""
+    """A session was lost: no news of the request will come."""
     EXPIRED = auto()
     """The request expired in a queue that may have delivered it before."""
     EXPIRED_UNRUN = auto()
-    """It expired in a queue that delivers once, the only one it was in, and too soon to have been delivered."""
+    """The request expired in the only queue it was in, which delivers once, and too soon to have been delivered."""
     DEADLINE = auto()
     """The deadline passed."""
     DEADLINE_BLOCKED = auto()
-    """The same, and the way to the broker is there but blocked or full."""
+    """The deadline passed while the connection to the broker was blocked or its buffer full."""
     DEADLINE_CUT_OFF = auto()
-    """The same, and there is no connection to the broker."""
+    """The deadline passed while there was no connection to the broker."""
     CANCEL = auto()
     """The caller's task was cancelled."""
     CLOSE = auto()
@@ -92,7 +98,7 @@ class Act(Enum):
     AGAIN = auto()
     """The request is sent again: it certainly did not run."""
     ELSEWHERE = auto()
-    """The request is sent at once, under the name of the service: it reached no queue."""
+    """The request reached no queue: it is sent again at once, under the name of the service."""
     AGAIN_OR_FAIL = auto()
     """The request may have run: it is sent again if the call is idempotent, else the caller gets the error."""
     FORGET = auto()
@@ -140,8 +146,8 @@ _WORKER_LOST: Final = Transition(
 
 _C, _W, _F = State.CREATED, State.WRITTEN, State.CONFIRMED
 
-# A call that was sent and is CREATED again still takes a late answer to its earlier request. What else concerns an
-# earlier request says nothing about the next one, and is passed over.
+# A call that is CREATED again still takes a late reply to an earlier request. All other news of an earlier request says
+# nothing about the next one, and is ignored.
 TRANSITIONS: Final[dict[tuple[State, CallEvent], Transition]] = {
     (_C, CallEvent.WRITE): Transition(_W, Act.NOTHING),
     (_C, CallEvent.REPLY): _ANSWER,
@@ -182,8 +188,8 @@ TRANSITIONS: Final[dict[tuple[State, CallEvent], Transition]] = {
 }
 
 
-# Looked up several times in each call: by index, and members of enums by names of their own, since CPython 3.11 takes
-# as long to get at a member as to call a function.
+# By index, and not by a pair of enum members: it is looked up several times in each call, and in CPython 3.11, getting
+# at a member of an enum takes as long as calling a function.
 TABLE: Final = [
     [None, *(TRANSITIONS.get((state, event)) for event in CallEvent)]  # auto() counts from 1
     for state in (State(1), *State)
@@ -195,13 +201,13 @@ Outcome = Reply | CallError
 
 
 class Call:
-    """One call under way. Subclasses say who is told.
+    """One call under way. Subclasses send its requests and take its outcome.
 
     Attributes:
         correlation_id: 1 to 255 bytes, unique for this client.
-        request_id: the correlation ID of its last request: the call's own, and for further ones with a number after it.
+        request_id: the correlation ID of its last request: the call's, with a number added from the second one on.
         idempotent: it may be sent again where it may have run.
-        state: how far it is.
+        state: how far the call is.
         sent: requests handed to the transport.
         attempt: 1 + the number of earlier requests that may have run.
 
@@ -218,15 +224,15 @@ class Call:
         self.attempt = 1
 
     def ended(self, outcome: Outcome) -> None:
-        """The call has ended; called once, or never where its caller is gone."""
+        """The call has ended. Called once; never if its caller is gone."""
         raise NotImplementedError
 
     def again(self) -> None:
-        """The request is to be sent again."""
+        """Send a request of the call again."""
         raise NotImplementedError
 
     def elsewhere(self) -> None:
-        """The request is to be sent under the name of the service."""
+        """Send a request of the call under the name of the service."""
         raise NotImplementedError
 
 
@@ -238,7 +244,7 @@ def error_of(call: Call, transition: Transition, why: str) -> CallError:
 
 
 def for_call(call: Call, error: CallError) -> CallError:
-    """The error with the call's ID, and with what is known of all its requests: an earlier one may have run."""
+    """Add to an error what is known of its call: the ID, the attempt, and that an earlier request may have run."""
     error.correlation_id = call.correlation_id.decode("utf-8", "replace")
     error.attempt = call.attempt
     if call.attempt > 1 and error.executed == "no":
@@ -250,7 +256,7 @@ def for_call(call: Call, error: CallError) -> CallError:
 # What comes from outside -> the event that it is for the call.
 
 _LONGEST_SIGNAL: Final = 4096
-"""Bytes; the two errors of workers that are no outcome yet are rpcq's own, and short."""
+"""Bytes. The two errors of workers that do not end a call are written by rpcq, and short."""
 
 _OF_PUBLISHED: Final = {
     Published.CONFIRMED: CallEvent.CONFIRM,
@@ -263,12 +269,12 @@ _OF_PUBLISHED: Final = {
 
 
 def event_of_published(published: Published, *, is_once: bool, is_ours: bool) -> CallEvent:
-    """What it means for a call what became of its last request when it was published.
+    """The event for what became of the last request of a call when it was published.
 
     Args:
         published: what became of it.
-        is_once: the request went to one queue that delivers once, and to no other.
-        is_ours: it went to a service of rpcq's, whose queue may also be one that does not deliver once.
+        is_once: the request was sent to one queue that delivers once, and to no other.
+        is_ours: the target is a service of rpcq, which may also have a queue that does not deliver once.
 
     """
     if is_once and published is Published.REFUSED:
@@ -279,7 +285,7 @@ def event_of_published(published: Published, *, is_once: bool, is_ours: bool) ->
 
 
 def event_of_reply(reply: Reply) -> tuple[CallEvent, str]:
-    """What a reply says of the request that it answers, and perhaps why."""
+    """The event for a reply, and its cause if there is one."""
     if reply.kind == ERROR and reply.body is not None and len(reply.body) <= _LONGEST_SIGNAL:
         try:
             said = loads(reply.body)
@@ -294,12 +300,12 @@ def event_of_reply(reply: Reply) -> tuple[CallEvent, str]:
 
 
 def event_of_notice(notice: Notice, *, is_unrun: bool) -> tuple[CallEvent, str]:
-    """What it means that a queue gave up the last request of a call, and perhaps why.
+    """The event for a notice that a queue gave up the last request of a call, and its cause if there is one.
 
     Args:
         notice: the broker's.
-        is_unrun: that queue was the only one that the request was in, delivers once, and gave it up too soon to have
-            delivered it.
+        is_unrun: the request was in this queue only, the queue delivers once, and it expired too soon to have been
+            delivered.
 
     """
     if notice.reason != "expired":
@@ -308,7 +314,7 @@ def event_of_notice(notice: Notice, *, is_unrun: bool) -> tuple[CallEvent, str]:
 
 
 def event_of_deadline(*, is_connected: bool, can_publish: bool) -> CallEvent:
-    """What it means that the deadline of a call has come, by the state of the client's sessions."""
+    """The event for the deadline of a call, by the state of the client's sessions."""
     if not is_connected:
         return CallEvent.DEADLINE_CUT_OFF
     return CallEvent.DEADLINE if can_publish else CallEvent.DEADLINE_BLOCKED

@@ -12,14 +12,14 @@ from rpcq.errors import ConfigurationError, Overloaded
 from rpcq.wire.replies import Reply
 
 REMEMBERED_CALLS: Final = 10_000
-"""Calls that ended without a reply, by which a late one is told from one that came twice."""
+"""Calls that ended without a reply and are remembered, to tell a late reply from a duplicate one."""
 
 _SECRET: Final = 8
 """Bytes of the random part of a correlation ID."""
 _LAST_DIGITS: Final = [b"%02x-" % number for number in range(255, -1, -1)]
 """The last two digits of the numbers of 256 correlation IDs, the highest first.
 
-So many are made at once: to ask the system for each random part would cost more than all else of an ID.
+256 IDs are made at once, because asking the system for random bytes costs more than the rest of an ID.
 """
 
 _DONE: Final = State.DONE
@@ -30,7 +30,7 @@ _WRITE: Final = CallEvent.WRITE
 
 
 def public_id(correlation_id: str) -> str:
-    """The part of a client's correlation ID that anybody may know: it names the call, and nobody can reply with it."""
+    """The public part of a correlation ID: it names the call, and is not enough to forge a reply."""
     return correlation_id.rpartition("-")[0]
 
 
@@ -38,12 +38,12 @@ class PendingCalls:
     """The calls under way, by correlation ID.
 
     Args:
-        limit: calls that it holds; one more is `Overloaded`.
+        limit: calls that it holds at most; one more raises `Overloaded`.
 
     Attributes:
-        late: replies and notices for a call that had ended without one.
-        duplicate: for a call that had its reply already.
-        stray: for no call of this client.
+        late: replies and notices for calls that had ended without a reply.
+        duplicate: replies and notices for calls that had their reply already.
+        stray: replies and notices for no call of this client.
 
     """
 
@@ -90,7 +90,7 @@ class PendingCalls:
             return self._ids.pop()
 
     def add(self, call: Call) -> None:
-        """A call begins.
+        """Add a call.
 
         Raises:
             Overloaded: the table is full.
@@ -105,7 +105,7 @@ class PendingCalls:
             raise ConfigurationError(msg)
 
     def get(self, request_id: bytes) -> Call | None:
-        """The call under way that a request with this ID belongs to."""
+        """The call under way that has, or had, a request with this ID."""
         return self._calls.get(request_id) or self._calls.get(request_id.rpartition(b".")[0])
 
     def count_unmatched(self, request_id: bytes) -> None:
@@ -119,10 +119,11 @@ class PendingCalls:
             self.duplicate += 1
 
     def write(self, call: Call) -> bytes:
-        """A request of the call is about to be handed to the transport; gives its ID.
+        """Note that a request of the call is about to be handed to the transport; returns the request's ID.
 
-        Each has its own, so that what is said of an earlier one is not taken for the last one's: a worker may answer
-        twice that it did not begin, and the second answer must not send a call that runs elsewhere again.
+        Each request has an ID of its own, so that news of an earlier request is not taken for news of the last one. For
+        example, a worker may reply twice that it did not begin; the second reply must not send the call again while it
+        runs elsewhere.
         """
         self.happened(call, _WRITE)
         call.sent += 1
@@ -131,7 +132,7 @@ class PendingCalls:
         return call.request_id
 
     def happened(self, call: Call, event: CallEvent, reply: Reply | None = None, why: str = "") -> None:
-        """An event of the table; for REPLY with the reply, for others perhaps with the cause."""
+        """Apply an event to a call; `reply` belongs to REPLY, `why` is the cause of others."""
         transition = TABLE[call.state][event]
         if transition is None:
             return

@@ -1,4 +1,4 @@
-"""What makes calling a remote function look like calling a function: proxies, and Protocols bound to a service."""
+"""How a caller names what it calls: by a string, by a proxy of a service, or by a contract."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Target:
         routing_key: the service's name, or a queue's.
         method: its name; empty for none.
         label: for messages.
-        is_ours: it goes through the requests exchange, where the broker tells of an expiry.
-        once_key: the routing key by which the request reaches one queue that delivers once, and no other; the name of
-            that queue as well. Empty where there can be none.
+        is_ours: it goes through the requests exchange, where the broker sends a notice if a request expires.
+        once_key: the name of the queue that delivers once, which is also the routing key that leads to this queue only;
+            empty if there can be no such queue.
 
     """
 
@@ -44,27 +44,27 @@ def make_target(topology: Topology, service: str | None, method: str, queue: str
     """The target of a method.
 
     Raises:
-        ConfigurationError: a name cannot be one.
+        ConfigurationError: a name is not valid.
 
     """
     if not METHOD_NAME.match(method):
-        msg = f"the method is called {method!r}; a name is 1 to 100 of the characters A-Z a-z 0-9 _ -"
+        msg = f"the name of a method must be 1 to 100 of the characters A-Z a-z 0-9 _ -; got {method!r}"
         raise ConfigurationError(msg)
     if queue is not None:
         key = queue.encode()
         once_key = key if topology.delivers_once(queue) else b""
         return Target(b"", key, method.encode(), f"{queue}: {method}", is_ours=False, once_key=once_key)
     if service is None:
-        msg = f"{method!r} names no service; call 'service.method', or name the queue: with_options(queue=...)"
+        msg = f"the target must be 'service.method', or with_options(queue=...) must name the queue; got {method!r}"
         raise ConfigurationError(msg)
-    check_name("the service", service)
+    check_name("the name of a service", service)
     exchange = topology.requests.name.encode()
     once_key = topology.once_queue(service).encode()
     return Target(exchange, service.encode(), method.encode(), f"{service}.{method}", is_ours=True, once_key=once_key)
 
 
 class Caller(Protocol):
-    """Who makes the calls: a client."""
+    """What makes the calls: a client."""
 
     topology: Topology
 
@@ -75,7 +75,7 @@ class Caller(Protocol):
 
 
 class RemoteMethod:
-    """A method of a service: calling it gives an awaitable."""
+    """A method of a service; calling it returns an awaitable."""
 
     __slots__ = ("_caller", "_options", "_target")
 
@@ -95,7 +95,7 @@ class RemoteMethod:
 class ServiceProxy:
     """A service, with its methods as attributes: `await calculator.add(x=1, y=2)`.
 
-    A method whose name is that of an attribute of this class, or begins with an underscore, is reached as an item:
+    If an attribute of this class has the name of a method, or the name begins with an underscore, use an item:
     `calculator["with_options"]`.
     """
 
@@ -124,7 +124,7 @@ class ServiceProxy:
 
 
 class CallMaker:
-    """Makes calls with one set of options; `Client.with_options` gives one."""
+    """Makes calls with one set of options; see `Client.with_options`."""
 
     _REMEMBERED = 1024  # targets called by name; programs call far fewer
 
@@ -141,22 +141,22 @@ class CallMaker:
         """Call a method by its name.
 
         Args:
-            target: `service.method`; with `queue=` in the options, the method's name alone will do.
+            target: `service.method`; with `queue=` in the options, the name of the method is enough.
             args: parameters by position; a single number, string, boolean or None is sent as bare JSON.
             params: parameters by name, instead.
 
         Returns:
-            An awaitable of the result, as JSON has it, or as `returns=` in the options says.
+            An awaitable of the result: plain JSON types, or the type of `returns=` in the options.
 
-            Cancelling the task that awaits it cancels the handler too, if it runs.
+            If the task that awaits it is cancelled, the handler is cancelled too.
 
         Raises:
-            ConfigurationError: the name cannot be one. At once.
+            ConfigurationError: the name is not valid. Raised at once, not when awaited.
             NotSerializable: JSON cannot carry a parameter. Nothing was sent.
             TooLarge: parameters or headers are over the limit. Nothing was sent.
             InvalidParams: the worker refused the parameters; it did not run.
             MethodNotFound: the service has no such method.
-            ServiceUnavailable: nobody serves it, or no connection until the deadline; it did not run.
+            ServiceUnavailable: no worker serves it, or there was no connection until the deadline; it did not run.
             Overloaded: the request queue, the client or the broker is full; it did not run.
             CallTimeout: the deadline passed; `executed` says what is known.
             OutcomeUnknown: the connection or the worker was lost; it may have run.
@@ -179,27 +179,27 @@ class CallMaker:
         """A proxy of a service; nothing is sent.
 
         Raises:
-            ConfigurationError: the name cannot be one.
+            ConfigurationError: the name is not valid.
 
         """
-        return ServiceProxy(self._caller, check_name("the service", name), self._options)
+        return ServiceProxy(self._caller, check_name("the name of a service", name), self._options)
 
     def bind(self, api: Callable[..., T], service: str | None = None) -> T:
-        """A proxy of a Protocol's type, so that type checkers know the methods.
+        """A proxy with the type of a Protocol class: type checkers know its methods.
 
         Args:
             api: a class whose methods describe the service's, as `async def`; results are validated as annotated.
             service: its name; that of the class's `contract` if None.
 
         Raises:
-            ConfigurationError: no service is named, or the class has something that is no method.
+            ConfigurationError: no service is named, or the class has an attribute that is not a method.
 
         """
         said: Contract | None = getattr(api, "__rpcq_contract__", None)
         if service is None and said is None:
-            msg = f"{api!r} does not say which service it is; decorate it with @contract('name'), or give the name"
+            msg = f"{api!r} names no service: decorate it with @contract('name'), or give the name"
             raise ConfigurationError(msg)
-        said = said or Contract(check_name("the service", service))  # type: ignore[arg-type]  # one of them is there
+        said = said or Contract(check_name("the name of a service", service))  # type: ignore[arg-type]  # one of them is there
         return typing.cast("T", _Bound(self._caller, api, service or said.service, said, self._options))
 
 
@@ -214,7 +214,7 @@ class _Bound:
                 continue
             function = inspect.getattr_static(api, name)
             if not inspect.isfunction(function):
-                msg = f"{api!r} has {name!r}, which is no method; a contract has methods alone"
+                msg = f"a contract must have only methods; {api!r} has {name!r}"
                 raise ConfigurationError(msg)
             returns = type_hints(f"{service}.{name}", function).get("return", Any)
             own = replace(
@@ -224,13 +224,13 @@ class _Bound:
                 returns=None if returns is Any else returns,
             )
             if own.returns is not None:
-                result_adapter(f"{service}.{name}", own.returns)  # a type that cannot be is told now
+                result_adapter(f"{service}.{name}", own.returns)  # raises now if the type cannot be used
             target = make_target(caller.topology, service, name, options.queue)
             setattr(self, name, _BoundMethod(caller, target, own, function))
 
 
 class _BoundMethod(RemoteMethod):
-    """A method that knows its parameters' names, if all have one: given by position, they still go by name."""
+    """A method that knows the names of its parameters: those given by position are sent by name, if all have one."""
 
     __slots__ = ("_parameters",)
 

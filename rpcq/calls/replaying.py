@@ -1,8 +1,8 @@
-"""Calls with an idempotency key: the result that is remembered, else that of the handler, which then alone runs.
+"""Calls with an idempotency key: run the handler once, store its result, and replay the stored result later.
 
-The way of one: wait for a request of the same key that runs in this worker; look into the store, and claim the key; run
-the handler; put its result, or release the key. Who finds the key with another worker looks again and again until its
-deadline. See `rpcq.idempotency.ResultStore` for what a store promises.
+The steps of a call: wait for a request with the same key that runs in this worker; look into the store, and claim the
+key; run the handler; store its result, or release the key. If another worker has the key, look again until the
+deadline. See `rpcq.results.ResultStore` for what a store promises.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from rpcq.results import Claim, ResultStore, StoredResult
 from rpcq.runtime.backoff import Backoff
 
 LEASE_SLACK: Final = 1.0
-"""Seconds after its deadline that a call still has its key: to be cancelled, and for its result to be stored."""
+"""Seconds that a call keeps its key after its deadline: time to cancel it, and to store its result."""
 
 FIRST_LOOK: Final = 0.01
 LONGEST_LOOK: Final = 0.5
-"""Seconds between two looks at whether another worker has ended a call of the same key: at first, and at most."""
+"""Seconds between two looks whether another worker has ended a call with the same key: first pause, longest pause."""
 
 RELEASE_TIMEOUT: Final = 5.0
-"""Seconds that a store has to release a key. After that, its time has to pass."""
+"""Seconds that a store has to release a key. If it takes longer, the key stays taken until its time has passed."""
 
 log = logs.get_logger("rpcq.worker")
 
 
 class Repeatable(Protocol):
-    """A request in hand, as far as this module is concerned; see `rpcq.calls.replying.CallRun`."""
+    """The part of a run that this module uses; see `rpcq.calls.replying.CallRun`."""
 
     may_have_run: MayHaveRun | None
     task: asyncio.Task[None] | None
@@ -48,19 +48,19 @@ class Repeatable(Protocol):
 
 
 class Replays:
-    """Runs calls with an idempotency key once, and replays what they gave.
+    """Runs calls with an idempotency key once, and replays their results.
 
     Args:
-        answers: where results are remembered, unless their service says otherwise.
-        max_body: bytes of a result.
+        results: store of results, for services that have no store of their own.
+        max_body: largest size of a result, bytes.
 
     Attributes:
-        replayed: requests that were answered with a remembered result.
+        replayed: number of requests that were answered with a stored result.
 
     """
 
-    def __init__(self, answers: ResultStore, max_body: int) -> None:
-        self._answers = answers
+    def __init__(self, results: ResultStore, max_body: int) -> None:
+        self._results = results
         self._max_body = max_body
         self._turns: dict[str, asyncio.Event] = {}  # key of a call that runs -> set when it has ended
         self._owner = secrets.token_hex(8)
@@ -71,17 +71,17 @@ class Replays:
     async def run(
         self, run: Repeatable, invocation: CallInvocation, dedup: Deduplication, enter: Callable[[], Awaitable[Any]]
     ) -> Any:
-        """The result of a call: an `StoredResult`, or what `enter` gave where that cannot be sent.
+        """Return the result of a call: a `StoredResult`, or the value that `enter` returned if it cannot be sent.
 
         Raises:
-            Refused: the handler may not run.
+            Refused: the handler must not run.
 
         """
         while (turn := self._turns.get(dedup.key)) is not None:
-            _wait_for_twin(run)
+            _note_twin(run)
             await turn.wait()
         turn = self._turns[dedup.key] = asyncio.Event()
-        store = self._answers if dedup.store is None else dedup.store
+        store = self._results if dedup.store is None else dedup.store
         owner = f"{self._owner}-{next(self._owners)}"
         try:
             found = await self._recall(run, invocation, dedup, store, owner)
@@ -91,19 +91,19 @@ class Replays:
             turn.set()
 
     async def close(self) -> None:
-        """Wait for the keys that are being released."""
+        """Wait until the keys that are being released are free."""
         if self._releases:
             await asyncio.wait(self._releases, timeout=RELEASE_TIMEOUT)
 
     async def _recall(
         self, run: Repeatable, invocation: CallInvocation, dedup: Deduplication, store: ResultStore, owner: str
     ) -> StoredResult | None:
-        """The answer that is remembered; None where the handler is to run, for which the key is claimed."""
+        """Return the stored result, or claim the key and return None: then the handler has to run."""
         backoff = Backoff(FIRST_LOOK, LONGEST_LOOK, 1.5)
         while (found := await self._look(run, invocation, dedup, store, owner)) is Claim.HELD:
             if invocation.method.idempotent and invocation.request.attempt > 1:
                 return None  # the worker that holds the key may be lost, and running twice does no harm
-            _wait_for_twin(run)
+            _note_twin(run)
             await asyncio.sleep(backoff.pause())
         if isinstance(found, StoredResult):
             if found.fingerprint != dedup.fingerprint:
@@ -121,7 +121,7 @@ class Replays:
     async def _look(
         self, run: Repeatable, invocation: CallInvocation, dedup: Deduplication, store: ResultStore, owner: str
     ) -> StoredResult | Claim | None:
-        """What the store has under the key, which is claimed unless the call may not run."""
+        """Return what the store has for the key, and claim the key unless the call must not run."""
         try:
             if dedup.barred is not None:
                 return await store.get(dedup.key)
@@ -129,8 +129,8 @@ class Replays:
         except (Exception, asyncio.CancelledError) as error:
             if _is_cancelled(run, error):
                 raise
-            log.exception("answers cannot be recalled", key=dedup.key, correlation_id=run.id)
-            raise Refused(ServiceUnavailable("the worker could not look for an earlier answer")) from error
+            log.exception("a stored result cannot be read", key=dedup.key, correlation_id=run.id)
+            raise Refused(ServiceUnavailable("the worker could not look for a stored result")) from error
 
     async def _enter(
         self,
@@ -141,28 +141,28 @@ class Replays:
         owner: str,
         enter: Callable[[], Awaitable[Any]],
     ) -> Any:
-        answer = None
+        result = None
         try:
             value = await enter()
             try:
-                answer = StoredResult(dedup.fingerprint, invocation.method.write_result(value, self._max_body))
-            except Exception:  # noqa: BLE001 - told where the reply is made
+                result = StoredResult(dedup.fingerprint, invocation.method.write_result(value, self._max_body))
+            except Exception:  # noqa: BLE001 - reported where the reply is made
                 return value
         finally:
-            # A handler that outlasts its call keeps its key until the time of that has passed, and so does one that
-            # succeeded at the moment at which its call ended.
-            if answer is None and not run.ran_on:
+            # Two handlers keep their key until its time has passed: one that outlasts its call, and one that succeeded
+            # at the moment when its call ended.
+            if result is None and not run.ran_on:
                 self._release(store, dedup.key, owner)
         try:
-            await store.put(dedup.key, answer)
+            await store.put(dedup.key, result)
         except (Exception, asyncio.CancelledError) as error:
             if _is_cancelled(run, error):
                 raise
-            log.exception("an answer cannot be remembered", key=dedup.key, correlation_id=run.id)
-        return answer
+            log.exception("a result cannot be stored", key=dedup.key, correlation_id=run.id)
+        return result
 
     def _release(self, store: ResultStore, key: str, owner: str) -> None:
-        """Release a key, while its caller is told that the call failed."""
+        """Release a key in the background; the caller gets the error of the call at once."""
         self._in_background(key, partial(store.release, key, owner))
 
     def _in_background(self, key: str, end: Callable[[], Awaitable[object]]) -> None:
@@ -178,11 +178,12 @@ class Replays:
         releasing.add_done_callback(self._releases.discard)
 
 
-def _wait_for_twin(run: Repeatable) -> None:
+def _note_twin(run: Repeatable) -> None:
+    """Note that another request with the same key ran; if this one times out, its call may have run."""
     if run.may_have_run is None:
         run.may_have_run = MayHaveRun("another request with its idempotency key ran")
 
 
 def _is_cancelled(run: Repeatable, error: BaseException) -> bool:
-    """Whether an error is the cancellation of the call, and not one that a store of answers ended in by itself."""
+    """Whether the call was cancelled; a store may also raise a `CancelledError` of its own."""
     return isinstance(error, asyncio.CancelledError) and run.task is not None and run.task.cancelling() > 0

@@ -1,12 +1,12 @@
-"""What becomes of a request that a worker has taken: it runs or is refused, it is replied to, and it is acknowledged.
+"""Replies to the requests that a worker has taken: runs or refuses each, publishes the reply, and acknowledges.
 
 A request is in hand from `begin` or `refuse` until it is acknowledged, once the broker has confirmed the reply:
 
     begin -> execution.Executor -> CallRun.returned | raised | interrupted -+
     refuse -----------------------------------------------------------------+-> reply -> confirmed -> acknowledged
 
-A reply that the broker did not confirm because a session was lost is published again. Nothing here decides whether a
-request may run: that is `rpcq.calls.admission`.
+A reply that was not confirmed because a session was lost is published again. Whether a request may run is decided
+before, in `rpcq.calls.admission`.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class CallRun(Run):
 
     Attributes:
         replier: what replies to it.
-        delivery: what is acknowledged in the end.
+        delivery: what is acknowledged at the end.
         key: of the call.
         may_have_run: why the call may have run before; None if it certainly has not.
-        queue_ms: milliseconds since the caller sent it; None where the caller told none.
-        said: what an error reply's body says; None for a result.
-        observed: what observers see of it; None where there are none, and once they were told of its end.
-        endings: what observers want to be called with at its end; None until they were told that it begins.
+        queue_ms: milliseconds since the caller sent it; None if the request does not say.
+        said: the content of an error reply; None for a result.
+        observed: what observers see of it; None without observers, and after their callbacks at its end.
+        endings: the callbacks of observers for its end; None before they were called with its beginning.
 
     """
 
@@ -107,7 +107,7 @@ class _Reply(Outgoing):
         # Not by super(): one is made for each call.
         self.exchange = exchange
         self.routing_key, self.correlation_id = run.key
-        # RabbitMQ may return what goes by direct reply-to even when it delivers it.
+        # RabbitMQ may return a message for direct reply-to even if it delivers it.
         self.mandatory = not self.routing_key.startswith(DIRECT_REPLY_TO)
         self.properties = properties
         self.body = body
@@ -157,10 +157,10 @@ class CallsInHand:
             self._idle.set()
 
     def adopt(self, key: Key, delivery: Delivery) -> bool:
-        """Take a redelivery as that of a call that is still in hand; False if there is none.
+        """Let a call that is still in hand take over its redelivery. Returns False if there is no such call.
 
-        The session that the call came by is gone. One that came by the same session as the redelivery is another call
-        of the same reply_to and correlation ID.
+        The session of its first delivery is gone. If the redelivery came over that very session, it is another call
+        with the same reply_to and correlation ID.
         """
         if not key[0]:
             return False
@@ -188,8 +188,8 @@ class Replier:
 
     Attributes:
         in_hand: the requests that are not acknowledged yet.
-        finished: requests that were in hand, and are no more.
-        refused_redeliveries: requests answered and not run, because they may have run before.
+        finished: requests that were in hand and are acknowledged.
+        refused_redeliveries: requests that were refused because they may have run before.
         unroutable_replies: replies whose caller was gone.
 
     """
@@ -238,12 +238,12 @@ class Replier:
         self._executor.begin(run, invocation, now, around)
 
     def refuse(self, run: CallRun, error: CallError) -> None:
-        """Answer with an error, and run nothing."""
+        """Reply with an error, and run nothing."""
         self.in_hand.add(run)
         self._refuse(run, error)
 
     def cancel(self, key: Key) -> bool:
-        """The caller is gone: cancel the handler; False if the call is not in hand."""
+        """The caller is gone: cancel the handler. Returns False if the call is not in hand."""
         run = self.in_hand.get(key)
         if run is None:
             return False
@@ -256,12 +256,12 @@ class Replier:
             if run.task is task:
                 invocation = run.invocation  # gone once the handler has ended
                 return {"method": invocation.method.label if invocation else None, "correlation_id": run.id}
-        return {"task": task.get_name()}  # that a handler made, or rpcq
+        return {"task": task.get_name()}  # a task that a handler or rpcq created
 
     async def abandon(self) -> None:
-        """Cancel what still runs, and tell its callers, as long as there is a way to the broker.
+        """Cancel the runs that are left, and reply to their callers while the broker can be reached.
 
-        What they could not be told is left to the broker unacknowledged.
+        A request whose reply is not confirmed stays unacknowledged: the broker delivers it again.
         """
         self._abandoned = True
         runs = list(self.in_hand)
@@ -298,7 +298,7 @@ class Replier:
         except InvalidReply as error:
             log.exception("result cannot be sent", method=invocation.method.label, correlation_id=run.id)
             self._reply_error(run, error)
-        except Exception as error:  # noqa: BLE001 - of a serialiser of the handler's own type
+        except Exception as error:  # noqa: BLE001 - raised by a serialiser of the user's type
             self._fail(run, invocation, error)
         else:
             if run.observed is not None:
@@ -336,7 +336,7 @@ class Replier:
                 self._reply_error(run, ServiceUnavailable(f"the worker of {label} stopped, and did not begin"))
 
     def _fail(self, run: CallRun, invocation: Invocation, error: BaseException) -> None:
-        """An exception that the service does not declare: its text stays here."""
+        """Reply to an exception that the service does not declare; its text stays in the log."""
         incident = secrets.token_hex(6)
         log.error(
             "handler failed",
@@ -355,14 +355,14 @@ class Replier:
         self._reply_error(run, error)
 
     def _reply_error(self, run: CallRun, error: CallError, *, raised: bool = False) -> None:
-        """Reply with an error; `raised` where the handler raised it, whatever it says of itself."""
+        """Reply with an error. If the handler `raised` it, it says `yes`, whatever the error object says."""
         error = never_no(error, run.may_have_run) if not raised else error
         said = to_wire(error)
         if raised:
             said |= {"executed": "yes", "retryable": False}
         try:
             body = bodies.dumps(said)
-        except Exception:  # noqa: BLE001 - of a serialiser of the details' own type
+        except Exception:  # noqa: BLE001 - raised by a serialiser of the user's type
             body = b""
         if not body or len(body) > self._max_body:
             log.error("an error's details cannot be sent", correlation_id=run.id, code=error.code)
@@ -388,7 +388,7 @@ class Replier:
             self._acknowledge(run)
         elif published in (Published.UNSENT, Published.UNKNOWN):
             if not self._abandoned:
-                self._unsent.add(reply)  # published again once there is a way
+                self._unsent.add(reply)  # published again as soon as that is possible
         elif published is Published.TOO_LARGE:
             self._reply_in_short(run, len(reply.body))
         else:
@@ -397,7 +397,7 @@ class Replier:
             self._acknowledge(run)
 
     def _reply_in_short(self, run: CallRun, size: int) -> None:
-        """The broker takes no message of the reply's size: say so in one that it takes."""
+        """The broker does not take a message of this size: reply with a short error."""
         log.error("a reply is larger than the broker takes (its max_message_size)", correlation_id=run.id, bytes=size)
         if run.said is not None:
             run.said = in_short(run.said)
@@ -407,10 +407,10 @@ class Replier:
         if len(body) < size:
             self._reply(run, replies.ERROR, body)
         else:
-            self._acknowledge(run)  # there is no way to tell the caller
+            self._acknowledge(run)  # no reply can reach the caller
 
     def _acknowledge(self, run: CallRun) -> None:
-        """Acknowledge, once the thread has ended too: it holds the slot that prefetch gave it."""
+        """Acknowledge, but not before the thread has ended: until then, its slot of the prefetch is in use."""
         if run.outlasts and not self._abandoned:
             assert run.result is not None  # noqa: S101 - made with the thread
             run.result.add_done_callback(lambda _: self._acknowledge(run))

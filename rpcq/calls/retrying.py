@@ -37,7 +37,7 @@ class Retries:
             pause.cancel()
 
     async def pause(self, error: CallError, retry: Retry, retries: int, deadline: float, *, idempotent: bool) -> bool:
-        """Wait before a call is made again; False at once where it is not to be.
+        """Wait before a call is made again. Returns False, at once, if it is not made again.
 
         Args:
             error: what the call ended with.
@@ -61,7 +61,7 @@ class Retries:
         return True
 
     async def _wait(self, seconds: float) -> bool:
-        """Wait; False if all pauses are ended meanwhile."""
+        """Wait. Returns False if `close` ends the pause."""
         if self._closed:
             return False
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()

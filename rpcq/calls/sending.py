@@ -36,8 +36,8 @@ class ClientCall(Call):
 
     Attributes:
         deadline: on the monotonic clock.
-        is_once: its last request went to one queue that delivers once, and to no other.
-        written: when that was handed to the transport, on the monotonic clock.
+        is_once: its last request was sent to one queue that delivers once, and to no other.
+        written: when its last request was handed to the transport, on the monotonic clock.
         key: its idempotency key, or None.
         timeout: what ends it at its deadline.
         trace: headers that go with each of its requests, or None.
@@ -97,21 +97,22 @@ class ClientCall(Call):
         self.sender.elsewhere(self)
 
     def headers(self, attempt: int) -> bytes:
-        """Those of a request of it, besides its times.
+        """The headers of a request of this call, without its times.
 
         Raises:
-            TooLarge: they are over the limit.
+            TooLarge: the headers are over the limit.
 
         """
         return requests.encode_headers(key=self.key, attempt=attempt, metadata=self.options.metadata, trace=self.trace)
 
 
 class _Request(Outgoing):
-    """A request of a call; tells the table what became of it."""
+    """A request of a call; reports to the table what became of it."""
 
     __slots__ = ("call",)
 
     def __init__(self, call: ClientCall, routing_key: bytes, request_id: bytes, properties: bytes) -> None:
+        # Does not call super().__init__(), to save time: one is made for each request.
         self.exchange = call.target.exchange
         self.routing_key = routing_key
         self.correlation_id = request_id
@@ -123,7 +124,7 @@ class _Request(Outgoing):
     def on_published(self, settled: Published) -> None:
         call = self.call
         if call.request_id != self.correlation_id:
-            return  # it is about an earlier request of the call
+            return  # this was an earlier request of the call
         if settled is _CONFIRMED:
             call.sender.calls.happened(call, _CONFIRM)
         else:
@@ -137,14 +138,14 @@ class Sender:
         transport: what carries them.
         sessions: of the client.
         calls: the table of calls under way.
-        name: the client's, which requests carry.
-        user: the broker's user, which they carry as well where the client is to be known by it; else empty.
-        unrun_within: seconds after it was sent within which an expiry proves that a request was never delivered.
+        name: the client's name, for the requests.
+        user: the broker's user, for the requests of a client that identifies itself; else empty.
+        unrun_within: seconds; if a request expires within this time after it was sent, it was never delivered.
 
     Attributes:
-        loop: there once it was opened.
-        encoder: there while the consuming session is up; it has the name of the reply queue.
-        waiting: calls that wait for a way, in order.
+        loop: the event loop, once opened.
+        encoder: encodes requests with the name of the reply queue; None while the consuming session is down.
+        waiting: calls that wait until they can be sent, in order.
         resent: requests that were sent again, because a session was lost or a worker turned the call away.
 
     """
@@ -185,15 +186,15 @@ class Sender:
     # The consuming session.
 
     def consuming(self, reply_queue: str) -> None:
-        """It is up, with this queue."""
+        """The consuming session is up, with this reply queue."""
         self.encoder = requests.RequestEncoder(reply_queue, self._name, self._user)
 
     def consuming_lost(self) -> None:
-        """It is down: there is nowhere to reply to."""
+        """The consuming session is down: there is no reply queue."""
         self.encoder = None
 
     async def reply_queue(self) -> bytes:
-        """Wait until a message can be sent and be answered: its `reply_to`."""
+        """Wait until a message can be sent and be replied to; returns the name of the reply queue."""
         while self.encoder is None or not self._transport.can_publish:
             await self._sessions.ready()
         return self.encoder.reply_to
@@ -208,7 +209,7 @@ class Sender:
             self.waiting.add(call)
 
     def again(self, call: ClientCall) -> None:
-        """Send another one: a session was lost, or a worker turned the call away."""
+        """Send another request: a session was lost, or a worker turned the call away."""
         self.resent += 1
         log.info("call is sent again", correlation_id=call.correlation_id.decode(), attempt=call.attempt)
         # Deferred: the transport may still be reporting losses.
@@ -216,12 +217,12 @@ class Sender:
         self.loop.call_later(pause, self._resend, call)
 
     def elsewhere(self, call: ClientCall) -> None:
-        """Send it under the name of the service: there is no queue that delivers once."""
+        """Send the call under the name of the service: it has no queue that delivers once."""
         self._not_once[call.target.routing_key] = time.monotonic()
         self.loop.call_soon(self._resend, call)
 
     def failed(self, call: ClientCall, published: Published, size: int) -> None:
-        """The broker does not have the request of a call, whose properties are `size` bytes, or it is not known."""
+        """The broker does not have the last request of a call, or may not have it; its properties are `size` bytes."""
         why = ""
         if published is Published.TOO_LARGE:
             why = f"its body is {len(call.body)} bytes, its properties are {size}"
@@ -241,14 +242,14 @@ class Sender:
         return call.is_once and notice.queue == once_key and in_time
 
     def _look_again(self, call: ClientCall) -> None:
-        """More would have been known with a queue that delivers once: look for one with the next request."""
+        """Try the queue that delivers once with the next request: its outcome would have been certain."""
         service = call.target.routing_key
         found = self._not_once.get(service)
         if found is not None and time.monotonic() - found > KEPT_ELSEWHERE:
             del self._not_once[service]
 
     def expire(self, call: ClientCall) -> None:
-        """Its deadline has come."""
+        """The deadline of a call has come."""
         event = event_of_deadline(is_connected=not self._sessions.down, can_publish=self._transport.can_publish)
         self.calls.happened(call, event)
 
@@ -265,7 +266,7 @@ class Sender:
         now = time.monotonic()
         left_ms = int((call.deadline - now) * 1000)
         if left_ms < 1:
-            return  # its timer is about to fire
+            return  # its timeout is about to come
         routing_key = target.routing_key
         call.is_once = target.once_key != b"" and routing_key not in self._not_once
         if call.is_once:

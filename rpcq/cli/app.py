@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 
 
-def _tell_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"rpcq {own_version()}")
         raise typer.Exit
@@ -34,7 +34,7 @@ def _tell_version(wanted: bool) -> None:
 @app.callback()
 def _rpcq(
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Say the version, and end.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Call remote functions as awaitables, over RabbitMQ."""

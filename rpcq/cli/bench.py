@@ -1,4 +1,4 @@
-"""`rpcq bench`: load tests, and what changed between two of them."""
+"""`rpcq bench`: load tests, and comparisons of two of them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 import re
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -25,6 +26,7 @@ from rpcq.url import mask
 from rpcq.wire import bodies
 
 EXTRA: Final = "rpcq bench needs the package hdrhistogram: pip install 'rpcq[bench]'"
+PAGE_EXTRA: Final = "--html needs the package jinja2: pip install 'rpcq[bench]'"
 
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?\Z")
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
@@ -50,89 +52,103 @@ class QueueType(StrEnum):
 
 
 def duration(text: str) -> float:
-    """Seconds of "500ms", "30s", "2m", "1h" or "30"."""
+    """Seconds, from a text such as "500ms", "30s", "2m", "1h" or "30"."""
     found = _DURATION.match(text)
     if not found:
-        raise typer.BadParameter(f"{text!r} is no time; write 500ms, 30s, 2m or 1h")
+        raise typer.BadParameter(f"must be a time such as 500ms, 30s, 2m or 1h; got {text!r}")
     return float(found[1]) * _UNITS[found[2]]
 
 
 def size(text: str) -> int:
-    """Bytes of "100", "10kB" or "1MiB"."""
+    """Bytes, from a text such as "100", "10kB" or "1MiB"."""
     found = _SIZE.match(text)
     if not found:
-        raise typer.BadParameter(f"{text!r} is no size; write 100, 10kB or 1MiB")
+        raise typer.BadParameter(f"must be a size such as 100, 10kB or 1MiB; got {text!r}")
     return int(found[1]) * _SIZES[found[2]]
 
 
-Times = Annotated[float, typer.Option(parser=duration, metavar="TIME")]
-
-
-def bench(
+def bench(  # long: each parameter is an option of the command, and typer reads them from here
     target: Annotated[
         str | None,
         typer.Argument(
-            help="What to call: service.method. Without it, a built-in echo service is brought up, and checked. "
-            "Or: compare A.json B.json."
+            help="The method to call: service.method. Without it, rpcq starts a built-in echo service and checks its "
+            "results. Or: compare A.json B.json."
         ),
     ] = None,
     parameters: Annotated[
-        list[str] | None, typer.Argument(help="key=value for each parameter by name, or values by position.")
+        list[str] | None, typer.Argument(help="Parameters: key=value by name, or values by position.")
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(min=0.001, help="The open model: calls a second, sent when they are due.", show_default="1000"),
+        typer.Option(min=0.001, help="Open model: calls a second, each sent when it is due.", show_default="1000"),
     ] = None,
     length: Annotated[
         float | None,
-        typer.Option("--duration", parser=duration, metavar="TIME", help="How long, or each step.", show_default="10s"),
+        typer.Option(
+            "--duration",
+            parser=duration,
+            metavar="TIME",
+            help="Length of the test, or of each step.",
+            show_default="10s",
+        ),
     ] = None,
     arrivals: Annotated[
-        Arrivals, typer.Option(help="Calls are due at even distances, or at random as of independent callers.")
+        Arrivals, typer.Option(help="Open model: calls at even distances, or at random as from independent callers.")
     ] = Arrivals.CONSTANT,
     ramp: Annotated[
-        float, typer.Option(parser=duration, metavar="TIME", help="Begin with no calls, and grow to the rate in it.")
+        float, typer.Option(parser=duration, metavar="TIME", help="Open model: time in which the rate rises from 0.")
     ] = "0",  # type: ignore[assignment]  # read by `duration`
     step: Annotated[
-        str | None, typer.Option(help="Several rates in turn: FROM:TO:BY, each for the duration.", metavar="A:B:C")
+        str | None,
+        typer.Option(help="Open model: several rates in turn, FROM:TO:BY, each for the duration.", metavar="A:B:C"),
     ] = None,
     concurrency: Annotated[
-        int | None, typer.Option(min=1, help="The closed model: callers, each of which waits for its answer.")
+        int | None, typer.Option(min=1, help="Closed model: callers, each of which waits for its reply.")
     ] = None,
     calls: Annotated[
-        int | None, typer.Option("-n", "--calls", min=1, help="How many calls the closed model makes.")
+        int | None, typer.Option("-n", "--calls", min=1, help="Closed model: number of calls to make.")
     ] = None,
     warm_up: Annotated[
-        float, typer.Option("--warmup", parser=duration, metavar="TIME", help="Load before it counts.")
+        float, typer.Option("--warmup", parser=duration, metavar="TIME", help="Time of load before measuring begins.")
     ] = "1s",  # type: ignore[assignment]
-    timeout: Annotated[float, typer.Option(parser=duration, metavar="TIME", help="That each call has.")] = "30s",  # type: ignore[assignment]
-    idempotent: Annotated[bool, typer.Option("--idempotent", help="Calls may be sent again.")] = False,
+    timeout: Annotated[float, typer.Option(parser=duration, metavar="TIME", help="Timeout of each call.")] = "30s",  # type: ignore[assignment]
+    idempotent: Annotated[
+        bool, typer.Option("--idempotent", help="Mark the calls as idempotent: they may be sent again.")
+    ] = False,
     payload: Annotated[
-        int, typer.Option(parser=size, metavar="SIZE", help="Text that each call of the built-in echo carries.")
+        int, typer.Option(parser=size, metavar="SIZE", help="Size of the text in each call of the built-in echo.")
     ] = "0",  # type: ignore[assignment]
     params_file: Annotated[
-        Path | None, typer.Option(help="JSON lines: the parameters of each call in turn, as objects.")
+        Path | None, typer.Option(help="File of JSON lines: an object with the parameters of each call in turn.")
     ] = None,
     in_flight: Annotated[
-        int, typer.Option(min=1, help="Calls that may be under way at once; more are dropped, and counted.")
+        int, typer.Option(min=1, help="Most calls under way at once; further ones are dropped and counted.")
     ] = 100_000,
-    processes: Annotated[int, typer.Option(min=1, max=100, help="Generators of load.")] = 1,
-    workers: Annotated[int, typer.Option(min=1, max=100, help="Processes of the built-in echo.")] = 1,
-    prefetch: Annotated[int, typer.Option(min=1, help="Of each of them.")] = WORKER.prefetch,
+    processes: Annotated[int, typer.Option(min=1, max=100, help="Number of load generators.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, max=100, help="Number of worker processes of the built-in echo.")] = 1,
+    prefetch: Annotated[
+        int, typer.Option(min=1, help="Prefetch limit of each worker of the built-in echo.")
+    ] = WORKER.prefetch,
     simulate: Annotated[
-        float, typer.Option(parser=duration, metavar="TIME", help="How long the built-in echo takes.")
+        float, typer.Option(parser=duration, metavar="TIME", help="How long the handler of the built-in echo takes.")
     ] = "0",  # type: ignore[assignment]
-    queue_type: Annotated[QueueType, typer.Option(help="Of the built-in echo.")] = QueueType.CLASSIC,
-    seed: Annotated[int, typer.Option(help="Of random arrivals.")] = 0,
-    repeat: Annotated[int, typer.Option(min=1, max=100, help="Runs, to tell differences from noise.")] = 1,
+    queue_type: Annotated[
+        QueueType, typer.Option(help="Type of the request queue of the built-in echo.")
+    ] = QueueType.CLASSIC,
+    seed: Annotated[int, typer.Option(help="Seed of random arrivals.")] = 0,
+    repeat: Annotated[
+        int, typer.Option(min=1, max=100, help="Number of runs; several show how much results vary by chance.")
+    ] = 1,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the report as JSON; - for the output.")
+        Path | None, typer.Option("--json", help="Write the report as JSON; - for standard output.")
     ] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a line for each second.")] = None,
-    hgrm_file: Annotated[Path | None, typer.Option("--hgrm", help="Write the latencies by percentile.")] = None,
-    html_file: Annotated[Path | None, typer.Option("--html", help="Write a page with plots.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write CSV, with a line for each second.")] = None,
+    hgrm_file: Annotated[
+        Path | None, typer.Option("--hgrm", help="Write latency by percentile, as HdrHistogram's text.")
+    ] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write a page of HTML with plots.")] = None,
     fail_if: Annotated[
-        list[str] | None, typer.Option(help="End with exit code 1 if it is so: 'p99>50ms', 'errors>0'; several times.")
+        list[str] | None, typer.Option(help="Exit with code 1 if this holds: 'p99>50ms', 'errors>0'. May be repeated.")
     ] = None,
     url: Url = None,
     namespace: Namespace = None,
@@ -140,35 +156,33 @@ def bench(
 ) -> None:
     """Load-test a service, or a broker with a built-in echo.
 
-    The open model (--rate, --step, --ramp) sends calls when they are due, and counts latency from then: a stall shows.
-    The closed model (--concurrency) waits for answers, and so hides stalls: it tells throughput.
+    The open model (--rate, --step, --ramp) sends calls when they are due and counts latency from then: it shows stalls.
+    The closed model (--concurrency) waits for replies, and so hides stalls: it measures throughput.
     """
     logs.configure(log_level.upper())
-    try:
-        from rpcq.bench.conducting import LoadTest  # noqa: PLC0415 - an extra
-        from rpcq.bench.outputs import Condition  # noqa: PLC0415
-        from rpcq.bench.plan import Phase  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(EXTRA) from error
+    _check_extra(html_file)
     if target == "compare":
         _compare(parameters or [])
         return
+    from rpcq.bench.conducting import LoadTest  # noqa: PLC0415 - an extra
+    from rpcq.bench.plan import Phase, Plan  # noqa: PLC0415
+
     if target is not None and "." not in target:
-        raise ConfigurationError(f"the target is {target!r}; it is service.method, or nothing for the built-in echo")
+        raise ConfigurationError(f"the target must be service.method, or omitted for the built-in echo; got {target!r}")
     if concurrency is None and calls is not None:
-        raise ConfigurationError("-n is of the closed model: say --concurrency too")
+        raise ConfigurationError("-n is an option of the closed model: it needs --concurrency")
     if concurrency is not None and (rate is not None or step is not None or ramp):
-        raise ConfigurationError("--concurrency is the closed model, and --rate, --step and --ramp the open one")
-    conditions = [Condition.parse(text) for text in fail_if or ()]
-    for path in (json_file, csv_file, hgrm_file, html_file):
-        _check_writable(path)
+        raise ConfigurationError("--concurrency is the closed model; --rate, --step and --ramp are the open model")
+    conditions = _conditions(fail_if or ())
+    files = _Files(json_file, csv_file, hgrm_file, html_file)
+    files.check_writable()
     args, params = read_parameters(parameters or [])
     seconds = 10.0 if length is None else length
-    phases = () if concurrency is not None else tuple(Phase(*it) for it in _phases(rate or 1000.0, step, ramp, seconds))
-    test = LoadTest(
+    phases = [] if concurrency is not None else _phases(rate or 1000.0, step, ramp, seconds)
+    plan = Plan(
+        target=target or "",
         url=broker_url(url),
         namespace=namespace or "rpcq",
-        target=target,
         args=tuple(args),
         params=params,
         lines=() if params_file is None else _lines(params_file),
@@ -176,7 +190,7 @@ def bench(
         timeout=timeout,
         idempotent=idempotent,
         warm_up=warm_up,
-        phases=phases,
+        phases=tuple(Phase(*it) for it in phases),
         arrivals=arrivals.value,
         seed=seed,
         concurrency=concurrency or 0,
@@ -184,17 +198,41 @@ def bench(
         seconds=None if calls is not None and length is None else seconds,
         in_flight=in_flight,
         processes=processes,
-        workers=workers,
-        prefetch=prefetch,
-        simulate=simulate,
-        queue_type=queue_type.value,
+        checks=target is None,
     )
-    _check(test)
+    test = LoadTest(plan=plan, workers=workers, prefetch=prefetch, simulate=simulate, queue_type=queue_type.value)
+    _check_test(test)
     report = run(_measure(test, repeat))
-    _write(report, json_file, csv_file, hgrm_file, html_file)
-    failed = [f"{it}: it is {it.text(it.value(one))}" for it in conditions for one in report.runs if it.holds(one)]
+    files.write(report)
+    _exit_unless_good(report, conditions)
+
+
+def _check_extra(html_file: Path | None) -> None:
+    """Check that the packages of the extra are installed: before the test, because it may take minutes."""
+    try:
+        import rpcq.bench.conducting  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(EXTRA) from error
+    if html_file is not None:
+        try:
+            import rpcq.bench.page  # noqa: F401, PLC0415
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(PAGE_EXTRA) from error
+
+
+def _conditions(texts: Sequence[str]) -> list[Any]:
+    from rpcq.bench.outputs import Condition  # noqa: PLC0415
+
+    return [Condition.parse(text) for text in texts]
+
+
+def _exit_unless_good(report: Any, conditions: Sequence[Any]) -> None:
+    """Exit with 1 if a condition holds or results are wrong, with 130 after an interruption."""
+    failed = [
+        f"{it}: the value is {it.text(it.value(one))}" for it in conditions for one in report.runs if it.holds(one)
+    ]
     if any(one.checked and not one.correct for one in report.runs):
-        failed.append("calls were lost, doubled or mixed up")
+        failed.append("calls were lost, duplicated or mixed up")
     for why in dict.fromkeys(failed):
         progress.print(f"[red]failed:[/] {why}")
     if failed:
@@ -208,37 +246,38 @@ async def _measure(test: Any, repeat: int) -> Any:
     from rpcq.bench.result import Report  # noqa: PLC0415
 
     runs: list[Any] = []
-    told = _Progress(test)
-    loop = asyncio.get_running_loop()
+    shown = _Progress(test.plan)
     interrupted = False
-    where = await host(test.url)
+    where = await host(test.plan.url)
     for number in range(repeat):
-        told.begin(number + 1, repeat)
-        conductor = Conductor(test, told.second)
-
-        def stop(conductor: Conductor = conductor) -> None:
-            nonlocal interrupted
-            interrupted = True
-            conductor.stop()
-
-        for number_of_signal in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number_of_signal, stop)
-        try:
-            with told:
-                runs.append(await conductor.run())
-        finally:
-            for number_of_signal in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number_of_signal)
+        shown.begin(number + 1, repeat)
+        conductor = Conductor(test, shown.second)
+        with shown, _stopped_by_signals(conductor):
+            runs.append(await conductor.run())
+        interrupted = conductor.interrupted
         if interrupted:
             break
     return Report(settings=_settings(test, repeat), host=where, runs=tuple(runs), interrupted=interrupted)
 
 
-class _Progress:
-    """How it goes: a line that changes on a terminal, a line a second elsewhere."""
+@contextmanager
+def _stopped_by_signals(conductor: Any) -> Iterator[None]:
+    """Meanwhile, SIGINT and SIGTERM end the run early."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, conductor.stop)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
 
-    def __init__(self, test: Any) -> None:
-        self._test = test
+
+class _Progress:
+    """Shows the progress of a run: on a terminal, one line that changes; elsewhere, a line for each second."""
+
+    def __init__(self, plan: Any) -> None:
+        self._plan = plan
         self._live = progress.status("") if progress.is_terminal else None
         self._title = ""
         self._sent = self._ok = self._failed = 0
@@ -265,13 +304,13 @@ class _Progress:
         self._failed += tally.failed
         spread = HdrHistogram.decode(tally.latency.encode()) if tally.latency else None
         p50, p99 = (spread.get_value_at_percentile(it) / 1000 if spread else 0.0 for it in (50, 99))
-        planned = sum(it.seconds for it in self._test.phases) or self._test.seconds
+        planned = sum(it.seconds for it in self._plan.phases) or self._plan.seconds
         of = f"/{planned:g}" if planned else ""
         waiting = "" if depth is None else f", {depth:,} waiting"
-        offered = f"{tally.offered:,} due, " if self._test.phases else ""
+        offered = f"{tally.offered:,} due, " if self._plan.phases else ""
         self._say(
             f"{second + 1}{of} s: {offered}{tally.ok + tally.failed:,} ended, {tally.failed:,} failed, "
-            f"p50 {p50:.2f} ms, p99 {p99:.2f} ms{waiting}; in all {self._ok:,} ok, {self._failed:,} failed"
+            f"p50 {p50:.2f} ms, p99 {p99:.2f} ms{waiting}; total {self._ok:,} ok, {self._failed:,} failed"
         )
 
     def _say(self, text: str) -> None:
@@ -281,29 +320,46 @@ class _Progress:
             progress.print(self._title + text, soft_wrap=True)
 
 
-def _write(
-    report: Any, json_file: Path | None, csv_file: Path | None, hgrm_file: Path | None, html: Path | None
-) -> None:
-    from rpcq.bench import outputs  # noqa: PLC0415
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Where the report goes; None for files that are not written, `-` for JSON on standard output."""
 
-    last = report.runs[-1]
-    if json_file is not None and str(json_file) == "-":
-        sys.stdout.write(report.to_json().decode() + "\n")
-    else:
-        for one in report.runs:
-            output.print(outputs.summary(one, report))
-    if json_file is not None and str(json_file) != "-":
-        json_file.write_bytes(report.to_json())
-    if csv_file is not None:
-        with csv_file.open("w", encoding="utf-8", newline="") as file:
-            outputs.write_csv(last, file)
-    if hgrm_file is not None:
-        with hgrm_file.open("w", encoding="utf-8") as file:
-            outputs.write_hgrm(last, file)
-    if html is not None:
-        from rpcq.bench.page import page  # noqa: PLC0415
+    json: Path | None
+    csv: Path | None
+    hgrm: Path | None
+    html: Path | None
 
-        html.write_text(page(report), encoding="utf-8")
+    def check_writable(self) -> None:
+        """Check it before the test, because the test may take minutes."""
+        for path in (self.json, self.csv, self.hgrm, self.html):
+            if path is not None and str(path) != "-":
+                try:
+                    path.open("a").close()
+                except OSError as error:
+                    raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from error
+
+    def write(self, report: Any) -> None:
+        """Print the report, and write the files."""
+        from rpcq.bench import outputs  # noqa: PLC0415
+
+        last = report.runs[-1]
+        if self.json is not None and str(self.json) == "-":
+            sys.stdout.write(report.to_json().decode() + "\n")
+        else:
+            for one in report.runs:
+                output.print(outputs.summary(one, report))
+        if self.json is not None and str(self.json) != "-":
+            self.json.write_bytes(report.to_json())
+        if self.csv is not None:
+            with self.csv.open("w", encoding="utf-8", newline="") as file:
+                outputs.write_csv(last, file)
+        if self.hgrm is not None:
+            with self.hgrm.open("w", encoding="utf-8") as file:
+                outputs.write_hgrm(last, file)
+        if self.html is not None:
+            from rpcq.bench.page import page  # noqa: PLC0415
+
+            self.html.write_text(page(report), encoding="utf-8")
 
 
 def _compare(files: Sequence[str]) -> None:
@@ -311,7 +367,7 @@ def _compare(files: Sequence[str]) -> None:
     from rpcq.bench.result import read_report  # noqa: PLC0415
 
     if len(files) != 2:
-        raise ConfigurationError("rpcq bench compare takes two reports: A.json B.json")
+        raise ConfigurationError("rpcq bench compare needs two reports: A.json B.json")
     reports = []
     for name in files:
         try:
@@ -326,7 +382,9 @@ def _phases(rate: float, step: str | None, ramp: float, seconds: float) -> list[
         found = re.fullmatch(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", step)
         first, last, by = (float(it) for it in found.groups()) if found else (0.0, 0.0, 0.0)
         if not (0 < first <= last and by > 0):
-            raise ConfigurationError(f"--step is {step!r}; it is FROM:TO:BY in calls a second, as in 1000:20000:1000")
+            raise ConfigurationError(
+                f"--step must be FROM:TO:BY in calls a second, such as 1000:20000:1000; got {step!r}"
+            )
         rates = [first + by * number for number in range(int((last - first) / by + 1e-9) + 1)]
     else:
         rates = [rate]
@@ -348,38 +406,33 @@ def _lines(path: Path) -> tuple[dict[str, Any], ...]:
         except ValueError as error:
             raise ConfigurationError(f"line {number} of {path} is not JSON: {error}") from error
         if not isinstance(value, dict):
-            raise ConfigurationError(f"line {number} of {path} is no object of parameters by name")
+            raise ConfigurationError(
+                f"line {number} of {path} must be an object of parameters by name; got {type(value).__name__}"
+            )
         found.append(value)
     if not found:
-        raise ConfigurationError(f"{path} has no line")
+        raise ConfigurationError(f"--params-file must have a line for at least one call; got none in {path}")
     return tuple(found)
 
 
-def _check(test: Any) -> None:
-    """What does not go together."""
-    if test.target is None and (test.args or test.params or test.lines):
-        raise ConfigurationError("parameters are for a target; the built-in echo has its own (--payload)")
-    if test.lines and (test.args or test.params):
-        raise ConfigurationError("parameters come from the command line or from --params-file, not from both")
-    if test.target is not None and (test.payload or test.simulate or test.workers > 1):
-        raise ConfigurationError("--payload, --simulate and --workers are of the built-in echo; the target has its own")
-    if test.in_memory and (test.processes > 1 or test.workers > 1 or test.target is not None):
+def _check_test(test: Any) -> None:
+    """Check that the options can be combined."""
+    plan, is_echo = test.plan, test.plan.checks
+    if is_echo and (plan.args or plan.params or plan.lines):
+        raise ConfigurationError("parameters need a target; the built-in echo has parameters of its own (--payload)")
+    if plan.lines and (plan.args or plan.params):
+        raise ConfigurationError("parameters must come from the command line or from --params-file; got both")
+    if not is_echo and (plan.payload or test.simulate or test.workers > 1):
+        raise ConfigurationError("--payload, --simulate and --workers are for the built-in echo only; got a target")
+    if test.in_memory and (plan.processes > 1 or test.workers > 1 or not is_echo):
         raise ConfigurationError("memory:// is inside this process: one generator, one worker, and the built-in echo")
 
 
-def _check_writable(path: Path | None) -> None:
-    """Before minutes of measuring, and not after them."""
-    if path is not None and str(path) != "-":
-        try:
-            path.open("a").close()
-        except OSError as error:
-            raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from error
-
-
 def _settings(test: Any, repeat: int) -> dict[str, Any]:
-    found = asdict(test)
-    found["url"] = mask(test.url)
-    found["model"] = "open" if test.phases else "closed"
-    found["lines"] = len(test.lines)
-    found["repeat"] = repeat
-    return found
+    """The settings of the report, in the order in which the page shows them."""
+    plan = test.plan
+    found = {"url": mask(plan.url), "namespace": plan.namespace, "target": None if plan.checks else plan.target}
+    hidden = {"number", "checks"}
+    found |= {name: value for name, value in asdict(plan).items() if name not in {*found, *hidden}}
+    found |= {name: value for name, value in asdict(test).items() if name != "plan"}
+    return found | {"lines": len(plan.lines), "model": "open" if plan.phases else "closed", "repeat": repeat}

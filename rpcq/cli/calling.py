@@ -33,8 +33,8 @@ def call(
     parameters: Annotated[
         list[str] | None,
         typer.Argument(
-            help="key=value for each parameter by name, or values by position; values are JSON, or else text. "
-            "A single - reads them from standard input: a JSON object by name, an array by position."
+            help="key=value for each parameter by name, or values by position. A value that is not valid JSON is "
+            "text. A single - reads the parameters from standard input: a JSON object by name, or an array by position."
         ),
     ] = None,
     url: Url = None,
@@ -45,9 +45,9 @@ def call(
         ),
     ] = None,
     idempotent: Annotated[
-        bool, typer.Option("--idempotent", help="Send it again where an attempt may have been lost.")
+        bool, typer.Option("--idempotent", help="Send the call again if an attempt may have been lost.")
     ] = False,
-    queue: Annotated[str | None, typer.Option(help="Send to this queue, for servers that are not rpcq's.")] = None,
+    queue: Annotated[str | None, typer.Option(help="Send to this queue; for servers other than rpcq.")] = None,
     namespace: Namespace = None,
     as_json: Json = False,
     log_level: LogLevel = Level.WARNING,
@@ -66,8 +66,8 @@ def call(
     except CallError as error:
         if not as_json:
             raise
-        told = {"type": type(error).__name__, **to_wire(error), "correlation_id": error.correlation_id}
-        print_json({"error": told})
+        fields = {"type": type(error).__name__, **to_wire(error), "correlation_id": error.correlation_id}
+        print_json({"error": fields})
         raise typer.Exit(exit_code(error)) from error
     if as_json:
         print_json({"result": result})
@@ -76,10 +76,10 @@ def call(
 
 
 def read_parameters(words: list[str]) -> tuple[list[Any], dict[str, Any]]:
-    """Parameters as they stand on the command line: `key=value` by name, all others by position.
+    """Read the parameters on the command line: `key=value` by name, all others by position.
 
     Raises:
-        ConfigurationError: a name is given twice, or standard input is not JSON.
+        ConfigurationError: a name is given twice, or standard input is not valid JSON.
 
     """
     if words == ["-"]:
@@ -91,7 +91,7 @@ def read_parameters(words: list[str]) -> tuple[list[Any], dict[str, Any]]:
         if not equals or not name.isidentifier():
             args.append(_value(text))
         elif name in params:
-            msg = f"the parameter {name!r} is given twice"
+            msg = f"a parameter must be given only once; got {name!r} twice"
             raise ConfigurationError(msg)
         else:
             params[name] = _value(value)
@@ -102,7 +102,7 @@ def _from_input(text: bytes) -> tuple[list[Any], dict[str, Any]]:
     try:
         value = bodies.loads(text)
     except ValueError as error:
-        msg = f"standard input is not JSON: {error}"
+        msg = f"standard input must be JSON: {error}"
         raise ConfigurationError(msg) from error
     if isinstance(value, dict):
         return [], value
@@ -111,6 +111,6 @@ def _from_input(text: bytes) -> tuple[list[Any], dict[str, Any]]:
 
 def _value(text: str) -> Any:
     try:
-        return bodies.loads(text.encode())  # as a worker reads it: integers of any size
+        return bodies.loads(text.encode())  # the same parser as in a worker, with integers of any size
     except ValueError:
         return text

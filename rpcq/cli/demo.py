@@ -1,4 +1,4 @@
-"""`rpcq demo`: what rpcq does, in half a minute, on the in-process broker."""
+"""`rpcq demo`: what rpcq does, in half a minute, by default on the in-process broker."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ console = Console(highlight=False)
 
 
 class OutOfStock(DomainError):
-    """Nothing is left of an article."""
+    """An article is out of stock."""
 
 
 def shop() -> Service:
-    """The service that is shown."""
+    """The service of the demo."""
     service = Service("shop", errors=[OutOfStock])
 
     @service.method(idempotent=True)
@@ -65,12 +65,12 @@ def shop() -> Service:
 
 def demo(
     url: Annotated[
-        str, typer.Option(help="Where to show it; with a broker's URL, queues of the namespace rpcq-demo are made.")
+        str, typer.Option(help="The broker to use. With RabbitMQ, the demo makes queues in the namespace rpcq-demo.")
     ] = "memory://",
     calls: Annotated[int, typer.Option(min=1, max=100_000, help="Concurrent calls to make.")] = 10_000,
     log_level: LogLevel = Level.ERROR,
 ) -> None:
-    """Show what rpcq does: a service, calls by the thousand, and what callers get when things go wrong."""
+    """Show what rpcq does: a service, thousands of calls at once, and the errors that callers get."""
     logs.configure(log_level.upper())
     run(_show(url, calls))
 
@@ -82,32 +82,32 @@ async def _show(url: str, calls: int) -> None:
         await client.wait_for_service("shop")
         console.print('[bold]await client.call("shop.price", article="tea", count=2)[/]')
         console.print("   ", plain(await client.call("shop.price", article="tea", count=2)))
-        console.print(f"[bold]{calls:,} calls at once, each with its own answer[/]")
+        console.print(f"[bold]{calls:,} calls at once, each with its own reply[/]")
         await _many(client, calls)
         for code, failing, why in (
             (
                 'client.call("shop.price", article="tea", count="two")',
                 client.call("shop.price", article="tea", count="two"),
-                "the worker refused it, and did not run it",
+                "the worker refused the call, and did not run it",
             ),
             (
                 'client.with_options(errors=[OutOfStock]).call("shop.order", article="tea")',
                 client.with_options(errors=(OutOfStock,)).call("shop.order", article="tea"),
-                "the handler's own error, as itself",
+                "the handler's own error, as the same class",
             ),
             (
                 'client.with_options(timeout=0.5).call("shop.ponder")',
                 client.with_options(timeout=0.5).call("shop.ponder"),
-                "it ran, and was cancelled at the deadline",
+                "the handler ran, and was cancelled at the deadline",
             ),
-            ('client.call("nobody.there")', client.call("nobody.there"), "told at once: nobody serves it"),
+            ('client.call("nobody.there")', client.call("nobody.there"), "reported at once: no worker serves it"),
         ):
             console.print(f"await {code}", style="bold", markup=False)
             try:
                 await failing
             except CallError as error:
-                told = f"{type(error).__name__}, executed {error.executed!r}, retryable {error.retryable}"
-                console.print(f"    {told}: {why}", markup=False, soft_wrap=True)
+                shown = f"{type(error).__name__}, executed {error.executed!r}, retryable {error.retryable}"
+                console.print(f"    {shown}: {why}", markup=False, soft_wrap=True)
 
 
 async def _many(client: Client, calls: int) -> None:
@@ -115,9 +115,9 @@ async def _many(client: Client, calls: int) -> None:
         bar = progress.add_task("calls", total=calls)
 
         async def one(count: int) -> bool:
-            answer = await client.with_options(timeout=60).call("shop.price", article="tea", count=count)
+            price = await client.with_options(timeout=60).call("shop.price", article="tea", count=count)
             progress.advance(bar)
-            return bool(answer == 3 * count)
+            return bool(price == 3 * count)
 
         began = time.perf_counter()
         right = sum(await asyncio.gather(*(one(count) for count in range(calls))))

@@ -1,4 +1,4 @@
-"""`rpcq doctor` and `rpcq setup`: whether a broker can be used as rpcq uses it, and making it so."""
+"""`rpcq doctor` and `rpcq setup`: check that rpcq can use a broker, and declare what it needs there."""
 
 from __future__ import annotations
 
@@ -45,36 +45,34 @@ OLDEST: Final = (3, 10)
 """The oldest RabbitMQ that is supported."""
 
 UNCOUNTED_FROM: Final = (4, 3)
-"""The first RabbitMQ that takes requests back from consumers on lost nodes without counting a delivery."""
+"""The first RabbitMQ that requeues requests of consumers on lost nodes without counting a delivery."""
 
 DISCONNECTED: Final = "consumer-disconnected-timeout"
-"""The key of a policy, in milliseconds, for how long it waits before it does."""
+"""The key of a policy for how long RabbitMQ waits before that, in milliseconds."""
 
 CLOCKS_APART: Final = 1.0
-"""Seconds that two clocks may differ without a word."""
+"""Seconds that two clocks may differ without a finding."""
 
 NEARLY_FULL: Final = 50_000
-"""Messages in a request queue, half of what it takes, that are worth a word."""
+"""Messages in a request queue that cause a warning: half of its limit."""
 
-MENDS: Final[dict[type[BrokerError], str]] = {
-    BrokerUnreachable: "is the broker running, is this its address, and may this machine reach it?",
+FIXES: Final[dict[type[BrokerError], str]] = {
+    BrokerUnreachable: "check that the broker runs, that this is its address, and that this machine can reach it",
     AuthenticationFailed: "check user and password: rabbitmqctl authenticate_user USER PASSWORD",
-    VhostNotFound: "make it, and let the user in: rabbitmqctl add_vhost VHOST; rabbitmqctl set_permissions ...",
-    AccessRefused: "give the user what rpcq needs: see 'Least privilege' in the documentation on security",
+    VhostNotFound: "create it and its permissions: rabbitmqctl add_vhost VHOST; rabbitmqctl set_permissions ...",
+    AccessRefused: "give the user the permissions in 'Least privilege', in the documentation on security",
     NotFound: "declare it with 'rpcq setup', or start a worker",
-    ResourceLocked: "close the connection that has it: rabbitmqctl list_connections pid name",
-    TopologyMismatch: "delete the queue when it is empty, and let a worker or 'rpcq setup' declare it anew",
+    ResourceLocked: "close the connection that owns it: rabbitmqctl list_connections pid name",
+    TopologyMismatch: "delete the queue when it is empty; a worker or 'rpcq setup' then declares it again",
 }
 
 console = Console(highlight=False)
 
-Services = Annotated[
-    list[str] | None, typer.Argument(help="Services whose queues are meant: module:service, none or more.")
-]
+Services = Annotated[list[str] | None, typer.Argument(help="Services whose queues to check: module:service.")]
 
 
 class Grade(Enum):
-    """How a check ended."""
+    """The result of a check."""
 
     GOOD = "[green]ok  [/]"
     DOUBT = "[yellow]warn[/]"
@@ -83,11 +81,11 @@ class Grade(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What one check found, and the mend where there is something to mend."""
+    """What one check found, and how to fix it."""
 
     grade: Grade
     text: str
-    mend: str = ""
+    fix: str = ""
 
 
 Findings = AsyncIterator[Found]
@@ -102,12 +100,12 @@ def doctor(
         typer.Option(
             envvar="RPCQ_MANAGEMENT",
             metavar="URL",
-            help="The management API, such as http://localhost:15672; asked at RabbitMQ's own port if not given.",
+            help="The management API, such as http://localhost:15672; by default, RabbitMQ's own port for it.",
         ),
     ] = None,
     log_level: LogLevel = Level.ERROR,
 ) -> None:
-    """Check that the broker can be reached and used, queues are as they should be, and clocks agree; say the mend.
+    """Check that the broker can be used, its queues have the right arguments, and clocks agree; suggest fixes.
 
     The exit code is 1 if something is wrong.
     """
@@ -121,8 +119,8 @@ def doctor(
         async for finding in _examine(broker, broker_url(url), options, found, management):
             good = good and finding.grade is not Grade.BAD
             console.print(finding.grade.value, plain(finding.text), soft_wrap=True)
-            if finding.mend:
-                console.print("      ", plain(finding.mend, "dim"), soft_wrap=True)
+            if finding.fix:
+                console.print("      ", plain(finding.fix, "dim"), soft_wrap=True)
         return good
 
     if not run(examine()):
@@ -134,7 +132,7 @@ async def _examine(
 ) -> Findings:
     yield _settings(url, options)
     if broker.scheme == "memory":
-        yield Found(Grade.GOOD, "memory:// is a broker inside each process: there is nothing to reach")
+        yield Found(Grade.GOOD, "memory:// is a broker inside each process: there is no connection to check")
         return
     reached = 0
     for host, port in broker.hosts:
@@ -153,7 +151,7 @@ async def _examine(
                     if service.queue_type == "quorum" and _numbers(admin) >= UNCOUNTED_FROM:
                         yield await _policy(management_of(broker, management), queue.name, options)
         except BrokerError as error:
-            yield Found(Grade.BAD, f"{host}:{port}: {error}", MENDS.get(type(error), ""))
+            yield Found(Grade.BAD, f"{host}:{port}: {error}", FIXES.get(type(error), ""))
     if reached:
         async for finding in _as_client(url, options, services):
             yield finding
@@ -166,25 +164,25 @@ def _settings(url: str, options: ClientOptions) -> Found:
 
 
 def _version(admin: Admin) -> Found:
-    told = f"{admin.product} {admin.version}"
+    broker = f"{admin.product} {admin.version}"
     if admin.product != "RabbitMQ":
-        return Found(Grade.DOUBT, told, "rpcq is tested with RabbitMQ alone")
+        return Found(Grade.DOUBT, broker, "rpcq is tested only with RabbitMQ")
     numbers = _numbers(admin)
     if not numbers:
-        return Found(Grade.DOUBT, f"{told}: a version that says nothing")
+        return Found(Grade.DOUBT, f"{broker}: this version is not known")
     if numbers < OLDEST:
-        return Found(Grade.BAD, f"{told} is too old", "use RabbitMQ 3.10 or later")
-    return Found(Grade.GOOD, told)
+        return Found(Grade.BAD, f"{broker} is too old", "use RabbitMQ 3.10 or later")
+    return Found(Grade.GOOD, broker)
 
 
 def _numbers(admin: Admin) -> tuple[int, ...]:
-    """The first two numbers of the broker's version; none where it says none."""
+    """The first two numbers of the broker's version; an empty tuple if it has none."""
     found = re.match(r"(\d+)\.(\d+)", admin.version)
     return tuple(int(it) for it in found.groups()) if found else ()
 
 
 async def _policy(management: Management | None, queue: str, options: ClientOptions) -> Found:
-    """Whether a policy has the broker take requests back from lost nodes sooner than clients believe."""
+    """Check that no policy makes the broker requeue requests from lost nodes earlier than clients assume."""
     least = options.disconnected_timeout
     fix = f"give the URL of the management API with --management; {DISCONNECTED} must be at least {least * 1000:.0f}"
     if management is None:
@@ -194,19 +192,21 @@ async def _policy(management: Management | None, queue: str, options: ClientOpti
         policy = (found or {}).get("effective_policy_definition") or {}
         set_to = float(policy.get(DISCONNECTED, least * 1000)) / 1000
     except UNANSWERED as error:
-        return Found(Grade.DOUBT, f"queue {queue}: the policy is not known, because its API failed: {error}", fix)
+        return Found(
+            Grade.DOUBT, f"queue {queue}: the policy is not known, because the management API failed: {error}", fix
+        )
     if set_to >= least:
         return Found(Grade.GOOD, f"queue {queue}: no policy sets {DISCONNECTED} below {least:g} s")
     return Found(
         Grade.BAD,
-        f"queue {queue}: a policy sets {DISCONNECTED} to {set_to:g} s, and clients count on {least:g} s: "
-        "they may be told 'no' of what has run",
-        f"take it out of the policy, or tell all clients: disconnected_timeout={set_to:g}",
+        f"queue {queue}: a policy sets {DISCONNECTED} to {set_to:g} s, and clients assume {least:g} s: "
+        "an error may have executed='no' although the request has run",
+        f"remove it from the policy, or set disconnected_timeout={set_to:g} in all clients",
     )
 
 
 async def _exchanges(admin: Admin, topology: Topology, options: ClientOptions) -> Findings:
-    """Whether the exchanges are of the types that they should be: topic permissions hold for topic exchanges alone."""
+    """Check the types of the exchanges: topic permissions have an effect only on topic exchanges."""
     for exchange in topology.exchanges(options.reply_exchange):
         try:
             if await admin.has_exchange(exchange.name):
@@ -215,41 +215,44 @@ async def _exchanges(admin: Admin, topology: Topology, options: ClientOptions) -
             fix = "stop the programs that use it, delete it, and declare it again with 'rpcq setup'"
             yield Found(Grade.BAD, str(error), fix)
         except AccessRefused:
-            pass  # a user who may not declare it cannot compare it either
+            pass  # a user who may not declare an exchange cannot compare it
 
 
 async def _queue(admin: Admin, queue: Queue) -> Found:
-    """The state of a request queue, and whether its arguments are those that a worker declares."""
+    """Check the state of a request queue, and that its arguments are those that a worker declares."""
     state = await admin.queue(queue.name)
     if state is None:
-        return Found(Grade.DOUBT, f"queue {queue.name}: not there", "start a worker, or declare it with 'rpcq setup'")
-    told = f"queue {queue.name}: {state.messages} messages, {state.consumers} consumers"
+        return Found(
+            Grade.DOUBT, f"queue {queue.name}: does not exist", "start a worker, or declare it with 'rpcq setup'"
+        )
+    text = f"queue {queue.name}: {state.messages} messages, {state.consumers} consumers"
     try:
         await admin.declare([], [replace(queue, bindings=())])
     except TopologyMismatch as error:
-        return Found(Grade.BAD, str(error), MENDS[TopologyMismatch])
+        return Found(Grade.BAD, str(error), FIXES[TopologyMismatch])
     except AccessRefused:
-        told += "; its arguments cannot be checked by a user who may not declare it"
+        text += "; its arguments are not checked, because the user may not declare it"
     if not state.consumers:
-        return Found(Grade.BAD, told, "start a worker: until then, calls expire in the queue")
+        return Found(Grade.BAD, text, "start a worker: until then, calls expire in the queue")
     if state.messages > NEARLY_FULL:
-        return Found(Grade.DOUBT, told, f"it takes {MAX_LENGTH:,}; start more workers, or call less")
-    return Found(Grade.GOOD, told)
+        return Found(
+            Grade.DOUBT, text, f"its limit is {MAX_LENGTH:,} messages; start more workers, or make fewer calls"
+        )
+    return Found(Grade.GOOD, text)
 
 
 async def _others(admin: Admin, topology: Topology, service: Service, queue: Queue) -> Findings:
-    """The queue of the other kind, which the service had or has elsewhere: clients send to the quorum queue alone."""
+    """Check for a second queue of the service, of the other type: clients send only to the quorum queue."""
     for kind in get_args(QueueType):
         other = topology.request_queue(service.name, kind).name
         if other != queue.name and (state := await admin.queue(other)) is not None:
             once = other if topology.delivers_once(other) else queue.name
-            told = (
-                f"queue {other}: is there as well, with {state.consumers} consumers: rpcq's clients send to {once} "
-                "alone, and programs that send under the service's name reach both"
+            text = (
+                f"queue {other}: exists as well, with {state.consumers} consumers: rpcq's clients send only to {once}, "
+                "and programs that send under the service's name reach both"
             )
-            yield Found(
-                Grade.BAD, told, f"stop the workers that consume it, and delete it; {queue.name} is the one meant"
-            )
+            fix = f"stop the workers that consume it, and delete it; the service's queue is {queue.name}"
+            yield Found(Grade.BAD, text, fix)
 
 
 async def _as_client(url: str, options: ClientOptions, services: list[Service]) -> Findings:
@@ -258,10 +261,10 @@ async def _as_client(url: str, options: ClientOptions, services: list[Service]) 
     try:
         await client.connect()
     except BrokerError as error:
-        yield Found(Grade.BAD, f"as a client: {error}", MENDS.get(type(error), ""))
+        yield Found(Grade.BAD, f"as a client: {error}", FIXES.get(type(error), ""))
         return
     try:
-        yield Found(Grade.GOOD, "as a client: may declare and consume a reply queue, and reach the exchanges")
+        yield Found(Grade.GOOD, "as a client: may declare and consume a reply queue, and publish to the exchanges")
         began = time.time()
         answers = [(stats, time.time()) async for stats in client.stats(wait=1.0)]
         found = [worker async for worker in client.workers(wait=1.0)]
@@ -271,28 +274,30 @@ async def _as_client(url: str, options: ClientOptions, services: list[Service]) 
     yield Found(Grade.GOOD, f"workers: {len(found)}, of {', '.join(sorted(serving)) or 'no service'}")
     for service in services:
         if service.name not in serving:
-            yield Found(Grade.BAD, f"no worker of {service.name!r} answers", "start one: rpcq worker module:service")
+            yield Found(
+                Grade.BAD, f"no worker of {service.name!r} answers", "start a worker: rpcq worker module:service"
+            )
     for stats, came in answers:
-        # It was read somewhere between the question and the answer.
+        # The worker read its clock at some time between the question and the answer.
         apart = max(began - stats.time_ms / 1000, stats.time_ms / 1000 - came, 0.0)
         if apart > CLOCKS_APART:
-            told = f"the clocks of this machine and of {stats.host} (process {stats.pid}) are {apart:.1f} s apart"
-            yield Found(Grade.BAD, told, "synchronise them (NTP): deadlines travel as times of day")
+            text = f"the clocks of this machine and of {stats.host} (process {stats.pid}) are {apart:.1f} s apart"
+            yield Found(Grade.BAD, text, "synchronise them (NTP): requests contain their deadline as a time of day")
     if answers:
-        yield Found(Grade.GOOD, f"clocks: {len(answers)} workers compared, to {CLOCKS_APART:g} s")
+        yield Found(Grade.GOOD, f"clocks: {len(answers)} workers compared, within {CLOCKS_APART:g} s")
 
 
 def setup(
-    services: Annotated[list[str], typer.Argument(help="Services whose queues are declared: module:service.")],
+    services: Annotated[list[str], typer.Argument(help="Services whose queues to declare: module:service.")],
     url: Url = None,
     namespace: Namespace = None,
     reply_exchange: Annotated[
         str | None,
-        typer.Option(envvar="RPCQ_REPLY_EXCHANGE", help="Declare this exchange for replies as well."),
+        typer.Option(envvar="RPCQ_REPLY_EXCHANGE", help="Also declare this exchange, for replies."),
     ] = None,
     log_level: LogLevel = Level.WARNING,
 ) -> None:
-    """Declare the exchanges and request queues of services, so that workers need not be allowed to. Changes nothing."""
+    """Declare the exchanges and request queues of services, for workers without that permission. Changes nothing."""
     logs.configure(log_level.upper())
     options = options_from(ClientOptions, given(namespace=namespace, reply_exchange=reply_exchange))
     broker = parse(broker_url(url))
@@ -309,5 +314,5 @@ def setup(
             return await admin.declare(exchanges, queues)
 
     declared = run(declare())
-    told = f"exchanges {', '.join(it.name for it in exchanges)}; queues {', '.join(declared)}"
-    console.print(plain(told), soft_wrap=True)
+    text = f"exchanges {', '.join(it.name for it in exchanges)}; queues {', '.join(declared)}"
+    console.print(plain(text), soft_wrap=True)

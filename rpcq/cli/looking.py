@@ -1,4 +1,4 @@
-"""`rpcq list`, `rpcq describe` and `rpcq ping`: who is there, asked of the workers themselves."""
+"""`rpcq list`, `rpcq describe` and `rpcq ping`: ask the workers what they serve."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def list_services(
     as_json: Json = False,
     log_level: LogLevel = Level.WARNING,
 ) -> None:
-    """List the services that answer, with their workers and methods."""
+    """List the services whose workers answer, with their workers and methods."""
     logs.configure(log_level.upper())
     check_seconds("--wait", wait)
 
@@ -72,19 +72,19 @@ def _services_table(workers: list[WorkerInfo], stats: list[WorkerStats]) -> Tabl
         cells = name, ", ".join(queues), len(found), slots, ", ".join(methods)
         table.add_row(*(plain(cell) for cell in cells))
     total = sum(in_flight.values())
-    table.caption = f"{len(workers)} workers, {total} calls in hand"
+    table.caption = f"{len(workers)} workers, {total} requests in hand"
     return table
 
 
 def describe(
-    service: Annotated[str, typer.Argument(help="The service's name.")],
+    service: Annotated[str, typer.Argument(help="The name of the service.")],
     url: Url = None,
     wait: Wait = 1.0,
     namespace: Namespace = None,
     as_json: Json = False,
     log_level: LogLevel = Level.WARNING,
 ) -> None:
-    """Describe a service: its methods with their types and docs, and its workers."""
+    """Describe a service: its methods with their types and docstrings, and its workers."""
     logs.configure(log_level.upper())
     check_seconds("--wait", wait)
 
@@ -98,15 +98,15 @@ def describe(
     if as_json:
         print_json({"workers": [asdict(it) for it in workers]})
         return
-    told: dict[ServiceInfo, list[WorkerInfo]] = defaultdict(list)
+    versions: dict[ServiceInfo, list[WorkerInfo]] = defaultdict(list)
     for worker in workers:
         for info in worker.services:
             if info.name == service:
-                told[info].append(worker)
-    if len(told) > 1:
-        console.print("its workers differ: they run versions of it that are not the same", style="yellow")
-    for info, its in told.items():
-        _print_service(info, its)
+                versions[info].append(worker)
+    if len(versions) > 1:
+        console.print("its workers run different versions of the service", style="yellow")
+    for info, those in versions.items():
+        _print_service(info, those)
 
 
 def _print_service(service: ServiceInfo, workers: list[WorkerInfo]) -> None:
@@ -121,8 +121,8 @@ def _print_service(service: ServiceInfo, workers: list[WorkerInfo]) -> None:
     console.print()
     for worker in workers:
         where = f"{worker.name} on {worker.host}, process {worker.pid}"
-        told = f"worker {where}: rpcq {worker.version}, prefetch {worker.prefetch}"
-        console.print(" ", plain(told), soft_wrap=True)
+        line = f"worker {where}: rpcq {worker.version}, prefetch {worker.prefetch}"
+        console.print(" ", plain(line), soft_wrap=True)
 
 
 def _marks(method: MethodInfo) -> list[str]:
@@ -137,16 +137,16 @@ def _marks(method: MethodInfo) -> list[str]:
 
 
 def ping(
-    service: Annotated[str, typer.Argument(help="The service's name.")],
+    service: Annotated[str, typer.Argument(help="The name of the service.")],
     worker: Annotated[
-        str | None, typer.Option(help="Only a worker of this name will do; as a health check of one process.")
+        str | None, typer.Option(help="Accept only a worker of this name; for health checks of one process.")
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 3.0,
     url: Url = None,
     namespace: Namespace = None,
     log_level: LogLevel = Level.ERROR,
 ) -> None:
-    """Ask whether a worker of a service is there. The exit code is 0 if one answers, and 5 if none does."""
+    """Check that a worker of a service answers. The exit code is 0 if one answers, and 5 if none does."""
     logs.configure(log_level.upper())
     check_seconds("--timeout", timeout)
 
@@ -165,5 +165,5 @@ def ping(
         raise ServiceUnavailable(f"no {who} answered within {timeout:g} s")
     stats, ms = found
     console.print(
-        plain(f"{stats.name} on {stats.host}, process {stats.pid}: {ms:.1f} ms, {stats.in_flight} calls in hand")
+        plain(f"{stats.name} on {stats.host}, process {stats.pid}: {ms:.1f} ms, {stats.in_flight} requests in hand")
     )

@@ -1,7 +1,7 @@
-"""What the commands share: options, exit codes, consoles.
+"""What the commands share: options, exit codes, and the console for errors.
 
-An option that is not given is left to the library, which takes it from the environment or from its defaults: so the
-same program finds the same settings however it is started.
+An option that is not given is left to the library, which reads it from the environment or uses its default. So a
+command and a program have the same settings.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from rpcq.errors import (
 from rpcq.options import ClientOptions, WorkerOptions
 
 CLIENT, WORKER = ClientOptions(), WorkerOptions()
-"""The defaults."""
+"""The defaults, for help texts."""
 
 FAILED, USAGE, NO_BROKER, REFUSED, NOT_TAKEN, TIMED_OUT, NO_RESULT = range(1, 8)
 """Exit codes, besides 0."""
 
 EXIT_CODES = (
-    "Exit codes: 1 the handler or authorize raised, 2 an argument or a setting cannot be used, 3 the broker cannot be "
-    "used, 4 it did not run, and never will: its parameters or its method are wrong, or it is not allowed, 5 it did "
-    "not run, and may be tried again: nobody serves it, or a queue is full, 6 the deadline passed, 7 it ran or may "
-    "have run, and its result is lost."
+    "Exit codes: 1: the handler or authorize raised an error. 2: an argument or a setting is not valid. 3: the broker "
+    "cannot be used. 4: the call did not run, and another try will not help: its parameters or its method are wrong, "
+    "or the caller has no permission. 5: the call did not run, and may be tried again: no worker serves it, or a queue "
+    "is full. 6: the deadline passed. 7: the call ran or may have run, and its result is lost."
 )
 
 _BY_ERROR: tuple[tuple[type[RpcqError] | tuple[type[RpcqError], ...], int], ...] = (
@@ -51,11 +51,11 @@ _BY_ERROR: tuple[tuple[type[RpcqError] | tuple[type[RpcqError], ...], int], ...]
 )
 
 errors = Console(stderr=True, highlight=False)
-"""For what goes wrong; in colour on a terminal alone."""
+"""For errors; in colour only on a terminal."""
 
 
 class Level(StrEnum):
-    """How much is logged."""
+    """The least severe level that is logged."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -73,21 +73,23 @@ Namespace = Annotated[
     str | None,
     typer.Option(envvar="RPCQ_NAMESPACE", help="Prefix of all queues and exchanges.", show_default=CLIENT.namespace),
 ]
-LogLevel = Annotated[Level, typer.Option(envvar="RPCQ_LOG_LEVEL", help="How much is logged, on standard error.")]
-Wait = Annotated[float, typer.Option(help="Seconds to wait for the answers of workers.")]
+LogLevel = Annotated[
+    Level, typer.Option(envvar="RPCQ_LOG_LEVEL", help="The least severe level to log, on standard error.")
+]
+Wait = Annotated[float, typer.Option(help="Seconds to wait for answers of workers.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def given(**options: Any) -> Any:
-    """The options that were given, as keyword arguments."""
+    """The options that are not None, as keyword arguments."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def exit_code(error: RpcqError) -> int:
-    """What the command ends with over an error."""
+    """The exit code of a command that fails with this error."""
     return next((code for kinds, code in _BY_ERROR if isinstance(error, kinds)), USAGE)
 
 
 def default_name(command: str) -> str | None:
-    """What a command's client is called in the broker's list, unless the environment says it."""
+    """The name of a command's client in the broker's list of connections; None if RPCQ_NAME is set."""
     return None if os.environ.get("RPCQ_NAME") else f"rpcq-{command}"

@@ -1,4 +1,4 @@
-"""`rpcq worker`: find the services, serve them, stop on a signal."""
+"""`rpcq worker`: load the services, serve them, stop on a signal."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn, Unpack
 
 import typer
 
 from rpcq import logs
+from rpcq.cli.observing import Observing
 from rpcq.cli.options import FAILED, WORKER, Level, LogLevel, Namespace, Url, given
 from rpcq.cli.supervising import SUPERVISED, supervise
-from rpcq.cli.watching import Watching
+from rpcq.environment import variable
 from rpcq.errors import ConfigurationError
 from rpcq.options import WorkerKwargs
 from rpcq.runtime.process import run
@@ -26,8 +27,8 @@ from rpcq.service import Service
 from rpcq.worker import Worker
 
 
-def worker(
-    services: Annotated[list[str], typer.Argument(help="What to serve: module:service, once or more.")],
+def worker(  # over 50 lines, because typer reads the options from the parameters
+    services: Annotated[list[str], typer.Argument(help="One or more services to serve: module:service.")],
     url: Url = None,
     prefetch: Annotated[
         int | None,
@@ -38,35 +39,38 @@ def worker(
     processes: Annotated[
         int,
         typer.Option(
-            envvar="RPCQ_PROCESSES", min=1, max=1000, help="Worker processes. One that dies is started again."
+            envvar="RPCQ_PROCESSES",
+            min=1,
+            max=1000,
+            help="Number of worker processes. A process that dies is started again.",
         ),
     ] = 1,
     grace: Annotated[
         float | None,
         typer.Option(
-            envvar="RPCQ_GRACE", help="Seconds that running calls have to end.", show_default=f"{WORKER.grace:g}"
+            envvar="RPCQ_GRACE", help="Seconds that running handlers have to end.", show_default=f"{WORKER.grace:g}"
         ),
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(envvar="RPCQ_NAME", help="What this worker is called.", show_default=WORKER.name),
+        typer.Option(envvar="RPCQ_NAME", help="The name of this worker.", show_default=WORKER.name),
     ] = None,
     namespace: Namespace = None,
     reload: Annotated[
-        bool, typer.Option("--reload", help="Start again when a Python file here changes; for development.")
+        bool, typer.Option("--reload", help="Start again when a Python file in this folder changes; for development.")
     ] = False,
     http: Annotated[
         str | None,
         typer.Option(
             envvar="RPCQ_HTTP",
             metavar="HOST:PORT",
-            help="Serve /metrics, /livez and /readyz, as in ':9100' (all interfaces). Further processes take the ports "
-            "after it. Needs the extra `metrics`.",
+            help="Serve /metrics, /livez and /readyz at this address; ':9100' is on all interfaces. Further processes "
+            "use the next ports. Needs the extra `metrics`.",
         ),
     ] = None,
     log_calls: Annotated[
         float,
-        typer.Option(envvar="RPCQ_LOG_CALLS", min=0, max=1, help="The share of requests that is logged, from 0 to 1."),
+        typer.Option(envvar="RPCQ_LOG_CALLS", min=0, max=1, help="The share of requests to log, from 0 to 1."),
     ] = 0.0,
     trace_calls: Annotated[
         float | None,
@@ -74,45 +78,38 @@ def worker(
             envvar="RPCQ_TRACE_CALLS",
             min=0,
             max=1,
-            help="Trace requests with OpenTelemetry: the share of those outside a trace that begins one. Needs the "
-            "extra `tracing`, and an SDK, as `opentelemetry-instrument` sets it up.",
+            help="Trace requests with OpenTelemetry: the share, from 0 to 1, of the requests outside a trace that "
+            "begin one. Needs the extra `tracing`, and an SDK, for example from `opentelemetry-instrument`.",
         ),
     ] = None,
     log_level: LogLevel = Level.INFO,
 ) -> None:
-    """Serve services until SIGTERM or Ctrl-C, then let what runs end. A second signal ends it at once.
+    """Serve services until SIGTERM or Ctrl-C, then let running handlers end. A second signal stops at once.
 
-    The exit code is 0 if everything that ran could end, and 1 if something was cut off.
+    The exit code is 0 if all handlers ended, and 1 if a handler was cut off.
     """
     logs.configure(log_level.upper())
+    options = given(prefetch=prefetch, grace=grace, name=name, namespace=namespace)
     if (processes > 1 or reload) and not os.environ.get(SUPERVISED):
-        # The settings go to the processes by the environment: there, others cannot read the URL's password.
-        settings = {
-            "RPCQ_URL": url,
-            "RPCQ_PREFETCH": prefetch,
-            "RPCQ_GRACE": grace,
-            "RPCQ_NAME": name,
-            "RPCQ_NAMESPACE": namespace,
-            "RPCQ_HTTP": http,
-            "RPCQ_LOG_CALLS": log_calls,
-            "RPCQ_TRACE_CALLS": trace_calls,
-            "RPCQ_LOG_LEVEL": log_level.value,
-        }
-        environment = os.environ | {key: str(value) for key, value in given(**settings).items()}
-        command = [sys.executable, "-m", "rpcq", "worker", *services, "--processes", "1"]
-        sys.exit(
-            0 if run(supervise(command, environment, processes, reload=Path.cwd() if reload else None)) else FAILED
-        )
-    watching = Watching(http, log_calls, trace_calls).nth(int(os.environ.get(SUPERVISED) or 1))
-    found = load_services(services)
-    run(serve(found, url, watching, **given(prefetch=prefetch, grace=grace, name=name, namespace=namespace)))
+        observing = given(http=http, log_calls=log_calls, trace_calls=trace_calls, log_level=log_level.value)
+        _supervise(services, given(url=url) | options | observing, processes, reload=reload)
+    observers = Observing(http, log_calls, trace_calls).nth(int(os.environ.get(SUPERVISED) or 1))
+    run(serve(load_services(services), url, observers, **options))
+
+
+def _supervise(services: list[str], options: Mapping[str, object], processes: int, *, reload: bool) -> NoReturn:
+    # The processes get the options in their environment, where other users cannot read the URL's password.
+    environment = os.environ | {variable(name): str(value) for name, value in options.items()}
+    command = [sys.executable, "-m", "rpcq", "worker", *services, "--processes", "1"]
+    clean = run(supervise(command, environment, processes, reload=Path.cwd() if reload else None))
+    sys.exit(0 if clean else FAILED)
 
 
 def load_services(paths: Sequence[str]) -> list[Service]:
-    """The services that `module:service` paths name; modules are looked for in the working directory too.
+    """Load services by their paths, `module:service`; modules may also be in the working directory.
 
     Raises:
-        ConfigurationError: there is no such module or service; the message says which.
+        ConfigurationError: a module or a service does not exist; the message names it.
 
     """
     here = str(Path.cwd())
@@ -124,42 +121,41 @@ def load_services(paths: Sequence[str]) -> list[Service]:
 def _load(path: str) -> Service:
     module_name, colon, attribute = path.partition(":")
     if not colon or not module_name or not attribute or module_name.startswith("."):
-        msg = f"{path!r} is not of the form module:service, as in consumer_service.echo:echo"
+        msg = f"a service must be given as module:service, such as consumer_service.echo:echo; got {path!r}"
         raise ConfigurationError(msg)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise  # the module is there, and misses another one: its own traceback says where
+            raise  # the module exists, and imports one that does not: the traceback shows where
         msg = f"there is no module {error.name!r} (from {path!r}); looked in {Path.cwd()} and on the Python path"
         raise ConfigurationError(msg) from error
     service = getattr(module, attribute, None)
     if not isinstance(service, Service):
         offered = [name for name, value in vars(module).items() if isinstance(value, Service)]
-        there = f"it has {', '.join(offered)}" if offered else "it has none"
-        what = "no service" if service is None else "something that is no Service, called"
-        msg = f"module {module_name!r} has {what} {attribute!r}; {there}"
+        what = f"no service {attribute!r}" if service is None else f"{attribute!r}, which is not a Service"
+        msg = f"module {module_name!r} has {what}; its services: {', '.join(offered) or 'none'}"
         raise ConfigurationError(msg)
     return service
 
 
 async def serve(
-    services: Sequence[Service], url: str | None, watching: Watching, **options: Unpack[WorkerKwargs]
+    services: Sequence[Service], url: str | None, observing: Observing, **options: Unpack[WorkerKwargs]
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; a second one ends it at once.
+    """Serve until SIGTERM or Ctrl-C; a second signal stops at once.
 
-    Returns only if everything that ran could end. Otherwise the process ends here, with exit code 1: a thread or a
-    handler that does not let itself be stopped would hold it up for as long as it likes.
+    Returns only if all handlers ended. Otherwise the process exits here, with exit code 1: a thread or a handler that
+    cannot be stopped would delay the exit without limit.
     """
-    async with watching.worker(services, url, **options) as worker:
+    async with observing.worker(services, url, **options) as worker:
         clean = await _serve(worker)
     if not clean:
         _cut_off()
 
 
 async def _serve(worker: Worker) -> bool:
-    # A worker makes and drops thousands of small objects a second, few of which are cycles: by default the garbage
-    # collector looks for them after each 700 more, and at all that was imported, which costs more than it finds.
+    # A worker makes and drops thousands of small objects a second, and few of them are in cycles. By default the
+    # garbage collector runs after every 700 new objects, and visits all imported modules too: more cost than gain.
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     loop = asyncio.get_running_loop()
@@ -168,7 +164,7 @@ async def _serve(worker: Worker) -> bool:
     def on_signal() -> None:
         nonlocal stopping
         if stopping:
-            _cut_off()  # not by cancelling: it may not have come to its stop yet, and would then take its time
+            _cut_off()  # cancelling is not enough: the worker may not have begun to stop, and would wait for handlers
         stopping = True
         worker.request_stop()
 
@@ -186,12 +182,12 @@ def _cut_off() -> NoReturn:
 
 
 class _Pipe(asyncio.Protocol):
-    """The pipe from a supervisor: it closes when that is gone, however it went."""
+    """The pipe from the supervisor; it closes when the supervisor ends, even if that was killed."""
 
     def __init__(self, on_end: Callable[[], None]) -> None:
         self._on_end = on_end
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The supervisor is gone."""
+        """The supervisor has ended."""
         del exc
         self._on_end()

@@ -1,4 +1,4 @@
-"""`rpcq worker --processes` and `--reload`: worker processes, started again when they die or when files change."""
+"""`rpcq worker --processes` and `--reload`: worker processes are started again when they die or when files change."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from typing import Any, Final
 from rpcq import logs
 from rpcq.cli.options import USAGE
 from rpcq.errors import ConfigurationError
+from rpcq.runtime.backoff import Backoff
 
 FIRST_PAUSE: Final = 0.5
 LONGEST_PAUSE: Final = 30.0
-"""Seconds before a process that died at once is started again; doubled each time."""
+"""Seconds before a process that died early is started again; doubled each time."""
 
-AT_ONCE: Final = 10.0
-"""Seconds: a process that lived longer is started again without a pause."""
+EARLY: Final = 10.0
+"""Seconds. A process that lived longer is started again without a pause."""
 
 SUPERVISED: Final = "RPCQ_SUPERVISED"
-"""In the environment of a process that a supervisor started: its number, from 1. It ends when its input does."""
+"""The variable with the number, from 1, of a process that a supervisor started. It stops when its stdin closes."""
 
 log = logs.get_logger("rpcq.supervisor")
 
@@ -30,46 +31,46 @@ log = logs.get_logger("rpcq.supervisor")
 async def supervise(
     command: Sequence[str], environment: Mapping[str, str], processes: int, *, reload: Path | None
 ) -> bool:
-    """Keep processes running until SIGTERM or Ctrl-C, then let them end; each further signal goes on to them.
+    """Keep processes running until SIGTERM or Ctrl-C, then let them end; each further signal is passed on to them.
 
     Args:
-        command: what each of them runs.
-        environment: theirs.
-        processes: how many.
-        reload: the folder whose Python files start them again when they change; None for none.
+        command: the command line of each process.
+        environment: the environment of each process.
+        processes: the number of processes.
+        reload: the processes start again when Python files in this folder change; None for no such folder.
 
     Returns:
-        Whether all of them ended as they should.
+        Whether all processes ended without an error.
 
     Raises:
-        ConfigurationError: files are to be watched, and the package that does it is not installed.
+        ConfigurationError: `reload` is given, and the package watchfiles is not installed.
 
     """
-    supervisor = _Supervisor(command, environment, watches=reload is not None)
+    supervisor = _Supervisor(command, environment, reloads=reload is not None)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, supervisor.stop)
-    watcher = None if reload is None else loop.create_task(_watch(reload, _watcher(), supervisor))
+    reloading = None if reload is None else loop.create_task(_reload_on_changes(reload, _changes(), supervisor))
     try:
-        keepers = [supervisor.keep(number) for number in range(1, processes + 1)]
-        return all(await asyncio.gather(*keepers))
+        kept = [supervisor.keep(number) for number in range(1, processes + 1)]
+        return all(await asyncio.gather(*kept))
     finally:
-        if watcher is not None:
-            watcher.cancel()
-            await asyncio.gather(watcher, return_exceptions=True)
+        if reloading is not None:
+            reloading.cancel()
+            await asyncio.gather(reloading, return_exceptions=True)
 
 
 class _Supervisor:
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], *, watches: bool) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], *, reloads: bool) -> None:
         self._command = command
         self._environment = environment
-        self._watches = watches
+        self._reloads = reloads
         self._running: set[asyncio.subprocess.Process] = set()
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
 
     def stop(self) -> None:
-        """End all processes, and start no more."""
+        """End all processes, and start no others."""
         self._stopping.set()
         self._terminate()
 
@@ -85,29 +86,29 @@ class _Supervisor:
                 process.terminate()
 
     async def keep(self, number: int) -> bool:
-        """Keep one process running; whether the last one ended as it should."""
-        pause = FIRST_PAUSE
+        """Keep one process running until `stop`, and return whether its last run ended without an error."""
+        backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         while True:
             began, changed = time.monotonic(), self._changed
             code = await self._run(number)
             if self._stopping.is_set():
-                return code in (0, -signal.SIGTERM)  # the latter before it began to serve
-            if changed.is_set():  # files changed: it was asked to end
+                return code in (0, -signal.SIGTERM)  # -SIGTERM: it was stopped before it began to serve
+            if changed.is_set():  # `changed` ended it
                 continue
-            if code == USAGE and not self._watches:
-                self.stop()  # it says itself what is wrong, and the next one would say the same
+            if code == USAGE and not self._reloads:
+                self.stop()  # it has printed what is wrong, and another one would fail in the same way
                 return False
             lived = time.monotonic() - began
-            pause = FIRST_PAUSE if lived > AT_ONCE else pause
-            wait = 0.0 if lived > AT_ONCE else pause
-            log.error("worker process died", number=number, exit_code=code, lived=round(lived, 1), again_in=wait)
-            await self._sleep(wait, changed)
+            if lived > EARLY:
+                backoff.reset()
+            pause = 0.0 if lived > EARLY else backoff.pause()
+            log.error("worker process died", number=number, exit_code=code, lived=round(lived, 1), again_in=pause)
+            await self._sleep(pause, changed)
             if self._stopping.is_set():
                 return False
-            pause = min(pause * 2, LONGEST_PAUSE)
 
     async def _run(self, number: int) -> int:
-        # In a session of its own: Ctrl-C in a terminal comes here alone, and what follows is ours to say.
+        # In a session of its own: Ctrl-C in a terminal reaches only the supervisor, which then stops the processes.
         process = await asyncio.create_subprocess_exec(
             *self._command,
             env={**self._environment, SUPERVISED: str(number)},
@@ -124,22 +125,24 @@ class _Supervisor:
             self._running.discard(process)
 
     async def _sleep(self, seconds: float, changed: asyncio.Event) -> None:
-        """Until time is up, a file changes, or all is to end."""
+        """Wait until the time is over, files change, or `stop` is called."""
         waits = [asyncio.create_task(it.wait()) for it in (self._stopping, changed)]
         await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
 
 
-async def _watch(folder: Path, awatch: Callable[..., AsyncIterator[Any]], supervisor: _Supervisor) -> None:
+async def _reload_on_changes(
+    folder: Path, changes_in: Callable[..., AsyncIterator[Any]], supervisor: _Supervisor
+) -> None:
     log.info("watching for changes", folder=str(folder))
-    async for changes in awatch(folder):
+    async for changes in changes_in(folder):
         files = sorted(str(Path(name).relative_to(folder)) for _, name in changes)
         log.info("files changed; starting again", files=files[:5])
         supervisor.changed()
 
 
-def _watcher() -> Callable[..., AsyncIterator[Any]]:
+def _changes() -> Callable[..., AsyncIterator[Any]]:
     try:
         from watchfiles import PythonFilter, awatch  # noqa: PLC0415 - an extra
     except ImportError as error:

@@ -1,6 +1,6 @@
-"""What the commands print: text that came from elsewhere is shown as it is, without Rich's markup or a terminal's.
+"""What the commands print: markup of Rich and control characters of terminals in it have no effect.
 
-A name or an error's message may come from any worker, so it goes through `plain` or `print_json` before it is printed.
+The name of a worker and the message of an error may come from any worker: `plain` or `print_json` prints them.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from rpcq.wire import bodies
 
 
 def plain(text: object, style: str = "", *, lines: bool = False) -> Text:
-    """A text for Rich, printed as it is; `lines` keeps its newlines."""
+    """A text for Rich without markup or control characters; `lines` keeps its newlines."""
     return Text(printable(str(text), lines=lines), style=style)
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON in one line, for programs."""
+    """Print a value as one line of JSON, for programs."""
     print(printable_json(bodies.dumps(value).decode()))

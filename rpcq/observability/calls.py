@@ -1,4 +1,4 @@
-"""Logs of calls: a line when one begins and one when it has ended, for a share of them."""
+"""Logs of calls: one line when a call begins and one when it has ended, for all calls or a share of them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ worker_log = logs.get_logger("rpcq.worker.calls")
 class CallLogs(Observer):
     """Logs calls at a client, and requests at a worker. Bodies, headers and metadata are never logged.
 
-    What a handler raised is logged in any case, by `rpcq.worker`, with its incident ID; so are sessions that go down,
-    and workers that start and stop.
+    The logger `rpcq.worker` logs some things without this observer: exceptions of handlers with their incident IDs,
+    sessions that go down, and workers that start and stop.
 
     Args:
-        ratio: the share of calls that is logged, from 0 to 1; the same ones at both ends.
+        ratio: share of calls that is logged, from 0 to 1; client and worker log the same calls.
 
     Raises:
-        ConfigurationError: the ratio is none.
+        ConfigurationError: the ratio is not a number from 0 to 1.
 
     """
 
@@ -39,8 +39,8 @@ class CallLogs(Observer):
         return self._call_ended
 
     def _call_ended(self, call: ObservedCall) -> None:
-        event = "call completed" if call.code == OK else "call failed"
-        client_log.info(event, **_ended(call))
+        text = "call completed" if call.code == OK else "call failed"
+        client_log.info(text, **_ended(call))
 
     def on_request(self, request: ObservedRequest) -> Callable[[ObservedRequest], None] | None:
         """See `Observer`."""
@@ -61,21 +61,21 @@ class CallLogs(Observer):
         return self._request_ended
 
     def _request_ended(self, request: ObservedRequest) -> None:
-        event = "request failed" if request.ran else "request refused"
-        worker_log.info("request completed" if request.code == OK else event, **_ended(request))
+        failed = "request failed" if request.ran else "request refused"
+        worker_log.info("request completed" if request.code == OK else failed, **_ended(request))
 
 
-def _ended(seen: ObservedCall | ObservedRequest) -> dict[str, Any]:
-    said: dict[str, Any] = {
-        "method": seen.label,
-        "correlation_id": seen.correlation_id,
-        "code": seen.code,
-        "duration_ms": round(seen.seconds * 1000, 3),
+def _ended(observed: ObservedCall | ObservedRequest) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "method": observed.label,
+        "correlation_id": observed.correlation_id,
+        "code": observed.code,
+        "duration_ms": round(observed.seconds * 1000, 3),
     }
-    if seen.code != OK:
-        said["attempt"] = seen.attempt
-    if isinstance(seen.error, CallError):
-        said["executed"] = seen.error.executed
-        if seen.error.incident:
-            said["incident"] = seen.error.incident
-    return said
+    if observed.code != OK:
+        fields["attempt"] = observed.attempt
+    if isinstance(observed.error, CallError):
+        fields["executed"] = observed.error.executed
+        if observed.error.incident:
+            fields["incident"] = observed.error.incident
+    return fields

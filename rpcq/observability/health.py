@@ -1,6 +1,6 @@
-"""`/metrics`, `/livez` and `/readyz` of a process, served from a thread: they answer while the event loop is blocked.
+"""Serves `/metrics`, `/livez` and `/readyz` of a process from a thread, so also while the event loop is blocked.
 
-The server is the standard library's, as prometheus-client uses it, with limits. Needs prometheus-client.
+It uses the server of the standard library, like prometheus-client, and adds limits. Needs prometheus-client.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rpcq import logs
 from rpcq.errors import ConfigurationError
 
 BEAT: Final = 1.0
-"""Seconds between two signs of life of the event loop."""
+"""Seconds between two times that the event loop notes that it runs."""
 
 CLIENT_TIMEOUT: Final = 5.0
 """Seconds that a client has to send its request, and to take each part of the response."""
@@ -32,7 +32,7 @@ MAX_REQUEST: Final = 32 * 1024
 """Bytes of a request with its headers."""
 
 MAX_CONNECTIONS: Final = 32
-"""Connections that are served at once, each in a thread; further ones are closed."""
+"""Connections that are served at the same time, each in a thread; further ones are closed."""
 
 _ADDRESS: Final = re.compile(r"(?:(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\[\]:\s]*):)?(?P<port>[0-9]{1,5})\Z")
 
@@ -42,34 +42,34 @@ StartResponse = Callable[[str, list[tuple[str, str]]], Any]
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """Host and port of ":9100" (all interfaces), "127.0.0.1:9100" or "[::1]:9100".
+    """Parse the host and the port of ":9100" (all interfaces), "127.0.0.1:9100" or "[::1]:9100".
 
     Raises:
-        ConfigurationError: it is none.
+        ConfigurationError: the text is not an address.
 
     """
     match = _ADDRESS.match(text)
     if match is None or int(match["port"]) > 65535:
-        msg = f"the address is {text!r}; it is HOST:PORT, or :PORT for all interfaces"
+        msg = f"the address must be HOST:PORT, or :PORT for all interfaces; got {text!r}"
         raise ConfigurationError(msg)
     return (match["host"] or "0.0.0.0").strip("[]"), int(match["port"])  # noqa: S104 - as asked
 
 
 class HealthServer:
-    """Serves from `start`, in the event loop that is watched, until `close`.
+    """Serves from `start` until `close`. Call `start` in the event loop that it has to watch.
 
-    `/livez` says whether that loop lives: 503 once it has given no sign of life for `patience`, so that whoever runs
-    the process starts it again. It says nothing of the broker: starting again mends none. `/readyz` says what `ready`
-    says.
+    `/livez` is 503 if that loop has not run for `patience` seconds; then the process should be started again. It does
+    not depend on the broker: starting the process again does not fix a broker. `/readyz` is 503 if `ready` returns a
+    reason.
 
     Args:
-        address: as `parse_address` takes it; port 0 takes a free one.
-        ready: why the process cannot take work, or nothing; called from another thread.
-        patience: seconds.
-        registry: whose metrics; None for prometheus-client's own.
+        address: as for `parse_address`; with port 0 it takes a free port.
+        ready: returns why the process cannot take work, or an empty string; called in another thread.
+        patience: seconds that the event loop may be blocked.
+        registry: registry of the metrics; None for prometheus-client's own.
 
     Attributes:
-        port: where it listens, once it was started.
+        port: port that it listens on, once it was started.
 
     """
 
@@ -91,10 +91,10 @@ class HealthServer:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Listen.
+        """Start to listen.
 
         Raises:
-            ConfigurationError: it cannot; the message says why.
+            ConfigurationError: it cannot listen on that address; the message says why.
 
         """
         loop = asyncio.get_running_loop()
@@ -104,7 +104,7 @@ class HealthServer:
             {"address_family": socket.AF_INET6 if ":" in self._host else socket.AF_INET},
         )
         try:
-            self._server = make_server(self._host, self.port, self._answer, server, handler_class=_Handler)
+            self._server = make_server(self._host, self.port, self._respond, server, handler_class=_Handler)
         except OSError as error:
             msg = f"cannot listen on {self._host}:{self.port}: {error.strerror or error}"
             raise ConfigurationError(msg) from error
@@ -115,7 +115,7 @@ class HealthServer:
         log.info("health is served", host=self._host, port=self.port)
 
     def close(self) -> None:
-        """Listen no more. Waits for the thread, which looks twice a second."""
+        """Stop listening. Waits up to half a second for the thread."""
         if self._timer is not None:
             self._timer.cancel()
         if self._server is not None:
@@ -130,7 +130,7 @@ class HealthServer:
 
     # In the threads of the server.
 
-    def _answer(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+    def _respond(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO")
         if path == "/metrics":
             found: Iterable[bytes] = self._metrics(environ, start_response)
@@ -142,23 +142,23 @@ class HealthServer:
             why = self._ready()
         else:
             start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
-            return [b"there are /metrics, /livez and /readyz\n"]
+            return [b"this server has /metrics, /livez and /readyz\n"]
         headers = [("Content-Type", "text/plain; charset=utf-8"), ("Cache-Control", "no-store")]
         start_response("503 Service Unavailable" if why else "200 OK", headers)
         return [f"{why or 'ok'}\n".encode()]
 
 
 class _Server(ThreadingWSGIServer):
-    """Has a thread for each of at most `MAX_CONNECTIONS`."""
+    """Serves each connection in a thread, and at most `MAX_CONNECTIONS` of them."""
 
-    request_queue_size = 128  # with the default of five, connections of a burst are lost, and retried after a second
+    request_queue_size = 128  # the default of 5 drops connections of a burst; clients retry after 1 s
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Begin to serve a connection, or close it."""
+        """Start to serve a connection, or close it if there are too many."""
         if not self._free.acquire(blocking=False):
             self.shutdown_request(request)
             return
@@ -169,7 +169,7 @@ class _Server(ThreadingWSGIServer):
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve it, in its thread."""
+        """Serve a connection, in its thread."""
         try:
             super().process_request_thread(request, client_address)
         finally:
@@ -177,7 +177,7 @@ class _Server(ThreadingWSGIServer):
 
 
 class _Request(io.RawIOBase):
-    """What a client sends, at most `MAX_REQUEST`, and for at most `CLIENT_TIMEOUT` in all, however slowly it comes."""
+    """Reads a request: at most `MAX_REQUEST` bytes, in at most `CLIENT_TIMEOUT` seconds in all."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -185,11 +185,11 @@ class _Request(io.RawIOBase):
         self._size = 0
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read what comes next.
+        """Read the next bytes.
 
         Raises:
             OSError: the client takes too long, sends too much, or is gone.
@@ -208,17 +208,17 @@ class _Request(io.RawIOBase):
 
 
 class _Response(io.BufferedIOBase):
-    """What a client gets; it has `CLIENT_TIMEOUT` to take each part."""
+    """Writes a response; the client has `CLIENT_TIMEOUT` seconds to take each part."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
 
     def writable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def write(self, part: Any) -> int:
-        """Send a part, whole.
+        """Send all of a part.
 
         Raises:
             OSError: the client takes too long, or is gone.
@@ -226,16 +226,16 @@ class _Response(io.BufferedIOBase):
         """
         try:
             self._connection.sendall(part)
-        except TimeoutError as error:  # of which the base would print a traceback
+        except TimeoutError as error:  # for a TimeoutError, the base class would print a traceback
             raise ConnectionAbortedError from error
         return len(part)
 
 
 class _Handler(WSGIRequestHandler):
-    """Drops clients that are slow, or send too much, and writes no line for each request."""
+    """Drops clients that are slow or send too much, and does not log each request."""
 
     def setup(self) -> None:
-        """Read by `_Request`, and answer by `_Response`."""
+        """Read with `_Request`, and write with `_Response`."""
         super().setup()
         self.rfile.close()
         self.rfile = io.BufferedReader(_Request(self.connection))
@@ -247,4 +247,4 @@ class _Handler(WSGIRequestHandler):
             super().handle()
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
-        """Nothing."""
+        """Do not log each request."""

@@ -1,4 +1,4 @@
-"""RabbitMQ's management API, as far as it is asked: https://www.rabbitmq.com/docs/management#http-api."""
+"""Asks RabbitMQ's management API about queues: https://www.rabbitmq.com/docs/management#http-api."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ TIMEOUT: Final = 5.0
 """Seconds that the API has to answer."""
 
 UNANSWERED: Final = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
-"""What is raised where there is no such API, or it does not answer as it should."""
+"""Exceptions that `Management.queue` raises if there is no such API, or its response is not what it should be."""
 
-NO_URL: Final = "management is no URL such as 'http://localhost:15672'"
+NO_URL: Final = "management must be a URL such as 'http://localhost:15672'"
 
 _PORTS: Final = {"amqp": ("http", 15672), "amqps": ("https", 15671)}
 
 
 def management_of(broker: BrokerURL, url: str | None) -> Management | None:
-    """The API of a broker that is to be asked, if any.
+    """Return the management API of a broker, or None if it should not be asked.
 
     Args:
-        broker: whose it is.
-        url: where it is; None for the broker's first host at RabbitMQ's own port, if the broker is at its own port too;
-            an empty string for none.
+        broker: the broker.
+        url: URL of the API. None: the broker's first host and the default port of the API, but only if the broker has
+            its default port too. An empty string: do not ask it.
 
     Raises:
         ConfigurationError: the URL cannot be used.
@@ -41,17 +41,17 @@ def management_of(broker: BrokerURL, url: str | None) -> Management | None:
         return Management(broker, url) if url else None
     host, port = broker.hosts[0]
     if port != PORTS[broker.scheme]:
-        return None  # behind another port, what answers at 15672 may be another broker
+        return None  # the API at port 15672 may belong to another broker
     scheme, port = _PORTS[broker.scheme]
     return Management(broker, f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
 
 
 class Management:
-    """The API of one node. Its methods block.
+    """The management API of one node. Its methods block.
 
     Args:
-        broker: gives the vhost, and user and password where the URL has none.
-        url: where it is.
+        broker: its vhost; also its user and password if the URL has none.
+        url: URL of the API.
 
     Raises:
         ConfigurationError: the URL cannot be used.
@@ -62,7 +62,7 @@ class Management:
         try:
             parts = urlsplit(url)
             port = parts.port
-        except ValueError:  # of a port that is none; what it says may be a part of a password
+        except ValueError:  # the port is not a number; do not show the text, it may be a part of a password
             raise ConfigurationError(NO_URL) from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigurationError(NO_URL)
@@ -75,10 +75,10 @@ class Management:
         self._broker = broker
 
     def queue(self, name: str, columns: Sequence[str]) -> dict[str, Any] | None:
-        """What it knows of a queue; None if there is no such queue.
+        """Return these columns of a queue, or None if there is no such queue.
 
         Raises:
-            One of `UNANSWERED`: it does not answer as it should.
+            One of `UNANSWERED`: its response is not what it should be.
             ConfigurationError: a file that the broker's URL names for TLS cannot be used.
 
         """
@@ -93,7 +93,7 @@ class Management:
         if response.status == http.client.NOT_FOUND:
             return None
         if response.status != http.client.OK:
-            msg = f"it answered {response.status} {response.reason}"
+            msg = f"the response is {response.status} {response.reason}"
             raise OSError(msg)
         found: dict[str, Any] = orjson.loads(body)
         return found

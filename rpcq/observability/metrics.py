@@ -1,7 +1,7 @@
 """Metrics for Prometheus: `Client(observers=[Metrics()])`, and the same with a worker. Needs prometheus-client.
 
-What a call pays is two look-ups and a few additions: numbers are kept as they come, and become samples when somebody
-scrapes them. Names follow https://prometheus.io/docs/practices/naming/: base units, `_total` on counters.
+A call costs two look-ups and a few additions: numbers are only added up, and become samples when they are scraped.
+Names follow https://prometheus.io/docs/practices/naming/: base units, `_total` on counters.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from prometheus_client.core import (
 )
 
 from rpcq.errors import DOMAIN_CODE, STATUS_CODES
-from rpcq.observer import OK, Observed, ObservedCall, ObservedRequest, Observer, Role, Watched
+from rpcq.observer import OK, Counted, Observed, ObservedCall, ObservedRequest, Observer, Role
 from rpcq.runtime.process import own_version
 
 if TYPE_CHECKING:
     from rpcq.observability.queues import QueueDepth
 
 BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-"""Upper bounds, seconds. A call on an idle broker takes about a millisecond."""
+"""Upper bounds of the buckets, seconds. A call on an idle broker takes about a millisecond."""
 
 LAG_BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 
 LAG_EVERY: Final = 0.5
-"""Seconds between two looks at how late the event loop runs what is due."""
+"""Seconds between two measurements of how late the event loop runs a timer."""
 
 MAX_METHODS: Final = 1000
-"""Methods that have series of their own at one side; calls of further ones are told together, as `OTHER`."""
+"""Methods that have series of their own at one side; calls of further methods are counted together, as `OTHER`."""
 
 OTHER: Final = "other"
 
@@ -48,21 +48,21 @@ MAX_CODES: Final = 50
 """Codes of services' own errors that have series of their own for each method at one side."""
 
 OTHER_CODE: Final = "OTHER"
-"""All further codes and reasons together. In capitals, because a service's own error may have the code "other"."""
+"""Counts all further codes and reasons. In capitals, because a service's own error may have the code "other"."""
 
 STATUSES: Final = frozenset({OK, *STATUS_CODES})
 """Codes that always have series of their own."""
 
 REASONS: Final = frozenset({"expired", "delivery_limit", "rejected", "maxlen"})
-"""Why RabbitMQ gives a message up: https://www.rabbitmq.com/docs/dlx."""
+"""Reasons for which RabbitMQ dead-letters a message: https://www.rabbitmq.com/docs/dlx."""
 
 OWNED: Final[Mapping[str, tuple[str, str, Mapping[str, str]]]] = {
     "pending_replies": ("rpcq_client_pending_replies", "Calls that wait for a reply.", {}),
     "late_replies": ("rpcq_client_unmatched_replies", "Replies for no call under way.", {"reason": "late"}),
     "duplicate_replies": ("rpcq_client_unmatched_replies", "", {"reason": "duplicate"}),
     "stray_replies": ("rpcq_client_unmatched_replies", "", {"reason": "stray"}),
-    "resent": ("rpcq_client_requests_resent", "Requests sent again: a session or a worker was lost, or stopped.", {}),
-    "retried": ("rpcq_client_calls_retried", "Calls made again, as their option retry asks.", {}),
+    "resent": ("rpcq_client_requests_resent", "Requests sent again after a loss of session or worker, or a stop.", {}),
+    "retried": ("rpcq_client_calls_retried", "Calls made again, because of their option retry.", {}),
     "in_flight": ("rpcq_worker_requests_in_hand", "Requests that are not acknowledged yet.", {}),
     "finished": ("rpcq_worker_requests_acknowledged", "Requests that were acknowledged.", {}),
     "refused_redeliveries": (
@@ -76,13 +76,13 @@ OWNED: Final[Mapping[str, tuple[str, str, Mapping[str, str]]]] = {
         {},
     ),
     "unroutable_replies": ("rpcq_worker_unroutable_replies", "Replies whose caller was gone.", {}),
-    "replayed": ("rpcq_worker_replayed_results", "Requests answered with a remembered result.", {}),
+    "replayed": ("rpcq_worker_replayed_results", "Requests answered with a stored result.", {}),
     "loop_blocks": ("rpcq_event_loop_blocks", "Times that a handler blocked the event loop (blocked_after).", {}),
 }
-"""What `Watched.counts` tells -> name, help and labels."""
+"""Key of `Counted.counts` -> name, help and labels of the metric."""
 
 GAUGES: Final = frozenset({"pending_replies", "in_flight"})
-"""Those of them that also fall."""
+"""Keys of `OWNED` whose numbers can also fall."""
 
 
 class _Histogram:
@@ -98,7 +98,7 @@ class _Histogram:
         self.sum += seconds
 
     def sample(self, into: HistogramMetricFamily, labels: Sequence[str]) -> None:
-        """Add what came, if anything did."""
+        """Add a sample to the family, if anything was counted."""
         if not any(self.counts):
             return
         bounds = [*(str(bound) for bound in self.bounds), "+Inf"]
@@ -106,7 +106,7 @@ class _Histogram:
 
 
 class _Method:
-    """What is known of one method at one side; `labels` are its service and its name."""
+    """The numbers of one method at one side; `labels` are its service and its name."""
 
     __slots__ = ("codes", "labels", "queue", "seconds", "started")
 
@@ -119,7 +119,7 @@ class _Method:
 
 
 def _new_code(codes: dict[str, int], code: str) -> str:
-    """The code that is counted where `code` comes for the first time: a worker may answer with any text."""
+    """Return the code to count for a code that is new to a method: a worker may send any text."""
     is_own = DOMAIN_CODE.match(code) is not None and len(codes.keys() - STATUSES) < MAX_CODES
     code = code if code in STATUSES or is_own else OTHER_CODE
     codes.setdefault(code, 0)
@@ -128,24 +128,24 @@ def _new_code(codes: dict[str, int], code: str) -> str:
 
 @dataclass
 class _Sessions:
-    """Of one role."""
+    """The sessions of one role."""
 
     ups: int = 0
     downs: Counter[str] = field(default_factory=Counter)
 
 
 class Metrics(Observer):
-    """Counts what happens, for Prometheus. One will do for all clients and workers of an event loop.
+    """Counts calls, requests, notices and sessions for Prometheus. One is enough for all of an event loop.
 
-    No peer can make series without end. At most 1000 methods have series of their own. For each of them, gRPC's status
-    names have series of their own, and so have the first 50 codes of services' own errors; all further codes are
-    counted together as `OTHER`, and so are reasons of notices that RabbitMQ does not have.
+    The number of series is bounded, whatever peers send. At most 1000 methods have series of their own. For each of
+    them, gRPC's status names and the first 50 codes of services' own errors have series of their own; all further codes
+    are counted together as `OTHER`, and so are reasons of notices that RabbitMQ does not have.
 
     Args:
-        registry: where it registers itself; None for prometheus-client's own.
+        registry: registry that it adds itself to; None for prometheus-client's own.
 
     Raises:
-        ValueError: the registry has one already.
+        ValueError: the registry has a `Metrics` already.
 
     """
 
@@ -154,8 +154,8 @@ class Metrics(Observer):
         self._requests: dict[str, _Method] = {}
         self._notices: Counter[str] = Counter()
         self._sessions: dict[Role, _Sessions] = {"consuming": _Sessions(), "publishing": _Sessions()}
-        self._up: set[tuple[Watched, Role]] = set()
-        self._owners: list[Watched] = []
+        self._up: set[tuple[Counted, Role]] = set()
+        self._owners: list[Counted] = []
         self._past: Counter[str] = Counter()
         self._lag = _Histogram(LAG_BUCKETS)
         self._lag_timer: asyncio.TimerHandle | None = None
@@ -164,7 +164,7 @@ class Metrics(Observer):
         self._request_ended: Callable[[ObservedRequest], None] = self._ended_of(self._requests)
         (REGISTRY if registry is None else registry).register(self)
 
-    # What is told, in the event loop.
+    # As an observer, in the event loop.
 
     def on_call(self, call: ObservedCall) -> Callable[[ObservedCall], None]:
         """See `Observer`."""
@@ -183,7 +183,7 @@ class Metrics(Observer):
         """See `Observer`."""
         self._notices[reason if reason in REASONS else OTHER_CODE] += 1
 
-    def on_session(self, owner: Watched, role: Role, cause: BaseException | None) -> None:
+    def on_session(self, owner: Counted, role: Role, cause: BaseException | None) -> None:
         """See `Observer`."""
         sessions = self._sessions[role]
         if cause is None:
@@ -193,14 +193,14 @@ class Metrics(Observer):
             sessions.downs[type(cause).__name__] += 1
             self._up.discard((owner, role))
 
-    def on_opened(self, owner: Watched) -> None:
+    def on_opened(self, owner: Counted) -> None:
         """See `Observer`."""
         self._owners.append(owner)
         if self._lag_timer is None:
             loop = asyncio.get_running_loop()
             self._lag_timer = loop.call_later(LAG_EVERY, self._look_at_lag, loop, loop.time() + LAG_EVERY)
 
-    def on_closed(self, owner: Watched) -> None:
+    def on_closed(self, owner: Counted) -> None:
         """See `Observer`."""
         if owner not in self._owners:
             return
@@ -212,25 +212,25 @@ class Metrics(Observer):
             self._lag_timer = None
 
     def on_depth(self, depth: QueueDepth) -> None:
-        """The depth of a request queue: for `QueueWatch(on_depth=metrics.on_depth)`."""
+        """Keep the depth of a request queue: for `QueueWatch(on_depth=metrics.on_depth)`."""
         self._depths[depth.queue] = depth
 
-    def _method(self, methods: dict[str, _Method], seen: Observed) -> _Method:
+    def _method(self, methods: dict[str, _Method], observed: Observed) -> _Method:
         if len(methods) < MAX_METHODS:
-            return methods.setdefault(seen.label, _Method(seen.service, seen.method))
+            return methods.setdefault(observed.label, _Method(observed.service, observed.method))
         return methods.setdefault(OTHER, _Method(OTHER, ""))
 
     def _ended_of(self, methods: dict[str, _Method]) -> Callable[[Observed], None]:
         find = methods.get
 
-        def ended(seen: Observed) -> None:
-            method = find(seen.label) or methods[OTHER]
-            codes, code = method.codes, seen.code
+        def ended(observed: Observed) -> None:
+            method = find(observed.label) or methods[OTHER]
+            codes, code = method.codes, observed.code
             if code not in codes:
                 code = _new_code(codes, code)
             codes[code] += 1
-            if not isinstance(seen, ObservedRequest) or seen.ran:
-                method.seconds.add(seen.seconds)
+            if not isinstance(observed, ObservedRequest) or observed.ran:
+                method.seconds.add(observed.seconds)
 
         return ended
 
@@ -238,14 +238,14 @@ class Metrics(Observer):
         self._lag.add(max(0.0, loop.time() - due))
         self._lag_timer = loop.call_later(LAG_EVERY, self._look_at_lag, loop, loop.time() + LAG_EVERY)
 
-    # What is scraped, in whatever thread. Dicts and lists are copied in one step each.
+    # For scraping, in any thread. Each dict and each list is copied in one step, since the event loop may change it.
 
     def describe(self) -> Iterable[Metric]:
-        """The names alone, for the registry."""
+        """Return the families without samples, for the registry."""
         return [Metric(family.name, family.documentation, family.type) for family in self.collect()]
 
     def collect(self) -> Iterator[Metric]:
-        """All samples."""
+        """Return all families with their samples."""
         yield InfoMetricFamily(
             "rpcq_build", "Versions.", {"version": own_version(), "python": platform.python_version()}
         )
@@ -260,14 +260,14 @@ class Metrics(Observer):
             method.queue.sample(waits, method.labels)
         yield waits
         notices = CounterMetricFamily(
-            "rpcq_client_notices", "Requests that a queue gave up, as the broker told.", labels=["reason"]
+            "rpcq_client_notices", "Requests that a queue gave up, by the broker's reason.", labels=["reason"]
         )
         for reason, count in list(self._notices.items()):
             notices.add_metric([reason], count)
         yield notices
         yield from self._of_owners()
         yield from self._of_sessions()
-        lag = HistogramMetricFamily("rpcq_event_loop_lag_seconds", "How late the event loop runs what is due.")
+        lag = HistogramMetricFamily("rpcq_event_loop_lag_seconds", "How late the event loop runs a timer.")
         self._lag.sample(lag, [])
         yield lag
         yield from self._of_queues()
@@ -275,17 +275,17 @@ class Metrics(Observer):
     def _of_methods(self, calls: str, call: str, what: str, methods: dict[str, _Method]) -> Iterator[Metric]:
         labels = ["service", "method"]
         started = CounterMetricFamily(f"{calls}_started", f"{what} that began.", labels=labels)
-        finished = CounterMetricFamily(f"{calls}_finished", f"{what} that ended, by how.", labels=[*labels, "code"])
+        finished = CounterMetricFamily(f"{calls}_finished", f"{what} that ended, by code.", labels=[*labels, "code"])
         in_flight = GaugeMetricFamily(f"{calls}_in_flight", f"{what} that began and have not ended.", labels=labels)
         seconds = HistogramMetricFamily(f"{call}_duration_seconds", "How long they took.", labels=labels)
         for method in list(methods.values()):
-            names = method.labels
+            values = method.labels
             codes, begun = list(method.codes.items()), method.started
-            started.add_metric(names, begun)
-            in_flight.add_metric(names, max(0, begun - sum(count for _, count in codes)))
-            method.seconds.sample(seconds, names)
+            started.add_metric(values, begun)
+            in_flight.add_metric(values, max(0, begun - sum(count for _, count in codes)))
+            method.seconds.sample(seconds, values)
             for code, count in codes:
-                finished.add_metric([*names, code], count)
+                finished.add_metric([*values, code], count)
         yield from (started, finished, in_flight, seconds)
 
     def _of_owners(self) -> Iterator[Metric]:
@@ -302,7 +302,7 @@ class Metrics(Observer):
         yield from families.values()
 
     def _of_sessions(self) -> Iterator[Metric]:
-        wanted = GaugeMetricFamily("rpcq_sessions", "Sessions that are to be up.", labels=["role"])
+        wanted = GaugeMetricFamily("rpcq_sessions", "Sessions that should be up.", labels=["role"])
         up = GaugeMetricFamily("rpcq_sessions_up", "Sessions that are up.", labels=["role"])
         ups = CounterMetricFamily("rpcq_session_ups", "Times that a session came up.", labels=["role"])
         downs = CounterMetricFamily(
@@ -322,12 +322,12 @@ class Metrics(Observer):
         messages = GaugeMetricFamily("rpcq_queue_messages", "Requests that wait.", labels=labels)
         consumers = GaugeMetricFamily("rpcq_queue_consumers", "Consumers of the request queue.", labels=labels)
         held = GaugeMetricFamily(
-            "rpcq_queue_unacknowledged", "Requests that workers hold; where the management API tells.", labels=labels
+            "rpcq_queue_unacknowledged", "Requests that workers hold; only from the management API.", labels=labels
         )
         for depth in list(self._depths.values()):
-            names = [depth.service, depth.queue]
-            messages.add_metric(names, depth.messages)
-            consumers.add_metric(names, depth.consumers)
+            values = [depth.service, depth.queue]
+            messages.add_metric(values, depth.messages)
+            consumers.add_metric(values, depth.consumers)
             if depth.unacknowledged is not None:
-                held.add_metric(names, depth.unacknowledged)
+                held.add_metric(values, depth.unacknowledged)
         yield from (messages, held, consumers)

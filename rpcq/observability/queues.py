@@ -1,7 +1,7 @@
-"""How deep request queues are, and who consumes them: asked of RabbitMQ every few seconds.
+"""Asks RabbitMQ every few seconds how deep request queues are, and how many consumers they have.
 
-The management API is asked where it answers, since it also tells what is unacknowledged; a passive declaration where it
-does not, which needs no plugin and no further right.
+It asks the management API, which also counts unacknowledged requests. If that does not respond, it declares the queues
+passively, which needs no plugin and no further permission.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rpcq.url import parse
 from rpcq.wire.topology import Topology
 
 MANAGEMENT_AGAIN: Final = 20
-"""Looks without the management API, over one connection, before it is tried again."""
+"""Looks by passive declaration, over one connection, before the management API is tried again."""
 
 _COLUMNS: Final = ("messages_ready", "messages_unacknowledged", "consumers")
 
@@ -33,15 +33,16 @@ log = logs.get_logger("rpcq.queues")
 
 @dataclass(frozen=True, slots=True)
 class QueueDepth:
-    """A request queue as it was found.
+    """The state of a request queue at one look.
 
     Attributes:
-        service: whose it is.
-        queue: its name.
-        messages: requests that wait.
-        unacknowledged: requests that workers hold; None where the broker was asked by a passive declaration.
-        consumers: how many there are.
-        source: who told: "management" or "declare".
+        service: name of the service.
+        queue: name of the queue.
+        messages: number of requests that wait.
+        unacknowledged: number of requests that workers hold; None after a passive declaration, which does not count
+            them.
+        consumers: number of consumers.
+        source: how the broker was asked: "management" (API) or "declare" (passively).
 
     """
 
@@ -58,17 +59,18 @@ Crossed = Callable[[QueueDepth, bool], None]
 
 
 class QueueWatch:
-    """Looks at the request queues of services; `look` does it once, `run` until it is cancelled.
+    """Looks at the request queues of services: `look` once, `run` until it is cancelled.
 
     Args:
-        services: `Service` objects, or names, whose classic and quorum queues are looked for.
-        url: the broker, as for `Client`; `RPCQ_URL` if None.
+        services: `Service` objects; or names, for which it looks for the classic and the quorum queue.
+        url: URL of the broker, as for `Client`; `RPCQ_URL` if None.
         every: seconds between two looks.
-        management: URL of the management API, with another user than the broker's if it has one. None for the broker's
-            first host at RabbitMQ's own port, if the broker is at its own port too; an empty string for not asking it.
-        threshold: requests that may wait; None for no limit.
-        on_threshold: called when a queue is deeper than that, with True, and when it no longer is, with False.
-        on_depth: called with each queue at each look, as `Metrics.on_depth` takes it.
+        management: URL of the management API; its user, if any, is used instead of the broker's. None: the broker's
+            first host and the default port of the API, but only if the broker has its default port too. An empty
+            string: do not ask it.
+        threshold: number of requests that may wait; None for no limit.
+        on_threshold: called with a queue and True when more requests wait; with False when they no longer do.
+        on_depth: called with each queue at each look; `Metrics.on_depth` fits.
         options: `name`, `namespace`, `heartbeat`, `connect_timeout`.
 
     Raises:
@@ -91,13 +93,13 @@ class QueueWatch:
         self._options = options_from(ConnectionOptions, options)
         self._broker = parse(broker_url(url))
         if self._broker.scheme == "memory":
-            raise ConfigurationError("queues are looked at on RabbitMQ; the in-process broker is not asked")
+            raise ConfigurationError("the broker of a QueueWatch must be RabbitMQ; got the in-process broker")
         if not every > 0:
-            raise ConfigurationError(f"every is {every!r}; it is a number of seconds above 0")
+            raise ConfigurationError(f"every must be a number of seconds above 0; got {every!r}")
         topology = Topology(self._options.namespace)
         self._queues = [pair for service in services for pair in _queues(topology, service)]
         if not self._queues:
-            raise ConfigurationError("no services to look at; name at least one")
+            raise ConfigurationError("services must be one or more; got none")
         self._every = every
         self._management = management_of(self._broker, management)
         self._threshold = threshold
@@ -107,7 +109,7 @@ class QueueWatch:
         self._host = 0
 
     async def look(self) -> list[QueueDepth]:
-        """Each queue that is there, as it is now.
+        """Look at each queue that exists, once.
 
         Raises:
             BrokerError: the broker could not be asked.
@@ -121,29 +123,29 @@ class QueueWatch:
         return found
 
     async def run(self) -> None:
-        """Look again and again, until it is cancelled. A broker that is away is logged, and tried again."""
+        """Look again and again, until it is cancelled. If the broker is down, log that and try again."""
         while True:
             try:
                 found = await self._from_management()
                 if found is not None:
-                    await self._tell(found)
+                    await self._report(found)
                     continue
                 async with self._admin() as admin:  # one connection for many looks
                     for _ in range(MANAGEMENT_AGAIN):
-                        await self._tell(await self._from(admin))
-            except (BrokerError, ConfigurationError) as error:  # the latter where a file for TLS is gone
+                        await self._report(await self._from(admin))
+            except (BrokerError, ConfigurationError) as error:  # ConfigurationError: a file for TLS is gone
                 log.warning("queues cannot be looked at", cause=str(error))
                 self._host += 1  # the next node
                 await asyncio.sleep(self._every)
 
     async def _from_management(self) -> list[QueueDepth] | None:
-        """What the management API tells; None where there is none, or it does not answer as it should."""
+        """Ask the management API; None if there is none, or its response is not what it should be."""
         if self._management is None:
             return None
         try:
             return await asyncio.to_thread(_look, self._management, self._queues)
         except UNANSWERED as error:
-            log.info("the management API does not answer; queues are declared passively", cause=str(error))
+            log.info("the management API cannot be used; queues are declared passively", cause=str(error))
             return None
 
     def _admin(self) -> AbstractAsyncContextManager[Admin]:
@@ -158,32 +160,32 @@ class QueueWatch:
             if it is not None
         ]
 
-    async def _tell(self, found: list[QueueDepth]) -> None:
-        """Call whom it concerns, and wait until the next look is due."""
+    async def _report(self, found: list[QueueDepth]) -> None:
+        """Call the hooks with what was found, and wait until the next look is due."""
         for depth in found:
             if self._on_depth is not None:
                 _call(self._on_depth, depth)
             above = self._threshold is not None and depth.messages > self._threshold
             if above != (depth.queue in self._above):
                 self._crossed(depth, above=above)
-        # Where there is none yet, a worker may be about to declare it.
+        # If no queue exists yet, a worker may be about to declare it: look again soon.
         await asyncio.sleep(self._every if found else min(self._every, 1.0))
 
     def _crossed(self, depth: QueueDepth, *, above: bool) -> None:
         (self._above.add if above else self._above.discard)(depth.queue)
-        event = "queue is over its threshold" if above else "queue is no longer over its threshold"
-        say = log.warning if above else log.info
-        say(event, service=depth.service, queue=depth.queue, messages=depth.messages, threshold=self._threshold)
+        text = "queue is over its threshold" if above else "queue is no longer over its threshold"
+        write = log.warning if above else log.info
+        write(text, service=depth.service, queue=depth.queue, messages=depth.messages, threshold=self._threshold)
         if self._on_threshold is not None:
             _call(self._on_threshold, depth, above)
 
 
 def _call(hook: Callable[..., None], *args: Any) -> None:
-    """Call what a user gave: what it raises does not end the watch."""
+    """Call a user's function; an exception that it raises is logged and does not end the watch."""
     try:
         hook(*args)
     except Exception:
-        log.exception("a hook of the watch failed", hook=repr(hook))
+        log.exception("a hook of the queue watch failed", hook=repr(hook))
 
 
 def _queues(topology: Topology, service: Service | str) -> list[tuple[str, str]]:
@@ -193,20 +195,18 @@ def _queues(topology: Topology, service: Service | str) -> list[tuple[str, str]]
 
 
 def _look(management: Management, queues: Sequence[tuple[str, str]]) -> list[QueueDepth]:
-    """Each queue that is there; blocks.
+    """Look at each queue that exists; blocks.
 
     Raises:
-        One of `UNANSWERED`: the management API does not answer as it should.
+        One of `UNANSWERED`: the response of the management API is not what it should be.
         ConfigurationError: a file that the broker's URL names for TLS cannot be used.
 
     """
-    answers = [
-        (service, queue, it) for service, queue in queues if (it := management.queue(queue, _COLUMNS)) is not None
-    ]
-    if not answers:
-        raise ValueError("it knows none of the queues")  # it may be another broker's; a declaration tells
-    if any("messages_ready" not in it for _, _, it in answers):
-        raise ValueError("it has no figures yet: statistics come a few seconds after a queue")
+    found = [(service, queue, it) for service, queue in queues if (it := management.queue(queue, _COLUMNS)) is not None]
+    if not found:  # it may belong to another broker: a passive declaration will show
+        raise ValueError("it has none of the queues")
+    if any("messages_ready" not in it for _, _, it in found):
+        raise ValueError("it has no numbers yet: they come a few seconds after a queue is declared")
     return [
         QueueDepth(
             service,
@@ -216,5 +216,5 @@ def _look(management: Management, queues: Sequence[tuple[str, str]]) -> list[Que
             int(it["consumers"]),
             "management",
         )
-        for service, queue, it in answers
+        for service, queue, it in found
     ]

@@ -1,7 +1,7 @@
-"""Traces with OpenTelemetry's API: a span for each call at its client, and one at its worker, in one trace.
+"""Traces with OpenTelemetry's API: a span for each call at its client, and a span at its worker, in one trace.
 
 Spans follow the conventions for messaging (https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/) and
-for RabbitMQ; context goes over the wire in the headers of W3C Trace Context and W3C Baggage.
+for RabbitMQ. The context is sent in the headers of W3C Trace Context and W3C Baggage.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from rpcq.observer import OK, Observed, ObservedCall, ObservedRequest, Observer
 from rpcq.runtime.process import own_version
 
 MAX_STATE: Final = 2048
-"""Bytes of `tracestate` and of `baggage` that are sent; more of either is left out, as W3C allows."""
+"""Largest size of `tracestate` and of `baggage`, bytes; a longer one is not sent, as W3C allows."""
 
 _CARRIED: Final = ("traceparent", "tracestate", "baggage")
 
 _decided_against: Final[ContextVar[bool]] = ContextVar("rpcq_not_traced", default=False)
-"""Whether this handler's call was not picked: then the calls that it makes are not, either."""
+"""Whether the call of this handler was not picked: then the calls that it makes are not picked either."""
 
 
 class Tracing(Observer):
     """Makes spans for calls at a client, and for requests at a worker.
 
-    Whether a call is traced is decided before anything is built for it. Inside a trace, by that trace: its `sampled`
-    flag. Outside, by `ratio` and the call's correlation ID, and so alike at both ends without a word on the wire; what
-    a handler calls goes by what was decided for itself.
+    Whether a call is traced is decided before anything is built for it. Inside a trace, its `sampled` flag decides.
+    Outside a trace, `ratio` and the call's correlation ID decide: client and worker decide alike, and nothing is sent
+    for it. The calls that a handler makes follow the decision for the handler's own call.
 
     Args:
-        ratio: the share of calls outside a trace that begins one, from 0 to 1. The SDK's sampler has its say on top.
-        tracer_provider: None for the global one.
+        ratio: share of the calls outside a trace that start a trace, from 0 to 1. The SDK's sampler may drop more.
+        tracer_provider: provider of the tracer; None for the global one.
 
     Raises:
-        ConfigurationError: the ratio is none.
+        ConfigurationError: the ratio is not a number from 0 to 1.
 
     """
 
@@ -75,7 +75,7 @@ class Tracing(Observer):
         return partial(_end, span)
 
     def _carried(self, span: Span | None) -> Mapping[str, str]:
-        """What goes over the wire: the context with this span in it, or as it is."""
+        """Return the headers to send: the current context, with this span in it if there is one."""
         context = None if span is None else trace.set_span_in_context(span)
         carrier: dict[str, str] = {}
         self._context.inject(carrier, context)
@@ -86,11 +86,11 @@ class Tracing(Observer):
 
     def on_request(self, request: ObservedRequest) -> Callable[[ObservedRequest], None] | None:
         """See `Observer`."""
-        context = self._came(request.headers) if "traceparent" in request.headers else None
+        context = self._received(request.headers) if "traceparent" in request.headers else None
         if context is not None:
             if not trace.get_current_span(context).get_span_context().trace_flags.sampled:
                 if request.ran:
-                    attach(context)  # what the handler calls is not traced, either
+                    attach(context)  # the calls of the handler are not traced either
                 return None
         elif not self._picked(request.correlation_id):
             if request.ran:
@@ -111,32 +111,32 @@ class Tracing(Observer):
             attach(trace.set_span_in_context(span, context))
         return partial(_end, span)
 
-    def _came(self, headers: Mapping[str, Any]) -> Context | None:
-        """The context that came over the wire; None if that is none."""
+    def _received(self, headers: Mapping[str, Any]) -> Context | None:
+        """Return the context in the headers of a request; None if it is not valid."""
         carrier = {name: headers[name] for name in _CARRIED if isinstance(headers.get(name), str)}
         context = self._baggage.extract(carrier, self._context.extract(carrier, Context()))
         return context if trace.get_current_span(context).get_span_context().is_valid else None
 
 
-def _attributes(seen: Observed, operation: str) -> dict[str, str | int]:
-    exchange = seen.exchange.decode()
+def _attributes(observed: Observed, operation: str) -> dict[str, str | int]:
+    exchange = observed.exchange.decode()
     return {
         "messaging.system": "rabbitmq",
         "messaging.operation.name": operation,
         "messaging.operation.type": operation,
-        "messaging.destination.name": f"{exchange}:{seen.service}" if exchange else seen.service,
-        "messaging.rabbitmq.destination.routing_key": seen.service,
-        "messaging.message.conversation_id": seen.correlation_id,
-        "rpcq.service": seen.service,
-        "rpcq.method": seen.method,
+        "messaging.destination.name": f"{exchange}:{observed.service}" if exchange else observed.service,
+        "messaging.rabbitmq.destination.routing_key": observed.service,
+        "messaging.message.conversation_id": observed.correlation_id,
+        "rpcq.service": observed.service,
+        "rpcq.method": observed.method,
     }
 
 
-def _end(span: Span, seen: Observed) -> None:
-    if seen.code != OK:
-        span.set_attribute("error.type", seen.code)
-        span.set_status(Status(StatusCode.ERROR, seen.code))
-        error = seen.error
+def _end(span: Span, observed: Observed) -> None:
+    if observed.code != OK:
+        span.set_attribute("error.type", observed.code)
+        span.set_status(Status(StatusCode.ERROR, observed.code))
+        error = observed.error
         if isinstance(error, CallError):
             span.set_attribute("rpcq.executed", error.executed)
             if error.incident:

@@ -1,7 +1,7 @@
-"""A deadline as a value, carried from a call into the calls that its handler makes.
+"""A deadline as a value: a handler's own calls inherit the deadline of the call that it handles.
 
-Times are seconds. A deadline is a moment of this process's monotonic clock, so that a change of the wall clock moves
-none; only on the wire does it become a time left and an absolute time (see `wire`).
+Times are seconds. A deadline is a time of this process's monotonic clock, so a change of the wall clock does not move
+it. Only on the wire does it become a remaining time and an absolute time (see `rpcq.wire.requests`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Final, NamedTuple
 
 
 class Deadline(NamedTuple):
-    """The moment by which a call has ended.
+    """The time by which a call has to end.
 
     Attributes:
-        at: seconds on `time.monotonic()`.
+        at: seconds of `time.monotonic()`.
 
     """
 
@@ -23,21 +23,21 @@ class Deadline(NamedTuple):
 
     @classmethod
     def after(cls, timeout: float) -> Deadline:
-        """The deadline `timeout` seconds from now."""
+        """Return the deadline `timeout` seconds from now."""
         return cls(time.monotonic() + timeout)
 
     def remaining(self) -> float:
-        """Seconds left; negative once it has passed."""
+        """Return the seconds left; negative once the deadline has passed."""
         return self.at - time.monotonic()
 
 
 current: Final[ContextVar[float | None]] = ContextVar("rpcq_deadline", default=None)
-"""When the call that is being handled ends, on `time.monotonic()`; None outside of a handler. A plain number: it is set
-and read in every call."""
+"""Deadline of the call that is being handled, seconds of `time.monotonic()`; None outside a handler. It is a plain
+number, not a `Deadline`, because it is set and read in every call."""
 
 
 def inherit(timeout: float, now: float) -> float:
-    """When a new call ends: `timeout` seconds from `now`, or with the handled call where that is sooner."""
+    """Return the deadline of a new call: `timeout` seconds from `now`, or that of the handled call if it is sooner."""
     at = now + timeout
     inherited = current.get()
     return at if inherited is None or inherited > at else inherited

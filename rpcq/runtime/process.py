@@ -1,4 +1,4 @@
-"""Which process this is, since sockets and event loops do not survive a fork; what it is of, and how it is run."""
+"""The process: forks, after which sockets and event loops cannot be used; rpcq's version; running a coroutine."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ T = TypeVar("T")
 
 _forks = count(1)
 generation = 0
-"""How many forks lie between this process and the one that imported this."""
+"""Number of forks from the process that imported this module to this process."""
 
 
 def _forked() -> None:
-    global generation  # noqa: PLW0603 - one number for the process, changed here alone
+    global generation  # noqa: PLW0603 - one number for the process; only this function changes it
     generation = next(_forks)
 
 
@@ -31,10 +31,10 @@ if hasattr(os, "register_at_fork"):
 
 
 class Place:
-    """The event loop and the process that something was opened in: it can be used in no other.
+    """The event loop and the process that something was opened in. It can be used only there.
 
     Args:
-        what: names it, for messages: "this client".
+        what: name of that thing for messages, such as "this client".
 
     Raises:
         RuntimeError: no event loop runs.
@@ -50,32 +50,32 @@ class Place:
         self._generation = generation
 
     def check(self) -> None:
-        """Check that this is still the place.
+        """Check that the caller is in the same event loop and the same process.
 
         Raises:
-            UsageError: it is another event loop, or another process.
+            UsageError: the caller is in another event loop or another process.
 
         """
         if self._generation != generation:
             msg = f"{self._what} was opened before a fork; open one in each process, after the fork"
             raise UsageError(msg)
-        # As good as asking for the running loop, which is a system call in Python 3.11.
+        # Checks the same as asking for the running loop, without its system call in Python 3.11.
         if threading.get_ident() != self._thread or not self._loop.is_running():
             raise UsageError(f"{self._what} was opened in another event loop; open one in each loop")
 
 
 @cache
 def own_version() -> str:
-    """The version of rpcq that this process runs; "unknown" where it is not installed."""
+    """Return the version of rpcq in this process; "unknown" if rpcq is not installed."""
     try:
         return version("rpcq")
-    except PackageNotFoundError:  # run from its folder
+    except PackageNotFoundError:  # it runs from a source folder
         return "unknown"
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run on uvloop where it is installed."""
-    # Not by an ImportError: every traceback of `main` would begin with it.
+    """Run a coroutine in a new event loop; use uvloop if it is installed."""
+    # Do not catch an ImportError here: every traceback of `main` would start with it.
     if find_spec("uvloop") is None:
         return asyncio.run(main)
     import uvloop  # noqa: PLC0415 - an extra

@@ -1,4 +1,4 @@
-"""Functions that may block, each in a thread of a pool."""
+"""Runs functions that may block in a pool of threads."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 
 class Ended(NamedTuple):
-    """How a function ended. A future of the pool cannot carry every exception: StopIteration, for one."""
+    """How a function ended. Not the exception of a future: that cannot be a StopIteration, for example."""
 
     value: Any
     error: BaseException | None
 
     def unwrap(self, who: str) -> Any:
-        """The value; or the error, raised where an event loop can bear it, else as the cause of a RuntimeError."""
+        """Return the value or raise the error. An error that would break an event loop is raised in a RuntimeError."""
         if self.error is None:
             return self.value
         if isinstance(self.error, (Exception, asyncio.CancelledError)) and not isinstance(self.error, StopIteration):
@@ -25,14 +25,14 @@ class Ended(NamedTuple):
 
 
 class CannotStart(Exception):
-    """No thread could be started, and the function has not run; it never will."""
+    """No thread could be started. The function has not run and will not run."""
 
 
 class Threads:
-    """A pool of threads, made when it is first needed.
+    """A pool of threads, made when it is first used.
 
     Args:
-        most: threads that it has.
+        most: largest number of threads.
 
     """
 
@@ -41,10 +41,10 @@ class Threads:
         self._pool: ThreadPoolExecutor | None = None
 
     def start(self, function: Callable[[], Any]) -> Future[Ended]:
-        """Run it as soon as a thread is free, in a copy of the caller's context; the future never fails.
+        """Run a function when a thread is free, in a copy of the caller's context. The future never fails.
 
         Raises:
-            CannotStart: the system gives no further thread, or the pool is shut down.
+            CannotStart: the system cannot start another thread, or the pool is shut down.
 
         """
         if self._pool is None:
@@ -59,14 +59,14 @@ class Threads:
         try:
             self._pool.submit(work)
         except RuntimeError as error:
-            # The pool has queued it all the same: another thread may come to it, now or later.
+            # The pool has put it in its queue in spite of the error: another thread may take it, now or later.
             if future.cancel():
                 msg = f"no thread can be started: {error}"
                 raise CannotStart(msg) from error
         return future
 
     def abandon(self) -> None:
-        """Start nothing that still waits for a thread. Threads cannot be ended, and are left."""
+        """Cancel the functions that still wait for a thread. Running threads cannot be ended, and go on."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -74,5 +74,5 @@ class Threads:
 def _end(function: Callable[[], Any]) -> Ended:
     try:
         return Ended(function(), None)
-    except BaseException as error:  # noqa: BLE001 - told by whoever reads it
+    except BaseException as error:  # noqa: BLE001 - raised by `unwrap`
         return Ended(None, error)

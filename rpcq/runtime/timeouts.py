@@ -1,8 +1,8 @@
-"""Timeouts of which nearly all are cancelled before they come: cheap to set, cheap to cancel.
+"""Timeouts that are cheap to set and to cancel, since nearly all are cancelled before they expire.
 
-A timer of the event loop for each call costs more than any other step of it. So a timeout that is not near waits in a
-bucket, with all others that come in the same span of time; what is still in a bucket when its span begins gets a timer
-of its own, and so comes as punctually as any.
+A timer of the event loop for each call costs more than any other step of the call. Therefore a timeout that is not near
+waits in a bucket, with all others that expire in the same span of time. When the span begins, each timeout that is
+still in the bucket gets a timer of its own, and so expires on time.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ SPAN: Final = 0.25
 
 
 class Timed(Protocol):
-    """What may have a timeout; `timeout` is where it waits, and None while it has none."""
+    """Something that may have a timeout. `timeout` is where the timeout waits, or None if there is none."""
 
     timeout: Bucket | asyncio.TimerHandle | None
 
 
 T = TypeVar("T", bound=Timed)
 Bucket = dict[Timed, float]
-"""What waits -> when its timeout comes, in seconds on `time.monotonic()`."""
+"""What has a timeout -> when it expires, in seconds of `time.monotonic()`."""
 
 
 class Timeouts(Generic[T]):
     """The timeouts of many things, each of which has at most one at a time.
 
     Args:
-        loop: whose time passes.
-        on_timeout: called with a thing when its timeout comes, from inside the event loop.
+        loop: event loop that runs the timers.
+        on_timeout: called inside the event loop with a thing whose timeout expired.
 
     """
 
@@ -45,7 +45,7 @@ class Timeouts(Generic[T]):
         self._beginnings: dict[int, asyncio.TimerHandle] = {}
 
     def set(self, timed: T, at: float, now: float) -> None:
-        """Let its timeout come `at` a moment of `time.monotonic()`, which says `now`."""
+        """Set the timeout of a thing. It expires at `at`; `at` and `now` are times of `time.monotonic()`."""
         number = int(at / SPAN)
         bucket = self._buckets.get(number)
         if bucket is None:
@@ -56,20 +56,20 @@ class Timeouts(Generic[T]):
             bucket = self._buckets[number] = {}
             self._beginnings[number] = self._loop.call_later(begins_in, self._begin, number)
         bucket[timed] = at
-        timed.timeout = bucket  # type: ignore[assignment]  # of things of one kind
+        timed.timeout = bucket  # type: ignore[assignment]  # all things in it are of type T
 
     def cancel(self, timed: T) -> None:
-        """Forget its timeout; nothing where it has none, or it came."""
+        """Cancel the timeout of a thing; do nothing if it has none, or it expired."""
         where, timed.timeout = timed.timeout, None
         if type(where) is dict:
             del where[timed]
             if not where:
-                where.clear()  # a dict keeps the room that it once needed, and there is one for each span to come
+                where.clear()  # dicts never shrink, and there is one for each span to come; clear() frees its table
         elif where is not None:
-            where.cancel()  # type: ignore[union-attr]  # the other kind of the two
+            where.cancel()  # type: ignore[union-attr]  # it is a TimerHandle
 
     def close(self) -> None:
-        """Let no more come, but for those that are near."""
+        """Cancel all timeouts, except those that are so near that they have a timer of their own."""
         for beginning in self._beginnings.values():
             beginning.cancel()
 

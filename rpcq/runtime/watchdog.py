@@ -1,4 +1,4 @@
-"""A watchdog for the event loop: it says in the log which handler blocks it, where that stands, and for how long."""
+"""A watchdog for the event loop: it logs which handler blocks the loop, at which line, and for how long."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from typing import Any, Final
 from rpcq import logs
 
 GRACE: Final = 0.1
-"""Seconds that a loop has to go on once it is suspected: it may have been stopped, with the whole process."""
+"""Seconds that a suspected loop gets to go on: it may have been stopped together with the whole process."""
 
 JOIN: Final = 1.0
-"""Seconds that `close` waits for the thread."""
+"""Seconds that `close` waits for the thread to end."""
 
 _STDLIB: Final = (sysconfig.get_path("stdlib"), "<frozen ")
 
@@ -27,19 +27,19 @@ log = logs.get_logger("rpcq.watchdog")
 
 
 class Watchdog:
-    """Watches an event loop from a daemon thread, from now until `close`; to be made in the loop's own thread.
+    """Watches an event loop from a daemon thread, from now until `close`. Make it in the loop's own thread.
 
-    The loop notes the time every quarter of the limit; the thread looks whether it does. A block is counted from the
-    last note, so up to a quarter of the limit before it began.
+    The loop notes the time four times in each limit (a beat); the thread checks that it does. A block is measured from
+    the last beat, which may be up to a quarter of the limit before the block began.
 
     Args:
-        loop: what is watched.
+        loop: event loop to watch.
         limit: seconds that it may be blocked.
-        name: fields for the log that tell what a task is; it runs in the watchdog's thread, while the loop's may run.
+        name: returns fields for the log that name a task. It runs in the watchdog's thread, maybe while the loop runs.
 
     Attributes:
         blocks: how often the loop was blocked for longer than the limit.
-        longest: seconds of the longest of these, also while it lasts.
+        longest: seconds of the longest block; it grows during a block.
 
     """
 
@@ -51,25 +51,25 @@ class Watchdog:
         self._loop = loop
         self._name = name
         self._beat_every = limit / 4
-        self._patience = limit + self._beat_every  # since the last beat: only then the next one is late by the limit
+        self._patience = limit + self._beat_every  # after a beat; the next beat is then late by the limit
         self._alive = time.monotonic()
         self._clock = _cpu_clock()
         self._cpu = time.clock_gettime(self._clock)
-        self._gaps: deque[tuple[float, bool]] = deque()  # seconds between two beats; whether the loop's thread computed
+        self._gaps: deque[tuple[float, bool]] = deque()  # seconds between two beats; did the loop's thread compute
         self._loop_thread = threading.get_ident()
-        self._depth = 0  # frames under what the loop calls
+        self._depth = 0  # number of frames below the functions that the loop calls
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="rpcq-watchdog", daemon=True)
         loop.call_soon(self._beat)
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread, from any thread, also when the loop is blocked or closed; waits at most `JOIN` seconds."""
+        """End the thread; wait at most `JOIN` seconds. Works from any thread, even if the loop is blocked or closed."""
         self._closing.set()
         self._thread.join(JOIN)
 
     def _beat(self) -> None:
-        """In the loop: note that it is alive. That the loop does it itself tells the truth when threads are held up."""
+        """Note, in the loop, that it runs. The loop measures its own gaps, since the thread may be late too."""
         if self._closing.is_set():
             return
         self._depth = self._depth or len(_stack(sys._getframe().f_back))  # noqa: SLF001 - as documented
@@ -80,7 +80,7 @@ class Watchdog:
         self._loop.call_later(self._beat_every, self._beat)
 
     def _computed(self) -> bool:
-        """Whether the loop's thread computed for long since the last beat; else it slept, or was not let run."""
+        """Whether the loop's thread used much CPU time since the last beat; if not, it slept or was not scheduled."""
         try:
             return time.clock_gettime(self._clock) - self._cpu > 2 * self._beat_every
         except OSError:
@@ -94,9 +94,9 @@ class Watchdog:
             self._closing.wait(max(wake_at - time.monotonic(), 0.001))
             woke = time.monotonic()
             if not self._loop.is_running():
-                self._alive = woke  # nobody expects anything of it
+                self._alive = woke  # a stopped loop is not blocked
             elif self._gaps or woke - self._alive > self._patience:
-                # Late, this thread was held up itself: by the loop (C code that holds the GIL), or with the loop.
+                # If this thread is late, it was held up too: by the loop (C code that holds the GIL) or with the loop.
                 late = woke - wake_at > max(self._beat_every, 2 * GRACE)
                 self._suspect(woke, stood=late and not self._computed())
 
@@ -105,38 +105,38 @@ class Watchdog:
         named = False
         if not self._gaps:
             if not stood:
-                fields, named = self._look()  # at once: after C code with the GIL the handler may soon be gone
+                fields, named = self._look()  # look at once: after C code with the GIL, the handler may end soon
             self._closing.wait(GRACE)
         gap, computed = self._gaps.popleft() if self._gaps else (0.0, False)
         if stood or (gap and not named and not computed):
             log.warning("event loop stood still", blocked_for=round(gap or woke - self._alive, 3))
             if not gap:
-                self._alive = woke  # what it does now is not to blame for that, and has the whole limit
+                self._alive = woke  # what runs now did not cause that: give it the whole limit
             return
         self.blocks += 1
         if gap:
-            self._tell("event loop blocked", gap, fields)
-        tell_at = 0.0
+            self._report("event loop blocked", gap, fields)
+        report_at = 0.0
         while not gap and self._goes_on() and self._loop.is_running():
             blocked_for = time.monotonic() - self._alive
-            if blocked_for >= tell_at:
+            if blocked_for >= report_at:
                 fields, _ = self._look()
-                self._tell("event loop blocked", blocked_for, fields)
-                tell_at = 2 * blocked_for
+                self._report("event loop blocked", blocked_for, fields)
+                report_at = 2 * blocked_for
             self._closing.wait(self._beat_every)
             gap = self._gaps.popleft()[0] if self._gaps else 0.0
         if not self._closing.is_set():
-            self._tell("event loop goes on", gap or time.monotonic() - self._alive, fields)
+            self._report("event loop goes on", gap or time.monotonic() - self._alive, fields)
 
     def _goes_on(self) -> bool:
         return not self._closing.is_set() and not self._loop.is_closed()
 
-    def _tell(self, event: str, seconds: float, fields: dict[str, Any]) -> None:
+    def _report(self, text: str, seconds: float, fields: dict[str, Any]) -> None:
         self.longest = max(self.longest, seconds)
-        log.warning(event, **{**fields, "blocked_for": round(seconds, 3)})
+        log.warning(text, **{**fields, "blocked_for": round(seconds, 3)})
 
     def _look(self) -> tuple[dict[str, Any], bool]:
-        """What the loop is at, as fields for the log; whether it is a task."""
+        """Return fields for the log that say what the loop runs, and whether that is a task."""
         fields: dict[str, Any] = {}
         task = asyncio.current_task(self._loop)
         frame = sys._current_frames().get(self._loop_thread)  # noqa: SLF001 - as documented
@@ -145,19 +145,19 @@ class Watchdog:
             try:
                 fields.update(self._name(task))
             except Exception:
-                log.exception("what blocks the event loop cannot be named")
+                log.exception("cannot name the task that blocks the event loop")
         return ({**fields, "at": at} if at else fields), task is not None
 
 
 def _cpu_clock() -> int:
-    """The clock of this thread's computing, as other threads may read it; the process's where there is none."""
+    """Return this thread's CPU clock, which other threads may read; else the CPU clock of the process."""
     if sys.platform == "linux":
         return time.pthread_getcpuclockid(threading.get_ident())
     return time.CLOCK_PROCESS_CPUTIME_ID
 
 
 def _stack(frame: FrameType | None) -> list[FrameType]:
-    """The frame and those that called it, the innermost first."""
+    """Return the frame and its callers, the innermost first."""
     stack = []
     while frame is not None:
         stack.append(frame)
@@ -166,7 +166,7 @@ def _stack(frame: FrameType | None) -> list[FrameType]:
 
 
 def _at(stack: list[FrameType], depth: int) -> str:
-    """Where it stands, in what the loop called: in code that is no library's, if there is any."""
+    """Return the line that runs, of the functions that the loop called; prefer code that is not in a library."""
     called = stack[: max(len(stack) - depth, 1)]
     frame = next((it for it in called if not _in_library(it.f_code.co_filename)), stack[0])
     return f"{PurePath(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_qualname}"

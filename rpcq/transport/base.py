@@ -1,10 +1,10 @@
 """The seam: what a client or a worker may ask of a transport.
 
-It is push-based, and synchronous where messages are hot, so that no task, queue or lock is paid for each message.
+It is push-based. What happens for each message is synchronous, so that no message costs a task, a queue or a lock.
 Everything else is asynchronous and bounded in time.
 
-A transport has two sessions, each with a connection of its own: one only consumes, one only publishes. Either may go
-down and come back by itself; what that means for a call is not decided here.
+A transport has two sessions, each with its own connection: one only consumes, one only publishes. Each may go down and
+come back independently of the other. What that means for a call is not decided here.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ class Published(Enum):
     """What became of a published message."""
 
     CONFIRMED = "confirmed"
-    """The broker has it."""
+    """The broker has the message."""
     RETURNED = "returned"
-    """No queue is bound for it (`mandatory`)."""
+    """The message is `mandatory`, and no queue is bound for it."""
     REFUSED = "refused"
-    """The broker would not take it: the queue is full."""
+    """The broker did not take the message, because the queue is full."""
     TOO_LARGE = "too large"
-    """The broker takes no message of that size."""
+    """The message is larger than the broker takes."""
     UNSENT = "unsent"
-    """The session went down before it was handed to the socket, or before the broker came to read it."""
+    """The session went down before the message was handed to the socket, or before the broker read it."""
     UNKNOWN = "unknown"
-    """The session went down after it was handed to the socket, and before the broker said what became of it."""
+    """The session went down after the message was handed to the socket, and before the broker confirmed it."""
 
 
 class Outgoing:
-    """One message to publish. Subclasses say who is told what became of it: a closure for each would cost more.
+    """One message to publish. Subclasses define `on_published`: a closure for each message would cost more.
 
     Attributes:
-        exchange: its name, or empty for the default exchange.
+        exchange: the exchange's name; empty for the default exchange.
         routing_key: at most 255 bytes.
-        correlation_id: as in the properties; it tells returned messages apart.
-        properties: as `rpcq.properties.encode` gives them.
-        body: the message itself.
-        mandatory: whether the broker returns it where no queue is bound.
+        correlation_id: the same as in the properties; a returned message is found by it.
+        properties: encoded by `rpcq.wire.properties.encode`.
+        body: the body's bytes.
+        mandatory: whether the broker returns the message if no queue is bound for it.
 
     """
 
@@ -66,15 +66,15 @@ class Outgoing:
         self.body = body
         self.mandatory = mandatory
 
-    def on_published(self, settled: Published) -> None:
-        """What became of it; called once, from inside the event loop. It must not raise."""
+    def on_published(self, published: Published) -> None:
+        """Take what became of the message; called once, from inside the event loop. It must not raise."""
         raise NotImplementedError
 
 
 class Message(Outgoing):
-    """An outgoing message that calls `tell` with what became of it."""
+    """An outgoing message that calls a function with what became of it."""
 
-    __slots__ = ("_tell",)
+    __slots__ = ("_callback",)
 
     def __init__(
         self,
@@ -83,34 +83,38 @@ class Message(Outgoing):
         correlation_id: bytes,
         properties: bytes,
         body: bytes,
-        tell: Callable[[Published], None],
+        on_published: Callable[[Published], None],
         mandatory: bool = True,  # noqa: FBT002 - as in the base class
     ) -> None:
         super().__init__(exchange, routing_key, correlation_id, properties, body, mandatory)
-        self._tell = tell
+        self._callback = on_published
 
-    def on_published(self, settled: Published) -> None:
-        """Tell."""
-        self._tell(settled)
+    def on_published(self, published: Published) -> None:
+        """Call the function."""
+        self._callback(published)
 
 
 class Acknowledger(Protocol):
-    """Where a delivery came from, and where its settlement goes."""
+    """The source of a delivery, which also settles it."""
 
     def settle(self, tag: int, accept: bool, requeue: bool) -> None:
-        """Acknowledge (`accept`) or reject a delivery. Dropped where its session has gone: the broker knows."""
+        """Acknowledge (`accept`) or reject a delivery.
+
+        Does nothing if the session of the delivery has ended: the broker has taken the message back.
+        """
 
 
 class Delivery:
     """One message that arrived.
 
     Attributes:
-        source: the subscription of one session that it came through: two deliveries of one session have the same.
-        exchange: that it was published to, or dead-lettered to.
-        redelivered: whether the broker delivered it before.
-        properties: as `rpcq.properties.decode` takes them.
-        body: the message itself; None where it is over the limit, and was not kept.
-        body_size: its size in bytes, as the sender announced it.
+        source: the subscription, in one session, that the message came through; all its deliveries have the same.
+        tag: the delivery tag.
+        exchange: the exchange that the message was published or dead-lettered to.
+        redelivered: whether the broker delivered the message before.
+        properties: still encoded; `rpcq.wire.properties.decode` reads them.
+        body: the body's bytes; None if it was larger than `max_body` and was not kept.
+        body_size: the body's size in bytes, as the sender announced it.
 
     """
 
@@ -136,17 +140,17 @@ class Delivery:
         self.body_size = body_size
 
     def ack(self) -> None:
-        """Tell the broker that the message is dealt with.
+        """Acknowledge the message: the broker removes it from its queue.
 
         Raises:
-            RuntimeError: the delivery was settled before. A broker closes the channel over that.
+            RuntimeError: the delivery was settled before. A broker would close the channel because of that.
 
         """
         self._settle_once()
         self.source.settle(self.tag, True, False)
 
     def reject(self, *, requeue: bool = False) -> None:
-        """Give the message back to its queue, or give it up (it is dead-lettered).
+        """Give the message back to its queue (`requeue`), or give it up: the broker then dead-letters it.
 
         Raises:
             RuntimeError: the delivery was settled before.
@@ -164,14 +168,14 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """A queue to declare and consume, again in each session.
+    """A queue to declare and consume; each new session does it again.
 
     Attributes:
-        queue: what to declare and bind.
+        queue: the queue to declare and bind.
         on_delivery: called with each message, from inside the event loop; it must not raise.
-        prefetch: unacknowledged deliveries that it may hold; 0 for no limit.
-        no_ack: the broker forgets what it sends.
-        arguments: of the consumer, as in `basic.consume`.
+        prefetch: how many unacknowledged deliveries the consumer may hold; 0 for no limit.
+        no_ack: whether the broker takes each message as acknowledged once it has sent it.
+        arguments: the arguments of the consumer, as in `basic.consume`.
 
     """
 
@@ -184,14 +188,14 @@ class Subscription:
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """Who is told of the sessions. Called from inside the event loop; none may raise or block.
+    """Callbacks for changes of the sessions. They are called from inside the event loop, and must not raise or block.
 
     Attributes:
-        consuming: the consuming session is up; with the names of the subscribed queues, in order.
-        consuming_lost: it is down: deliveries of it can no longer be settled.
-        publishing: the publishing session is up, or no longer blocked.
-        publishing_lost: it is down, after all unconfirmed messages were settled.
-        publishing_blocked: the broker takes nothing for now: a memory or disk alarm; with its reason.
+        consuming: called when the consuming session is up, with the names of the subscribed queues, in order.
+        consuming_lost: called when the consuming session is down: its deliveries can no longer be settled.
+        publishing: called when the publishing session is up, or no longer blocked.
+        publishing_lost: called when the publishing session is down, after `on_published` of all its messages.
+        publishing_blocked: called with the reason when the broker takes no messages (a memory or disk alarm).
 
     """
 
@@ -203,11 +207,11 @@ class Listener:
 
 
 class Transport(Protocol):
-    """What carries messages. One client or one worker has one of its own."""
+    """What carries messages. Each client and each worker has its own."""
 
     @property
     def can_publish(self) -> bool:
-        """Whether the publishing session is up, not blocked, and its socket's buffer below the high-water mark."""
+        """Whether the publishing session is up, is not blocked, and has less than the high-water mark to write."""
 
     async def start(
         self, exchanges: Sequence[Exchange], subscriptions: Sequence[Subscription], listener: Listener
@@ -215,22 +219,22 @@ class Transport(Protocol):
         """Open both sessions, and keep them open until `close`.
 
         Raises:
-            BrokerError: a session could not be opened at the first try; nothing is left open.
+            BrokerError: a session could not be opened at the first attempt; nothing is left open.
 
         """
 
     def publish(self, message: Outgoing) -> None:
-        """Send a message. Written with everything else that this iteration of the loop has to write.
+        """Send a message. It is written together with the other messages of this iteration of the event loop.
 
-        Where the publishing session is down, the message settles at once as unsent. Messages arrive in the order in
-        which they were published, unless the broker refuses messages at that time: another channel may then be taken.
+        If the publishing session is down, `on_published` is called with `UNSENT` at once. Messages arrive in the order
+        in which they were published, except while the broker refuses messages: the transport may then change channels.
         """
 
     async def writable(self) -> None:
         """Wait until `can_publish`."""
 
     async def stop_consuming(self) -> None:
-        """Tell the broker to deliver nothing more. What arrived before can still be settled."""
+        """Make the broker deliver nothing more. Earlier deliveries can still be settled."""
 
     async def close(self) -> None:
-        """Write what is pending, then close both sessions. What is unconfirmed is settled."""
+        """Write what is pending, then close both sessions. `on_published` of every message has been called then."""

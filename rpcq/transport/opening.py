@@ -1,4 +1,4 @@
-"""From a URL to a transport. Each is imported only where it is used."""
+"""From a URL to a transport. Each transport is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def open_transport(url: str, options: ConnectionOptions) -> Transport:
-    """A transport for the URL, not started.
+    """Make a transport for the URL; it is not started yet.
 
     Raises:
         ConfigurationError: the URL cannot be used.
@@ -34,15 +34,15 @@ def open_transport(url: str, options: ConnectionOptions) -> Transport:
 def open_admin(
     broker: BrokerURL, options: ConnectionOptions, host: str, port: int
 ) -> AbstractAsyncContextManager[Admin]:
-    """Ask one node while inside; see `rpcq.transport.admin`.
+    """Open a connection to one node for the questions in `rpcq.transport.rabbitmq.admin`; it closes at the block's end.
 
     Raises:
-        ConfigurationError: it is the in-process broker, which has no node.
-        BrokerError: it cannot be reached or used; the message says why.
+        ConfigurationError: the URL is one of the in-process broker, which has no nodes.
+        BrokerError: the node cannot be reached or used; the message says why.
 
     """
     if broker.scheme == "memory":
-        msg = "the in-process broker of memory:// is gone with each process; there is nothing to look after"
+        msg = "memory:// has no node to connect to: its broker is part of each process, and ends with it"
         raise ConfigurationError(msg)
     from rpcq.transport.rabbitmq import admin  # noqa: PLC0415
 

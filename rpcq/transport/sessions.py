@@ -18,15 +18,15 @@ class SessionState(Enum):
     """There is no connection, or it is not set up yet."""
     UP = auto()
     BLOCKED = auto()
-    """It is up, and the broker takes no messages for now: a memory or disk alarm. Only publishing may be."""
+    """It is up, but the broker takes no messages (a memory or disk alarm). Only the publishing session can be this."""
 
 
 class Sessions:
-    """The state of both sessions; tells the observers of each change.
+    """The state of both sessions; reports each change to the observers.
 
     Args:
-        transport: whose sessions they are.
-        observers: who is told.
+        transport: the transport that has the sessions.
+        observers: called with each change.
 
     Attributes:
         consuming: the state of the session that consumes.
@@ -48,11 +48,11 @@ class Sessions:
         consuming_lost: Callable[[BrokerError], None],
         blocked: Callable[[str], None],
     ) -> Listener:
-        """What the transport reports to.
+        """The listener to give to the transport.
 
         Args:
-            consuming: called once the consuming session is up, with the names of its queues.
-            consuming_lost: called once it is down.
+            consuming: called when the consuming session is up, with the names of its queues.
+            consuming_lost: called when the consuming session is down, with the cause.
             blocked: called when the broker takes no messages, with its reason.
 
         """
@@ -70,7 +70,7 @@ class Sessions:
             consuming_lost(cause)
 
         def on_publishing() -> None:
-            was_down = self.publishing is SessionState.DOWN  # else it was blocked
+            was_down = self.publishing is SessionState.DOWN  # otherwise it was blocked
             self.publishing = SessionState.UP
             if was_down:
                 self._observers.session("publishing")
@@ -93,7 +93,7 @@ class Sessions:
 
     @property
     def can_exchange(self) -> bool:
-        """Whether a message that is sent now is written at once, and its reply can come."""
+        """Whether a message that is sent now is written at once, and its reply can arrive."""
         return self.consuming is SessionState.UP and self._transport.can_publish
 
     async def ready(self) -> None:
@@ -103,6 +103,6 @@ class Sessions:
             await self._transport.writable()
 
     def closed(self) -> None:
-        """Both are closed for good."""
+        """Record that both sessions are closed for good."""
         self.consuming = self.publishing = SessionState.DOWN
         self._consuming_up.clear()

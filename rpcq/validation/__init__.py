@@ -1,1 +1,1 @@
-"""What types read and write, and what it may cost to validate a body."""
+"""Codecs of types, and bounds on the time and memory that validating a body may take."""

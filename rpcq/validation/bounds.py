@@ -1,12 +1,12 @@
-"""What reading JSON into a type may cost: time and memory are bounded for every body, whatever a peer sent. Pure.
+"""Bounds on the time and memory of validating JSON, for every body that a peer may send. Pure.
 
-Pydantic's core collects every error of a body, each with a copy of the JSON that it is about. A short body with many
-mistakes can so take seconds and gigabytes. A large body is therefore read by a variant of the schema that stops at the
-first mistake of each list and dict; all mistakes are collected only where there cannot be many.
+Pydantic's core collects all errors of a body, each with a copy of the JSON that it is about. So a short body with many
+errors can take seconds and gigabytes. A large body is therefore read by a variant of the schema that stops at the
+first error of each list and dict. All errors are collected only if there cannot be many.
 
-A union tries its members one after another. Inside of itself it does so again at each level: with two members that
-take arrays, or two that take objects, time grows exponentially with the depth. The work that a body can make is
-counted before it is validated, and a body that can make too much is refused.
+A union tries its members one after another. A union that contains itself does so again at each level: with two members
+that take arrays, or two that take objects, time grows exponentially with the depth. The work that a body can cause is
+counted before it is validated, and a body that can cause too much is refused.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from pydantic import ValidationError
 from pydantic_core import CoreConfig, SchemaError, SchemaValidator
 
 MOST_ERRORS: Final = 1000
-"""Errors of one body that are put into words; of more, only their number is."""
+"""The most errors of one body whose messages are written; above, only the number of errors is."""
 
 _CHEAP: Final = 20_000
-"""Errors that may be collected for a better message: a few milliseconds."""
+"""The most errors that are collected for a better message. They take a few milliseconds."""
 
 _COPIES: Final = 500_000
-"""JSON values that errors may copy: each missing field copies the object that it is missing from. About 100 ms."""
+"""The most JSON values that errors may copy: each missing field copies its object. About 100 ms."""
 
 BUDGET: Final = 1_000_000
-"""Visits of the values of a body by the members of recursive unions, beyond one of each: 50 to 250 ms, which
-`benchmarks/hostile_bodies.py` measures."""
+"""The most visits of a body's values by members of recursive unions, besides one visit of each value. They take 50 to
+250 ms, measured by `benchmarks/hostile_bodies.py`."""
 
 _NO_SCHEMAS: Final = frozenset(
     (
@@ -39,7 +39,7 @@ _NO_SCHEMAS: Final = frozenset(
         *("serialization", "computed_fields", "python_schema"),
     )
 )
-"""Keys of a schema that hold no schemas by which JSON is read."""
+"""Keys of a schema that contain no schemas for reading JSON."""
 
 _LISTS: Final = frozenset(("list", "tuple", "set", "frozenset", "deque"))
 _DICTS: Final = frozenset(("dict", "ordered-dict", "frozendict", "counter"))
@@ -60,25 +60,25 @@ Schema = dict[str, Any]
 
 
 class NotRead(Exception):
-    """A body that is not read: validating it could take too long, or the rest of its errors would."""
+    """A body is refused, because validating it or collecting its errors could take too long."""
 
 
 def bounded(schema: Any, config: CoreConfig, read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """A function that reads JSON as `read` does, within bounds; `read` itself where it needs none.
+    """Make a function that reads JSON as `read` does, within bounds; `read` itself if it needs none.
 
-    It raises pydantic's ValidationError, and `NotRead`.
+    The function raises pydantic's ValidationError, and `NotRead`.
 
     Args:
-        schema: what is read, a core schema.
-        config: what the schema is built with.
+        schema: the core schema that `read` validates.
+        config: the config with which the schema is built.
         read: reads a body, and collects all errors.
 
     """
     shape = _Shape(schema)
-    if shape.size <= 1:  # no more than one error
+    if shape.size <= 1:  # at most one error
         return read
     large = _Large(shape, config, read).read
-    # A JSON value takes two bytes with its comma.
+    # A JSON value takes at least two bytes, with its comma.
     few = 0 if shape.factors is not None else 2 * MOST_ERRORS // shape.size
 
     def read_bounded(body: bytes) -> Any:
@@ -88,7 +88,7 @@ def bounded(schema: Any, config: CoreConfig, read: Callable[[bytes], Any]) -> Ca
 
 
 def first_error(error: ValidationError | NotRead) -> str:
-    """The message of the first error; the number of errors where it takes too long to get at it."""
+    """The message of the first error; the number of errors if getting the message could take too long."""
     if isinstance(error, NotRead):
         return str(error)
     if error.error_count() > MOST_ERRORS:
@@ -100,8 +100,8 @@ class _Large:
     """Reads bodies that may have many errors.
 
     Args:
-        shape: what is read.
-        config: what its schema is built with.
+        shape: the properties of the schema.
+        config: the config with which the schema is built.
         read: reads a body, and collects all errors.
 
     """
@@ -113,11 +113,11 @@ class _Large:
         self._variants: dict[bool, Callable[[bytes], Any]] = {}
 
     def read(self, body: bytes) -> Any:
-        """The value of a body.
+        """Read the value of a body.
 
         Raises:
             ValidationError: it does not fit.
-            NotRead: it is not read.
+            NotRead: validating it could take too long.
 
         """
         shape = self._shape
@@ -145,33 +145,33 @@ class _Large:
             raise
 
     def _variant(self, *, stops: bool) -> Callable[[bytes], Any]:
-        """Reads as the schema does, and gives few errors; if it `stops`, with few copies too."""
+        """A reader that accepts the same bodies with few errors for others; if it `stops`, with few copies too."""
         found = self._variants.get(stops)
         if found is None:
             schema = self._shape.variant(stops=stops)
             try:
                 try:
-                    # Models would use the validators that they were made with.
+                    # Without this option, models would use their own validators, which are not bounded.
                     validator = SchemaValidator(schema, self._config, _use_prebuilt=False)
-                except TypeError:  # pydantic before 2.13 cannot but use them
+                except TypeError:  # pydantic before 2.13 has no such option
                     validator = SchemaValidator(schema, self._config)
                 found = validator.validate_json
-            except SchemaError:  # a schema of the user's own making, which cannot be made again
+            except SchemaError:  # a schema of the user's own, which cannot be built again
                 found = self._read
             self._variants[stops] = found
         return found
 
 
 class _Shape:
-    """What a schema can make of JSON.
+    """Properties of a schema that decide what validating JSON costs.
 
     Attributes:
-        size: errors that one JSON value can have, at most: the number of its schemas.
-        is_recursive: whether something in it contains itself.
-        required: copies of an object that its errors have, at most: one for each field without a default; and in a
-            recursive schema, one for each level.
-        factors: how many members of one recursive union read the parts of an array and of an object, 1 or more each;
-            None if no union contains itself.
+        size: the most errors of one JSON value: the number of its schemas.
+        is_recursive: whether a part of the schema contains itself.
+        required: the most copies of one object in its errors: one for each field without a default; in a recursive
+            schema, one for each level.
+        factors: the number of members of a recursive union that read the parts of an array, and of an object; at least
+            1 each. None if no union contains itself.
 
     """
 
@@ -187,18 +187,18 @@ class _Shape:
         self.is_recursive = bool(self._recursive)
         self.required = max(self.is_recursive, *(len(self._missing(node)) for node in nodes))
         self.factors = self._factors()
-        # A missing field decides only where nothing else may be read instead.
+        # In these, a missing field does not decide: another part of the schema may fit instead.
         self._doubtful: set[str] = set()
         for node in nodes:
             if _is_doubtful(node):
                 self._doubtful |= _closure(_refs(node), inside)
 
     def variant(self, *, stops: bool) -> Schema:
-        """The schema that reads the same values and gives few errors for others.
+        """A schema that accepts the same values and gives few errors for others.
 
         Args:
-            stops: `NotRead` is raised at once where a field is missing or a recursive part does not fit, unless a
-                member of a union may do without it; there, a missing field copies nothing.
+            stops: raise `NotRead` at once if a field is missing or a recursive part does not fit. Inside a union,
+                where another member may fit, do not raise, but let a missing field copy nothing.
 
         """
         return cast("Schema", self._vary(self._schema, stops=stops, doubtful=False))
@@ -218,7 +218,7 @@ class _Shape:
             return found
         kind = node["type"]
         if kind in _LISTS or kind in _DICTS:
-            found["fail_fast"] = True  # pydantic 2.11 has no such option for a dict, and ignores it
+            found["fail_fast"] = True  # pydantic 2.11 ignores it for dicts
         if kind == "union" and "custom_error_type" not in node and self._is_wide(node):
             found |= _FITS_NONE
         for key in ("var_args_schema", "var_kwargs_schema", "extras_schema"):
@@ -233,7 +233,7 @@ class _Shape:
         return found
 
     def _give_defaults(self, node: Schema, *, doubtful: bool) -> None:
-        """Give fields that may be missing a default that fits nothing, or raises: neither copies the object."""
+        """Give required fields a default that fits nothing, or that raises: neither copies the object."""
         for field, name in self._missing(node):
             alias = field.get("validation_alias")
             if not doubtful:
@@ -247,14 +247,14 @@ class _Shape:
                 field["required"] = False
 
     def _takes_json_alone(self, node: Schema) -> bool:
-        """Whether a schema surely takes no Python object that JSON does not have, and shows it to nobody."""
+        """Whether a schema surely refuses `_NOTHING`, and passes it to no function of the user."""
         node = self._resolved(node)
         if node["type"] in ("nullable", "union"):
             return all(map(self._takes_json_alone, _parts(node)))
         return node["type"] in _PLAIN
 
     def _missing(self, node: Schema) -> list[tuple[Schema, str]]:
-        """The fields of an object that may be missing from it: what holds the schema of each, and its name."""
+        """The required fields of an object: the node with the schema of each, and its name."""
         if node.get("type") in ("model-fields", "typed-dict"):
             fields = [(name, it) for name, it in node["fields"].items()]
         elif node.get("type") in ("dataclass-args", "named-tuple"):
@@ -276,7 +276,7 @@ class _Shape:
         if node["type"] == "definition-ref":
             ref = node["schema_ref"]
             if ref not in self._sizes:
-                self._sizes[ref] = 0  # what it is made of counts once, however deep it is
+                self._sizes[ref] = 0  # a part counts once, at any depth
                 self._sizes[ref] = self._size(self._definitions[ref])
             return self._sizes[ref]
         own = node["type"] not in _FIELDS
@@ -293,7 +293,7 @@ class _Shape:
         return (max(1, *(it[0] for it in found)), max(1, *(it[1] for it in found))) if found else None
 
     def _takers(self, node: Schema, ref: str | None, seen: frozenset[str] = frozenset()) -> tuple[int, int]:
-        """How many members of a union take an array and how many an object; only those that contain `ref`, if given."""
+        """How many members of a union take an array, and how many an object; if `ref` is given, only those with it."""
         kind = node["type"]
         if kind == "definition-ref":
             inner = node["schema_ref"]
@@ -301,14 +301,14 @@ class _Shape:
         if kind in _ARRAYS or kind in _OBJECTS or kind in _BOTH:
             counts = ref is None or ref in self._reach(node)
             return int(counts and kind not in _OBJECTS), int(counts and kind not in _ARRAYS)
-        if kind == "json":  # in a string
+        if kind == "json":  # its JSON is in a string
             return 0, 0
         found = [self._takers(it, ref, seen) for it in _parts(node)] or [(0, 0)]
         combine = sum if kind == "union" else max
         return combine(it[0] for it in found), combine(it[1] for it in found)
 
     def _is_wide(self, node: Schema) -> bool:
-        """Whether a union may have many errors: several of its members take the same JSON."""
+        """Whether a union may have many errors, because several of its members take the same JSON."""
         return max(self._takers(node, None)) > 1
 
     def _reach(self, node: Schema) -> set[str]:
@@ -317,7 +317,7 @@ class _Shape:
 
 
 def _is_doubtful(node: Schema) -> bool:
-    """Whether what does not fit a part of a schema may still fit the schema."""
+    """Whether a value that does not fit a part of a schema may still fit the schema."""
     return node["type"] in ("union", "function-wrap") or node.get("on_error", "raise") != "raise"
 
 
@@ -326,7 +326,7 @@ def _calls_discriminator(node: Schema) -> bool:
 
 
 def _as_one(schema: Schema) -> Schema:
-    """A schema that has one error at most."""
+    """A schema that gives at most one error."""
     return {"type": "union", "choices": [schema], "mode": "left_to_right", "auto_collapse": False, **_FITS_NOT}
 
 
@@ -339,7 +339,7 @@ def _refuse(why: str) -> NoReturn:
 
 
 def _parts(node: Schema, *without: str) -> Iterator[Schema]:
-    """The schemas right inside of a schema."""
+    """Yield the schemas directly inside a schema."""
     for key, value in node.items():
         if key not in _NO_SCHEMAS and key not in without:
             yield from _schemas(value)
@@ -358,7 +358,7 @@ def _schemas(value: Any) -> Iterator[Schema]:
 
 
 def _all(node: Schema) -> Iterator[Schema]:
-    """A schema and all inside of it."""
+    """Yield a schema and all schemas inside it."""
     yield node
     for it in _parts(node):
         yield from _all(it)
@@ -382,26 +382,26 @@ def _closure(refs: set[str], inside: dict[str, set[str]]) -> set[str]:
 _STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _OTHERS: Final = bytes(set(range(256)) - set(b"[]{},"))
 _STEPS: Final = bytes({91: 1, 123: 1, 93: 255, 125: 255}.get(it, 0) for it in range(256))
-"""Translates brackets to the steps that they make in depth: 1 and, as a signed byte, -1."""
+"""Translates brackets to their change of the depth, as signed bytes: 1 or -1."""
 _BRACKET: Final = re.compile(rb",*[\[\]{}]")
 
 
 def count_visits(body: bytes, arrays: int, objects: int, most: int) -> int:
-    """How often the values of a body may be visited by the members of a union that contains itself.
+    """Count how often members of a union that contains itself may visit the values of a body.
 
-    A member that does not fit copies what it was given, with all that is inside of it. So a value is visited once for
-    each level above it, times the members that go through that level.
+    A member that does not fit copies its value, with all values inside it. So a value is visited once for each level
+    above it, times the number of members that read that level.
 
     Args:
         body: JSON.
-        arrays: how many members go through an array.
-        objects: how many go through an object.
-        most: counting may end beyond it.
+        arrays: how many members read the parts of an array.
+        objects: how many members read the parts of an object.
+        most: counting may end beyond this number.
 
     """
-    # What is left of a container of one scalar is an empty one; both count as one value.
+    # A container of one scalar now looks empty: `[]` or `{}`. Each counts as one value.
     brackets = _STRING.sub(b"", body).translate(None, _OTHERS).replace(b"[]", b"").replace(b"{}", b"")
-    if arrays == objects == 1:  # the sum of the depths, of containers at both ends
+    if arrays == objects == 1:  # the sum of the depths at all brackets
         return sum(accumulate(memoryview(brackets.translate(_STEPS)).cast("b")))
     found, times, visits = 1, 1, 0
     outer: list[tuple[int, int]] = []

@@ -1,7 +1,7 @@
-"""What a type reads and writes: pydantic's adapters, and a look at what they are made of. Pure.
+"""Codecs: pydantic's adapters, and checks of the schemas inside them. Pure.
 
-Bytes are base64 in JSON. Where pydantic would have it otherwise, a type is refused rather than read wrongly: a model
-whose own config decides, and says nothing; a secret in a result, which pydantic writes as asterisks.
+Bytes are base64 in JSON. A type is refused if pydantic would read or write it in another way: a model with a config of
+its own that does not say how, or a secret in a result, which pydantic writes as asterisks.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing_extensions import TypeAliasType
 from rpcq.errors import ConfigurationError
 from rpcq.validation.bounds import bounded
 
-# Infinities are written out, so that `refuse_nan` sees them.
+# Infinities are written as constants, so that `refuse_nan` finds them.
 _CONFIG: Final = ConfigDict(ser_json_inf_nan="constants", ser_json_bytes="base64", val_json_bytes="base64")
 _CORE_CONFIG: Final = CoreConfig(ser_json_inf_nan="constants", ser_json_bytes="base64", val_json_bytes="base64")
 
 _NO_SCHEMAS: Final = frozenset(("type", "config", "metadata", "default", "expected", "members", "function"))
-"""Keys of a schema that hold no schemas, whatever it looks like."""
+"""Keys of a schema that contain no schemas, even if a value looks like one."""
 
 _FLOATLESS: Final = frozenset(
     (
@@ -36,19 +36,19 @@ _FLOATLESS: Final = frozenset(
         *("model", "model-fields", "model-field", "dataclass", "dataclass-args", "dataclass-field"),
     )
 )
-"""Schemas that make no float of a number, unless one of their parts does."""
+"""Types of schemas that make no float of a number, unless a part of them does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """Reads and writes one type.
+    """Reads and writes values of one type.
 
     Attributes:
-        read: from JSON, within bounds; raises pydantic's ValidationError, and `bounds.NotRead`.
-        check: from Python; raises ValidationError.
-        write: to JSON.
-        plain: to what Python has for JSON.
-        floats: whether it may read a number as a float.
+        read: reads JSON, within bounds; raises pydantic's ValidationError, and `bounds.NotRead`.
+        check: validates a Python value; raises ValidationError.
+        write: writes a value as JSON.
+        plain: converts a value to dicts, lists and scalars.
+        floats: whether `read` may make a float of a number.
 
     """
 
@@ -60,11 +60,11 @@ class Codec:
 
 
 def make_codec(kind: Any, label: str, *, written: bool) -> Codec:
-    """The codec of a type, or of what a function takes.
+    """Make the codec of a type, or of the parameters of a function.
 
     Args:
         kind: the type, or the function.
-        label: what a message begins with, such as "shop.pay takes".
+        label: the start of error messages, such as "shop.pay takes".
         written: whether such values are written, too.
 
     Raises:
@@ -77,45 +77,45 @@ def make_codec(kind: Any, label: str, *, written: bool) -> Codec:
     except PydanticUserError as error:
         if error.code != "type-adapter-config-unused":
             raise
-        # A model has a config of its own; a dataclass or TypedDict that has none takes this one behind an alias.
+        # A model has its own config. A dataclass or TypedDict without one takes this one through an alias.
         adapter = TypeAdapter(cast("Any", TypeAliasType("_Alias", kind)), config=_CONFIG)
-    if not isinstance(adapter.core_schema, dict):  # put off until it is used
+    if not isinstance(adapter.core_schema, dict):  # pydantic has deferred building it
         adapter.rebuild()
-    look = _Look(label)
-    schema = look.at(adapter.core_schema, _Spot(written=written))
+    checker = _Checker(label)
+    schema = checker.at(adapter.core_schema, _Spot(written=written))
     validator: Any = adapter.validator
     serializer: Any = adapter.serializer
-    if look.rewritten:
+    if checker.rewritten:
         validator, serializer = SchemaValidator(schema, _CORE_CONFIG), SchemaSerializer(schema, _CORE_CONFIG)
     read = bounded(schema, _CORE_CONFIG, validator.validate_json)
-    return Codec(read, validator.validate_python, serializer.to_json, serializer.to_python, look.floats)
+    return Codec(read, validator.validate_python, serializer.to_json, serializer.to_python, checker.floats)
 
 
 def type_hints(label: str, function: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of a function, resolved.
+    """Resolve the annotations of a function.
 
     Raises:
-        ConfigurationError: they cannot be.
+        ConfigurationError: an annotation cannot be resolved.
 
     """
     try:
         return typing.get_type_hints(function, include_extras=True)
     except (NameError, AttributeError, SyntaxError, TypeError) as error:
-        msg = f"{label} has an annotation that cannot be resolved where it stands: {error}"
+        msg = f"{label} has an annotation that cannot be resolved in its module: {error}"
         raise ConfigurationError(msg) from error
 
 
 @dataclass(frozen=True, slots=True)
 class _Spot:
-    """A spot in a schema.
+    """A position in a schema, and the config and the uses that apply there.
 
     Attributes:
-        place: names of the parameter and the fields that lead to it.
-        modes: how the config that holds here reads and writes bytes.
-        owner: name of the class whose config that is.
-        is_fixed: it is inside of a class of pydantic's, which reads and writes as it was made.
-        written: whether it is written, by pydantic.
-        read: whether JSON is read by it.
+        place: the names of the parameter and the fields that lead to it.
+        modes: how the config that applies here reads and writes bytes.
+        owner: the name of the class that has this config.
+        is_fixed: whether it is inside a class that pydantic has built already, whose codec cannot be changed.
+        written: whether pydantic writes values by it.
+        read: whether pydantic reads JSON by it.
 
     """
 
@@ -126,17 +126,18 @@ class _Spot:
     written: bool = True
     read: bool = True
 
-    def called(self, otherwise: str) -> str:
-        """How a message calls it; `otherwise` where no name leads to it."""
-        return ".".join(self.place) or otherwise
+    @property
+    def name(self) -> str:
+        """Its name in error messages."""
+        return ".".join(self.place) or "root"
 
 
-class _Look:
-    """A look at all of a schema.
+class _Checker:
+    """Checks all of a schema.
 
     Attributes:
-        floats: whether a number may become a float in it.
-        rewritten: whether it has to be used as `at` gave it.
+        floats: whether it may make a float of a number.
+        rewritten: whether the schema that `at` returns differs, and has to be used.
 
     """
 
@@ -146,7 +147,7 @@ class _Look:
         self.rewritten = False
 
     def at(self, node: Any, spot: _Spot) -> Any:
-        """Look at a part of the schema; gives it with `Base64Bytes` as bytes, which are base64 anyway.
+        """Check a part of the schema; return it with `Base64Bytes` as bytes, which are base64 anyway.
 
         Raises:
             ConfigurationError: bytes or a secret would arrive as something else.
@@ -165,8 +166,8 @@ class _Look:
                 self.rewritten = True
                 return self.at(node["schema"], spot)
             spot = _under_own_config(node, spot)
-            inner = _without_own_ways(node, spot)
-            self._look(node, spot, inner)
+            inner = _under_own_serializer(node, spot)
+            self._check(node, spot, inner)
         return {key: self._part(key, value, spot, inner) for key, value in node.items()}
 
     def _part(self, key: str, value: Any, spot: _Spot, inner: _Spot) -> Any:
@@ -182,39 +183,39 @@ class _Look:
             return {tag: self.at(it, inner) for tag, it in value.items()}
         return self.at(value, inner)
 
-    def _look(self, node: dict[str, Any], spot: _Spot, inner: _Spot) -> None:
+    def _check(self, node: dict[str, Any], spot: _Spot, inner: _Spot) -> None:
         if spot.read and (node["type"] not in _FLOATLESS or _is_open(node)):
             self.floats = True
         if spot.written and _is_masked(node):
             raise ConfigurationError(
-                f"{self.label} {spot.called('what')} is a secret, and would arrive as asterisks; annotate it with the "
+                f"{self.label} {spot.name}, a secret, which would arrive as asterisks; annotate it with the "
                 "type of its value, and return secret.get_secret_value()"
             )
         if node["type"] == "bytes" and (inner.modes[0] is None or inner.modes[0] != inner.modes[1]):
             raise ConfigurationError(
-                f"{self.label} {spot.called('root')}, bytes of {spot.owner}, whose config does not say how they stand "
-                f"in JSON; give {spot.owner} {_SAYS}"
+                f"{self.label} {spot.name}, bytes of {spot.owner}, whose config does not say how they are "
+                f"written in JSON; give {spot.owner} {_CONFIG_FOR_BYTES}"
             )
 
     def _is_base64(self, node: dict[str, Any], spot: _Spot) -> bool:
-        """Whether it is a `Base64Bytes` or `Base64UrlBytes`, and can be read and written as bytes."""
+        """Whether it is a `Base64Bytes` or `Base64UrlBytes` that can be read and written as plain bytes."""
         encoded = _encoded(node)
         if encoded is None:
             return False
         is_twice = encoded.encoder in (Base64Encoder, Base64UrlEncoder)
         if spot.modes != ("base64", "base64") or (is_twice and spot.is_fixed):
             raise ConfigurationError(
-                f"{self.label} {spot.called('root')}, encoded bytes of {spot.owner}, which would misread some base64; "
-                f"annotate it as bytes, and give {spot.owner} {_SAYS}"
+                f"{self.label} {spot.name}, encoded bytes of {spot.owner}, which would misread some base64; "
+                f"annotate it as bytes, and give {spot.owner} {_CONFIG_FOR_BYTES}"
             )
         return is_twice
 
 
-_SAYS: Final = "ConfigDict(ser_json_bytes='base64', val_json_bytes='base64')"
+_CONFIG_FOR_BYTES: Final = "ConfigDict(ser_json_bytes='base64', val_json_bytes='base64')"
 
 
 def _under_own_config(node: dict[str, Any], spot: _Spot) -> _Spot:
-    """What holds for a schema that may have a config of its own."""
+    """The spot under the schema's own config, if it has one."""
     cls = node.get("cls")
     if "config" in node:
         config = node["config"] or {}
@@ -223,8 +224,8 @@ def _under_own_config(node: dict[str, Any], spot: _Spot) -> _Spot:
     return replace(spot, is_fixed=True) if hasattr(cls, "__pydantic_validator__") else spot
 
 
-def _without_own_ways(node: dict[str, Any], spot: _Spot) -> _Spot:
-    """What holds for the parts of a schema: the user may write them in an own way, or leave them out."""
+def _under_own_serializer(node: dict[str, Any], spot: _Spot) -> _Spot:
+    """The spot for the parts of a schema: not written if the user writes it by a function, or excludes it."""
     written_by = node.get("serialization")
     is_own = isinstance(written_by, dict) and written_by.get("type") == "function-plain"
     if is_own and not _is_masked(node) and _encoded(node) is None:
@@ -233,19 +234,19 @@ def _without_own_ways(node: dict[str, Any], spot: _Spot) -> _Spot:
 
 
 def _is_open(node: dict[str, Any]) -> bool:
-    """Whether a schema takes more than it is made of: any number, or any parameters of a constructor."""
+    """Whether a schema takes more than its parts say: extra fields, infinities, or a constructor's parameters."""
     extra = (node.get("config") or {}).get("extra_fields_behavior"), node.get("extra_behavior")
     return "allow" in extra or bool(node.get("allow_inf_nan") or node.get("custom_init"))
 
 
 def _is_masked(node: dict[str, Any]) -> bool:
-    """Whether what a schema describes is written as asterisks."""
+    """Whether values of a schema are written as asterisks."""
     written_by = node.get("serialization")
     return isinstance(written_by, dict) and any(written_by.get("function") is it for it in _masks())
 
 
 def _encoded(node: dict[str, Any]) -> EncodedBytes | None:
-    """By what a schema decodes bytes after they were validated; None if it does not."""
+    """The decoder that a schema applies to validated bytes, or None."""
     function = node.get("function")
     owner = getattr(function.get("function"), "__self__", None) if isinstance(function, dict) else None
     return owner if isinstance(owner, EncodedBytes) else None
@@ -253,12 +254,12 @@ def _encoded(node: dict[str, Any]) -> EncodedBytes | None:
 
 @functools.cache
 def _masks() -> tuple[Any, ...]:
-    """The functions by which pydantic writes secrets as asterisks."""
+    """The functions with which pydantic writes secrets as asterisks."""
     return tuple(_writers([TypeAdapter(it).core_schema for it in (SecretStr, SecretBytes, Secret[str])]))
 
 
 def _writers(node: Any) -> Iterator[Any]:
-    """The functions by which a schema and its parts are written."""
+    """Yield the functions that write a schema and its parts."""
     if isinstance(node, dict):
         if isinstance(node.get("serialization"), dict):
             yield node["serialization"].get("function")

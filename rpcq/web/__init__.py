@@ -1,6 +1,6 @@
-"""Calls from web apps: a client for an app's lifetime, errors as HTTP, and users who leave.
+"""Calls from web apps: a client for an app's lifetime, errors as HTTP, and cancellation when a user disconnects.
 
-All of it is plain ASGI and imports no framework: it works in FastAPI, Starlette, Quart and whatever else speaks that.
+All of it is plain ASGI and imports no framework: it works with FastAPI, Starlette, Quart and other ASGI frameworks.
 """
 
 from rpcq.web.disconnect import CancelOnDisconnect

@@ -1,4 +1,4 @@
-"""The types of ASGI, as every framework has them.
+"""The types of ASGI, the same for every framework.
 
 https://asgi.readthedocs.io/en/latest/specs/www.html
 """

@@ -1,6 +1,6 @@
-"""Users who leave: their request's task is cancelled, and so the calls that it waits for.
+"""Cancels the task of a request when its user disconnects, and so also the calls that the task awaits.
 
-No ASGI server does that by itself: it tells an app of a user who left only where the app asks, by `receive`.
+No ASGI server does that by itself: an app learns that a user has left only when it calls `receive`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ DISCONNECT: Final = "http.disconnect"
 class CancelOnDisconnect:
     """ASGI middleware: a user who disconnects before the response is complete cancels the task of the request.
 
-    A call that this task awaits is cancelled with it, and the worker cancels the handler. Work that has to be done
-    whether or not the user stays belongs in a task of its own, or behind the end of the response.
+    A call that this task awaits is cancelled with it, and the worker cancels the handler. Put work that has to be done
+    even if the user leaves into a task of its own, or after the end of the response.
 
-    The cancellation goes no further than this middleware, and no response is sent: there is nobody to take it. A
-    cancellation from elsewhere goes through, and so does every exception.
+    The cancellation ends in this middleware, and no response is sent, since the user has left. A cancellation from
+    elsewhere passes through, and so does every exception.
 
-    The app itself still gets `http.disconnect` where it asks: a task that waits in `receive` when the user leaves, as
-    one that reads the body does, gets the message and is not cancelled.
+    The app can still receive `http.disconnect`: a task that waits in `receive` when the user leaves, for example since
+    it reads the body, gets the message and is not cancelled.
 
-    It reads ahead of the app by one message at most, so that a body is streamed in bounded memory; for the same reason,
-    a user who leaves in the middle of a body that the app does not read is noticed once it does. Where the user waits
-    for `100 Continue`, nothing is read before the app asks. WebSockets and lifespans pass untouched.
+    The middleware reads at most one message ahead of the app, so a body is streamed in bounded memory. Therefore, if
+    the user leaves in the middle of a body that the app does not read, it notices that only when the app reads on. If
+    the user waits for `100 Continue`, it reads nothing before the app does. WebSockets and lifespans are not changed.
 
-    Put it outside of all other middleware, which means to add it last. asyncio only.
+    Put it outside all other middleware: add it last. asyncio only.
 
     Args:
-        app: the ASGI app inside.
+        app: the ASGI app that it wraps.
 
     """
 
@@ -54,10 +54,10 @@ class CancelOnDisconnect:
             if not exchange.uncancel():
                 raise
         except BaseException:
-            exchange.uncancel()  # the app made something else of it, which is not for here to hide
+            exchange.uncancel()  # the app raised another error, which must not be hidden
             raise
         else:
-            exchange.uncancel()  # the app kept it for itself
+            exchange.uncancel()  # the app caught the cancellation
         finally:
             exchange.over = True
             pump.cancel()
@@ -65,11 +65,11 @@ class CancelOnDisconnect:
 
 
 class _Exchange:
-    """One request: what was received and not yet taken, and whether its user has left.
+    """One request: the message that was received and not yet taken, and whether the user has left.
 
     Attributes:
-        wanted: set once the app has asked for a message, or where that need not be waited for.
-        over: there is nothing more to cancel: the response is complete, or the app has returned.
+        wanted: set when messages may be received: at once, or when the app asks for the first one.
+        over: nothing is left to cancel: the response is complete, or the app has returned.
 
     """
 
@@ -85,29 +85,29 @@ class _Exchange:
         self._there = asyncio.Event()
         self._taken = asyncio.Event()
         self._message: Message | None = None
-        self._last: Message | None = None  # the disconnect, which can be received again and again
+        self._last: Message | None = None  # the disconnect; each further `receive` returns it again
         self._error: Exception | None = None
 
     async def pump(self) -> None:
-        """Receive as the app takes, up to the disconnect."""
+        """Receive messages as the app takes them, until the disconnect."""
         await self.wanted.wait()
         try:
             while (message := await self._receive())["type"] != DISCONNECT:
                 self._message = message
                 self._there.set()
-                # What comes after the end of the body can only be the disconnect.
+                # After the end of the body, only the disconnect can come.
                 while message.get("more_body", False) and self._message is not None:
                     self._taken.clear()
                     await self._taken.wait()
             self._last = message
-        except Exception as error:  # noqa: BLE001 - it is the app's to have, as without this middleware
+        except Exception as error:  # noqa: BLE001 - the app gets it, as without this middleware
             self._error = error
         self._there.set()
         if self._last is not None:
             self._left()
 
     async def receive(self) -> Message:
-        """The app's `receive`. Cancelling it loses no message."""
+        """The `receive` of the app. Cancelling it loses no message."""
         self.wanted.set()
         own = asyncio.current_task() is self._task
         while self._message is None and self._last is None and self._error is None:
@@ -128,19 +128,19 @@ class _Exchange:
         return self._last or {"type": DISCONNECT}
 
     async def send(self, message: Message) -> None:
-        """The app's `send`."""
+        """The `send` of the app."""
         if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.over = True  # before it is sent: the server may end the exchange while it is
+            self.over = True  # set before sending: the server may end the request during `send`
         await self._send(message)
 
     def uncancel(self) -> bool:
-        """Take back a cancellation of ours, as `asyncio.timeout` does; whether it was that, and nobody else's."""
+        """Take back our own cancellation, as `asyncio.timeout` does; return whether no other cancellation is left."""
         if not self._cancelled:
             return False
         self._cancelled = False
         return self._task.uncancel() <= self._cancelling
 
     def _left(self) -> None:
-        # A task that somebody else has cancelled is cleaning up, and is not disturbed.
+        # A task that was already cancelled from elsewhere is cleaning up: do not cancel it again.
         if not self.over and not self._listening and self._task.cancelling() <= self._cancelling:
             self._cancelled = self._task.cancel()

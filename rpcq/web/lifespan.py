@@ -1,4 +1,4 @@
-"""A client, and a worker if wanted, that live as long as a web app."""
+"""Runs a client, and a worker if wanted, for the lifetime of a web app."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rpcq.options import (
     WorkerKwargs,
 )
 from rpcq.service import Service
-from rpcq.web.keeping import Keeper
+from rpcq.web.opening import Opener
 from rpcq.wire.topology import Topology
 from rpcq.worker import Worker
 
@@ -33,34 +33,34 @@ AppType = TypeVar("AppType")
 State = TypeVar("State")
 
 LOOK_AGAIN: Final = 0.01
-"""Seconds between two looks at whether the last call has ended, at shutdown."""
+"""Seconds between two looks whether the last call has ended, at shutdown."""
 
 log = logs.get_logger("rpcq.web")
 
 
 class Rpc:
-    """A client for each time that an app runs, and beside it, in the same event loop, a worker if `services` are given.
+    """A client for the lifetime of an app; with `services`, also a worker in the same event loop.
 
-    Give `rpc.lifespan` to the app: `FastAPI(lifespan=rpc.lifespan)`. Making an `Rpc` opens nothing, so that it can be
-    made where the app is; each process that serves the app opens its own connections.
+    Give `rpc.lifespan` to the app: `FastAPI(lifespan=rpc.lifespan)`. Making an `Rpc` opens nothing, so it can be made
+    in the same module as the app; each process that serves the app opens its own connections.
 
-    The app starts whether or not the broker is there: what is not open after `first_wait` is opened in the background
-    as soon as that works. Until then calls raise `ServiceUnavailable`, and `ready` is false. An error that is no
-    `BrokerError` is not mended by trying again, and fails the app's start; where it comes only later, as from a slow
-    lifespan of a service, the program is told to stop through its handler of SIGTERM, if it has one, and the app's end
-    fails.
+    The app starts even if the broker is not there: a client or worker that is not open after `first_wait` is opened in
+    the background. Until then, calls raise `ServiceUnavailable`, and `ready` is False. An error that is not a
+    `BrokerError` fails the start of the app: trying again does not help. If such an error comes after the start, for
+    example from a slow lifespan of a service, rpcq raises SIGTERM if the program has a handler for it, and the end of
+    the app fails with the error.
 
     Args:
-        url: the broker, as for `Client`; `RPCQ_URL` if None.
-        services: to serve beside the app; none for a client alone.
-        worker_options: as in `WorkerOptions`; how the broker is reached is as for the client, unless it is here.
-        grace: seconds that calls under way have to end when the app stops, after the worker has; 0 for none.
-        first_wait: seconds that the start of the app waits for the first connection; 0 for not at all.
-        observers: who is told of calls, requests and sessions, of the client and of the worker; see `rpcq.observer`.
-        client_options: as in `ClientOptions`; what is not given comes from the environment, if it is there.
+        url: URL of the broker, as for `Client`; `RPCQ_URL` if None.
+        services: services that a worker serves beside the app; if there are none, there is only a client.
+        worker_options: as in `WorkerOptions`; options of the connection that are not here are those of the client.
+        grace: seconds that calls under way have to end when the app stops, after the worker has stopped; 0 for none.
+        first_wait: seconds that the start of the app waits for the first connection; 0 to not wait.
+        observers: observers of the client and of the worker; see `rpcq.observer`.
+        client_options: as in `ClientOptions`; options that are not given come from the environment, if set there.
 
     Raises:
-        ConfigurationError: a service, the URL or an option cannot be used. At once.
+        ConfigurationError: a service, the URL or an option cannot be used; raised at once.
 
     """
 
@@ -85,7 +85,7 @@ class Rpc:
         self._grace = grace
         self._first_wait = first_wait
         self._observers = tuple(observers)
-        # All is checked now, and the environment read, so that each run of the app has the same.
+        # Check all options and read the environment now: each run of the app gets the same options.
         client = self._make_client()
         self._client_options = cast("ClientKwargs", _all(client.options))
         if self._services:
@@ -97,14 +97,15 @@ class Rpc:
 
     @asynccontextmanager
     async def lifespan(self, _app: Any = None, /) -> AsyncIterator[None]:
-        """What the app is to be given as its lifespan; also an async context manager for programs that are no app.
+        """The lifespan to give to the app; also an async context manager for programs that are not web apps.
 
-        At its end the worker stops first, within its own grace, then calls under way have `grace` seconds, then all is
-        closed. Cancelling that lets the calls end at once, and leaves nothing open. It can be entered again afterwards.
+        At its end, the worker stops first, within its own `grace`; then calls under way have `grace` seconds; then all
+        is closed. If this end is cancelled, it does not wait for calls, and still closes all. It can be entered again
+        afterwards.
 
         Raises:
-            UsageError: it is entered already: two apps each have an `Rpc` of their own.
-            Exception: what no attempt mends; see the class.
+            UsageError: it is entered already; two apps need two `Rpc` objects.
+            Exception: an error that trying again does not fix; see the class.
 
         """
         if self._running is not None:
@@ -124,7 +125,7 @@ class Rpc:
     def around(
         self, own: Callable[[AppType], AbstractAsyncContextManager[State]], /
     ) -> Callable[[AppType], AbstractAsyncContextManager[State]]:
-        """The app's own lifespan with this one inside: what `own` made is there as long as handlers and calls run.
+        """Put this lifespan inside the app's own: what `own` made stays open as long as handlers and calls run.
 
         `own` is entered first and left last; the state that it yields is the app's.
         """
@@ -138,44 +139,44 @@ class Rpc:
 
     @property
     def ready(self) -> bool:
-        """Whether the app should be sent requests: all sessions with the broker are up, and it does not shut down."""
+        """Whether the app should get requests: all sessions are up, and the app is not shutting down."""
         return self.why_not_ready is None
 
     @property
     def why_not_ready(self) -> str | None:
-        """What is missing, in a sentence for operators; None where nothing is."""
+        """Why the app is not ready, in a sentence for operators; None if it is ready."""
         return "the app has not started, or has ended" if self._running is None else self._running.why_not_ready
 
     # Calling.
 
     @property
     def client(self) -> Client:
-        """The open client of this run of the app; not to be kept for longer.
+        """The open client of this run of the app. Do not keep it for longer.
 
         Raises:
-            ServiceUnavailable: the broker has not been reached yet.
+            ServiceUnavailable: the client has not connected to the broker yet.
             ClosedError: the lifespan is not entered.
 
         """
         if self._running is None:
             raise ClosedError("the app has not started, or has ended: rpc.lifespan is not entered")
-        keeper = self._running.client
-        if keeper.opened is None:
-            raise ServiceUnavailable(keeper.why_not_ready or "")
-        return keeper.opened
+        opener = self._running.client
+        if opener.opened is None:
+            raise ServiceUnavailable(opener.why_not_ready or "")
+        return opener.opened
 
     def bind(self, api: Callable[..., T], service: str | None = None, **options: Unpack[CallKwargs]) -> T:
-        """A proxy of a Protocol's type, as `Client.bind` gives, that can be made before the app starts and kept.
+        """Make a proxy of a Protocol's type, as `Client.bind` does. It can be made before the app starts, and kept.
 
-        Its calls go to the client of the moment, and also raise what `client` does.
+        Its calls go to the client of the current run of the app; they also raise the errors of `client`.
 
         Args:
-            api: a class whose methods describe the service's.
-            service: its name; that of the class's `contract` if None.
-            options: for its calls; see `CallOptions`.
+            api: class whose methods describe those of the service.
+            service: name of the service; if None, the name in the class's `contract`.
+            options: options of its calls; see `CallOptions`.
 
         Raises:
-            ConfigurationError: as `CallMaker.bind`.
+            ConfigurationError: as for `CallMaker.bind`.
 
         """
         return self._maker.with_options(**options).bind(api, service)
@@ -183,10 +184,10 @@ class Rpc:
     def api(
         self, api: Callable[..., T], service: str | None = None, **options: Unpack[CallKwargs]
     ) -> Callable[[], Coroutine[Any, Any, T]]:
-        """The same as a dependency: `calculator: Annotated[CalculatorApi, Depends(rpc.api(CalculatorApi))]`."""
+        """Like `bind`, as a dependency: `calculator: Annotated[CalculatorApi, Depends(rpc.api(CalculatorApi))]`."""
         bound = self.bind(api, service, **options)
 
-        # Not `def`, which FastAPI runs in a thread, behind whatever blocks there.
+        # Not `def`: FastAPI runs a `def` in a pool of threads, where it may wait for functions that block.
         async def bound_api() -> T:
             return bound
 
@@ -200,7 +201,7 @@ class Rpc:
 
 
 class _Late:
-    """Makes calls with the client that there is when they are made."""
+    """Makes each call with the client that is open at that time."""
 
     def __init__(self, rpc: Rpc, topology: Topology) -> None:
         self.topology = topology
@@ -213,18 +214,18 @@ class _Late:
 
 
 class _Running:
-    """All that one run of an app has open.
+    """The client and the worker of one run of an app.
 
     Attributes:
-        failure: what no attempt mends, if that showed after the start.
+        failure: error after the start that trying again does not fix, or None.
 
     """
 
     def __init__(self, make_client: Callable[[], Client], make_worker: Callable[[], Worker] | None) -> None:
-        self.client = Keeper("client", make_client, Client.connect)
-        self.worker = None if make_worker is None else Keeper("worker", make_worker, Worker.start)
+        self.client = Opener("client", make_client, Client.connect)
+        self.worker = None if make_worker is None else Opener("worker", make_worker, Worker.start)
         self.failure: BaseException | None = None
-        self._keepers = [keeper for keeper in (self.client, self.worker) if keeper is not None]
+        self._openers = [opener for opener in (self.client, self.worker) if opener is not None]
         self._stopping = False
         self._hurried = False
 
@@ -233,16 +234,16 @@ class _Running:
         if self._stopping:
             return "the app shuts down"
         if self.failure is not None:
-            return f"what runs beside the app failed: {type(self.failure).__name__}"
-        return next((why for keeper in self._keepers if (why := keeper.why_not_ready)), None)
+            return f"the client or the worker of the app cannot be opened: {type(self.failure).__name__}"
+        return next((why for opener in self._openers if (why := opener.why_not_ready)), None)
 
     async def start(self, seconds: float) -> None:
-        tasks = [keeper.task for keeper in self._keepers]
+        tasks = [opener.task for opener in self._openers]
         done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:
             task.result()
         if why := self.why_not_ready:
-            log.warning("the app starts without the broker; it is tried again in the background", cause=why)
+            log.warning("the app starts without the broker; it goes on connecting in the background", cause=why)
         for task in tasks:
             task.add_done_callback(self._opened)
 
@@ -250,13 +251,13 @@ class _Running:
         if task.cancelled() or (error := task.exception()) is None or self._stopping:
             return
         self.failure = error
-        log.critical("what runs beside the app cannot be started; the app is to stop", exc_info=error)
-        # A server that keeps running would hide it, and nothing else of an app reaches every server.
+        log.critical("the client or the worker of the app cannot be opened; the app has to stop", exc_info=error)
+        # The error must not stay hidden in a server that keeps running. SIGTERM is the only way to stop every server.
         if callable(signal.getsignal(signal.SIGTERM)):
             signal.raise_signal(signal.SIGTERM)
 
     async def stop(self, grace: float) -> None:
-        """Close all, to the end even where this is cancelled."""
+        """Close all; if this is cancelled, close all sooner, and then raise the cancellation."""
         self._stopping = True
         closing = asyncio.create_task(self._stop(grace))
         cancelled: asyncio.CancelledError | None = None
@@ -270,7 +271,7 @@ class _Running:
             raise cancelled
 
     async def _stop(self, grace: float) -> None:
-        await asyncio.gather(*(keeper.give_up() for keeper in self._keepers))
+        await asyncio.gather(*(opener.give_up() for opener in self._openers))
         try:
             if self.worker is not None and self.worker.opened is not None:
                 await self.worker.opened.stop()
@@ -282,7 +283,7 @@ class _Running:
     async def _drain(self, client: Client, grace: float) -> None:
         loop = asyncio.get_running_loop()
         until = loop.time() + grace
-        # Rare and short: no event is worth setting for each call that ends.
+        # Polled: this wait is rare and short, and setting an event would cost something at the end of each call.
         while client.in_flight and not self._hurried and loop.time() < until:  # noqa: ASYNC110
             await asyncio.sleep(LOOK_AGAIN)
 
@@ -293,4 +294,4 @@ def _all(options: ConnectionOptions) -> dict[str, Any]:
 
 def _check_seconds(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise ConfigurationError(f"{name} is {value!r}; it is a number of seconds, 0 or more")
+        raise ConfigurationError(f"{name} must be a number of seconds, 0 or more; got {value!r}")

@@ -1,22 +1,22 @@
 """Errors of calls as HTTP: the problem documents of RFC 9457. Pure: no framework, no event loop.
 
-    InvalidParams                     422   understood, and cannot be processed; `errors` lists the fields
+    InvalidParams                     422   the parameters are not valid; `errors` lists the fields
     TooLarge                          413   the content is larger than the app can pass on
-    NotSerializable                   500   a fault of the app, which made the parameters of it
-    MethodNotFound                    502   the app calls what its service does not have; the user asked for nothing
-                                            wrong, as 404 would say, and caches may keep 404 and 501
+    NotSerializable                   500   an error in the app: it made parameters that JSON cannot carry
+    MethodNotFound                    502   an error in the app: it calls a method that the service does not have. Not
+                                            404, since the user's request is right; and caches may keep 404 and 501
     PermissionDenied                  403   the service does not let this app, or its user, make the call
-    ServiceUnavailable, Overloaded    503   it did not run, and may later; with Retry-After
-    CallTimeout                       504   no timely answer from behind the app
-    OutcomeUnknown                    502   the way to the service broke: it was not time that lacked, as 504 says
+    ServiceUnavailable, Overloaded    503   it did not run, and may run later; with Retry-After
+    CallTimeout                       504   the service behind the app did not reply in time
+    OutcomeUnknown                    502   the connection to the service was lost. Not 504: it is not about time
     InvalidReply, RemoteError         502   the service behind the app failed
-    DomainError, in the user's table        as that says
-    DomainError, otherwise            500   the app does not say what it means in HTTP: its omission
-    BrokerError, ClosedError          503   no connection yet, or the app shuts down; with Retry-After
-    anything else                     500   a fault of the app
+    DomainError, in the user's table        the status in that table
+    DomainError, otherwise            500   an error in the app: its table has no status for this error
+    BrokerError, ClosedError          503   no connection yet, or the app is shutting down; with Retry-After
+    anything else                     500   an error in the app
 
-The statuses are those of RFC 9110: 403 in 15.5.4, 413 in 15.5.14, 422 in 15.5.21, 500 in 15.6.1, 502 to 504 in 15.6.3
-to 15.6.5. None says whether a request may be sent again: `executed` and `retryable` do.
+The statuses are from RFC 9110: 403 in 15.5.4, 413 in 15.5.14, 422 in 15.5.21, 500 in 15.6.1, 502 to 504 in 15.6.3 to
+15.6.5. A status does not say whether a request may be sent again: `executed` and `retryable` do.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from rpcq.wire import bodies
 
 HEADERS: Final = {"content-type": "application/problem+json", "cache-control": "no-store"}
 RETRY_AFTER: Final = 1.0
-"""Seconds after which a user may come again, unless `on_call_error` says otherwise."""
+"""Seconds after which a user may try again, by default."""
 
 WEBSOCKET_LATER: Final = 1013
 WEBSOCKET_FAILED: Final = 1011
@@ -65,12 +65,12 @@ log = logs.get_logger("rpcq.web")
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """An error as HTTP: a response that every ASGI framework can send, and a value for those that are none.
+    """An error as HTTP: a response that every ASGI framework can send; other frameworks read its attributes.
 
     Attributes:
-        status: of HTTP.
-        document: RFC 9457's members, and rpcq's own: `code`, `executed`, `retryable`, `incident`, `details`, `errors`.
-        headers: all that the response has, also its content type.
+        status: HTTP status.
+        document: members of RFC 9457, and rpcq's own: `code`, `executed`, `retryable`, `incident`, `details`, `errors`.
+        headers: all headers of the response, with its content type.
 
     """
 
@@ -84,7 +84,7 @@ class Problem:
         return bodies.dumps(self.document)
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
-        """Send it as the response of an ASGI request; a WebSocket is closed, as it has no other way to say it."""
+        """Send it as the response of an ASGI request; a WebSocket cannot get a response, and is closed with a code."""
         body = self.body
         if scope["type"] == "websocket":
             code = WEBSOCKET_LATER if self.status == HTTPStatus.SERVICE_UNAVAILABLE else WEBSOCKET_FAILED
@@ -97,15 +97,15 @@ class Problem:
 
 
 Answer = int | tuple[int, str] | Problem
-"""What a domain error is in HTTP: a status, a status and a title, or all of the response."""
+"""A domain error as HTTP: a status, a status and a title, or the whole response."""
 
 Domain = Mapping[type[DomainError], Answer | Callable[[Any], Answer]]
-"""Which domain errors are what; subclasses are as their nearest base in it, unless it has them too."""
+"""Table from classes of domain errors to HTTP; a class that it does not have is treated as its nearest base class."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What one class of errors is. `detail` is for users: the error's own message may name hosts and queues."""
+    """One class of errors as HTTP. `detail` is for users: the error's own message may name hosts and queues."""
 
     status: int
     title: str
@@ -113,38 +113,38 @@ class _Kind:
 
 
 _KINDS: Final[dict[type[BaseException], _Kind]] = {
-    InvalidParams: _Kind(422, "Invalid parameters", "What was sent does not fit; 'errors' says where."),
-    TooLarge: _Kind(413, "Too large", "What was sent is larger than can be passed on."),
+    InvalidParams: _Kind(422, "Invalid parameters", "The parameters are not valid; 'errors' lists the fields."),
+    TooLarge: _Kind(413, "Too large", "The request is larger than the app can pass on."),
     NotSerializable: _Kind(500, "Internal error", "The app could not pass this request on."),
-    MethodNotFound: _Kind(502, "Not available here", "The service behind this app does not know this request."),
+    MethodNotFound: _Kind(502, "Not available here", "The service behind this app has no such method."),
     PermissionDenied: _Kind(403, "Forbidden", "This request is not allowed."),
-    ServiceUnavailable: _Kind(503, "Service unavailable", "Nobody could take the request; it did not run."),
+    ServiceUnavailable: _Kind(503, "Service unavailable", "The service could not take the request; it did not run."),
     Overloaded: _Kind(503, "Overloaded", "There are too many requests; this one did not run."),
-    CallTimeout: _Kind(504, "Timed out", "The service behind this app did not answer in time; 'executed' says more."),
-    OutcomeUnknown: _Kind(502, "Outcome unknown", "The way to the service was lost: the request may have run."),
-    InvalidReply: _Kind(502, "Invalid reply", "The service ran the request, and its answer cannot be used."),
+    CallTimeout: _Kind(504, "Timed out", "The service behind this app did not reply in time; see 'executed'."),
+    OutcomeUnknown: _Kind(502, "Outcome unknown", "The connection to the service was lost: the request may have run."),
+    InvalidReply: _Kind(502, "Invalid reply", "The service ran the request, but its reply cannot be used."),
     RemoteError: _Kind(502, "Service failed", "The service behind this app failed; give its operators 'incident'."),
-    DomainError: _Kind(500, "Internal error", "The service refused, in a way that this app does not know."),
+    DomainError: _Kind(500, "Internal error", "The service refused with an error that this app does not know."),
     CallError: _Kind(502, "Call failed", "The request could not be completed."),
     BrokerError: _Kind(503, "Service unavailable", "There is no connection yet; the request did not run."),
-    ClosedError: _Kind(503, "Service unavailable", "The app is not ready, or shuts down; the request did not run."),
+    ClosedError: _Kind(503, "Service unavailable", "The app is starting or shutting down; the request did not run."),
     BaseException: _Kind(500, "Internal error", "The app failed."),
 }
 
 
 def problem(error: BaseException, domain: Domain | None = None, *, retry_after: float = RETRY_AFTER) -> Problem:
-    """What an error is in HTTP: the status, the headers and the problem document of RFC 9457.
+    """Turn an error into HTTP: the status, the headers and the problem document of RFC 9457.
 
     `type` (3.1.1) is a URN for each class of errors, `urn:rpcq:problem:call-timeout`, and for each code of a domain
-    error, `urn:rpcq:domain:out_of_stock`: names to compare, which nobody is meant to open. `title` (3.1.3) is the same
-    for each type; `detail` (3.1.4) is the error's own message only for parameters that do not fit and for domain errors
-    of the table, since others may name hosts and queues (section 5); `instance` (3.1.5) names the call: its correlation
+    error, `urn:rpcq:domain:out_of_stock`: names to compare, not addresses to open. `title` (3.1.3) is the same for each
+    type. `detail` (3.1.4) is the error's own message only for `InvalidParams` and for domain errors in the table; the
+    messages of other errors may name hosts and queues (section 5). `instance` (3.1.5) names the call: its correlation
     ID without the last part, which is secret.
 
     Args:
-        error: any; what is no error of rpcq's is 500, and says nothing of itself.
-        domain: which domain errors are which status; see `Domain`.
-        retry_after: seconds for Retry-After (RFC 9110, 10.2.3), which has whole ones: rounded up, at least 1.
+        error: any exception; one that is not rpcq's becomes 500, without its message.
+        domain: table of domain errors; see `Domain`.
+        retry_after: seconds for Retry-After (RFC 9110, 10.2.3), rounded up to whole seconds, at least 1.
 
     """
     base, kind = next((base, _KINDS[base]) for base in type(error).__mro__ if base in _KINDS)
@@ -163,7 +163,7 @@ def problem(error: BaseException, domain: Domain | None = None, *, retry_after: 
         if isinstance(answer, Problem):
             return answer
         if answer is not None:
-            document |= _told(error, answer)
+            document |= _domain_members(error, answer)
     headers = dict(HEADERS)
     if document["status"] == HTTPStatus.SERVICE_UNAVAILABLE:
         headers["retry-after"] = str(max(1, math.ceil(retry_after)))
@@ -173,17 +173,19 @@ def problem(error: BaseException, domain: Domain | None = None, *, retry_after: 
 def on_call_error(
     domain: Domain | None = None, *, retry_after: float = RETRY_AFTER
 ) -> Callable[[Any, Any], Awaitable[Any]]:
-    """A handler for `app.add_exception_handler`, of FastAPI, Starlette and what is like them.
+    """Make a handler for `app.add_exception_handler` of FastAPI, Starlette and similar frameworks.
 
-    Register it for `RpcqError`, also the base of `BrokerError` and `ClosedError`, or for `CallError` alone. What
-    the user is not told goes to the log: at error level where somebody has to mend something.
+    Register it for `RpcqError`, which is also the base of `BrokerError` and `ClosedError`, or for `CallError` alone. A
+    status of 500 or more is logged with the error's own message, which the user does not see: 503 and 504 as warnings,
+    others as errors, since somebody has to fix them.
 
     Args:
-        domain: which domain errors are which status: `{OutOfStock: 409}`; see `Domain`.
+        domain: table of domain errors: `{OutOfStock: 409}`; see `Domain`.
         retry_after: seconds, as for `problem`.
 
     Raises:
-        ConfigurationError: `domain` has something that is no class of domain errors, or no status. At once.
+        ConfigurationError: `domain` has a key that is not a class of domain errors, or a value that is not a status;
+            raised at once.
 
     """
     domain = dict(domain or {})
@@ -194,15 +196,15 @@ def on_call_error(
         made = problem(error, domain, retry_after=retry_after)
         if made.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             later = made.status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
-            say = log.warning if later else log.error
-            say("request failed", status=made.status, error=type(error).__name__, cause=str(error))
+            write = log.warning if later else log.error
+            write("request failed", status=made.status, error=type(error).__name__, cause=str(error))
         return made
 
     return handler
 
 
 def _extensions(error: CallError) -> dict[str, Any]:
-    """What a program can decide by; `details` come later, and for some."""
+    """Return the members that programs decide by; only domain errors in the table also get `details`."""
     found: dict[str, Any] = {"code": error.code, "executed": error.executed, "retryable": error.retryable}
     if error.correlation_id and (public := public_id(error.correlation_id)):
         found["instance"] = _urn("call", public)
@@ -221,8 +223,8 @@ def _answer(error: DomainError, domain: Domain) -> Answer | None:
     return None
 
 
-def _told(error: DomainError, answer: int | tuple[int, str]) -> dict[str, Any]:
-    """What the user's table tells of a domain error."""
+def _domain_members(error: DomainError, answer: int | tuple[int, str]) -> dict[str, Any]:
+    """Return the members of a domain error that is in the user's table."""
     status, title = answer if isinstance(answer, tuple) else (answer, _title(error.code))
     found = {
         "type": _urn("domain", error.code),
@@ -235,7 +237,7 @@ def _told(error: DomainError, answer: int | tuple[int, str]) -> dict[str, Any]:
 
 def _check(kind: Any, answer: Any) -> None:
     if not (isinstance(kind, type) and issubclass(kind, DomainError)):
-        raise ConfigurationError(f"domain has {kind!r}; it has subclasses of DomainError")
+        raise ConfigurationError(f"the keys of domain must be subclasses of DomainError; got {kind!r}")
     if callable(answer):
         return
     status, title = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, "")
@@ -245,9 +247,7 @@ def _check(kind: Any, answer: Any) -> None:
         or not 400 <= status <= 599
         or not isinstance(title, str)
     ):
-        msg = (
-            f"domain has {answer!r} for {kind.__name__}; it has a status from 400 to 599, (status, title) or a function"
-        )
+        msg = f"domain[{kind.__name__}] must be a status from 400 to 599, (status, title) or a function; got {answer!r}"
         raise ConfigurationError(msg)
 
 

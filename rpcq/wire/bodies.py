@@ -1,7 +1,7 @@
 """The bodies of messages: JSON (RFC 8259) <-> values. Pure.
 
-JSON is read and written by pydantic's core: it carries what pydantic serialises, keeps integers of up to 4300 digits,
-and bounds nesting. Bytes are base64. NaN and Infinity are not JSON: they are refused, not turned into null.
+Pydantic's core reads and writes JSON: all that pydantic serialises, integers of up to 4300 digits, and nesting up to a
+limit. Bytes are base64. NaN and Infinity are not JSON: they are refused, not turned into null.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ JSON: Final = b"application/json"
 
 
 def dumps(value: Any) -> bytes:
-    """A value as JSON.
+    """Write a value as JSON.
 
     Raises:
         ValueError: JSON cannot carry it.
@@ -37,7 +37,7 @@ def dumps(value: Any) -> bytes:
     body = to_json(value, bytes_mode="base64", inf_nan_mode="constants")
     if body.find(b"N") >= 0 or body.find(b"I") >= 0:
         refuse_nan(body)
-    if body.find(b"null") >= 0 and value is not None:  # perhaps a model's NaN, which has a mode of its own
+    if body.find(b"null") >= 0 and value is not None:  # may be a model's NaN: a model has its own mode
         plain = to_jsonable_python(value, bytes_mode="base64", inf_nan_mode="constants")
         refuse_nan(to_json(plain, inf_nan_mode="constants"))
     if body.find(b"*") >= 0 or len(body) > MAX_DIGITS or OWN_SECRETS():
@@ -46,33 +46,33 @@ def dumps(value: Any) -> bytes:
 
 
 def loads(body: bytes) -> Any:
-    """The value of a JSON text.
+    """Read the value of a JSON text.
 
     Raises:
-        ValueError: it is not one, or it is nested deeper than about 200.
-        NotCarried: a ValueError too: a number in it is beyond the range of a float.
+        ValueError: it is not JSON, or it is nested deeper than about 200.
+        NotCarried: a number in it is beyond the range of a float; this is a ValueError too.
 
     """
     value = from_json(body, allow_inf_nan=False)
-    # Each untyped reply comes this way: the first look is here, not behind another call.
+    # Hot path, for each untyped reply: check here before calling `refuse_beyond_float`.
     if type(value) not in FLOATLESS and (len(body) > 200 or body.translate(MARKS, b"+").rfind(EXPONENT) >= 0):
         refuse_beyond_float(body, value)
     return value
 
 
 def encode_params(args: tuple[Any, ...], params: Mapping[str, Any], max_body: int) -> bytes:
-    """The body of a request: by name an object, by position an array, a single scalar as it is.
+    """Write the body of a request: an object by name, an array by position, or a single scalar as it is.
 
     Raises:
         NotSerializable: JSON cannot carry a parameter; the message names it.
-        InvalidParams: some are by name and some by position.
+        InvalidParams: some parameters are by name and some by position.
         TooLarge: the body is over `max_body` bytes.
 
     """
     value: Any = params
     if args:
         if params:
-            msg = "parameters are given by position or by name, not both: the wire carries an array or an object"
+            msg = "parameters must be by position or by name, not both: the body is an array or an object"
             raise InvalidParams(msg)
         value = args
         if len(args) == 1 and isinstance(args[0], str | int | float | None):
@@ -102,11 +102,11 @@ def _name_culprit(args: tuple[Any, ...], params: Mapping[str, Any], error: Excep
 
 
 def is_json(content_type: bytes) -> bool:
-    """Whether a content type is that of JSON in UTF-8."""
+    """Whether a content type means JSON in UTF-8."""
     media, _, charset = content_type.lower().replace(b" ", b"").partition(b";")
     return media == JSON and charset in (b"", b"charset=utf-8", b'charset="utf-8"')
 
 
 def text(value: bytes | None) -> str:
-    """A property as text, for people."""
+    """Decode a property for people: bytes that are not UTF-8 are replaced."""
     return (value or b"").decode("utf-8", "replace")

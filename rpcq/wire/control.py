@@ -1,4 +1,4 @@
-"""Control messages: what a client asks of workers, or tells them. Pure; `docs/wire.md` is the contract."""
+"""The properties of control messages: questions and cancellations. Pure; `docs/wire.md` is the contract."""
 
 from __future__ import annotations
 

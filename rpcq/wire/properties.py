@@ -1,8 +1,15 @@
 """The properties of an AMQP message, bytes <-> values. Pure.
 
-What a content header carries after its body size: a word of flags, then the values of the flagged properties (AMQP
-0-9-1 specification, 4.2.6.1), among them a field table, for whose types RabbitMQ's own errata count
-(https://www.rabbitmq.com/amqp-0-9-1-errata). Short strings stay bytes: a correlation ID is opaque.
+A content header has them after its body size (AMQP 0-9-1 specification, 4.2.6.1); numbers are big-endian:
+
+    U16 flags | the values of the flagged properties, in the order of `_LAYOUT`
+
+    short string   U8 length | bytes
+    field table    U32 bytes of all entries | entries: short string name | U8 type | value
+    field array    U32 bytes of all items | items: U8 type | value
+
+The types in tables and arrays are those of RabbitMQ's errata (https://www.rabbitmq.com/amqp-0-9-1-errata), where they
+differ from the specification. Short strings stay bytes, because a correlation ID may have any bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +21,7 @@ from decimal import Decimal
 from typing import Any, Final
 
 MAX_DEPTH: Final = 16
-"""Tables and arrays nested deeper are refused."""
+"""Tables and arrays that are nested deeper are refused."""
 
 CONTENT_TYPE: Final = 0x8000
 CONTENT_ENCODING: Final = 0x4000
@@ -79,19 +86,19 @@ class Properties:
 
 
 LENGTHS: Final = tuple(bytes((length,)) for length in range(256))
-"""The byte before a short string, by its length: making it anew each time would cost more."""
+"""The length of a short string as one byte; looking it up is faster than making it."""
 
 
 def short(value: bytes) -> bytes:
     """A short string: one byte of length, then at most 255 bytes."""
     if len(value) > 255:
-        msg = f"a short string of AMQP has at most 255 bytes, this one has {len(value)}"
+        msg = f"a short string of AMQP must have at most 255 bytes; got {len(value)}"
         raise ValueError(msg)
     return LENGTHS[len(value)] + value
 
 
 def encode(properties: Properties) -> bytes:
-    """Flags and values, as they stand in a content header."""
+    """Encode the flags and the values, as in a content header."""
     flags, parts = 0, [b""]
     for flag, name, kind in _LAYOUT:
         value = getattr(properties, name)
@@ -110,6 +117,7 @@ def encode(properties: Properties) -> bytes:
     return b"".join(parts)
 
 
+# The order on the wire. Kinds: (s)hort string, (t)able, (o)ctet, (q)uad: 64 bits.
 _LAYOUT: Final = (
     (CONTENT_TYPE, "content_type", "s"),
     (CONTENT_ENCODING, "content_encoding", "s"),
@@ -129,10 +137,10 @@ _LAYOUT: Final = (
 
 
 def decode(data: bytes) -> Properties:
-    """The inverse of `encode`.
+    """Decode what `encode` gives.
 
     Raises:
-        MalformedProperties: the bytes end early, go on too long, or hold a type that AMQP does not have.
+        MalformedProperties: there are too few or too many bytes, or a type that AMQP does not have.
 
     """
     found = Properties()
@@ -158,20 +166,20 @@ def decode(data: bytes) -> Properties:
                 at += 8
     except (IndexError, struct.error) as error:
         raise MalformedProperties("the properties end early") from error
-    if at != len(data) or flags & 3:
-        msg = f"the properties are {len(data)} bytes long, their values {at}, their flags {flags:#06x}"
+    if at != len(data) or flags & 3:  # the lowest bits are no properties
+        msg = f"the properties do not match their flags {flags:#06x}: {at} of {len(data)} bytes were read"
         raise MalformedProperties(msg)
     return found
 
 
 def encode_table(table: dict[str, Any]) -> bytes:
-    """A field table with its length.
+    """Encode a field table, with its length.
 
-    Values: bool, int, float, Decimal, str, bytes, datetime, None, lists and dicts of these.
+    Values may be bool, int, float, Decimal, str, bytes, datetime, None, and lists and dicts of these.
 
     Raises:
         ValueError: a value is out of its type's range, or nested too deep.
-        TypeError: a value is of another type.
+        TypeError: a value has another type.
 
     """
     try:
@@ -184,7 +192,7 @@ def encode_table(table: dict[str, Any]) -> bytes:
 
 def _encode_value(value: Any, depth: int) -> bytes:
     if depth >= MAX_DEPTH and isinstance(value, list | tuple | dict):
-        msg = f"headers are nested deeper than {MAX_DEPTH}"
+        msg = f"headers must be nested at most {MAX_DEPTH} deep"
         raise ValueError(msg)
     match value:
         case bool():
@@ -225,15 +233,15 @@ def _encode_decimal(value: Decimal) -> bytes:
 
 def _read_table(data: bytes, at: int, end: int, depth: int) -> dict[str, Any]:
     if end > len(data) or depth > MAX_DEPTH:
-        raise MalformedProperties("a table is longer than what holds it, or nested too deep")
+        raise MalformedProperties("a table is too long for its place, or nested too deep")
     table = {}
     while at < end:
         name_end = at + 1 + data[at]
         name = data[at + 1 : name_end].decode("utf-8", "replace")
         kind = data[name_end]
-        if kind == 0x6C:  # l, what deadlines are: the hot type
+        if kind == 0x6C:  # l: the most frequent type, which deadlines have
             table[name] = _I64.unpack_from(data, name_end + 1)[0]
-            at = name_end + 9
+            at = name_end + 9  # past the type and 8 bytes
         else:
             table[name], at = _read_value(data, name_end + 1, kind, depth)
     if at != end:
@@ -242,11 +250,11 @@ def _read_table(data: bytes, at: int, end: int, depth: int) -> dict[str, Any]:
 
 
 def _read_value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
-    """A value of one type at a place, and the place after it."""
+    """Read the value at `at`; returns it and the offset after it."""
     if kind in b"SxAF":
         start, end = at + 4, at + 4 + _U32.unpack_from(data, at)[0]
         if end > len(data):
-            raise MalformedProperties("a value is longer than what holds it")
+            raise MalformedProperties("a value is too long for its place")
         if kind == 0x53:  # S
             raw = data[start:end]
             try:
@@ -270,8 +278,8 @@ def _read_value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
             return seconds, at + 8
     if kind == 0x44:  # D
         scale, digits = _DECIMAL.unpack_from(data, at)
-        return Decimal(f"{digits}E-{scale}"), at + 5  # arithmetic would round as the user's context says
-    msg = f"a table holds the type {kind:#04x}, which AMQP does not have"
+        return Decimal(f"{digits}E-{scale}"), at + 5  # arithmetic would round by the user's decimal context
+    msg = f"a table has a value of type {kind:#04x}, which AMQP does not have"
     raise MalformedProperties(msg)
 
 

@@ -18,11 +18,27 @@ ERROR: Final = b"error"
 
 _U16: Final = struct.Struct(">H")
 _U32: Final = struct.Struct(">I")
-_TIMES: Final = struct.Struct(">15sd17sd")
+_F64: Final = struct.Struct(">d")
+
+# The properties of a worker's reply, as `ReplyEncoder` packs them and `read_reply` and `read_times` parse them by hand.
+# Numbers are big-endian. A short string is U8 length, bytes; an entry of the headers' table is short name, U8 type,
+# value.
+#
+#   U16    flags                                 _FLAGS
+#   short  content_type     "application/json"
+#   U32    bytes of the headers' table           _TIMES_SIZE, or _HANDLER_TIME_SIZE without the first entry
+#            short "rpcq-queue-ms", "d", F64     only if known; both entries are _TIMES
+#            short "rpcq-handler-ms", "d", F64
+#   U8     delivery_mode    1
+#   short  correlation_id
+#   short  type             "result" or "error"
+_FLAGS: Final = amqp.CONTENT_TYPE | amqp.HEADERS | amqp.DELIVERY_MODE | amqp.CORRELATION_ID | amqp.TYPE
 _QUEUE_MS: Final = short(b"rpcq-queue-ms") + b"d"
 _HANDLER_MS: Final = short(b"rpcq-handler-ms") + b"d"
-
-_FLAGS: Final = amqp.CONTENT_TYPE | amqp.HEADERS | amqp.DELIVERY_MODE | amqp.CORRELATION_ID | amqp.TYPE
+_TIMES: Final = struct.Struct(f">{len(_QUEUE_MS)}sd{len(_HANDLER_MS)}sd")
+_TIMES_SIZE: Final = _TIMES.size
+_HANDLER_TIME_SIZE: Final = len(_HANDLER_MS) + _F64.size
+_QUEUE_TIME_SIZE: Final = len(_QUEUE_MS) + _F64.size
 
 
 class ReplyEncoder:
@@ -30,14 +46,14 @@ class ReplyEncoder:
 
     def __init__(self) -> None:
         start = _U16.pack(_FLAGS) + short(JSON)
-        self._start_full = start + _U32.pack(48)
-        self._start_short = start + _U32.pack(25) + _HANDLER_MS
+        self._start_full = start + _U32.pack(_TIMES_SIZE)
+        self._start_short = start + _U32.pack(_HANDLER_TIME_SIZE) + _HANDLER_MS
         self._ends = {kind: short(kind) for kind in (RESULT, ERROR)}
 
     def encode(self, kind: bytes, correlation_id: bytes | None, queue_ms: float | None, handler_ms: float) -> bytes:
-        """The properties of one reply: `kind` is RESULT or ERROR; times where known, in milliseconds."""
+        """Encode the properties of one reply: `kind` is RESULT or ERROR; times are milliseconds, None if not known."""
         if queue_ms is None:
-            start = self._start_short + struct.pack(">d", handler_ms)
+            start = self._start_short + _F64.pack(handler_ms)
         else:
             start = self._start_full + _TIMES.pack(_QUEUE_MS, queue_ms, _HANDLER_MS, handler_ms)
         correlation_id = correlation_id or b""
@@ -46,11 +62,11 @@ class ReplyEncoder:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """The broker's word that a request was given up by its queue.
+    """A notice of the broker: a queue gave up a request.
 
     Attributes:
         reason: "expired", "delivery_limit", "rejected", ...
-        queue: its name.
+        queue: the queue's name.
 
     """
 
@@ -61,11 +77,12 @@ class Notice:
 
 @dataclass(slots=True)
 class Reply:
-    """A reply as it came.
+    """A reply, not validated yet.
 
     Attributes:
-        kind: RESULT or ERROR, or what else the `type` says; a reply with none counts as a result.
-        properties: all of them, as they came.
+        kind: RESULT, ERROR or another `type`; a reply without a `type` counts as a result.
+        body: None if it was over the client's `max_body`.
+        properties: all properties, as bytes.
 
     """
 
@@ -76,24 +93,26 @@ class Reply:
     properties: bytes = field(default=b"", compare=False, repr=False)
 
 
-_FAST_REPLY: Final = _U16.pack(_FLAGS) + short(JSON) + _U32.pack(48) + _QUEUE_MS
-_AFTER_QUEUE_MS: Final = len(_FAST_REPLY) + 8
-_AFTER_HEADERS: Final = len(_FAST_REPLY) + 8 + len(_HANDLER_MS) + 8
+_FAST_REPLY: Final = _U16.pack(_FLAGS) + short(JSON) + _U32.pack(_TIMES_SIZE) + _QUEUE_MS
+_AFTER_QUEUE_MS: Final = len(_FAST_REPLY) + _F64.size
+_CORRELATION_ID: Final = _AFTER_QUEUE_MS + _HANDLER_TIME_SIZE + 1
+"""Where the correlation ID's length is: after the headers and the delivery mode."""
 
 
 def read_reply(data: bytes, body: bytes | None, own: bytes) -> Reply | Notice | None:
-    """What came to the reply queue `own`.
+    """Read a message from the reply queue `own`.
 
-    None for a copy of a request of this client that is no notice: a request that was published once more with its `CC`,
-    as a shovel does it. Requests alone want their replies in `own`; a reply may have any header, `x-death` too.
+    The result is None for a copy of this client's own request that is no notice: somebody published the request again
+    with its `CC`, as a shovel does. Only this client's requests have `own` as their `reply_to`. The headers cannot tell
+    a reply from a notice, because a reply may have any header, even `x-death`.
 
     Raises:
-        MalformedProperties: `data` are not properties.
+        MalformedProperties: `data` is not the properties of an AMQP message.
 
     """
-    if data.startswith(_FAST_REPLY) and data.startswith(_HANDLER_MS, _AFTER_QUEUE_MS):  # what rpcq's workers send
+    if data.startswith(_FAST_REPLY) and data.startswith(_HANDLER_MS, _AFTER_QUEUE_MS):  # from a worker of rpcq
         try:
-            at = _AFTER_HEADERS + 1  # after the delivery mode
+            at = _CORRELATION_ID
             end = at + 1 + data[at]
             if end + 1 + data[end] != len(data):
                 raise MalformedProperties("the properties of a reply are malformed")
@@ -111,10 +130,10 @@ def read_reply(data: bytes, body: bytes | None, own: bytes) -> Reply | Notice | 
 
 
 def read_times(reply: Reply) -> tuple[float | None, float] | None:
-    """Milliseconds from the client to the handler, where told, and in the handler; None where neither is told."""
+    """Milliseconds from the client to the handler (None if not known), and in the handler; None without the latter."""
     data = reply.properties
-    at = 3 + data[2] + 4  # where the headers of a reply of rpcq's workers begin
-    if data[at : at + 15] == _QUEUE_MS and data[at + 23 : at + 40] == _HANDLER_MS:
+    at = 3 + data[2] + 4  # past the flags, the content type and the table's length, if a worker of rpcq sent it
+    if data.startswith(_QUEUE_MS, at) and data.startswith(_HANDLER_MS, at + _QUEUE_TIME_SIZE):
         _, queue_ms, _, handler_ms = _TIMES.unpack_from(data, at)
         return queue_ms, handler_ms
     headers = amqp.decode(data).headers or {}
@@ -123,24 +142,24 @@ def read_times(reply: Reply) -> tuple[float | None, float] | None:
 
 
 def read_body(reply: Reply) -> Any:
-    """The value in a reply's body.
+    """Read the value in a reply's body.
 
     Raises:
-        InvalidReply: it has none that could be read.
+        InvalidReply: its type, content type or body cannot be read.
 
     """
     executed: Literal["yes", "maybe"] = "yes" if reply.kind == RESULT else "maybe"
     if reply.kind not in (RESULT, ERROR):
-        msg = f"the reply's type is {text(reply.kind)!r}; this client reads 'result' and 'error'"
+        msg = f"the reply's type must be 'result' or 'error'; got {text(reply.kind)!r}"
         raise InvalidReply(msg, executed="maybe")
     if reply.body is None:
         raise InvalidReply("the reply's body is over the limit (max_body)", executed=executed)
     if reply.content_type != JSON and not is_json(reply.content_type):
-        msg = f"the reply's content type is {text(reply.content_type)!r}; this client reads application/json"
+        msg = f"the reply's content type must be application/json; got {text(reply.content_type)!r}"
         raise InvalidReply(msg, executed=executed)
     try:
         return loads(reply.body)
     except NotCarried as error:
-        raise InvalidReply(f"the reply cannot be taken: {error}", executed=executed) from error
+        raise InvalidReply(f"the reply's body cannot be read: {error}", executed=executed) from error
     except ValueError as error:
         raise InvalidReply(f"the reply's body is not JSON: {error}", executed=executed) from error

@@ -21,20 +21,41 @@ ATTEMPT: Final = "rpcq-attempt"
 
 _U16: Final = struct.Struct(">H")
 _U32: Final = struct.Struct(">I")
-_TIMES: Final = struct.Struct(">15sq14sq")
+
+# The properties of a client's request, as `RequestEncoder` packs them and `_read_fast` parses them by hand. Numbers are
+# big-endian. A short string is U8 length, bytes; an entry of the headers' table is short name, U8 type, value.
+#
+#   U16    flags                                        _REQUEST_FLAGS, + TYPE if there is a method, + USER_ID
+#   short  content_type     "application/json"
+#   U32    bytes of the headers' table, up to delivery_mode
+#            short "CC", "A", U32 bytes of the array:   _CC_START; only if the caller is to be notified of an expiry
+#              "S", U32 length, reply_to
+#            short "rpcq-deadline", "l", I64            _TIMES: _TIMES_SIZE bytes
+#            short "rpcq-timeout", "l", I64
+#            further entries                            from `encode_headers`; with any, `_read_fast` gives up
+#   U8     delivery_mode    1
+#   short  correlation_id
+#   short  reply_to
+#   short  expiration       milliseconds in decimal digits
+#   short  type             the method's name            only with the flag TYPE
+#   short  user_id                                       only with the flag USER_ID
+#   short  app_id           the client's name
+_CC_START: Final = short(b"CC") + b"A"
 _DEADLINE_NAME: Final = short(DEADLINE.encode()) + b"l"
 _TIMEOUT_NAME: Final = short(TIMEOUT.encode()) + b"l"
+_TIMES: Final = struct.Struct(f">{len(_DEADLINE_NAME)}sq{len(_TIMEOUT_NAME)}sq")
+_TIMES_SIZE: Final = _TIMES.size
 
 
 def encode_headers(
     *, key: str | None, attempt: int, metadata: Mapping[str, str], trace: Mapping[str, str] | None = None
 ) -> bytes:
-    """The headers of a request besides its times and its `CC`, as entries of a field table.
+    """Encode the headers of a request besides its times and its `CC`, as entries of a field table.
 
-    `trace` is left out where there is no room for it: a call does not fail over that.
+    `trace` is left out if there is no room for it, because a call must not fail for that.
 
     Raises:
-        TooLarge: they are over 8 KiB.
+        TooLarge: the headers are over 8 KiB.
 
     """
     headers: dict[str, Any] = dict(metadata)
@@ -42,7 +63,7 @@ def encode_headers(
         headers[KEY] = key
     if attempt > 1:
         headers[ATTEMPT] = attempt
-    entries = amqp.encode_table(headers)[4:]
+    entries = amqp.encode_table(headers)[4:]  # without the table's length
     if len(entries) > MAX_HEADERS:
         msg = f"the headers are {len(entries)} bytes; the limit is {MAX_HEADERS}"
         raise TooLarge(msg)
@@ -62,27 +83,27 @@ _REQUEST_FLAGS: Final = (
     | amqp.EXPIRATION
     | amqp.APP_ID
 )
-"""The properties of every request of a client; the type comes on top where a method is named."""
+"""The properties of every request of a client; `TYPE` and `USER_ID` are added where they apply."""
 
 
 class RequestEncoder:
-    """Encodes the properties of a client's requests; what is the same for all of them is encoded once.
+    """Encodes the properties of a client's requests. Parts that all of them share are encoded once.
 
     Args:
         reply_to: the client's reply queue, in the current session.
         app_id: the client's name.
-        user: the broker's user that the client is, where its requests say so; else empty.
+        user: the client's user at the broker if its requests carry it; else empty.
 
     """
 
     def __init__(self, reply_to: str, app_id: str, user: str = "") -> None:
         self.reply_to = reply_to.encode()
-        address = _U32.pack(len(self.reply_to)) + self.reply_to
-        self._cc = b"\x02CCA" + _U32.pack(len(address) + 1) + b"S" + address
+        address = b"S" + _U32.pack(len(self.reply_to)) + self.reply_to
+        self._cc = _CC_START + _U32.pack(len(address)) + address
         flags = _REQUEST_FLAGS | amqp.USER_ID if user else _REQUEST_FLAGS
         self._start = _U16.pack(flags) + short(JSON)
         self._start_typed = _U16.pack(flags | amqp.TYPE) + short(JSON)
-        self._usual = self._start_typed + _U32.pack(45 + len(self._cc)) + self._cc
+        self._usual = self._start_typed + _U32.pack(_TIMES_SIZE + len(self._cc)) + self._cc
         self._reply_to = short(self.reply_to)
         self._sender = (short(user.encode()) if user else b"") + short(app_id.encode())
 
@@ -96,25 +117,26 @@ class RequestEncoder:
         *,
         notify: bool,
     ) -> bytes:
-        """The properties of one request.
+        """Encode the properties of one request.
 
         Args:
             correlation_id: 1 to 255 bytes.
-            method: its name; empty for none.
+            method: the method's name; empty for none.
             left_ms: milliseconds until the deadline.
-            deadline_ms: the same, absolute: milliseconds since the epoch.
-            headers: further ones, from `encode_headers`.
-            notify: have the broker tell of an expiry (`CC`); only through the requests exchange, since any other
-                exchange would route a copy to the reply queue.
+            deadline_ms: the deadline, in milliseconds since the epoch.
+            headers: further headers, from `encode_headers`.
+            notify: the broker is to send a notice if the request expires (`CC`). Only for the requests exchange: any
+                other exchange would route a copy of the request to the reply queue.
 
         """
-        # The notice of an expiry is to arrive before the caller's deadline.
+        # The request expires a little before the deadline, so that the notice arrives in time.
         expiration = b"%d" % (left_ms - (1000 if left_ms > 10_000 else left_ms // 10) or 1)
         if method and notify and not headers:
             start = self._usual
         else:
             cc = self._cc if notify else b""
-            start = (self._start_typed if method else self._start) + _U32.pack(45 + len(cc) + len(headers)) + cc
+            size = _U32.pack(len(cc) + _TIMES_SIZE + len(headers))
+            start = (self._start_typed if method else self._start) + size + cc
         return b"".join(
             (
                 start,
@@ -134,21 +156,21 @@ class RequestEncoder:
 
 @dataclass(slots=True)
 class Request:
-    """What a request says, besides its parameters.
+    """The content of a request's properties.
 
     Attributes:
-        correlation_id: empty where the caller gave none.
-        reply_to: the queue that wants the reply; empty where none is wanted.
-        method: its name, or None for the service's only or default one.
-        deadline_ms: absolute, milliseconds since the epoch, or None.
-        timeout_ms: time left when it was sent, or None.
-        app_id: the caller's name; empty where it gave none.
+        correlation_id: the call's correlation ID; empty if the caller gave none.
+        reply_to: the queue for the reply; empty if no reply is wanted.
+        method: the method's name, or None for the service's only or default method.
+        deadline_ms: the deadline, in milliseconds since the epoch, or None.
+        timeout_ms: milliseconds that were left when it was sent, or None.
+        app_id: the caller's name; empty if it gave none.
         attempt: 1 + the number of earlier attempts that may have run.
-        idempotency_key: the same for every attempt at one call, or None.
-        headers: all of them, but for those that are told here.
-        problem: why it may not be run; empty if it may.
-        has_copy: it has the header `CC`, which only requests have that were sent through the requests exchange.
-        user: the broker's user that sent it, which the broker has checked; empty where the request does not say.
+        idempotency_key: the call's key, the same for all its attempts; or None.
+        headers: all headers; may be left empty if there are only its times and `CC`.
+        problem: why it may not run; empty if it may.
+        has_copy: whether it has the header `CC`: only requests sent through the requests exchange have it.
+        user: the broker's user that sent it, checked by the broker; empty if the request does not carry it.
 
     """
 
@@ -167,7 +189,7 @@ class Request:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The caller's own: headers that begin with `x-` and are not RabbitMQ's."""
+        """The caller's own headers: those that begin with `x-` and are not RabbitMQ's."""
         return {
             name: value
             for name, value in self.headers.items()
@@ -175,20 +197,20 @@ class Request:
         }
 
 
-_NO_HEADERS: Final[Mapping[str, Any]] = MappingProxyType({})  # many requests share it
+_NO_HEADERS: Final[Mapping[str, Any]] = MappingProxyType({})  # shared by all requests without headers
 _FAST_START: Final = _U16.pack(_REQUEST_FLAGS | amqp.TYPE) + short(JSON)
 _FAST_START_NAMED: Final = _U16.pack(_REQUEST_FLAGS | amqp.TYPE | amqp.USER_ID) + short(JSON)
 
 
 def read_request(data: bytes) -> Request:
-    """What the properties of a request say.
+    """Read the properties of a request.
 
     Raises:
-        MalformedProperties: `data` are not properties.
+        MalformedProperties: `data` is not the properties of an AMQP message.
 
     """
     is_named = False
-    if data.startswith(_FAST_START) or (is_named := data.startswith(_FAST_START_NAMED)):  # what rpcq's clients send
+    if data.startswith(_FAST_START) or (is_named := data.startswith(_FAST_START_NAMED)):  # from a client of rpcq
         try:
             fast = _read_fast(data, len(_FAST_START), is_named)
         except (IndexError, struct.error, UnicodeDecodeError) as error:
@@ -215,16 +237,16 @@ def read_request(data: bytes) -> Request:
 
 
 def _read_fast(data: bytes, at: int, is_named: bool) -> Request | None:
-    """A request with no headers but its times, and `CC`, which is for the broker; None if it has others.
+    """Read a request whose headers are its times and perhaps `CC`; None if it has others.
 
-    `is_named` says that it has the property `user_id`.
+    `at` is where the length of the headers' table is; `is_named` says that there is a `user_id`.
     """
     end = at + 4 + _U32.unpack_from(data, at)[0]
     at += 4
-    has_copy = data[at : at + 4] == b"\x02CCA"
-    if has_copy:
+    has_copy = data.startswith(_CC_START, at)
+    if has_copy:  # skip it: 4 bytes of `_CC_START`, 4 bytes of length, and the array
         at += 8 + _U32.unpack_from(data, at + 4)[0]
-    if at + _TIMES.size != end:
+    if at + _TIMES_SIZE != end:
         return None
     deadline_name, deadline, timeout_name, timeout = _TIMES.unpack_from(data, at)
     if deadline_name != _DEADLINE_NAME or timeout_name != _TIMEOUT_NAME:
@@ -233,7 +255,7 @@ def _read_fast(data: bytes, at: int, is_named: bool) -> Request | None:
     correlation_id = data[end + 2 : at]
     end = at + 1 + data[at]
     reply_to = data[at + 1 : end]
-    end += 1 + data[end]  # the broker has dealt with the expiration
+    end += 1 + data[end]  # skip the expiration, which is for the broker
     at = end + 1 + data[end]
     method = data[end + 1 : at].decode()
     user = ""
@@ -250,20 +272,20 @@ def _read_fast(data: bytes, at: int, is_named: bool) -> Request | None:
 
 
 def _problem(found: Properties, request: Request) -> str:
-    """Why a request may not be run, or nothing."""
+    """Why a request may not run, or an empty string."""
     content_type = found.content_type
     if content_type is not None and not is_json(content_type):
-        return f"the content type is {text(content_type)!r}; this worker reads application/json"
+        return f"the content type must be application/json; got {text(content_type)!r}"
     if found.content_encoding:
-        return f"the body is encoded as {text(found.content_encoding)!r}; this worker reads it as it is"
+        return f"the body must have no content encoding; got {text(found.content_encoding)!r}"
     if request.user and "\ufffd" in request.user:
-        return f"the property user_id is {found.user_id!r:.300}; it is UTF-8"
+        return f"the property user_id must be UTF-8; got {found.user_id!r:.300}"
     for name, value in ((DEADLINE, request.deadline_ms), (TIMEOUT, request.timeout_ms)):
         if value is not None and type(value) is not int:
-            return f"the header {name} is {value!r}; it is a whole number of milliseconds"
+            return f"the header {name} must be a whole number of milliseconds; got {value!r}"
     if type(request.attempt) is not int or request.attempt < 1:
-        return f"the header {ATTEMPT} is {request.attempt!r}; it is a whole number from 1"
+        return f"the header {ATTEMPT} must be a whole number of at least 1; got {request.attempt!r}"
     key = request.idempotency_key
     if key is not None and (not isinstance(key, str) or not 1 <= len(key.encode()) <= 255):
-        return f"the header {KEY} is {key!r:.50}; it is a string of 1 to 255 bytes"
+        return f"the header {KEY} must be a string of 1 to 255 bytes; got {key!r:.50}"
     return ""

@@ -1,6 +1,6 @@
-"""What JSON would change or lose on its way: numbers beyond a float, integers that nobody reads, secrets. Pure.
+"""Refuse values that JSON would change: numbers beyond a float, integers too long to be read, secrets. Pure.
 
-The first look is at the body, and cheap. The value itself is looked at only where the body gives a reason to.
+Each check looks at the body first, which is cheap, and at the value only if the body gives a reason.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from pydantic import Secret, SecretBytes, SecretStr
 from pydantic_core import SchemaSerializer, core_schema, from_json, to_json
 
 MAX_DIGITS: Final = 4300
-"""Digits of an integer: pydantic's core writes more, and reads no more."""
+"""The most digits of an integer: pydantic's core can write more, but cannot read more."""
 
 
 class NotCarried(ValueError):
-    """JSON would carry a value as another one, or so that nobody can read it. The message does not tell the value."""
+    """JSON would change a value, or make it unreadable. The message does not contain the value."""
 
 
 def refuse_nan(body: bytes) -> bytes:
-    """The body, if it has none of the constants that pydantic writes for numbers that JSON does not have.
+    """Return the body, unless it has NaN or Infinity, which pydantic writes and JSON does not have.
 
     Raises:
-        ValueError: it has.
+        ValueError: the body has one of them.
 
     """
-    # A single byte is found far sooner than several; and `in` would try first whether bytes are a number.
+    # Fast: `find` of a single byte is much faster than of several; `in` would first try bytes as an integer.
     if (body.find(b"N") >= 0 and body.find(b"NaN") >= 0) or (body.find(b"I") >= 0 and body.find(b"Infinity") >= 0):
-        try:  # perhaps inside a string: only then is it parsed
+        try:  # it may be inside a string: parse the body to know
             from_json(body, allow_inf_nan=False)
         except ValueError as error:
             raise ValueError("NaN and Infinity are not JSON") from error
     return body
 
 
-# Reading: a number that JSON has and a float has not is infinite in Python.
+# Reading: a JSON number beyond the range of a float becomes infinity in Python.
 
 
 def _mark(byte: int) -> int:
@@ -50,29 +50,29 @@ def _mark(byte: int) -> int:
 
 
 MARKS: Final = bytes(map(_mark, range(256)))
-"""Translates JSON so that numbers with an exponent look alike; `+` is to be left out."""
+"""Translates JSON so that all numbers with an exponent look alike; use it with `+` deleted."""
 
 EXPONENT: Final = b"0e000"
-"""What a number beyond a float has in such a translation, unless it has as many digits as `DIGITS` before its point."""
+"""In such a translation, each number beyond a float has this, or `DIGITS` before its point."""
 
 DIGITS: Final = b"0" * 200
 _LARGE: Final = 2000
-"""Bytes of a body whose value is worth a glance first: it may be an array of numbers, or a long text."""
+"""Above this many bytes, look at the value first: it is often an array of numbers or a long text, which is quick."""
 
 _TAIL: Final = re.compile(rb'e0000*(?:[,"]|\Z)')
 _NUMBER: Final = re.compile(rb"-?[0-9]+(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?")
 
 FLOATLESS: Final = frozenset((str, int, bool, type(None), bytes))
-"""Types of values that have no float in them."""
+"""Types whose values contain no float."""
 
 
 def refuse_beyond_float(body: bytes, value: Any, read: Callable[[bytes], Any] | None = None) -> None:
-    """Refuse what was read from a body if a number in it is beyond the range of a float.
+    """Refuse a value if a number in its body is beyond the range of a float.
 
     Args:
         body: JSON.
-        value: what was read from it.
-        read: reads a body as `value` was read; None if that is just as JSON has it.
+        value: the value that was read from it.
+        read: the function that read `value`; None if it was read as plain JSON.
 
     Raises:
         NotCarried: there is such a number, and it was read as a float.
@@ -86,7 +86,7 @@ def refuse_beyond_float(body: bytes, value: Any, read: Callable[[bytes], Any] | 
 
 
 def _is_finite(value: Any, most: int) -> bool:
-    """Whether what was read from JSON has no infinity; not after so many steps."""
+    """Whether a value from JSON surely has no infinity; False if `most` steps do not suffice to know."""
     rest: list[Any] = [value]
     while rest and most > 0:
         most -= 1
@@ -96,7 +96,7 @@ def _is_finite(value: Any, most: int) -> bool:
             parts = it.values() if kind is dict else it
             if kind is dict and not FLOATLESS.issuperset(map(type, it)):
                 return False
-            with suppress(Exception):  # whatever others than numbers raise
+            with suppress(Exception):  # other types than numbers raise various errors
                 if math.isfinite(sum(parts)):
                     continue
             if not FLOATLESS.issuperset(map(type, parts)):
@@ -109,7 +109,7 @@ def _is_finite(value: Any, most: int) -> bool:
 
 
 def _has_exponent(marks: bytes) -> bool:
-    """Whether what stands where numbers do has such an exponent; in a UUID it is nothing."""
+    """Whether a number has `EXPONENT`: hits in the middle of a string, such as a UUID, do not count."""
     for found in _TAIL.finditer(marks):
         before = marks[max(0, found.start() - len(DIGITS)) : found.start()]
         start = before.rstrip(b"0")
@@ -123,8 +123,9 @@ def _look_for_infinity(body: bytes, value: Any, read: Callable[[bytes], Any] | N
     if not found and read is not None:
         found = _infinities(value)
         if found:
-            # A type made a float of an integer or a string; or it is the program's own infinity, such as a default.
-            with suppress(ValueError):  # where what is shorter does not fit, nothing tells the two apart
+            # The type made a float of an integer or a string, or the program has an infinity, such as a default. To
+            # know which, read the body again without the large numbers, and subtract the infinities that remain.
+            with suppress(ValueError):  # the changed body may not fit the type: then all of them count
                 found -= _infinities(read(_NUMBER.sub(_in_short, body)))
     if found > 0:
         raise NotCarried("a number is beyond the range of a float, about 1.8e308")
@@ -139,7 +140,7 @@ def _infinities(value: Any) -> int:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What a value is made of, keys included, as pydantic takes it apart."""
+    """Yield the innermost parts of a value, including keys, as pydantic would write them."""
     rest: list[Any] = [_ANYTHING.to_python(value, warnings=False)]
     while rest:
         it = rest.pop()
@@ -155,18 +156,18 @@ def _leaves(value: Any) -> Iterator[Any]:
 _ANYTHING: Final = SchemaSerializer(core_schema.any_schema())
 
 
-# Writing: secrets are written as asterisks, and long integers as what cannot be read.
+# Writing: pydantic writes secrets as asterisks, and long integers that cannot be read.
 
 
 _MASK: Final = b'"**********"'
 OWN_SECRETS: Final = Secret.__subclasses__
-"""The classes of secrets that may be written as something else than asterisks."""
+"""Gives the user's classes of secrets, which may be written as something else than asterisks."""
 
 
 def refuse_changed(value: Any, body: bytes) -> None:
-    """Refuse a body that does not carry the value that it was written from.
+    """Refuse a body that does not carry the value from which it was written.
 
-    There is no need to where it has no asterisk and no more than 4300 bytes, and there are no `OWN_SECRETS`.
+    The call may be skipped if the body has no asterisk and at most 4300 bytes, and there are no `OWN_SECRETS`.
 
     Raises:
         NotCarried: the value has a secret, or an integer of more than 4300 digits.
@@ -178,7 +179,7 @@ def refuse_changed(value: Any, body: bytes) -> None:
         try:
             from_json(body)
         except ValueError as error:
-            raise NotCarried(f"an integer of more than {MAX_DIGITS} digits can be written, and not be read") from error
+            raise NotCarried(f"an integer of more than {MAX_DIGITS} digits cannot be read") from error
 
 
 _CHUNK: Final = MAX_DIGITS // 2
@@ -186,7 +187,11 @@ _HOPS: Final = re.compile(rb"(?s:[0-9]{0,%d}[^0-9].{%d})*+" % (_CHUNK - 1, _CHUN
 
 
 def _may_be_long(body: bytes) -> bool:
-    """Whether there are very many digits in a row; by hops from what is no digit over less than half of them."""
+    """Whether there may be more than `MAX_DIGITS` digits in a row.
+
+    `_HOPS` skips the bytes after each byte that is no digit, so it looks at few bytes. More than `MAX_DIGITS` digits
+    are over two chunks, and it skips less than one: where it stops, a whole chunk of them is left.
+    """
     hops = _HOPS.match(body)
     at = hops.end() if hops else 0
     return at + _CHUNK <= len(body) and body[at : at + _CHUNK].isdigit()
@@ -194,7 +199,7 @@ def _may_be_long(body: bytes) -> bool:
 
 def _look_for_secrets(value: Any, body: bytes) -> None:
     for it in _leaves(value):
-        # A model may write its secret as it is, by a serializer of its own. An iterator has been used up.
+        # A model may have a serializer that writes its secret in clear. An iterator is used up: only its mask is left.
         if isinstance(it, Secret | SecretStr | SecretBytes):
             masked = body.find(to_json(it)) >= 0
         else:
@@ -204,5 +209,5 @@ def _look_for_secrets(value: Any, body: bytes) -> None:
 
 
 def _has_own_mask(kind: type[Any]) -> bool:
-    """Whether a class under `Secret` hides its value as something else than asterisks."""
+    """Whether a subclass of `Secret` hides its value by something else than asterisks."""
     return any("_display" in vars(it) or _has_own_mask(it) for it in kind.__subclasses__())

@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator
 import aio_pika
 import pytest
 
-from places import Place, cut_memory, cut_rabbitmq
-from seam import Seam
+from support.places import Place, cut_memory, cut_rabbitmq
+from support.seam import Seam
 
 PLACES = ["memory-classic", "memory-quorum", "rabbitmq-classic", "rabbitmq-quorum"]
 ONE_OF_EACH = ["memory-classic", "rabbitmq-quorum"]

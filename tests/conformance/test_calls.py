@@ -15,7 +15,6 @@ from uuid import UUID
 import pytest
 from pydantic import BaseModel
 
-from places import Place, lose
 from rpcq import (
     CallTimeout,
     Client,
@@ -33,6 +32,7 @@ from rpcq import (
     TooLarge,
     contract,
 )
+from support.places import Place, lose
 
 QUEUE_TYPE_MATTERS = False
 

@@ -10,11 +10,11 @@ from decimal import Decimal
 
 import pytest
 
-from places import Place
 from rpcq import CallTimeout, ClosedError, ConfigurationError, Context, DomainError, Service
 from rpcq.control import MOST_ANSWERS, MOST_QUESTIONS, MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
 from rpcq.transport.base import Message, Outgoing
 from rpcq.wire.properties import Properties, encode
+from support.places import Place
 
 QUEUE_TYPE_MATTERS = False
 
@@ -122,7 +122,7 @@ async def test_asking_while_the_client_closes_ends(place: Place) -> None:
 
 async def test_a_name_that_no_service_can_have_is_refused(place: Place) -> None:
     async with place.client() as client:
-        with pytest.raises(ConfigurationError, match="the service is called"):
+        with pytest.raises(ConfigurationError, match="the name of a service must be"):
             await workers(client, "*")
 
 

@@ -17,9 +17,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-import call_scripts
-import seam_scripts
-from broker import Broker
+from support import call_scripts, seam_scripts
+from support.broker import Broker
 
 AT_ONCE = 10
 """Scripts that are played beside each other: they mostly wait."""

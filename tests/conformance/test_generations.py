@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from generations import FailingStore, Generations, SlowStore
-from places import Place
 from rpcq import CallError, Client, Retry, Service
 from rpcq.calls.outcomes import MAX_ATTEMPTS
+from support.generations import FailingStore, Generations, SlowStore
+from support.places import Place
 
 NEVER = 30.0
 TIMEOUT = 1.5

@@ -12,7 +12,6 @@ from typing import Any, Self
 import pytest
 from pydantic import Base64Bytes, Base64UrlBytes, BaseModel, ConfigDict, SecretBytes, SecretStr
 
-from places import Place
 from rpcq import (
     CallTimeout,
     ClosedError,
@@ -33,6 +32,7 @@ from rpcq.transport.base import Delivery, Listener, Message, Subscription, Trans
 from rpcq.transport.opening import open_transport
 from rpcq.wire import replies, requests
 from rpcq.wire.topology import Topology
+from support.places import Place
 
 
 class Odd(BaseException):

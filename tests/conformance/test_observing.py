@@ -18,8 +18,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFlags
 from prometheus_client import CollectorRegistry
 
-from load import until
-from places import Place
 from rpcq import CallTimeout, DomainError, InvalidParams, RemoteError, Retry, Service, logs
 from rpcq.observability.calls import CallLogs
 from rpcq.observability.metrics import Metrics
@@ -27,6 +25,8 @@ from rpcq.observability.sampling import Sampler
 from rpcq.observability.tracing import Tracing
 from rpcq.observer import Observed, ObservedCall, ObservedRequest, Observer
 from rpcq.options import MAX_HEADERS
+from support.load import until
+from support.places import Place
 
 QUEUE_TYPE_MATTERS = False
 

@@ -11,7 +11,6 @@ from typing import Any, Self
 
 import pytest
 
-from places import Place
 from rpcq import (
     CallError,
     CallTimeout,
@@ -30,6 +29,7 @@ from rpcq.transport.opening import open_transport
 from rpcq.wire import replies
 from rpcq.wire.properties import Properties, decode, encode
 from rpcq.wire.topology import Queue, Topology
+from support.places import Place
 
 
 class Stranger:

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from places import Place
 from rpcq import (
     CallError,
     CallTimeout,
@@ -28,6 +27,7 @@ from rpcq.errors import BrokerUnreachable
 from rpcq.results import Claim, MemoryResults, StoredResult
 from rpcq.transport.base import Message, Published
 from rpcq.wire import replies, requests
+from support.places import Place
 
 
 class Busy(DomainError):
@@ -235,10 +235,10 @@ class Shared(MemoryResults):
             raise OSError("the store is away")
         return await super().claim(key, owner, seconds)
 
-    async def put(self, key: str, answer: StoredResult) -> None:
+    async def put(self, key: str, result: StoredResult) -> None:
         if self.broken:
             raise OSError("the store is away")
-        await super().put(key, answer)
+        await super().put(key, result)
 
 
 async def test_workers_that_share_a_store_answer_for_each_other(place: Place) -> None:
@@ -281,9 +281,9 @@ async def test_a_store_that_is_away_costs_no_wrong_answer(
         caller = client.with_options(idempotency_key="k", timeout=10)
         # It could not be remembered, which is no fault of its caller's. The key is taken until its time has passed.
         assert await caller.with_options(timeout=0.5).call("things.work") == 1
-        assert "an answer cannot be remembered" in caplog.text
+        assert "a result cannot be stored" in caplog.text
         call = asyncio.create_task(caller.call("things.work"))
-        while "answers cannot be recalled" not in caplog.text:  # noqa: ASYNC110 - nothing tells
+        while "a stored result cannot be read" not in caplog.text:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0.005)
         store.broken = False
         if idempotent:

@@ -13,7 +13,6 @@ import pytest
 from aio_pika.exceptions import ChannelNotFoundEntity
 
 import rpcq.testing
-from places import Place
 from rpcq import (
     CallError,
     CallTimeout,
@@ -34,6 +33,7 @@ from rpcq import (
 from rpcq.errors import BrokerUnreachable
 from rpcq.testing import FakeService, running
 from rpcq.wire.topology import Topology
+from support.places import Place
 
 QUEUE_TYPE_MATTERS = False
 

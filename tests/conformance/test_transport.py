@@ -1,4 +1,4 @@
-"""The seam itself: what a client or a worker may ask of a transport, on both transports."""
+"""The seam: what a client or a worker may ask of a transport, on both transports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rpcq.wire.properties import Properties, decode, encode
 from rpcq.wire.replies import Notice, read_reply
 from rpcq.wire.requests import RequestEncoder
 from rpcq.wire.topology import Queue
-from seam import SECONDS, End, Seam, taken, until
+from support.seam import SECONDS, End, Seam, taken, until
 
 TTL_MS = 200
 
@@ -30,7 +30,7 @@ def deaths(letter: Delivery) -> list[dict[str, Any]]:
 # Publishing.
 
 
-async def test_what_has_a_queue_is_confirmed_and_arrives_with_its_properties(seam: Seam) -> None:
+async def test_a_message_that_has_a_queue_is_confirmed_and_arrives_with_its_properties(seam: Seam) -> None:
     async with seam.opened(seam.queue()) as end:
         properties = {
             "content_type": b"text/plain",
@@ -70,7 +70,7 @@ async def test_a_message_that_no_queue_is_bound_for_is_confirmed_if_it_is_not_ma
 async def test_each_of_many_messages_gets_its_own_outcome(seam: Seam) -> None:
     async with seam.opened(seam.queue()) as end:
         nowhere, somewhere = f"{seam.namespace}.nowhere", end.names[0]
-        same_id = b"the same"  # which is no reason to take one for the other
+        same_id = b"the same"  # the transport must still distinguish them
         outcomes = [
             (at % 3 == 0, end.publish(nowhere if at % 3 == 0 else somewhere, b"%d" % at, correlation_id=same_id))
             for at in range(600)
@@ -82,17 +82,17 @@ async def test_each_of_many_messages_gets_its_own_outcome(seam: Seam) -> None:
         assert end.inbox.bodies == [b"%d" % at for at in range(600) if at % 3]
 
 
-async def test_a_mandatory_message_is_told_from_one_that_is_not_with_the_same_key_and_id(seam: Seam) -> None:
+async def test_of_messages_with_the_same_key_and_id_only_the_mandatory_ones_are_returned(seam: Seam) -> None:
     async with seam.opened() as end:
         nowhere = f"{seam.namespace}.nowhere"
         same: dict[str, Any] = {"correlation_id": b"same"}
         outcomes = [end.publish(nowhere, b"x", mandatory=bool(at % 2), **same) for at in range(20)]
         async with asyncio.timeout(SECONDS):
-            settled = await asyncio.gather(*outcomes)
-        assert settled == [Published.CONFIRMED, Published.RETURNED] * 10
+            published = await asyncio.gather(*outcomes)
+        assert published == [Published.CONFIRMED, Published.RETURNED] * 10
 
 
-async def test_a_full_queue_refuses_and_takes_again_when_there_is_room(seam: Seam) -> None:
+async def test_a_full_queue_refuses_messages_until_there_is_room(seam: Seam) -> None:
     full = seam.queue(x_max_length=3, x_overflow="reject-publish")
     async with seam.opened(taken(full, prefetch=1)) as end:
         name = end.names[0]
@@ -113,7 +113,7 @@ async def test_a_full_queue_refuses_and_takes_again_when_there_is_room(seam: Sea
 
 
 @pytest.mark.parametrize("when", ["before the start", "after the end"])
-async def test_what_is_published_outside_of_a_transports_life_is_unsent_at_once(seam: Seam, when: str) -> None:
+async def test_a_message_that_is_published_before_start_or_after_close_is_unsent_at_once(seam: Seam, when: str) -> None:
     end = seam.end()
     if when == "after the end":
         await end.start()
@@ -123,10 +123,10 @@ async def test_what_is_published_outside_of_a_transports_life_is_unsent_at_once(
     assert outcome.result() is Published.UNSENT
     assert not end.transport.can_publish
     await end.transport.close()
-    assert end.settled == [Published.UNSENT]
+    assert end.published == [Published.UNSENT]
 
 
-async def test_publishers_wait_over_the_high_water_mark_and_go_on(seam: Seam) -> None:
+async def test_publishers_wait_above_the_high_water_mark_and_go_on(seam: Seam) -> None:
     async with seam.opened(taken(seam.queue(), no_ack=True)) as end:
         await end.transport.writable()
         body, outcomes = b"x" * 1024, []
@@ -154,7 +154,7 @@ async def test_a_body_of_any_size_arrives_intact_and_so_does_the_next(seam: Seam
         assert (whole.body_size, after.body) == (size, b"next")
 
 
-async def test_a_large_body_that_is_returned_does_not_disturb_what_follows(seam: Seam) -> None:
+async def test_a_large_body_that_is_returned_does_not_disturb_later_messages(seam: Seam) -> None:
     async with seam.opened(seam.queue()) as end:
         returned = end.publish(f"{seam.namespace}.nowhere", b"\xce" * 400_000)
         assert await end.sent(end.names[0], b"next") is Published.CONFIRMED
@@ -163,7 +163,7 @@ async def test_a_large_body_that_is_returned_does_not_disturb_what_follows(seam:
 
 
 @pytest.mark.parametrize("size", [1001, 131_064, 400_000])
-async def test_a_body_over_the_limit_comes_as_its_size_alone_and_can_be_settled(seam: Seam, size: int) -> None:
+async def test_a_body_over_the_limit_is_delivered_as_its_size_only_and_can_be_settled(seam: Seam, size: int) -> None:
     async with seam.opened(taken(seam.queue(), prefetch=1), max_body=1000) as end:
         for sent in (b"x" * size, b"y" * 1000):
             assert await end.sent(end.names[0], sent, type=b"t") is Published.CONFIRMED
@@ -189,7 +189,7 @@ async def test_messages_come_in_the_order_in_which_they_were_published(seam: Sea
             delivery.ack()
 
 
-async def test_prefetch_is_what_a_consumer_may_hold_and_an_ack_makes_room_for_one(seam: Seam) -> None:
+async def test_prefetch_limits_what_a_consumer_holds_and_an_ack_makes_room_for_one_more(seam: Seam) -> None:
     async with seam.opened(taken(seam.queue(), prefetch=3)) as end:
         for at in range(8):
             assert await end.sent(end.names[0], b"%d" % at) is Published.CONFIRMED
@@ -216,7 +216,7 @@ async def test_each_consumer_of_a_transport_has_its_own_prefetch(seam: Seam) -> 
         assert all(body == end.names[at].encode() for at in (0, 1) for body in end.inboxes[at].bodies)
 
 
-async def test_without_acks_all_comes_at_once_and_nothing_comes_twice(seam: Seam) -> None:
+async def test_without_acks_all_messages_come_at_once_and_none_comes_twice(seam: Seam) -> None:
     queue = seam.queue(lasts=True)
     async with seam.opened() as other:
         async with seam.opened(taken(queue, no_ack=True)) as end:
@@ -229,7 +229,7 @@ async def test_without_acks_all_comes_at_once_and_nothing_comes_twice(seam: Seam
             assert (last.body, last.redelivered) == (b"last", False)
 
 
-async def test_what_is_rejected_with_requeue_comes_again_flagged_as_redelivered(seam: Seam) -> None:
+async def test_a_message_that_is_rejected_with_requeue_comes_again_flagged_as_redelivered(seam: Seam) -> None:
     async with seam.opened(seam.queue()) as end:
         assert await end.sent(end.names[0], b"x", type=b"t") is Published.CONFIRMED
         first = await end.inbox.next()
@@ -241,7 +241,7 @@ async def test_what_is_rejected_with_requeue_comes_again_flagged_as_redelivered(
         second.ack()
 
 
-async def test_what_is_rejected_without_requeue_comes_back_as_a_dead_letter(seam: Seam) -> None:
+async def test_a_message_that_is_rejected_without_requeue_comes_back_as_a_dead_letter(seam: Seam) -> None:
     queue = seam.requests_queue("things")
     async with seam.opened(queue) as worker, seam.opened(seam.own_queue()) as caller:
         cc = {"CC": [caller.names[0]]}
@@ -273,7 +273,7 @@ async def test_settling_twice_is_an_error_and_does_no_harm(seam: Seam, settlemen
         assert "lost" not in end.of("consuming")
 
 
-async def test_what_is_acknowledged_is_gone_and_what_is_not_is_given_to_the_next_consumer(seam: Seam) -> None:
+async def test_an_acknowledged_message_is_gone_and_another_goes_to_the_next_consumer(seam: Seam) -> None:
     queue = seam.queue(lasts=True)
     async with seam.opened() as other:
         async with seam.opened(queue) as first:
@@ -288,7 +288,7 @@ async def test_what_is_acknowledged_is_gone_and_what_is_not_is_given_to_the_next
             assert len(second.inbox.all) == 1
 
 
-async def test_after_stop_consuming_nothing_is_delivered_and_what_came_before_can_be_acknowledged(seam: Seam) -> None:
+async def test_after_stop_consuming_nothing_is_delivered_and_earlier_deliveries_can_be_acknowledged(seam: Seam) -> None:
     queue = seam.queue(lasts=True)
     async with seam.opened() as other:
         async with seam.opened(taken(queue, prefetch=10)) as stopping:
@@ -307,16 +307,16 @@ async def test_after_stop_consuming_nothing_is_delivered_and_what_came_before_ca
         async with seam.opened(queue) as last:
             assert (await last.inbox.next()).body == b"still publishes"
             await last.barrier()
-            assert len(last.inbox.all) == 1, "what was acknowledged after stop_consuming came again"
+            assert len(last.inbox.all) == 1, "a message that was acknowledged after stop_consuming came again"
 
 
-async def test_a_session_that_is_lost_after_stop_consuming_takes_nothing_up_again(seam: Seam) -> None:
+async def test_a_session_that_is_lost_after_stop_consuming_does_not_consume_again(seam: Seam) -> None:
     queue = seam.queue(lasts=True)
     async with seam.opened() as other, seam.opened(queue) as stopping:
         async with asyncio.timeout(SECONDS):
             await stopping.transport.stop_consuming()
         stopping.cut()
-        # Whether the consuming session comes back is the transport's affair; in memory it does not.
+        # A transport may or may not open the consuming session again; the in-process one does not.
         await until(lambda: stopping.of("publishing") == ["up", "lost", "up"])
         if not seam.in_memory:
             await until(lambda: stopping.of("consuming") == ["up", "lost", "up"])
@@ -336,7 +336,7 @@ async def test_a_request_that_expires_comes_back_to_its_caller_and_not_before(se
     async with seam.opened(taken(queue, prefetch=1)) as worker, seam.opened(seam.own_queue()) as caller:
         name = caller.names[0]
         assert await caller.sent("things", exchange=seam.requests.name) is Published.CONFIRMED
-        await worker.inbox.next()  # and hold it, so that the next one waits
+        await worker.inbox.next()  # held, so that the next one waits
         encoder = RequestEncoder(name, "tests")
         raw = encoder.encode(b"an id", b"method", TTL_MS, int(time.time() * 1000) + TTL_MS, b"", notify=True)
         outcome = asyncio.get_running_loop().create_future()
@@ -347,7 +347,7 @@ async def test_a_request_that_expires_comes_back_to_its_caller_and_not_before(se
         async with asyncio.timeout(SECONDS):
             assert await outcome is Published.CONFIRMED
         await caller.barrier()
-        if time.monotonic() - began < 0.8 * TTL_MS / 1000:  # else this machine is too busy to tell
+        if time.monotonic() - began < 0.8 * TTL_MS / 1000:  # otherwise this machine is too slow to check it
             assert not caller.inbox.all
         letter = await caller.inbox.next()
         # The expiry is set a tenth before the deadline; the broker counts whole milliseconds.
@@ -359,19 +359,19 @@ async def test_a_request_that_expires_comes_back_to_its_caller_and_not_before(se
         assert len(worker.inbox.all) == 1
 
 
-async def test_a_request_that_is_taken_in_time_does_not_expire_however_long_it_is_held(seam: Seam) -> None:
+async def test_a_request_that_is_taken_in_time_does_not_expire_while_it_is_in_hand(seam: Seam) -> None:
     queue = seam.requests_queue("things")
     async with seam.opened(queue) as worker, seam.opened(seam.own_queue()) as caller:
         cc = {"CC": [caller.names[0]]}
         how: dict[str, Any] = {"exchange": seam.requests.name, "headers": cc}
         assert await caller.sent("things", b"held", expiration=b"50", **how) is Published.CONFIRMED
         held = await worker.inbox.next()
-        # A second one that does expire, in a queue that nobody takes from, tells that the time is over.
+        # The notice of a second request, which expires in a queue without consumers, shows that the time is over.
         unused = seam.queue("unused", lasts=True, x_dead_letter_exchange="")
         async with seam.opened(unused) as declaring:
             await declaring.transport.stop_consuming()
             assert await caller.sent(unused.name, b"waited", expiration=b"200", headers=cc) is Published.CONFIRMED
-            for _ in range(2):  # the copy that CC sends at once through the default exchange, and the notice
+            for _ in range(2):  # the copy for CC, which comes at once through the default exchange, and the notice
                 assert (await caller.inbox.next()).body == b"waited"
         held.ack()
         await caller.barrier()
@@ -398,7 +398,7 @@ async def test_a_request_of_a_queue_that_delivers_once_comes_back_when_its_consu
         assert caller.inbox.bodies == [b"held"]
 
 
-async def test_a_classic_queue_gives_what_a_lost_consumer_held_to_the_next_one(seam: Seam) -> None:
+async def test_a_classic_queue_gives_the_messages_of_a_lost_consumer_to_the_next_one(seam: Seam) -> None:
     queue = seam.queue()
     async with seam.opened(queue) as first:
         assert await first.sent(queue.name, b"x") is Published.CONFIRMED
@@ -413,7 +413,7 @@ async def test_a_classic_queue_gives_what_a_lost_consumer_held_to_the_next_one(s
 # Queues.
 
 
-async def test_queues_named_by_the_broker_differ_and_go_with_their_transport(seam: Seam) -> None:
+async def test_queues_named_by_the_broker_differ_and_are_deleted_with_their_transport(seam: Seam) -> None:
     async with seam.opened() as other:
         async with seam.opened(seam.own_queue(), seam.own_queue()) as one, seam.opened(seam.own_queue()) as two:
             names = [*one.names, *two.names, *other.names]
@@ -456,7 +456,7 @@ async def test_an_exclusive_queue_is_refused_to_another_transport(seam: Seam) ->
 # Sessions.
 
 
-async def test_the_way_out_is_up_before_the_way_in_and_closing_is_not_told(seam: Seam) -> None:
+async def test_the_publishing_session_is_up_first_and_closing_is_not_reported(seam: Seam) -> None:
     async with seam.opened(seam.queue()) as end:
         assert end.events == [("publishing", "up"), ("consuming", "up")]
         assert len(end.names) == 2
@@ -482,7 +482,7 @@ async def test_both_sessions_come_back_after_a_cut_with_a_new_queue_name(seam: S
 
 
 @pytest.mark.parametrize("session", ["consuming", "publishing"])
-async def test_the_loss_of_one_session_leaves_the_other_alone(seam: Seam, session: str) -> None:
+async def test_the_loss_of_one_session_does_not_affect_the_other(seam: Seam, session: str) -> None:
     async with seam.opened(taken(seam.own_queue(), no_ack=True)) as end:
         name = end.names[0]
         end.cut_one(session)
@@ -503,7 +503,7 @@ async def test_sessions_come_back_again_and_again(seam: Seam) -> None:
         assert (await end.inbox.next()).body == b"x"
 
 
-async def test_settling_what_came_over_a_lost_session_does_no_harm(seam: Seam) -> None:
+async def test_settling_a_delivery_of_a_lost_session_does_no_harm(seam: Seam) -> None:
     queue = seam.queue(lasts=True)
     async with seam.opened(queue) as end:
         for at in range(4):
@@ -540,13 +540,13 @@ async def test_settling_between_the_sessions_does_no_harm(seam: Seam) -> None:
         copy = await end.inbox.next()
         assert copy.redelivered
         copy.ack()
-        await until(lambda: end.of("consuming") == ["up", "lost", "up"])  # which may be told after the first delivery
+        await until(lambda: end.of("consuming") == ["up", "lost", "up"])  # the report may come after the first delivery
         await end.barrier()
         assert end.of("consuming") == ["up", "lost", "up"]
 
 
 async def cut_with_messages_under_way(end: End, key: str, count: int) -> list[asyncio.Future[Published]]:
-    """Publish some that are confirmed, some that may be, and some in the very moment of the cut."""
+    """Publish messages that are confirmed, that may be confirmed, and that are published just before the cut."""
     outcomes = []
     for at in range(count):
         outcomes.append(end.publish(key, b"%d" % at))
@@ -558,40 +558,40 @@ async def cut_with_messages_under_way(end: End, key: str, count: int) -> list[as
     return outcomes
 
 
-async def test_what_is_unconfirmed_when_the_session_is_cut_settles_as_unsent_or_unknown(seam: Seam) -> None:
+async def test_unconfirmed_messages_are_reported_as_unsent_or_unknown_when_the_session_is_cut(seam: Seam) -> None:
     async with seam.opened(seam.queue()) as end:
         await end.sent(end.names[0], b"first")
-        told: list[int] = []
+        counts: list[int] = []
         lost = end._lost
 
-        def count_settled(session: str, cause: BrokerError) -> None:
-            told.append(len(end.settled))
+        def count_published(session: str, cause: BrokerError) -> None:
+            counts.append(len(end.published))
             lost(session, cause)
 
-        end._lost = count_settled  # type: ignore[method-assign]
+        end._lost = count_published  # type: ignore[method-assign]
         outcomes = await cut_with_messages_under_way(end, end.names[0], 205)
         await until(lambda: "lost" in end.of("publishing"))
-        assert told == [206], "the session was told lost before all its messages were settled"
-        settled = [outcome.result() for outcome in outcomes]
-        assert set(settled) <= {Published.CONFIRMED, Published.UNSENT, Published.UNKNOWN}
-        assert set(settled[201:]) <= {Published.UNSENT, Published.UNKNOWN}  # the cut was in the same moment
+        assert counts == [206], "the session was reported as lost before all its messages were reported"
+        published = [outcome.result() for outcome in outcomes]
+        assert set(published) <= {Published.CONFIRMED, Published.UNSENT, Published.UNKNOWN}
+        assert set(published[201:]) <= {Published.UNSENT, Published.UNKNOWN}  # published just before the cut
         await until(lambda: end.of("publishing") == ["up", "lost", "up"])
         assert await end.sent(end.names[0], b"last") is Published.CONFIRMED
         await until(lambda: end.inbox.bodies[-1:] == [b"last"])
         arrived = set(end.inbox.bodies)
-        for at, how in enumerate(settled):
+        for at, how in enumerate(published):
             if how is Published.CONFIRMED:
                 assert b"%d" % at in arrived
             elif how is Published.UNSENT:
                 assert b"%d" % at not in arrived
 
 
-async def test_what_was_handed_to_the_socket_and_not_confirmed_is_unknown(seam: Seam) -> None:
+async def test_a_message_that_was_handed_to_the_socket_and_not_confirmed_is_unknown(seam: Seam) -> None:
     async with seam.opened(seam.queue()) as end:
         outcome = end.publish(end.names[0], b"x")
-        asyncio.get_running_loop().call_soon(end.cut_one, "publishing")  # right after the write of this iteration
+        asyncio.get_running_loop().call_soon(end.cut_one, "publishing")  # right after this iteration has written
         async with asyncio.timeout(SECONDS):
-            # The in-process broker has no moment between the two.
+            # In the in-process broker no time passes between the two.
             assert await outcome is (Published.CONFIRMED if seam.in_memory else Published.UNKNOWN)
         await until(lambda: end.of("publishing") == ["up", "lost", "up"])
 
@@ -611,7 +611,7 @@ async def test_between_the_sessions_messages_are_unsent_and_publishers_wait(seam
 # Closing.
 
 
-async def test_close_writes_what_is_pending_and_settles_everything(seam: Seam) -> None:
+async def test_close_writes_what_is_pending_and_reports_every_message(seam: Seam) -> None:
     async with seam.opened(seam.queue()) as other:
         end = seam.end()
         await end.start()
@@ -623,7 +623,7 @@ async def test_close_writes_what_is_pending_and_settles_everything(seam: Seam) -
         await until(lambda: len(other.inbox.all) == 300)
 
 
-async def test_close_settles_what_a_lost_session_left_over(seam: Seam) -> None:
+async def test_close_reports_the_messages_of_a_lost_session(seam: Seam) -> None:
     async with seam.opened(seam.queue()) as other:
         end = seam.end()
         await end.start()
@@ -633,7 +633,7 @@ async def test_close_settles_what_a_lost_session_left_over(seam: Seam) -> None:
             await end.transport.close()
         assert all(outcome.done() for outcome in outcomes)
         assert {outcome.result() for outcome in outcomes} <= {Published.UNSENT, Published.UNKNOWN}
-        assert len(end.settled) == 50
+        assert len(end.published) == 50
         assert end.of("consuming").count("up") == 1
 
 
@@ -665,7 +665,7 @@ async def test_an_acknowledgement_that_waits_for_others_is_sent_when_none_come(s
         assert len(end.inbox.all) == 3, "it came again"
 
 
-async def test_what_is_acknowledged_because_its_reply_is_confirmed_while_closing_reaches_the_broker(
+async def test_an_acknowledgement_after_a_confirm_while_closing_reaches_the_broker(
     seam: Seam,
 ) -> None:
     queue = seam.queue(lasts=True)
@@ -675,16 +675,16 @@ async def test_what_is_acknowledged_because_its_reply_is_confirmed_while_closing
                 assert await other.sent(queue.name, b"x") is Published.CONFIRMED
             held = [await end.inbox.next() for _ in range(20)]
             raw, to = encode(Properties(correlation_id=b"c")), other.names[0].encode()
-            for delivery in held:  # as a worker does it: in the very call that tells of the confirm
+            for delivery in held:  # as a worker does it: inside the callback for the confirm
                 reply = Message(b"", to, b"c", raw, b"reply", lambda _, delivery=delivery: delivery.ack())
                 end.transport.publish(reply)
         await until(lambda: len(other.inbox.all) == 20)
         async with seam.opened(queue) as later:
             await later.barrier()
-            assert not later.inbox.all, "it was answered, and not acknowledged"
+            assert not later.inbox.all, "it was replied to, but not acknowledged"
 
 
-async def test_a_transport_may_be_closed_twice_between_its_sessions_and_unstarted(seam: Seam) -> None:
+async def test_a_transport_may_be_closed_twice_between_sessions_and_before_its_start(seam: Seam) -> None:
     async with asyncio.timeout(SECONDS):
         await seam.transport().close()
         end = seam.end(seam.queue())
@@ -697,7 +697,7 @@ async def test_a_transport_may_be_closed_twice_between_its_sessions_and_unstarte
     assert end.of("consuming") == ["up", "lost"]
 
 
-async def test_properties_encoded_by_hand_are_what_arrives(seam: Seam) -> None:
+async def test_properties_arrive_as_they_were_encoded(seam: Seam) -> None:
     raw = encode(Properties(correlation_id=b"c", headers={"x-a": [1, "two", {"three": True}], "x-none": None}))
     async with seam.opened(seam.queue()) as end:
         outcome = asyncio.get_running_loop().create_future()

@@ -34,7 +34,7 @@ import yaml
 ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
-DATABASE: Final = ("shared-answers",)
+DATABASE: Final = ("shared-results",)
 """Pages that have a PostgreSQL at DATABASE_URL."""
 
 RUN: Final = ("python", "sh", "console")

@@ -36,7 +36,7 @@ def test_the_quickstart_does_what_it_says(rabbitmq_url: str, tmp_path: Path) -> 
     done = subprocess.run(
         ["sh", "-ec", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=50, check=False
     )
-    assert done.stdout == "3\n10000 answers\nInvalidParams no False\n", done.stderr
+    assert done.stdout == "3\n10000 sums\nInvalidParams no False\n", done.stderr
 
 
 def test_its_links_lead_somewhere() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from load import Scene
+from support.load import Scene
 
 
 # Both kinds with `make test-faults`; on a quorum queue all takes longer, and `make test` has its time.

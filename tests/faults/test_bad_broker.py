@@ -17,9 +17,9 @@ import aio_pika
 import psutil
 import pytest
 
-from broker import Broker, with_vhost
 from rpcq import BrokerError, Client, ConfigurationError, Service, Worker
 from rpcq.errors import AuthenticationFailed, BrokerUnreachable, ProtocolError, TopologyMismatch, VhostNotFound
+from support.broker import Broker, with_vhost
 
 SECRET = "s3cr3t-0f-this-test"
 TIMEOUT = 0.5

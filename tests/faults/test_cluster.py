@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from broker import vhost_of
-from cluster import Cluster, Member, joined
-from cluster import cluster as a_cluster
-from load import Load, Scene, WorkerProcess, until
 from rpcq import Client
 from rpcq.calls.outcomes import State
+from support.broker import vhost_of
+from support.cluster import Cluster, Member, joined
+from support.cluster import cluster as a_cluster
+from support.load import Load, Scene, WorkerProcess, until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(240)]
 

@@ -19,13 +19,13 @@ from typing import Any
 import psutil
 import pytest
 
-from broker import Broker, Setup
-from broker import broker as a_broker
-from load import Load, Scene, WorkerProcess, until
-from proxy import Connection, Faults, Proxy, proxy
 from rpcq import Client, OutcomeUnknown, Service, Worker
 from rpcq.calls.outcomes import State
 from rpcq.transport.rabbitmq import session as sessions
+from support.broker import Broker, Setup
+from support.broker import broker as a_broker
+from support.load import Load, Scene, WorkerProcess, until
+from support.proxy import Connection, Faults, Proxy, proxy
 
 NARROW = 40_000
 """Bytes per second, of which a call takes several hundreds each way."""

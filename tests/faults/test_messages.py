@@ -24,7 +24,6 @@ from pydantic import SecretStr
 
 import rpcq.calls.sending
 import rpcq.client
-from load import READY, Load, Scene, WorkerProcess, until
 from rpcq import (
     CallTimeout,
     Client,
@@ -36,6 +35,7 @@ from rpcq import (
 )
 from rpcq.control import WorkerStats
 from rpcq.logs import SELDOM
+from support.load import READY, Load, Scene, WorkerProcess, until
 
 MIB = 1024 * 1024
 HOUR = 3600

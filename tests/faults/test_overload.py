@@ -14,9 +14,9 @@ import aio_pika
 import psutil
 import pytest
 
-from broker import Broker, vhost_of
-from load import Load, Scene, until
 from rpcq import CallError, CallTimeout, Client, Overloaded
+from support.broker import Broker, vhost_of
+from support.load import Load, Scene, until
 
 SERVED = 100
 """Calls that the worker of the test of overload can serve in a second: ten at once, of 0.1 s each."""

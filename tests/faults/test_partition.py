@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import pytest
 
-from cluster import Cluster, Member, joined
-from cluster import cluster as a_cluster
-from load import Load, Scene, WorkerProcess, until
 from rpcq import Client, Retry
 from rpcq.calls.outcomes import State
+from support.cluster import Cluster, Member, joined
+from support.cluster import cluster as a_cluster
+from support.load import Load, Scene, WorkerProcess, until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 

@@ -23,10 +23,6 @@ import aio_pika
 import pytest
 from aio_pika.abc import AbstractChannel
 
-from broker import Broker, CtlFailed, Setup, vhost_of, with_vhost
-from broker import broker as a_broker
-from load import Scene, WorkerProcess, until
-from proxy import proxy
 from rpcq import (
     CallTimeout,
     Client,
@@ -41,6 +37,10 @@ from rpcq import (
 )
 from rpcq.errors import BrokerUnreachable, VhostNotFound
 from rpcq.transport.rabbitmq.frames import Encoder
+from support.broker import Broker, CtlFailed, Setup, vhost_of, with_vhost
+from support.broker import broker as a_broker
+from support.load import Scene, WorkerProcess, until
+from support.proxy import proxy
 
 ODD_TAG = 1_000_000
 """A delivery tag that no channel here gets to."""
@@ -196,8 +196,8 @@ async def test_a_channel_that_the_broker_closes_over_an_acknowledgement_costs_no
     ):
         await load.through()
         session: Any = worker._transport._consuming  # type: ignore[attr-defined]
-        link, consumed = session._link, session._consumed[0]
-        encoder: Encoder = consumed._unsettled._encoder
+        link, channel = session._link, session._channels[0]
+        encoder: Encoder = channel._unsettled._encoder
         with caplog.at_level(logging.WARNING, logger="rpcq"):
             link.protocol.write(encoder.ack(ODD_TAG))
             await until(lambda: session._link is not link, 5, "the broker took it")
@@ -368,7 +368,7 @@ async def test_a_broker_that_came_back_is_asked_again_how_much_it_takes(
         publishing._link.protocol.abort()
         await until(lambda: not client.connected)
         await until(lambda: client.connected)
-        assert publishing._most is None
+        assert publishing._most == sys.maxsize
         with pytest.raises(TooLarge):
             await client.call("nobody.there", text="x" * MOST)
         assert publishing._most == MOST

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rpcq.transport.base import Message, Published
-from seam import SECONDS, End, Seam, taken, until
+from support.seam import SECONDS, End, Seam, taken, until
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ async def test_it_is_replaced_under_load_and_each_message_has_its_one_outcome(fu
     await asyncio.gather(*publishers)
     assert told.keys() == {(0, Published.REFUSED), (1, Published.CONFIRMED)}
     assert not first.unconfirmed
-    assert len(publishing._link.protocol._frames.lanes) == 1
+    assert len(publishing._link.protocol._frames.channels) == 1
     await full.barrier()
     assert len(full.inboxes[1].all) == told[1, Published.CONFIRMED]
     assert full.of("publishing") == ["up"]
@@ -88,7 +88,7 @@ async def test_it_is_replaced_less_and_less_often_while_refusals_go_on_and_as_at
             began = now
             while not publishing._replacing:
                 now += 1
-                publishing._refused(publishing._channels[-1])
+                publishing._on_refused(publishing._channels[-1])
             found.append(now - began - 1)  # the first one begins it
             await until(lambda: not publishing._replacing)
         return found
@@ -106,7 +106,7 @@ async def test_no_more_than_three_are_open_where_messages_on_them_are_never_conf
         channels[-1].unconfirmed._waiting[0] = Message(b"", b"", b"", b"", b"", lambda _: None, mandatory=False)
         assert len(channels) == count
         channels[-1].refused_at = 0.0
-        publishing._refused(channels[-1])
+        publishing._on_refused(channels[-1])
         await until(lambda count=count: len(channels) == min(count + 1, 3))
     assert await full.sent(full.names[1]) is Published.CONFIRMED
     for each in [*channels]:
@@ -120,7 +120,7 @@ async def test_where_no_other_can_be_opened_it_goes_on(full: End, caplog: pytest
     hang(full)
     await refused(full)
     await until(lambda: not publishing._replacing)
-    assert "a channel refuses messages, and could not be replaced" in [record.getMessage() for record in caplog.records]
+    assert "a channel refuses messages, but could not be replaced" in [record.getMessage() for record in caplog.records]
     assert publishing._channels == [first]
     assert await full.sent(full.names[1]) is Published.CONFIRMED
 

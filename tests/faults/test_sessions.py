@@ -10,9 +10,9 @@ from urllib.parse import urlsplit, urlunsplit
 import aio_pika
 import pytest
 
-from broker import Broker
-from proxy import proxy
 from rpcq import CallTimeout, Client, OutcomeUnknown, Overloaded, Service, ServiceUnavailable, Worker
+from support.broker import Broker
+from support.proxy import proxy
 
 
 def things() -> tuple[Service, asyncio.Semaphore]:
@@ -136,7 +136,7 @@ async def test_a_quiet_connection_is_kept_by_heartbeats(rabbitmq_url: str, names
 async def test_a_busy_connection_is_not_given_up_though_aiormq_sees_none_of_its_messages(
     rabbitmq_url: str, namespace: str
 ) -> None:
-    """aiormq gives up after three heartbeats without a frame, and the lane takes them all."""
+    """aiormq gives up after three heartbeats without a frame, and the fast channel takes them all."""
     service, _ = things()
     async with (
         Worker(service, url=rabbitmq_url, namespace=namespace, heartbeat=1) as worker,

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from load import Load, Scene, until
 from rpcq import Client, OutcomeUnknown
+from support.load import Load, Scene, until
 
 
 def sent_again(client: Client) -> list[int]:
@@ -63,7 +63,7 @@ async def test_a_worker_stopped_under_load_costs_no_call(scene: Scene) -> None:
 
 async def test_calls_that_come_to_a_worker_while_it_stops_run_elsewhere(scene: Scene) -> None:
     first, _ = await asyncio.gather(
-        scene.worker(service="targets_dying:target", RPCQ_TEST_LINGERS="0.5"), scene.worker()
+        scene.worker(service="support.targets_dying:target", RPCQ_TEST_LINGERS="0.5"), scene.worker()
     )
     async with scene.client() as client:
         again = sent_again(client)
@@ -85,7 +85,7 @@ async def test_calls_that_come_to_a_worker_while_it_stops_run_elsewhere(scene: S
 @pytest.mark.long
 async def test_what_a_killed_worker_held_does_not_run_again_through_one_that_stops(scene: Scene) -> None:
     killed, stopping = await asyncio.gather(
-        scene.worker(), scene.worker(service="targets_dying:target", RPCQ_TEST_LINGERS="2")
+        scene.worker(), scene.worker(service="support.targets_dying:target", RPCQ_TEST_LINGERS="2")
     )
     async with scene.client() as client:
         again = sent_again(client)

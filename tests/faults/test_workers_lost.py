@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from command import Process
-from load import TESTS, Load, Scene, WorkerProcess, until
 from rpcq import Client, OutcomeUnknown
 from rpcq.calls.outcomes import MAX_ATTEMPTS
 from rpcq.control import WorkerStats
+from support.command import Process
+from support.load import TESTS, Load, Scene, WorkerProcess, until
 
 CALLERS_OF_ANOTHER_PROCESS = """
 import asyncio
@@ -107,7 +107,7 @@ async def test_a_worker_killed_in_the_middle_of_calls_costs_only_those_and_none_
 async def test_a_worker_killed_between_its_replies_and_their_acks_costs_no_call(scene: Scene) -> None:
     held = 20
     dying, other = await asyncio.gather(
-        scene.worker(service="targets_dying:target", RPCQ_TEST_DIES_AFTER="50", RPCQ_PREFETCH=str(held)),
+        scene.worker(service="support.targets_dying:target", RPCQ_TEST_DIES_AFTER="50", RPCQ_PREFETCH=str(held)),
         scene.worker(),
     )
     async with scene.client() as client:

@@ -13,7 +13,7 @@ from urllib.parse import urlencode, urlsplit
 
 import trustme
 
-from proxy import Proxy
+from support.proxy import Proxy
 
 DAY = timedelta(days=1)
 

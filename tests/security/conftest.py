@@ -9,9 +9,9 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 import pytest
 
-from broker import Broker
 from rpcq.wire.topology import Topology
 from security.realm import SERVED, Place, patterns, topic_patterns
+from support.broker import Broker
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ from urllib.parse import urlsplit
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractQueue
 
-from broker import Broker
 from rpcq import Client, Service, Worker
 from rpcq.options import ConnectionOptions
 from rpcq.transport.opening import open_admin
 from rpcq.url import parse
 from rpcq.wire.topology import Topology
+from support.broker import Broker
 
 SECURITY = Path(__file__).parents[2] / "docs" / "security.md"
 SERVED = {"worker": "things", "other worker": "others"}

@@ -21,7 +21,6 @@ import pika
 import pytest
 from aio_pika.abc import AbstractConnection, AbstractExchange, AbstractIncomingMessage, AbstractQueue
 
-from command import ROOT, Process
 from rpcq import CallTimeout, Client, InvalidReply, OutcomeUnknown
 from rpcq.options import ConnectionOptions
 from rpcq.transport.opening import open_admin
@@ -29,6 +28,7 @@ from rpcq.url import parse
 from rpcq.wire import bodies
 from rpcq.wire.topology import Queue
 from security.realm import CLIENT, WORKER, Deed, Place, reply_queue
+from support.command import ROOT, Process
 
 MOST_GROWTH = 200
 """MiB that the memory of the worker under attack may grow."""
@@ -301,7 +301,7 @@ async def test_hostile_peers_achieve_nothing(
     }
     url = parse(place.broker.url)
     bank = f"{place.topology.namespace}.bank"
-    command = [sys.executable, "-m", "rpcq", "worker", "targets_guarded:others"]
+    command = [sys.executable, "-m", "rpcq", "worker", "support.targets_guarded:others"]
     async with open_admin(url, ConnectionOptions(), *url.hosts[0]) as admin:
         await admin.declare([], [Queue(bank, durable=True)])
         try:

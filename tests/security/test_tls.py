@@ -26,8 +26,6 @@ from urllib.parse import urlsplit
 import pytest
 from cryptography.hazmat.primitives import serialization
 
-from broker import VHOST, Broker, Setup, Unavailable
-from broker import broker as a_broker
 from rpcq import (
     BrokerError,
     Client,
@@ -38,8 +36,10 @@ from rpcq import (
     Worker,
 )
 from rpcq.errors import AuthenticationFailed, BrokerUnreachable, ProtocolError
-from seam import until
 from security.certificates import DAY, Authority, Certificate, behind_tls, server_context, with_tls
+from support.broker import VHOST, Broker, Setup, Unavailable
+from support.broker import broker as a_broker
+from support.seam import until
 
 # The time of a test, and not that of the start of a broker, which has bounds of its own.
 pytestmark = pytest.mark.timeout(60, func_only=True)
@@ -207,7 +207,7 @@ async def test_amqps_to_a_port_without_tls_fails_and_does_not_fall_back_to_plain
     error = await refused(opening, url, namespace)
     assert isinstance(error, BrokerUnreachable)
     assert f"TLS with amqps://{parts.hostname}:{parts.port or 5672} failed" in str(error)
-    assert "what listens there may not speak TLS" in str(error)
+    assert "that port may not speak TLS" in str(error)
 
 
 async def test_a_handshake_that_is_never_answered_is_given_up_after_the_connect_timeout(
@@ -348,7 +348,11 @@ FILES: dict[str, tuple[Callable[[Files, Certificate, Certificate], dict[str, str
         "certfile",
         "no certificate in PEM",
     ),
-    "no keyfile": (lambda it, ada, eve: {"certfile": ada.certfile}, "certfile", "name the file that does with keyfile"),
+    "no keyfile": (
+        lambda it, ada, eve: {"certfile": ada.certfile},
+        "certfile",
+        "name the file with the key with keyfile",
+    ),
     "no keyfile there": (lambda it, ada, eve: {**ada.files, "keyfile": it.missing}, "keyfile", "No such file"),
     "no key in the keyfile": (
         lambda it, ada, eve: {**ada.files, "keyfile": it.no_pem},
@@ -387,8 +391,8 @@ async def test_a_file_that_cannot_be_used_is_named_before_anything_is_connected(
 @pytest.mark.parametrize(
     ("query", "why"),
     [
-        ("keyfile=key.pem", "its query has 'keyfile', the key of a certificate, and no 'certfile'"),
-        ("cafile=a.pem&cafile=b.pem", "its query has 'cafile' twice"),
+        ("keyfile=key.pem", "must have the query parameter 'certfile' if it has 'keyfile'"),
+        ("cafile=a.pem&cafile=b.pem", "must have the query parameter 'cafile' only once"),
     ],
 )
 def test_files_that_make_no_sense_are_refused_with_the_url(query: str, why: str) -> None:

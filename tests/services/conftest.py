@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from command import delete_queues
+from support.command import delete_queues
 
 
 @pytest.fixture

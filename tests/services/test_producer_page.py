@@ -10,8 +10,8 @@ from typing import IO, Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from producers import Away, serving, told, worker
-from programs import CONTRAST, launched
+from support.producers import Away, serving, told, worker
+from support.programs import CONTRAST, launched
 
 MS = 20_000
 """What may take a moment, in milliseconds."""

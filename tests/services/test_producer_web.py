@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from producers import SECONDS, out, program, run, serving, told, worker
+from support.producers import SECONDS, out, program, run, serving, told, worker
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_where_nobody_serves_it_is_a_503_and_a_failed_stream(url: str, namespace
         assert response.headers["content-type"] == "application/problem+json"
         assert "retry-after" in response.headers
         name, why = ran(client, requests=2, timeout=1)[-1]
-        assert (name, why["title"]) == ("failed", "Nobody could take the requests")
+        assert (name, why["title"]) == ("failed", "No worker took the requests")
         assert why["summary"]["errors"] == {"UNAVAILABLE": 2}
         assert namespace not in response.text + json.dumps(why)
 

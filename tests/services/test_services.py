@@ -13,8 +13,8 @@ import pytest
 from consumer_service import calculator, echo
 from consumer_service.contracts import CalculatorApi, DivisionByZero, EchoApi
 from producer_service.load import send
-from producers import SECONDS, program, run
 from rpcq import Client, Service, Worker
+from support.producers import SECONDS, program, run
 
 # As functions.
 

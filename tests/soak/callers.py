@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from load import Load, Scene
 from rpcq import Client, Retry
 from soak.oracle import KeyLedger
+from support.load import Load, Scene
 
 TIMEOUTS = (1.0, 5.0)
 """Seconds that a call of a key may have. A worker has the key for as long, and a second."""

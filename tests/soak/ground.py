@@ -10,9 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 
-import broker as brokers
-from cluster import Cluster, Member, cluster, joined
-from proxy import Connection, Proxy, proxy
+from support import broker as brokers
+from support.cluster import Cluster, Member, cluster, joined
+from support.proxy import Connection, Proxy, proxy
 
 TICK = 5
 """Seconds without a word after which a node of a cluster takes another one for lost, give or take a quarter."""

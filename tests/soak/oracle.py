@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 
-from load import Ledger
+from support.load import Ledger
 
 
 class KeyLedger(Ledger):

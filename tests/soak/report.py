@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from load import Ledger, WorkerProcess
 from soak.faults import Strikes
 from soak.stage import Stage
+from support.load import Ledger, WorkerProcess
 
 EXPLAINED = 10
 """Violations that are told with all that is known of them."""

@@ -12,11 +12,11 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Literal
 
-from load import Load, lines_of
 from soak.faults import Strikes, brokers, callers, moving, network, stores, workers
 from soak.ground import Ground, ground
 from soak.report import Held, Report, explained, say
 from soak.stage import Stage, set_stage
+from support.load import Load, lines_of
 
 WARM_UP = 15.0
 """Seconds of load before the first fault, and before memory is taken as that of the start; less in a short run."""

@@ -12,10 +12,10 @@ import os
 import time
 import zlib
 
-import targets
 from rpcq import Context, Service
 from soak.store import SharedAnswers
-from targets import began, once, target, write
+from support import targets
+from support.targets import began, once, target, write
 
 __all__ = ["other", "target"]
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import broker as brokers
-from load import TESTS, Ledger, Load, Scene, WorkerProcess
 from rpcq import Client
 from soak.callers import other_loads, plain_load
 from soak.ground import Ground, Road, road
 from soak.store import StoreProcess
+from support import broker as brokers
+from support.load import TESTS, Ledger, Load, Scene, WorkerProcess
 
 HEARTBEAT = 2
 VICTIMS = 2

@@ -66,8 +66,8 @@ class SharedAnswers:
         found = await self._ask("claim", key, owner, seconds)
         return Claim(found) if isinstance(found, str) else _answer(found)
 
-    async def put(self, key: str, answer: StoredResult) -> None:
-        await self._ask("put", key, answer.fingerprint.hex(), answer.body.decode())
+    async def put(self, key: str, result: StoredResult) -> None:
+        await self._ask("put", key, result.fingerprint.hex(), result.body.decode())
 
     async def release(self, key: str, owner: str) -> None:
         await self._ask("release", key, owner)

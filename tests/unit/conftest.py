@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from command import SERVICES, Rpcq, delete_queues
+from support.command import SERVICES, Rpcq, delete_queues
 
 
 @pytest.fixture

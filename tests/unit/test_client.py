@@ -284,17 +284,17 @@ async def test_a_name_that_cannot_be_is_refused_before_anything_is_sent(things: 
 
 async def test_a_name_without_a_service_says_what_to_do(things: Things) -> None:
     async with things.client() as client:
-        with pytest.raises(ConfigurationError, match=r"'work' names no service; call 'service\.method'"):
+        with pytest.raises(ConfigurationError, match=r"must be 'service\.method', .*; got 'work'"):
             client.call("work", x=1)  # at once, and not when it is awaited
 
 
 @pytest.mark.parametrize("name", ["", "a b", "x" * 101, "a\n", 5, None])
 async def test_a_service_that_cannot_be_is_refused(things: Things, name: Any) -> None:
     client = things.client()
-    with pytest.raises(ConfigurationError, match="the service is called"):
+    with pytest.raises(ConfigurationError, match="the name of a service must be"):
         client.service(name)
     async with client:
-        with pytest.raises(ConfigurationError, match="the service is called"):
+        with pytest.raises(ConfigurationError, match="the name of a service must be"):
             await client.wait_for_service(name)
 
 
@@ -340,7 +340,7 @@ async def test_a_service_that_nobody_serves_is_waited_for_and_told(things: Thing
         with pytest.raises(ServiceUnavailable, match=r"no worker of 'nobody' answered within 0\.1 s") as caught:
             await client.wait_for_service("nobody", timeout=0.1)
         assert things.namespace in str(caught.value)
-        assert not client._control._asked
+        assert not client._control._questions
 
 
 @pytest.mark.parametrize(
@@ -349,9 +349,9 @@ async def test_a_service_that_nobody_serves_is_waited_for_and_told(things: Thing
 async def test_a_wait_that_is_no_number_of_seconds_is_named(things: Things, seconds: Any) -> None:
     async with things.client() as client:
         for ask in (client.workers, client.stats):
-            with pytest.raises(ConfigurationError, match=f"wait is {seconds!r}; it is a number of seconds above 0"):
+            with pytest.raises(ConfigurationError, match=f"wait must be a number of seconds above 0; got {seconds!r}"):
                 await anext(ask(wait=seconds))
-        with pytest.raises(ConfigurationError, match=f"timeout is {seconds!r}; it is a number of seconds above 0"):
+        with pytest.raises(ConfigurationError, match=f"timeout must be a number of seconds above 0; got {seconds!r}"):
             await client.wait_for_service("things", timeout=seconds)
 
 
@@ -364,11 +364,11 @@ def test_without_a_url_the_environment_has_it(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(ConfigurationError, match="RPCQ_URL"):
             Client(nothing)
     monkeypatch.setenv("RPCQ_URL", "http://localhost")
-    with pytest.raises(ConfigurationError, match="'http'"):
+    with pytest.raises(ConfigurationError, match="'http:"):
         Client()
     monkeypatch.setenv("RPCQ_URL", "memory://")
     Client()
-    with pytest.raises(ConfigurationError, match="'ftp'"):
+    with pytest.raises(ConfigurationError, match="'ftp:"):
         Client("ftp://localhost")
 
 
@@ -389,7 +389,7 @@ def test_without_a_url_the_environment_has_it(monkeypatch: pytest.MonkeyPatch) -
         ({"heartbeat": 0}, "heartbeat"),
         ({"heartbeat": 2.5}, "heartbeat"),
         ({"connect_timeout": 0}, "connect_timeout"),
-        ({"name": "a b"}, "program"),
+        ({"name": "a b"}, "name must be"),
         ({"namespace": ""}, "namespace"),
         ({"namespace": "a b"}, "namespace"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowest import PROJECT, lowest
+from support.lowest import PROJECT, lowest
 
 
 def test_every_dependency_has_one_lower_bound() -> None:

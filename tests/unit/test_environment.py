@@ -88,11 +88,11 @@ def test_an_argument_beats_its_variable_even_one_that_cannot_be_used(monkeypatch
 @pytest.mark.parametrize(
     ("name", "text", "why"),
     [
-        ("RPCQ_PREFETCH", "many", r"RPCQ_PREFETCH is 'many': .*integer"),
-        ("RPCQ_PREFETCH", "0", "RPCQ_PREFETCH: prefetch is 0; it is a whole number from 1"),
-        ("RPCQ_NAMESPACE", "a b", "RPCQ_NAMESPACE: the namespace is called 'a b'"),
-        ("RPCQ_HEARTBEAT", "-1", "RPCQ_HEARTBEAT: heartbeat is -1.0"),
-        ("RPCQ_REPLY_TO", "(", r"RPCQ_REPLY_TO: reply_to holds '\('"),
+        ("RPCQ_PREFETCH", "many", "RPCQ_PREFETCH must be a whole number; got 'many'"),
+        ("RPCQ_PREFETCH", "0", "RPCQ_PREFETCH: prefetch must be a whole number from 1 to 65535; got 0"),
+        ("RPCQ_NAMESPACE", "a b", "RPCQ_NAMESPACE: namespace must be .*; got 'a b'"),
+        ("RPCQ_HEARTBEAT", "-1", "RPCQ_HEARTBEAT: heartbeat must be .*; got -1.0"),
+        ("RPCQ_REPLY_TO", "(", r"RPCQ_REPLY_TO: reply_to must be regular expressions; got '\('"),
     ],
 )
 def test_a_variable_that_cannot_be_used_is_named(
@@ -117,10 +117,9 @@ def test_clients_and_workers_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
 async def _work() -> None: ...
 
 
-def test_all_settings_are_documented_once_with_their_meaning() -> None:
+def test_each_option_is_one_setting() -> None:
     found = settings()
     assert [it.variable for it in found] == ["RPCQ_URL", *SET]
-    assert all(it.meaning and not it.meaning.endswith(" ") for it in found)
     assert {it.variable for it in found if it.read_by == ("client", "worker")} == {
         "RPCQ_URL",
         "RPCQ_NAME",

@@ -232,12 +232,12 @@ def test_a_domain_error_may_have_a_code_of_its_own_and_its_subclass_does_not_inh
 
 @pytest.mark.parametrize("code", ["", "Upper", "has space", "9lives", "_x", "a" * 101, "a\n", 5, None])
 def test_a_domain_error_with_a_code_that_cannot_be_is_refused_when_it_is_defined(code: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"Bad\.code is .*lower case"):
+    with pytest.raises(ConfigurationError, match=r"Bad\.code must be lower case"):
         type("Bad", (DomainError,), {"code": code})
 
 
 def test_a_domain_error_whose_name_gives_no_code_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"_Private\.code is '_private'"):
+    with pytest.raises(ConfigurationError, match=r"_Private\.code must be lower case .*; got '_private'"):
         type("_Private", (DomainError,), {})
 
 

@@ -96,13 +96,13 @@ async def test_what_is_no_setting_is_refused() -> None:
 
 
 async def test_what_is_no_service_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="is no Service"):
+    with pytest.raises(ConfigurationError, match="must be instances of Service"):
         async with running(Stock):  # type: ignore[arg-type]
             pass
 
 
 async def test_two_services_of_one_name_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="two services are called stock"):
+    with pytest.raises(ConfigurationError, match="must have different names; got several called stock"):
         async with running(FakeService("stock"), FakeService("stock")):
             pass
 
@@ -200,12 +200,15 @@ async def test_a_fake_cannot_vanish_from_a_worker_that_is_not_its_own() -> None:
     ("tell", "named"),
     [
         (lambda fake: fake.answers("price", object()), "JSON cannot carry"),
-        (lambda fake: fake.answers("price", 1, after=-1), "after is -1"),
-        (lambda fake: fake.answers("price", 1, after=float("nan")), "after is nan"),
+        (lambda fake: fake.answers("price", 1, after=-1), "after must be a number of seconds of at least 0; got -1"),
+        (
+            lambda fake: fake.answers("price", 1, after=float("nan")),
+            "after must be a number of seconds of at least 0; got nan",
+        ),
         (lambda fake: fake.answers("stock.price", 1), "no dot"),
-        (lambda fake: fake.answers("", 1), "a name is 1 to 100"),
-        (lambda fake: fake.fails("price", "no"), "not with 'no'"),
-        (lambda fake: fake.fails("price", KeyboardInterrupt), "not with KeyboardInterrupt"),
+        (lambda fake: fake.answers("", 1), "must be 1 to 100 of the characters"),
+        (lambda fake: fake.fails("price", "no"), "must be an exception; got 'no'"),
+        (lambda fake: fake.fails("price", KeyboardInterrupt), "must be an exception; got KeyboardInterrupt"),
         (lambda _: FakeService("stock!"), "stock!"),
         (lambda _: FakeService("stock", queue_type="stream"), "stream"),  # type: ignore[arg-type]
     ],
@@ -242,7 +245,7 @@ async def test_a_fake_of_a_contract_takes_and_gives_what_the_contract_says() -> 
 def test_a_fake_of_a_contract_refuses_to_be_told_what_the_contract_does_not_have() -> None:
     fake = FakeService.of(Stock)
     for tell in (fake.answers, fake.vanishes, lambda name: fake.fails(name, OutOfStock)):
-        with pytest.raises(ConfigurationError, match="no method 'prices'; it has price, take"):
+        with pytest.raises(ConfigurationError, match="which has price, take; got 'prices'"):
             tell("prices")
     with pytest.raises(ConfigurationError, match="does not fit its annotation"):
         fake.answers("price", "cheap")
@@ -264,9 +267,9 @@ def test_a_fake_is_of_a_contract_that_names_its_service_or_is_given_the_name() -
     class Wrong(Protocol):
         price: int = 3
 
-    with pytest.raises(ConfigurationError, match="does not say which service"):
+    with pytest.raises(ConfigurationError, match="names no service"):
         FakeService.of(Nameless)
-    with pytest.raises(ConfigurationError, match="'price', which is no method"):
+    with pytest.raises(ConfigurationError, match=r"must have only methods; .* has 'price'"):
         FakeService.of(Wrong, "stock")
     assert FakeService.of(Nameless, "prices", queue_type="quorum").queue_type == "quorum"
     assert FakeService.of(Stock, "warehouse").name == "warehouse"
@@ -371,7 +374,7 @@ def test_whoever_does_not_use_the_plugin_does_not_pay_for_it(pages: pytest.Pytes
 
 def test_the_fixture_is_shown_with_what_it_does(pages: pytest.Pytester) -> None:
     result = pages.runpytest_subprocess("--fixtures", "-v")
-    result.stdout.fnmatch_lines(["rpcq_running*", "*in a place of this test alone*"])
+    result.stdout.fnmatch_lines(["rpcq_running*", "*in a namespace of this test*"])
 
 
 @pytest.mark.parametrize("error", [ServiceUnavailable, ServiceUnavailable("down")])

@@ -55,7 +55,7 @@ def a_dead_url() -> str:
 
 
 def test_a_worker_without_services_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="without services"):
+    with pytest.raises(ConfigurationError, match="services must be one or more"):
         Worker(url="memory://")
 
 
@@ -67,12 +67,12 @@ def test_a_service_without_methods_is_refused_by_name() -> None:
 def test_a_service_whose_default_method_is_none_of_its_own_is_refused() -> None:
     service = Service("things", default_method="other")
     service.method(Served().work)
-    with pytest.raises(ConfigurationError, match="no method 'other', its default"):
+    with pytest.raises(ConfigurationError, match="must be one of its methods; got 'other'"):
         Worker(service, url="memory://")
 
 
 def test_two_services_of_one_name_are_refused_by_name() -> None:
-    with pytest.raises(ConfigurationError, match="two services are called things"):
+    with pytest.raises(ConfigurationError, match="must have different names; got several called things"):
         Worker(Served().service, Served("others").service, Served().service, url="memory://")
 
 
@@ -80,11 +80,11 @@ def test_two_services_of_one_name_are_refused_by_name() -> None:
 def test_what_is_no_service_is_refused_by_its_repr(thing: Any) -> None:
     with pytest.raises(ConfigurationError) as caught:
         Worker(thing, url="memory://")
-    assert f"{thing!r} is no Service" in str(caught.value)
+    assert f"must be instances of Service; got {thing!r}" in str(caught.value)
 
 
 def test_a_list_of_services_is_refused_since_each_is_an_argument_of_its_own() -> None:
-    with pytest.raises(ConfigurationError, match="is no Service"):
+    with pytest.raises(ConfigurationError, match="must be instances of Service"):
         Worker([Served().service], url="memory://")  # type: ignore[arg-type]
 
 

@@ -17,10 +17,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from load import until
 from rpcq import Service
 from rpcq.web import CancelOnDisconnect, Rpc, on_call_error
-from webserver import browser, served
+from support.load import until
+from support.webserver import browser, served
 
 KIB = 1024
 

@@ -17,12 +17,12 @@ import httpx
 import pytest
 from aiohttp import web
 
-from command import Process, delete_queues
 from consumer_service.calculator import calculator
 from consumer_service.contracts import EchoApi
-from load import until
 from rpcq import Service, Worker
-from webserver import answers, browser
+from support.command import Process, delete_queues
+from support.load import until
+from support.webserver import answers, browser
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 20.0

@@ -16,9 +16,6 @@ import httpx
 import pytest
 from fastapi import Depends, FastAPI, HTTPException, Request
 
-from command import Process, delete_queues
-from load import until
-from proxy import Proxy, proxy
 from rpcq import (
     CallTimeout,
     Client,
@@ -34,7 +31,10 @@ from rpcq import (
 )
 from rpcq.observer import Observer
 from rpcq.web import Rpc, on_call_error
-from webserver import NotStarted, answers, served
+from support.command import Process, delete_queues
+from support.load import until
+from support.proxy import Proxy, proxy
+from support.webserver import NotStarted, answers, served
 
 SECONDS = 20.0
 ROOT = Path(__file__).resolve().parents[2]
@@ -316,7 +316,7 @@ def test_a_mistake_that_shows_late_ends_the_app(uvicorn: Callable[..., Process],
     (tmp_path / "go").touch()
     assert process.ended() != 0
     said = "\n".join(process.lines)
-    assert "what runs beside the app cannot be started; the app is to stop" in said
+    assert "the client or the worker of the app cannot be opened; the app has to stop" in said
     assert "ValueError: no such table" in said
     assert "Application shutdown failed" in said
 

@@ -8,11 +8,11 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from load import until
 from rpcq import Client, Service, Worker
 from rpcq.observability.tracing import Tracing
 from rpcq.web import CancelOnDisconnect, Rpc
-from webserver import served
+from support.load import until
+from support.webserver import served
 
 CHAIN = ["GET /work", "send outer.work", "process outer.work", "send inner.work", "process inner.work"]
 

@@ -1,4 +1,4 @@
-"""Exchanges of the in-process broker: which queues a message goes to. Pure."""
+"""The exchanges of the in-process broker: which queues a message goes to. Pure."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class LiveExchange:
-    """An exchange that was declared, and what is bound to it: binding key -> queues.
+    """An exchange that was declared, with its bindings: binding key -> queues.
 
-    A topic exchange compares the keys that have a wildcard one by one: there are few of them in one process.
+    A topic exchange tries the keys with a wildcard one by one: there are few of them in one process.
     """
 
     def __init__(self, declared: Exchange) -> None:
@@ -24,7 +24,7 @@ class LiveExchange:
         self._patterns: dict[bytes, list[bytes]] = {}
 
     def bind(self, queue: LiveQueue, key: bytes) -> bool:
-        """Bind a queue; False if it is bound under this key already."""
+        """Bind a queue; returns False if it is bound under this key already."""
         bound = self.bindings.get(key, ())
         if queue in bound:
             return False
@@ -34,7 +34,7 @@ class LiveExchange:
         return True
 
     def unbind(self, queue: LiveQueue, key: bytes) -> None:
-        """Take a queue off a key that it is bound under."""
+        """Remove a binding of a queue."""
         if rest := tuple(other for other in self.bindings[key] if other is not queue):
             self.bindings[key] = rest
         else:

@@ -1,9 +1,9 @@
 """RabbitMQ's rules about one declaration or one message. Pure functions.
 
-What a queue may be declared with (https://www.rabbitmq.com/docs/queues), what CC and `expiration` mean
-(https://www.rabbitmq.com/docs/sender-selected, https://www.rabbitmq.com/docs/ttl), and how a dead letter tells where it
-died (https://www.rabbitmq.com/docs/dlx). Errors carry RabbitMQ's own words for them, and have the classes that
-its reply codes 403, 404, 405 and 406 get.
+They cover the arguments of queues (https://www.rabbitmq.com/docs/queues), CC and `expiration`
+(https://www.rabbitmq.com/docs/sender-selected, https://www.rabbitmq.com/docs/ttl), and the headers of dead letters
+(https://www.rabbitmq.com/docs/dlx). Errors have RabbitMQ's own texts, and the classes for its reply codes 403, 404, 405
+and 406.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ _ARGUMENTS: Final = frozenset(
 
 
 def copies_of(headers: Mapping[str, Any] | None) -> list[bytes]:
-    """The routing keys of the header CC; what is not a string in it counts for nothing.
+    """The routing keys of the header CC; items that are not strings are ignored.
 
     Raises:
-        PreconditionFailed: RabbitMQ closes the channel over it, with 406.
+        PreconditionFailed: CC is not an array. RabbitMQ would close the channel, with 406.
 
     """
     copies = headers.get("CC") if headers else None
     if copies is None:
         return []
     if not isinstance(copies, list):
-        msg = f"PRECONDITION_FAILED - invalid message: the header CC is a {type(copies).__name__}, and no array"
+        msg = f"PRECONDITION_FAILED - invalid message: the header CC must be an array; got a {type(copies).__name__}"
         raise PreconditionFailed(msg)
     return [key.encode() if isinstance(key, str) else key for key in copies if isinstance(key, str | bytes)]
 
 
 def words_of(key: bytes) -> list[bytes]:
-    """The words of a routing key or binding key of a topic exchange; an empty key has none."""
+    """The words of a routing key or binding key of a topic exchange; an empty key has no words."""
     return key.split(b".") if key else []
 
 
 def has_wildcard(words: list[bytes]) -> bool:
-    """Whether a binding key of a topic exchange matches more than itself."""
+    """Whether a binding key of a topic exchange has a wildcard."""
     return b"*" in words or b"#" in words
 
 
@@ -60,10 +60,10 @@ def topic_matches(pattern: list[bytes], words: list[bytes]) -> bool:
 
 
 def milliseconds(expiration: bytes) -> int:
-    """What the property `expiration` says.
+    """The value of the property `expiration`.
 
     Raises:
-        PreconditionFailed: RabbitMQ closes the channel over it, with 406.
+        PreconditionFailed: it is not a number from 0. RabbitMQ would close the channel, with 406.
 
     """
     if not _EXPIRATION.match(expiration) or int(expiration) < 0:
@@ -73,7 +73,7 @@ def milliseconds(expiration: bytes) -> int:
 
 
 def check_user(user: bytes | None) -> None:
-    """Raise `PreconditionFailed` where a message names another user than its sender, who is guest in this broker."""
+    """Raise `PreconditionFailed` if a message names another user than its sender, who is guest in this broker."""
     if user is not None and user != b"guest":
         named = user.decode(errors="replace")
         msg = f"PRECONDITION_FAILED - user_id property set to {named!r} but authenticated user was 'guest'"
@@ -89,9 +89,10 @@ def record_death(
     expiration: bytes | None,
     time: datetime,
 ) -> list[Any]:
-    """Put a death into the headers of a message; all its deaths, the most recent first.
+    """Add a death to the headers of a message; returns all its deaths, the most recent first.
 
-    There is one table for each queue and reason; dying there again counts it up, and leaves its other fields.
+    There is one table for each queue and reason. Another death for the same adds 1 to its count, and changes no other
+    field.
     """
     came_to = exchange.decode(errors="replace")
     earlier = headers.get("x-death")
@@ -108,7 +109,7 @@ def record_death(
     else:
         keys = [key.decode(errors="replace") for key in (routing_key, *copies_of(headers))]
         death = {"count": 1, "reason": reason, "queue": queue, "time": time, "exchange": came_to, "routing-keys": keys}
-        if expiration is not None:  # whatever the reason
+        if expiration is not None:  # for each reason, not only for "expired"
             death["original-expiration"] = expiration.decode()
     deaths = [death, *(other for other in earlier if other not in again)]
     headers["x-death"] = deaths
@@ -120,7 +121,7 @@ def _died(death: Any, queue: str) -> bool:
 
 
 def is_cycle(queue: str, deaths: list[Any]) -> bool:
-    """Whether a message was in a queue before, and only expiry or a limit brought it back there."""
+    """Whether a message was in this queue before, and came back only by expiry or limits, without a rejection."""
     for death in deaths:
         if not isinstance(death, dict) or death.get("reason") == "rejected":
             return False
@@ -130,14 +131,14 @@ def is_cycle(queue: str, deaths: list[Any]) -> bool:
 
 
 def check_reserved(what: str, name: str) -> None:
-    """Raise `AccessRefused` for a name that only RabbitMQ gives."""
+    """Raise `AccessRefused` for a name that is reserved for RabbitMQ."""
     if name.startswith("amq."):
         msg = f"ACCESS_REFUSED - {what} name {name!r} contains reserved prefix 'amq.*'"
         raise AccessRefused(msg)
 
 
 def check_arguments(queue: Queue) -> None:
-    """Raise `PreconditionFailed` for what RabbitMQ refuses, and for what is not there to be honoured."""
+    """Raise `PreconditionFailed` for arguments that RabbitMQ refuses, or that this broker does not support."""
     arguments = queue.arguments
     quorum = arguments.get("x-queue-type", "classic") == "quorum"
     wrong = [name for name in arguments if name not in _ARGUMENTS]
@@ -155,7 +156,7 @@ def check_arguments(queue: Queue) -> None:
     ):
         wrong.append("x-overflow")
     if quorum and (not queue.durable or queue.exclusive or queue.auto_delete):
-        wrong.append("x-queue-type: a quorum queue is durable, and neither exclusive nor auto-delete")
+        wrong.append("x-queue-type: a quorum queue must be durable, and neither exclusive nor auto-delete")
     if wrong:
         msg = f"PRECONDITION_FAILED - the queue {queue.name!r} cannot be declared with {', '.join(sorted(set(wrong)))}"
         raise PreconditionFailed(msg)
@@ -166,7 +167,7 @@ def _is_count(value: Any) -> bool:
 
 
 def check_equivalent(present: Queue, wanted: Queue) -> None:
-    """Raise `TopologyMismatch`, which says what differs, where a queue exists otherwise than wanted."""
+    """Raise `TopologyMismatch`, which names the differences, if a queue exists with other arguments than wanted."""
     was, given = _properties(present), _properties(wanted)
     differences = [
         f"{name} is {was.get(name)!r}, not {given.get(name)!r}"
@@ -180,7 +181,7 @@ def check_equivalent(present: Queue, wanted: Queue) -> None:
 
 def _properties(queue: Queue) -> dict[str, Any]:
     return {
-        "durable": queue.durable and not queue.exclusive,  # an exclusive queue never is
+        "durable": queue.durable and not queue.exclusive,  # an exclusive queue is never durable
         "exclusive": queue.exclusive,
         "auto_delete": queue.auto_delete,
         "x-queue-type": "classic",

@@ -1,8 +1,6 @@
-"""The in-process broker: a `Transport` that needs no RabbitMQ and keeps its rules.
+"""The transport of `memory://`: it needs no RabbitMQ, and keeps RabbitMQ's rules.
 
-`physics` knows what becomes of messages; this is the asyncio around it. Whatever transports publish and settle waits in
-their inboxes until the loop's next iteration, and is then worked off in one callback for all of them: no message costs
-a task, and no callback is ever called from inside `publish`, `ack` or `reject`.
+Each session has an inbox for what it published or settled; see `broker`.
 """
 
 from __future__ import annotations
@@ -10,194 +8,30 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
 from typing import Final
-from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import structlog
 
-from rpcq.errors import BrokerError, BrokerUnreachable, ClosedError, ProtocolError, UsageError
+from rpcq.errors import BrokerError, ClosedError, ProtocolError, UsageError
 from rpcq.options import ConnectionOptions
 from rpcq.transport.base import Delivery, Listener, Outgoing, Published, Subscription
-from rpcq.transport.memory.vhost import Connection, Handed, Vhost
+from rpcq.transport.memory.broker import MemoryBroker, forget, shared
+from rpcq.transport.memory.vhost import Connection, Handed
 from rpcq.wire.properties import MalformedProperties
 from rpcq.wire.topology import Exchange
 
 log = structlog.get_logger("rpcq.transport")
 
 HIGH_WATER: Final = 1024
-"""Messages in a transport's inbox from which on it `can_publish` no more, until the loop's next iteration."""
+"""Messages in a transport's inbox; above it, `can_publish` is false until the next iteration of the loop."""
 
 PAUSE: Final = (0.010, 0.050)
-"""Seconds, at least and at most, until a session that was lost comes back."""
-
-_shared: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[str, MemoryBroker]] = WeakKeyDictionary()
-
-
-class MemoryBroker:
-    """Exchanges and queues that live in this process, in one event loop, as long as a transport or somebody holds them.
-
-    Besides what transports use, it has hooks for tests: to look at queues, and to fail as a broker fails.
-    """
-
-    def __init__(self) -> None:
-        self._vhost = Vhost(lambda: datetime.now(UTC))
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._transports: dict[MemoryTransport, None] = {}
-        self._inboxes: deque[_Publishing | _Consuming] = deque()
-        self._scheduled = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._reason: str | None = None
-
-    @property
-    def queues(self) -> tuple[str, ...]:
-        """The names of all queues."""
-        return tuple(self._vhost.queues)
-
-    def depth(self, queue: str) -> int:
-        """How many messages of a queue are ready: neither handed out nor, as far as the head is concerned, expired."""
-        return len(self._vhost.queues[queue].ready)
-
-    @classmethod
-    def named(cls, name: str) -> MemoryBroker | None:
-        """The one that transports of this name share in the running event loop, if any is open."""
-        named = _shared.get(asyncio.get_running_loop())
-        return None if named is None else named.get(name)
-
-    def consumers(self, queue: str) -> int:
-        """How many consumers a queue has."""
-        return len(self._vhost.queues[queue].consumers)
-
-    def drop_connections(self) -> None:
-        """Reset every connection. Transports come back by themselves, each session within `PAUSE`."""
-        cause = BrokerUnreachable("the in-process broker dropped the connection")
-        transports = [*self._transports]
-        # All at once, or else one transport would be handed what another one lost in the same moment.
-        self.disconnect(transport.consuming for transport in transports)
-        for transport in transports:
-            transport.lose_consuming(cause)
-            transport.lose_publishing(cause)
-
-    def block(self, reason: str) -> None:
-        """Take nothing that is published until `unblock`, as RabbitMQ does under a memory or disk alarm."""
-        self._reason = reason
-        for transport in [*self._transports]:
-            transport.tell_blocked()
-
-    def unblock(self) -> None:
-        """End what `block` began."""
-        self._reason = None
-        for transport in [*self._transports]:
-            transport.tell_unblocked()
-
-    # ------------------------------------------------------------------------------------------- for transports
-
-    @property
-    def reason(self) -> str | None:
-        """Why nothing that is published is taken, or None."""
-        return self._reason
-
-    @property
-    def vhost(self) -> Vhost:
-        """The exchanges and queues. Who changes them calls `schedule` afterwards."""
-        return self._vhost
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop of all its transports."""
-        if self._loop is None:
-            raise UsageError("no transport of this broker is open")
-        return self._loop
-
-    def attach(self, transport: MemoryTransport) -> None:
-        """Let a transport in.
-
-        Raises:
-            UsageError: transports in another event loop use this broker.
-
-        """
-        loop = asyncio.get_running_loop()
-        if self._loop not in (None, loop):
-            raise UsageError("transports in another event loop use this broker; each loop needs one of its own")
-        self._loop = loop
-        self._transports[transport] = None
-        self.schedule()
-
-    def detach(self, transport: MemoryTransport) -> bool:
-        """Let a transport go; whether it was the last one."""
-        self.disconnect((transport.consuming,))
-        self._transports.pop(transport, None)
-        if self._transports:
-            return False
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._loop = None
-        self._scheduled = False
-        return True
-
-    def post(self, inbox: _Publishing | _Consuming) -> None:
-        """Work off an inbox in the loop's next iteration."""
-        self._inboxes.append(inbox)
-        self.schedule()
-
-    def schedule(self) -> None:
-        """Deliver what is to be delivered, in the loop's next iteration."""
-        if not self._scheduled:
-            self._scheduled = True
-            self.loop.call_soon(self._process)
-
-    def deliver(self) -> None:
-        """Deliver what was handed out."""
-        outbox = self._vhost.outbox
-        while outbox:
-            handed = outbox.popleft()
-            handed[0].deliver(handed)
-
-    def disconnect(self, sessions: Iterable[_Consuming | None]) -> None:
-        """End sessions, all at once; those that have ended stay so."""
-        open_sessions = [session for session in sessions if session is not None]
-        for session in open_sessions:
-            session.up = False
-        self._vhost.disconnect([session.connection for session in open_sessions], self.loop.time())
-        self.schedule()
-
-    def _process(self) -> None:
-        self._scheduled = False
-        if self._loop is None:
-            return
-        now = self._loop.time()
-        inboxes, count = self._inboxes, len(self._inboxes)
-        try:
-            while count and inboxes:
-                count -= 1
-                inboxes.popleft().work_off(now)
-            self.deliver()
-        finally:
-            # If a callback raised all the same, the loop is told, and nobody else's messages are lost.
-            if inboxes or self._vhost.outbox:
-                self.schedule()
-            self._set_timer()
-
-    def _set_timer(self) -> None:
-        due = self._vhost.next_expiry
-        if due is None or self._loop is None:
-            return
-        if self._timer is not None:
-            if self._timer.when() <= due:
-                return
-            self._timer.cancel()
-        self._timer = self._loop.call_at(due, self._expire, due)
-
-    def _expire(self, due: float) -> None:
-        self._timer = None
-        self._vhost.expire(max(due, self.loop.time()))  # timers may fire early by the resolution of the clock
-        self.schedule()
+"""The shortest and longest pause in seconds before a lost session is opened again."""
 
 
 class _Consuming:
-    """One consuming session; takes the settlements of its deliveries, and drops those that come after its end."""
+    """One consuming session; it settles its deliveries, and ignores those that are settled after its end."""
 
     __slots__ = ("_broker", "_inbox", "_lose", "_max_body", "_posted", "connection", "up")
 
@@ -280,7 +114,7 @@ class _Publishing:
             self._broker.post(self)
 
     def work_off(self, now: float) -> None:
-        """Publish what was in the inbox when this began; what comes meanwhile has its turn in the next iteration."""
+        """Publish what is in the inbox now; messages that callbacks add wait for the next iteration of the loop."""
         inbox, publish = self._inbox, self._broker.vhost.publish
         count = 0 if self._broker.reason is not None else len(inbox)
         try:
@@ -288,7 +122,7 @@ class _Publishing:
                 count -= 1
                 message = inbox.popleft()
                 try:
-                    settled = publish(
+                    published = publish(
                         message.exchange, message.routing_key, message.properties, message.body, message.mandatory, now
                     )
                 except (BrokerError, MalformedProperties) as error:
@@ -298,7 +132,7 @@ class _Publishing:
                     message.on_published(Published.UNKNOWN)
                     self._lose(cause)
                 else:
-                    message.on_published(settled)
+                    message.on_published(published)
         finally:
             self._posted = False
             self._room.set()
@@ -315,9 +149,9 @@ class MemoryTransport:
     """A transport to a broker in this process; see `rpcq.transport.base.Transport`.
 
     Args:
-        broker: whose it is; or a name: transports with the same name in the same event loop share a broker, which is
-            there from the start of the first one to the end of the last one.
-        options: `max_body` counts; the rest is about sockets.
+        broker: the broker to use; or a name: transports with the same name in the same event loop share a broker, which
+            exists from the start of the first one to the close of the last one.
+        options: only `max_body` is used; the others are about sockets.
 
     """
 
@@ -327,7 +161,7 @@ class MemoryTransport:
         self._room = asyncio.Event()
         self._given = broker
         self._options = options
-        self._broker: MemoryBroker  # this and the next three are there once it has started
+        self._broker: MemoryBroker  # this and the next three are set by `start`
         self._listener: Listener
         self._exchanges: tuple[Exchange, ...]
         self._subscriptions: tuple[Subscription, ...]
@@ -357,7 +191,7 @@ class MemoryTransport:
             raise ClosedError("the transport is closed")
         if self._started:
             raise UsageError("the transport was started before")
-        broker = self._find()
+        broker = self._given if isinstance(self._given, MemoryBroker) else shared(self._given)
         broker.attach(self)
         self._broker, self._listener = broker, listener
         self._exchanges, self._subscriptions = tuple(exchanges), tuple(subscriptions)
@@ -367,7 +201,7 @@ class MemoryTransport:
             self._leave()
             raise
         self._started = True
-        # Replies are sent as soon as requests come: the way out is there before the way in.
+        # The first request may need a reply at once: the publishing session opens first.
         self._open_publishing()
         listener.consuming(queues)
 
@@ -379,23 +213,23 @@ class MemoryTransport:
             self._publishing.publish(message)
 
     async def writable(self) -> None:
-        """Wait until `can_publish`; see `Transport.writable`. It never can once closed: cancel who waits."""
+        """Wait until `can_publish`; see `Transport.writable`. After `close` it waits forever: cancel its task."""
         while not self.can_publish:
             self._room.clear()
             await self._room.wait()
 
     async def stop_consuming(self) -> None:
-        """Cancel the consumers; see `Transport.stop_consuming`. A session lost after that does not come back."""
+        """Cancel the consumers; see `Transport.stop_consuming`. A session that is lost later is not opened again."""
         self._stopped = True
         self._forget(self._open_consuming)
         if self.consuming is None:
             return
         for consumer in [*self.consuming.connection.consumers]:
             self._broker.vhost.cancel(consumer)
-        self._broker.deliver()  # what was on its way before
+        self._broker.deliver()  # what was handed to the consumers before
 
     async def close(self) -> None:
-        """Work off what is pending, then close; see `Transport.close`. The listener is told nothing of it."""
+        """Work off what is pending, then close; see `Transport.close`. The listener is not called."""
         if self._closed:
             return
         self._closed = True
@@ -409,14 +243,14 @@ class MemoryTransport:
             publishing.up = False
             publishing.work_off(now)
         if self.consuming is not None:
-            self.consuming.work_off(now)  # among it, what was acknowledged because its reply is confirmed
+            self.consuming.work_off(now)  # includes acknowledgements of requests whose replies were just confirmed
         if publishing is not None:
             publishing.end()
         self._publishing = None
         self._leave()
 
     def lose_consuming(self, cause: BrokerError) -> None:
-        """End the consuming session; it comes back."""
+        """End the consuming session; it is opened again."""
         if self.consuming is None:
             return
         self._broker.disconnect((self.consuming,))
@@ -426,7 +260,7 @@ class MemoryTransport:
             self._come_back(self._open_consuming)
 
     def lose_publishing(self, cause: BrokerError) -> None:
-        """End the publishing session; it comes back."""
+        """End the publishing session; it is opened again."""
         publishing, self._publishing = self._publishing, None
         if publishing is None:
             return
@@ -435,13 +269,13 @@ class MemoryTransport:
         if not self._closed:
             self._come_back(self._open_publishing)
 
-    def tell_blocked(self) -> None:
-        """Tell the listener that the broker takes nothing."""
+    def on_blocked(self) -> None:
+        """Report to the listener that the broker takes no messages, if it takes none."""
         if self._publishing is not None and self._broker.reason is not None:
             self._listener.publishing_blocked(self._broker.reason)
 
-    def tell_unblocked(self) -> None:
-        """Tell the listener that the broker takes messages again."""
+    def on_unblocked(self) -> None:
+        """Report to the listener that the broker takes messages again."""
         if self._publishing is not None:
             self._publishing.post()
             self._room.set()
@@ -451,19 +285,19 @@ class MemoryTransport:
         self._publishing = _Publishing(self._broker, self._room, self.lose_publishing)
         self._room.set()
         self._listener.publishing()
-        self.tell_blocked()
+        self.on_blocked()
 
     def _open_consuming(self) -> None:
         try:
             queues = self._declare()
         except BrokerError as error:
-            log.error("cannot come back yet", role="consuming", cause=str(error), error=type(error).__name__)  # noqa: TRY400 - its cause is all there is to it
+            log.error("cannot come back yet", role="consuming", cause=str(error), error=type(error).__name__)  # noqa: TRY400 - the cause says all; no traceback
             self._come_back(self._open_consuming)
         else:
             self._listener.consuming(queues)
 
     def _declare(self) -> list[str]:
-        """Open a consuming session; the names of its queues."""
+        """Open a consuming session; returns the names of its queues."""
         broker = self._broker
         session = self.consuming = _Consuming(broker, self._options.max_body, self.lose_consuming)
         try:
@@ -482,25 +316,16 @@ class MemoryTransport:
         return queues
 
     def _come_back(self, reopen: Callable[[], None]) -> None:
-        pause = random.uniform(*PAUSE)  # noqa: S311 - jitter, so that transports do not come in step
+        pause = random.uniform(*PAUSE)  # noqa: S311 - jitter, so that transports do not open at the same time
         self._returns[reopen] = self._broker.loop.call_later(pause, reopen)
 
     def _forget(self, reopen: Callable[[], None]) -> None:
         if handle := self._returns.pop(reopen, None):
             handle.cancel()
 
-    def _find(self) -> MemoryBroker:
-        if isinstance(self._given, MemoryBroker):
-            return self._given
-        named = _shared.setdefault(asyncio.get_running_loop(), WeakValueDictionary())
-        broker = named.get(self._given)
-        if broker is None:
-            broker = named[self._given] = MemoryBroker()
-        return broker
-
     def _leave(self) -> None:
         loop = self._broker.loop
         was_last = self._broker.detach(self)
         self.consuming = None
         if was_last and isinstance(self._given, str):
-            del _shared[loop][self._given]
+            forget(loop, self._given)

@@ -1,7 +1,7 @@
 """What RabbitMQ does with messages: exchanges, queues, consumers, expiry and dead letters. Pure.
 
-No event loop and no clock of its own: whoever owns a `Vhost` passes the monotonic time as `now`, in seconds, and takes
-what it hands to consumers out of `Vhost.outbox`. Rules are RabbitMQ's; where pages leave off, they were read off 3.10:
+It has no event loop and no clock: the owner of a `Vhost` passes the monotonic time as `now`, in seconds, and delivers
+what it finds in `Vhost.outbox`. The rules are RabbitMQ's, from these pages; what they leave open was observed on 3.10:
 
     https://www.rabbitmq.com/docs/queues      arguments, exclusive, auto-delete, reserved names, equivalence
     https://www.rabbitmq.com/docs/ttl         per-message TTL: a message expires only at the head of its queue
@@ -11,7 +11,8 @@ what it hands to consumers out of `Vhost.outbox`. Rules are RabbitMQ's; where pa
     https://www.rabbitmq.com/docs/sender-selected CC
     https://www.rabbitmq.com/tutorials/amqp-concepts#exchange-topic   wildcards of topic exchanges
 
-Not there, and refused by name rather than ignored: every other argument of a queue. Not there: BCC, priorities.
+Other arguments of a queue are not supported; they are refused by name rather than ignored. BCC and priorities are not
+supported either.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from rpcq.wire.topology import Exchange, Queue
 
 DEFAULT_EXCHANGE: Final = b""
 HELD_BACK: Final = -(1 << 62)
-"""Positions from here up are before those of all messages that were never delivered."""
+"""The first position for messages that came back: it is before all messages that were never delivered."""
 
 _HIGH_BYTE: Final = (HEADERS | EXPIRATION) >> 8
 _position: Final = attrgetter("position")
@@ -54,7 +55,7 @@ class Entry:
 
     Attributes:
         position: its place among the messages of its queue.
-        expires: the time from which it is dead when it reaches the head; None if it has no TTL.
+        expires: the time from which it expires when it is at the head of its queue; None if it has no TTL.
         deliveries: how often it came back to its queue.
 
     """
@@ -74,7 +75,7 @@ class Entry:
 
 
 class Connection:
-    """A connection that declares and consumes: what is its own, and what it holds."""
+    """A connection that declares and consumes: its consumers, its exclusive queues, and what it has in hand."""
 
     __slots__ = ("consumers", "exclusive", "last_tag", "unacked")
 
@@ -86,7 +87,7 @@ class Connection:
 
 
 class Consumer:
-    """A consumer of one queue; `deliver` is for the owner of the `Vhost`, which calls nothing itself."""
+    """A consumer of one queue. The owner of the `Vhost` calls `deliver`; the `Vhost` itself does not."""
 
     __slots__ = ("cancelled", "connection", "deliver", "held", "no_ack", "prefetch", "queue")
 
@@ -107,7 +108,7 @@ class Consumer:
         self.cancelled = False
 
     def properties(self, entry: Entry) -> bytes:
-        """What properties this consumer gets: a quorum queue says how often a message came back."""
+        """The properties that this consumer gets: a quorum queue adds how often the message came back."""
         if not entry.deliveries or not self.queue.quorum:
             return entry.properties
         properties = decode(entry.properties)
@@ -120,7 +121,7 @@ Handed = tuple[Consumer, int, Entry]
 
 
 class LiveQueue:
-    """A queue that was declared, and its messages. `ready` and `available` never both hold something for long."""
+    """A queue that was declared, and its messages. After each operation, `ready` or `available` is empty."""
 
     def __init__(self, name: str, declared: Queue, owner: Connection | None) -> None:
         arguments = declared.arguments
@@ -134,7 +135,7 @@ class LiveQueue:
         self.delivery_limit: int | None = arguments.get("x-delivery-limit")
         self.ready: deque[Entry] = deque()
         self.consumers: list[Consumer] = []
-        self.available: deque[Consumer] = deque()  # those under their prefetch; whose turn it is stands first
+        self.available: deque[Consumer] = deque()  # consumers below their prefetch; the first one is next
         self.positions = count()
         self.returns = count(HELD_BACK)
         self.wake: float | None = None
@@ -142,10 +143,10 @@ class LiveQueue:
         self.deleted = False
 
     def put_back(self, entries: list[Entry]) -> None:
-        """Return messages that were handed out, in the order given by their delivery tags.
+        """Put back messages that were handed out, in the order of their delivery tags.
 
-        To a classic queue they return to where they were; in a quorum queue they stand before all that was never
-        delivered, in the order in which they came back.
+        In a classic queue they go back to their old places. In a quorum queue they go before all messages that were
+        never delivered, in the order in which they came back.
         """
         if self.quorum:
             for entry in entries:
@@ -157,7 +158,7 @@ class LiveQueue:
             self.ready.extendleft(reversed(entries))
 
     def put_last(self, entry: Entry) -> None:
-        """Return what a consumer gave back to a quorum queue without a delivery limit: behind all others."""
+        """Put a message that a consumer gave back last; quorum queues without a delivery limit do so."""
         entry.deliveries += 1
         entry.position = next(self.positions)
         self.ready.append(entry)
@@ -167,10 +168,10 @@ class Vhost:
     """Exchanges and queues, and all that happens to their messages.
 
     Args:
-        wall: tells the time that stands in the headers of dead letters; with a time zone.
+        wall: returns the time for the headers of dead letters, with a time zone.
 
     Attributes:
-        outbox: what was handed to consumers, in order; the owner takes it out and delivers it.
+        outbox: messages that were handed to consumers, in order; the owner takes them out and delivers them.
 
     """
 
@@ -178,22 +179,22 @@ class Vhost:
         self.outbox: deque[Handed] = deque()
         self.queues: dict[str, LiveQueue] = {}
         self._wall = wall
-        # The default exchange has every queue under its name.
+        # Every queue is bound to the default exchange under its name.
         self._exchanges = {DEFAULT_EXCHANGE: LiveExchange(Exchange(""))}
         self._wakes: list[tuple[float, int, LiveQueue]] = []
         self._ties = count()
-        self._letters: list[tuple[LiveQueue, Entry]] | None = None  # that are on their way; else they arrive at once
+        self._letters: list[tuple[LiveQueue, Entry]] | None = None  # dead letters that are held back; see `settle`
 
     @property
     def next_expiry(self) -> float | None:
-        """When `expire` is due next, if nothing happens until then."""
+        """When to call `expire` next, if nothing happens until then."""
         return self._wakes[0][0] if self._wakes else None
 
     def declare_exchange(self, exchange: Exchange) -> None:
-        """Declare an exchange, or find it there.
+        """Declare an exchange, or find the existing one.
 
         Raises:
-            AccessRefused: the name is one of RabbitMQ's own.
+            AccessRefused: the name is reserved for RabbitMQ.
             TopologyMismatch: it exists with another type, or is internal and should not be, or the reverse.
 
         """
@@ -204,13 +205,13 @@ class Vhost:
             raise TopologyMismatch(msg)
 
     def declare_queue(self, queue: Queue, connection: Connection) -> str:
-        """Declare and bind a queue, or find it there; its name.
+        """Declare and bind a queue, or find the existing one; returns its name.
 
         Raises:
-            AccessRefused: the name is one of RabbitMQ's own, or a binding is to the default exchange.
+            AccessRefused: the name is reserved for RabbitMQ, or a binding is to the default exchange.
             NotFound: there is no exchange to bind it to.
-            ResourceLocked: it is another connection's.
-            PreconditionFailed: it exists with other arguments (`TopologyMismatch`), or cannot be declared like this.
+            ResourceLocked: it is exclusive to another connection.
+            PreconditionFailed: it exists with other arguments (`TopologyMismatch`), or its arguments are not allowed.
 
         """
         check_reserved("queue", queue.name)
@@ -234,11 +235,11 @@ class Vhost:
         no_ack: bool,
         now: float,
     ) -> Consumer:
-        """Add a consumer to a queue, and hand it what it may have at once.
+        """Add a consumer to a queue, and hand it messages up to its prefetch.
 
         Raises:
-            NotFound: there is no such queue.
-            ResourceLocked: it is another connection's.
+            NotFound: the queue does not exist.
+            ResourceLocked: the queue is exclusive to another connection.
 
         """
         live = self.queues.get(name)
@@ -254,7 +255,7 @@ class Vhost:
         return consumer
 
     def cancel(self, consumer: Consumer) -> None:
-        """Take a consumer off its queue. What it holds can still be settled."""
+        """Remove a consumer from its queue. Its deliveries can still be settled."""
         queue = consumer.queue
         consumer.cancelled = True
         consumer.connection.consumers.remove(consumer)
@@ -265,7 +266,7 @@ class Vhost:
             self._delete(queue)
 
     def disconnect(self, connections: Iterable[Connection], now: float) -> None:
-        """End connections, all at once: their consumers and exclusive queues go, what they hold goes back."""
+        """End connections, all at once: remove their consumers and exclusive queues, and put back what they hold."""
         ended = list(connections)
         touched: dict[LiveQueue, Any] = {}
         for connection in ended:
@@ -293,14 +294,15 @@ class Vhost:
         mandatory: bool,
         now: float,
     ) -> Published:
-        """Route a message to its queues: confirmed, returned or refused.
+        """Route a message to its queues; returns whether it was confirmed, returned or refused.
+
+        RabbitMQ would close the channel in the first three cases, with 404, 406 and 403.
 
         Raises:
-            NotFound: RabbitMQ closes the channel over it, with 404: there is no such exchange.
-            PreconditionFailed: the same, with 406: the expiration or the CC header is not one, or the user's name is
-                that of another user.
-            AccessRefused: RabbitMQ closes the channel over it, with 403: the exchange is internal.
-            MalformedProperties: the properties cannot be read. Only what is needed of them is.
+            NotFound: the exchange does not exist.
+            PreconditionFailed: the expiration or the header CC is invalid, or `user_id` names another user.
+            AccessRefused: the exchange is internal.
+            MalformedProperties: the properties cannot be read. Only those that are needed are read.
 
         """
         live = self._exchanges.get(exchange)
@@ -313,7 +315,7 @@ class Vhost:
         expires = None
         if len(properties) < 2:
             raise MalformedProperties("the properties end early")
-        # To look for the header's name is far cheaper than to decode; a false find costs only time.
+        # A search for the header's name is much cheaper than decoding; a false match only costs time.
         if properties[0] & _HIGH_BYTE and (properties[0] & (EXPIRATION >> 8) or b"\x02CC" in properties):
             found = decode(properties)
             if found.expiration is not None:
@@ -325,17 +327,17 @@ class Vhost:
             check_user(decode(properties).user_id)
         if not targets:
             return Published.RETURNED if mandatory else Published.CONFIRMED
-        settled = Published.CONFIRMED
+        published = Published.CONFIRMED
         for queue in targets:
             if not self._enqueue(queue, Entry(exchange, routing_key, properties, body, expires), now):
-                settled = Published.REFUSED
-        return settled
+                published = Published.REFUSED
+        return published
 
     def settle(self, connection: Connection, tag: int, accept: bool, requeue: bool, now: float) -> None:
-        """Acknowledge or reject what a connection holds under a delivery tag.
+        """Acknowledge or reject a delivery of a connection.
 
         Raises:
-            PreconditionFailed: it holds nothing under that tag; RabbitMQ closes the channel over it, with 406.
+            PreconditionFailed: the connection does not hold this tag; RabbitMQ would close the channel, with 406.
 
         """
         handed = connection.unacked.pop(tag, None)
@@ -353,8 +355,8 @@ class Vhost:
         consumer.held -= 1
         letters: list[tuple[LiveQueue, Entry]] = []
         if not accept and not requeue and not queue.deleted:
-            # It is on its way before what has expired meanwhile, and arrives after the consumer's next message has
-            # left: a queue that is its own dead letters' finds that room.
+            # The dead letter arrives before those of messages that have expired meanwhile, but after the consumer got
+            # its next message. So a full queue that is its own dead-letter target has room for it.
             self._letters = letters
             self._dead_letter(queue, entry, "rejected", now)
         if queue.ready:
@@ -365,7 +367,7 @@ class Vhost:
                 self._enqueue(target, letter, now)
 
     def expire(self, now: float) -> None:
-        """Give up what is dead at the head of its queue."""
+        """Give up messages that have expired at the heads of their queues."""
         while self._wakes and self._wakes[0][0] <= now:
             queue = heappop(self._wakes)[2]
             queue.wake = None
@@ -401,13 +403,13 @@ class Vhost:
             self._exchanges[exchange].unbind(queue, key)
 
     def _enqueue(self, queue: LiveQueue, entry: Entry, now: float) -> bool:
-        """Whether the queue took it. A limit counts what is ready, and not what consumers hold."""
+        """Add a message; returns whether the queue took it. Its limit counts ready messages only."""
         if queue.max_length is not None and len(queue.ready) >= queue.max_length:
-            self._serve(queue, now)  # what has expired since then makes room
+            self._serve(queue, now)  # remove messages that have expired since the last call
             if len(queue.ready) >= queue.max_length:
                 return False
         entry.position = next(queue.positions)
-        if queue.available and not queue.ready:  # before the TTL is looked at: 0 passes where a consumer is free
+        if queue.available and not queue.ready:  # before the TTL is checked: with a TTL of 0, a free consumer gets it
             self._hand_over(queue, entry)
             return True
         queue.ready.append(entry)
@@ -416,7 +418,7 @@ class Vhost:
         return True
 
     def _serve(self, queue: LiveQueue, now: float) -> None:
-        """Hand out what can be, give up what is dead at the head, and see to it that the next head will be."""
+        """Hand out what consumers can take, give up an expired head, and plan the expiry of the next head."""
         while queue.ready:
             expires = queue.ready[0].expires
             if expires is not None and expires <= now:
@@ -460,7 +462,7 @@ class Vhost:
             queue.put_back(kept)
 
     def _dead_letter(self, queue: LiveQueue, entry: Entry, reason: Reason, now: float) -> None:
-        """Route a message that its queue gives up: under its own keys, at most once, dropped where nothing is bound."""
+        """Route a message that its queue gives up, under its own keys. It is dropped if no queue takes it."""
         if queue.dead_letter_exchange is None:
             return
         exchange = self._exchanges.get(queue.dead_letter_exchange)
@@ -469,14 +471,14 @@ class Vhost:
         try:
             properties = decode(entry.properties)
         except MalformedProperties:
-            return  # RabbitMQ would not have let it in; and what cannot be read cannot be told where it died
+            return  # unreadable properties: x-death cannot be added. RabbitMQ would have refused the message.
         headers = properties.headers or {}
         targets = exchange.route(entry.routing_key, headers)
         deaths = record_death(
             headers, queue.name, reason, entry.exchange, entry.routing_key, properties.expiration, self._wall()
         )
         properties.headers = headers
-        properties.expiration = None  # else it would expire again where it goes
+        properties.expiration = None  # otherwise it would expire again in the next queue
         raw = encode(properties)
         for target in targets:
             if reason == "rejected" or not is_cycle(target.name, deaths):

@@ -1,6 +1,6 @@
-"""What operators ask of a broker: what it is, what is there and in what state; and to declare or delete.
+"""What operators do with a broker: ask what it is, look at queues and exchanges, declare and delete them.
 
-Each question has a channel of its own, since the broker closes the channel of one that it refuses.
+Each question uses its own channel, because the broker closes the channel of a question that it refuses.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class QueueState:
     """A queue as it is now.
 
     Attributes:
-        name: the queue's.
-        messages: that are ready to be delivered.
-        consumers: how many there are.
+        name: the queue's name.
+        messages: how many messages are ready to be delivered.
+        consumers: how many consumers it has.
 
     """
 
@@ -47,28 +47,28 @@ class Admin:
     """One connection to one node, for questions; see `open_admin`.
 
     Attributes:
-        product: "RabbitMQ".
-        version: its version, as it says.
-        host: the node's, as the URL has it.
-        port: the node's.
-        is_encrypted: whether the connection is TLS.
+        product: the broker's name for itself: "RabbitMQ".
+        version: the version that it reports.
+        host: the node's host, as in the URL.
+        port: the node's port.
+        is_encrypted: whether the connection uses TLS.
 
     """
 
     def __init__(self, link: Link, url: BrokerURL, host: str, port: int) -> None:
-        said = link.connection.transport.connection.server_properties  # type: ignore[union-attr]  # it is open
+        server = link.connection.transport.connection.server_properties  # type: ignore[union-attr]  # it is open
         self._link = link
-        self.product = _text(said.get("product"))
-        self.version = _text(said.get("version"))
+        self.product = _text(server.get("product"))
+        self.version = _text(server.get("version"))
         self.host = host
         self.port = port
         self.is_encrypted = url.scheme == "amqps"
 
     async def queue(self, name: str) -> QueueState | None:
-        """The state of a queue; None if there is none.
+        """The state of a queue; None if it does not exist.
 
         Raises:
-            BrokerError: it could not be asked, or the broker refused.
+            BrokerError: the broker could not be asked, or refused.
 
         """
 
@@ -82,10 +82,10 @@ class Admin:
             return None
 
     async def has_exchange(self, name: str) -> bool:
-        """Whether there is such an exchange.
+        """Whether an exchange exists.
 
         Raises:
-            BrokerError: it could not be asked, or the broker refused.
+            BrokerError: the broker could not be asked, or refused.
 
         """
 
@@ -99,7 +99,7 @@ class Admin:
         return True
 
     async def declare(self, exchanges: Sequence[Exchange], queues: Sequence[Queue]) -> list[str]:
-        """Declare exchanges, then queues with their bindings; the names of the queues.
+        """Declare exchanges, then queues with their bindings; returns the names of the queues.
 
         Raises:
             TopologyMismatch: one exists with other arguments.
@@ -111,7 +111,7 @@ class Admin:
         return [await self._ask(partial(declare, queue=queue.for_session())) for queue in queues]
 
     async def delete(self, queues: Sequence[str] = (), exchanges: Sequence[str] = ()) -> None:
-        """Delete queues with what is in them, and exchanges; what is not there is passed over."""
+        """Delete queues with their messages, and exchanges; those that do not exist are skipped."""
         for queue in queues:
             await self._ask(methodcaller("queue_delete", queue))
         for exchange in exchanges:
@@ -132,10 +132,10 @@ class Admin:
 
 @asynccontextmanager
 async def open_admin(url: BrokerURL, options: ConnectionOptions, host: str, port: int) -> AsyncIterator[Admin]:
-    """Ask one node of the URL while inside.
+    """Open a connection to one node of the URL; it closes at the end of the block.
 
     Raises:
-        BrokerError: it cannot be reached or used; the message says why.
+        BrokerError: the node cannot be reached or used; the message says why.
 
     """
     try:

@@ -1,7 +1,8 @@
-"""The socket shell of the fast lane: an aio-pika connection that carries it, and the border to aio-pika's errors.
+"""aio-pika's connection, with the fast path for hot frames.
 
-Handshake, TLS, heartbeats, topology and close stay aio-pika's. Its transport factory lets us supply the stream
-protocol, which takes the hot frames of the channels that registered a lane and feeds every other byte to aiormq.
+aio-pika still does the handshake, TLS, heartbeats, topology and close. Its transport factory lets us supply the stream
+protocol. This takes the hot frames of the channels that registered a fast channel, and passes every other byte to
+aiormq.
 """
 
 from __future__ import annotations
@@ -41,18 +42,18 @@ from rpcq.transport.rabbitmq.frames import (
 from rpcq.transport.rabbitmq.tls import tls_context
 from rpcq.url import BrokerURL
 
-OF_LANES: Final = frozenset({DELIVER, RETURN, ACK, NACK})
-"""Methods that only a channel with a lane is sent."""
+FAST_METHODS: Final = frozenset({DELIVER, RETURN, ACK, NACK})
+"""Methods that the broker sends only on fast channels."""
 
 
 class FrameProtocol(asyncio.StreamReaderProtocol):
-    """Splits the stream between the lanes and aiormq's reader, and notices at once when the connection ends.
+    """Splits the stream between the fast channels and aiormq's reader, and notices at once when the connection ends.
 
     Args:
-        heartbeat: seconds; with nothing read for two of them, the connection is given up. aiormq alone takes three,
-            and misses what the lanes swallow.
-        on_lost: the connection cannot be used any more; called once.
-        on_blocked: the broker takes no messages for now: its reason, or None when it does again.
+        heartbeat: seconds; if nothing is read for two heartbeats, the connection is given up. aiormq alone waits for
+            three, and does not see the frames that the fast channels take.
+        on_lost: called once, when the connection cannot be used any more.
+        on_blocked: called with the reason when the broker takes no messages, and with None when it does again.
 
     """
 
@@ -76,57 +77,57 @@ class FrameProtocol(asyncio.StreamReaderProtocol):
         self._last_read = self._last_passed = self._made = time.monotonic()
         self._watchdog = loop.call_later(heartbeat, self._watch)
 
-    # What the owner asks.
+    # For the owner.
 
     @property
     def unanswered(self) -> bool:
-        """Whether the socket was opened, its TLS handshake included, and nothing came."""
+        """Whether the socket was opened, including the TLS handshake, and no byte came."""
         return self._transport_ is not None and self._last_read == self._made
 
     def tuned(self, frame_max: int) -> None:
-        """The handshake is over: frames have this limit."""
+        """Set the limit of a frame, once the handshake is over."""
         self._frames.max_payload = (frame_max or MAX_FRAME) - FRAME_OVERHEAD
 
-    def register(self, channel: int, lane: FastChannel) -> None:
-        """Take the hot frames of a channel; before it consumes."""
-        self._frames.lanes[channel] = lane
+    def register(self, number: int, channel: FastChannel) -> None:
+        """Take the hot frames of a channel from now on; call this before the channel consumes."""
+        self._frames.channels[number] = channel
 
-    def unregister(self, channel: int) -> None:
-        """The channel is closed."""
-        self._frames.lanes.pop(channel, None)
+    def unregister(self, number: int) -> None:
+        """Forget a channel that is closed."""
+        self._frames.channels.pop(number, None)
 
     def write(self, data: bytes) -> None:
-        """Write now. Dropped once the connection is lost: its loss has been told, or is about to be.
+        """Write now. Does nothing once the connection is lost: `on_lost` has been called, or will be.
 
-        aiormq closes the socket by itself when its tasks are cancelled, as they are when the event loop ends.
+        The socket may be closed already: aiormq closes it when its tasks are cancelled, as when the event loop ends.
         """
         if self.lost is None and self._transport_ is not None and not self._transport_.is_closing():
             self._transport_.write(data)
 
     def fail(self, cause: BrokerError) -> None:
-        """Give the connection up: tell the owner once, write nothing more."""
+        """Give the connection up: call `on_lost` once, write nothing more."""
         if self.lost is None:
             self.lost = cause
             self._watchdog.cancel()
-            self._frames.lanes.clear()
+            self._frames.channels.clear()
             self._on_lost(cause)
 
     def abort(self) -> None:
-        """Close the socket, whatever is still in its buffer."""
+        """Close the socket; what is still in its buffer is dropped."""
         if self._transport_ is not None:
-            # In CPython 3.11.2, a TLS transport that was closed twice has nothing left to abort, and raises over that.
+            # In CPython 3.11.2, abort() of a TLS transport that was closed twice raises AttributeError.
             with contextlib.suppress(AttributeError):
                 self._transport_.abort()
 
-    # What asyncio tells.
+    # Called by asyncio.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The socket is open."""
+        """Keep the transport: the socket is open."""
         self._transport_ = transport  # type: ignore[assignment]  # a stream protocol gets a stream transport
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        """The socket brought something."""
+        """Read the bytes that came."""
         self._last_read = now = time.monotonic()
         try:
             self._frames.feed(data)
@@ -135,36 +136,36 @@ class FrameProtocol(asyncio.StreamReaderProtocol):
             self.abort()
             return
         if now - self._last_passed > self._heartbeat and self.lost is None:
-            self._pass_on(HEARTBEAT_FRAME)  # aiormq gives up a connection on which it sees no frame
+            self._pass_on(HEARTBEAT_FRAME)  # aiormq would give up a connection on which it sees no frame
 
     def eof_received(self) -> bool | None:
-        """The broker will send nothing more."""
+        """Give up: the broker will send nothing more."""
         self.fail(BrokerUnreachable("the broker closed the connection"))
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The socket is closed."""
+        """Give up: the socket is closed."""
         why = f"the connection to the broker was lost: {exc}" if exc else "the connection to the broker was closed"
         self.fail(BrokerUnreachable(why))
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """The socket's buffer is over its high-water mark."""
+        """Stop writing: the socket's buffer is over its high-water mark."""
         self.writable = False
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        """The socket's buffer is below its low-water mark."""
+        """Write again: the socket's buffer is below its low-water mark."""
         self.writable = True
         super().resume_writing()
         self.on_writable()
 
-    # Inside.
+    # Internal.
 
     def _pass_on(self, frame: bytes) -> None:
-        # aiormq drops what is for a channel that it does not know: a message would be lost without a word.
-        if self._frames.lanes and (frame[0] in (HEADER, BODY) or frame[7:11] in OF_LANES):
-            raise ProtocolError(f"a message or a confirm came where none is to come: {frame[:16]!r}")
+        # aiormq silently drops frames of a channel that it does not know: a message would be lost.
+        if self._frames.channels and (frame[0] in (HEADER, BODY) or frame[7:11] in FAST_METHODS):
+            raise ProtocolError(f"a message or a confirm came on a channel that has none: {frame[:16]!r}")
         self._last_passed = self._last_read
         super().data_received(frame)
 
@@ -177,7 +178,7 @@ class FrameProtocol(asyncio.StreamReaderProtocol):
         if idle < limit:
             self._watchdog = self._loop_.call_later(limit - idle, self._watch)
         else:
-            # A loop that was itself blocked runs its timers before it reads: look again once it has read.
+            # After the event loop was blocked, it runs its timers before it reads: check again once it has read.
             self._watchdog = self._loop_.call_later(0.05, self._give_up, self._last_read)
 
     def _give_up(self, last_read: float) -> None:
@@ -190,7 +191,7 @@ class FrameProtocol(asyncio.StreamReaderProtocol):
 
 
 class _Factory(TransportFactory):
-    """Opens the socket with our protocol, over TLS where the URL says so: aiormq leaves that to its factory."""
+    """Opens the socket with our protocol, over TLS if the URL asks for it: aiormq leaves that to its factory."""
 
     def __init__(
         self,
@@ -208,8 +209,8 @@ class _Factory(TransportFactory):
         if url.scheme == "amqps":
             context = await kwargs["ssl_context_provider"].get_context()
         elif url.scheme != "amqp":
-            raise ValueError(f"no transport for the scheme {url.scheme!r}")
-        assert url.host is not None  # noqa: S101 - `connect` below gives both
+            raise ValueError(f"the scheme must be amqp or amqps; got {url.scheme!r}")
+        assert url.host is not None  # noqa: S101 - `connect` below passes both
         assert url.port is not None  # noqa: S101
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(loop=loop)
@@ -224,12 +225,12 @@ class _Factory(TransportFactory):
 
 
 class FrameConnection(Connection):
-    """An aio-pika connection that may be given a transport factory."""
+    """An aio-pika connection that takes a transport factory."""
 
     PARAMETERS = (*Connection.PARAMETERS, ConnectionParameter("transport_factory", is_kwarg=True, parser=lambda it: it))
 
     def __del__(self) -> None:
-        """Nothing: what was opened is closed. aio-pika would start a task, in whatever thread collects the garbage."""
+        """Do nothing: rpcq closes what it opens. aio-pika would start a task, in any thread that collects garbage."""
 
 
 async def connect(
@@ -244,11 +245,11 @@ async def connect(
     """Open one connection to one host.
 
     Raises:
-        BrokerError: it could not be opened; what was opened is closed.
+        BrokerError: it could not be opened; nothing is left open.
         ConfigurationError: a file that the URL names for TLS cannot be used.
 
     """
-    # Read anew each time: certificates are renewed while programs run.
+    # Read the files each time: certificates are renewed while programs run.
     context = await asyncio.to_thread(tls_context, url) if url.scheme == "amqps" else None
     factory = _Factory(options.heartbeat, on_lost, on_blocked)
     address = URL.build(
@@ -266,13 +267,13 @@ async def connect(
             await connection.connect()
     except BaseException as error:
         protocol = factory.protocol
-        told = protocol.lost if protocol is not None else None
+        lost = protocol.lost if protocol is not None else None
         if protocol is not None:
             protocol.fail(BrokerUnreachable("the connection could not be opened"))
             protocol.abort()
         if is_foreign(error):
             silent = protocol is not None and protocol.unanswered
-            raise refused(error, told, url, host, port, silent=silent) from error
+            raise refused(error, lost, url, host, port, silent=silent) from error
         raise
     assert factory.protocol is not None  # noqa: S101 - connect() made it
     return connection, factory.protocol

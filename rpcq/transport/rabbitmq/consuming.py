@@ -1,4 +1,4 @@
-"""The session that consumes: its queues, its consumers, and the settling of what they are sent."""
+"""The session that consumes: its queues, its consumers, and how their deliveries are settled."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from rpcq.url import BrokerURL
 from rpcq.wire.topology import Exchange, Queue
 
 CONSUMER_TAG: Final = "rpcq"
-"""The only one on its channel. Each delivery carries it, so it is short."""
+"""The consumer tag; each channel has one consumer. Each delivery carries the tag, so it is short."""
 
 ACK_DELAY: Final = 0.005
-"""Seconds that an acknowledgement may wait for others, while the broker has no use for its slot."""
+"""Seconds that an acknowledgement may wait for others, while prefetch allows the broker to send more anyway."""
 
 QUIET: Final = 0.5
-"""Seconds without a delivery after which none is taken to be on its way."""
+"""Seconds without a delivery after which no more deliveries are expected to be on their way."""
 
 FILL_TIMEOUT: Final = 5.0
-"""Seconds that a consumer waits for that at most, before it is cancelled."""
+"""The longest time in seconds that a consumer waits for this before it is cancelled."""
 
 log = logs.get_logger("rpcq.rabbitmq")
 
 
 async def _never(_: AbstractIncomingMessage) -> None:
-    """Aiormq's consumer: the lane takes its messages."""
+    """Aiormq's consumer, which gets nothing: the fast channel takes its messages."""
 
 
 async def declare(channel: AbstractChannel, queue: Queue) -> str:
-    """Declare and bind a queue; its name. Where it fails, the broker closes the channel.
+    """Declare and bind a queue; returns its name. If that fails, the broker closes the channel.
 
     Raises:
         TopologyMismatch: it exists with other arguments.
@@ -58,14 +58,14 @@ async def declare(channel: AbstractChannel, queue: Queue) -> str:
     return declared.name
 
 
-class _Consumed:
-    """One subscription on its own channel of one session; takes its settlements."""
+class _ConsumingChannel:
+    """One subscription, on its own channel of one session; settles its deliveries."""
 
     __slots__ = (
         "_busy",
+        "_fast",
         "_flushing",
         "_holds",
-        "_lane",
         "_last",
         "_loop",
         "_no_ack",
@@ -77,31 +77,28 @@ class _Consumed:
         "is_quorum",
     )
 
-    def __init__(self, link: Link, channel: int, subscription: Subscription, options: ConnectionOptions) -> None:
+    def __init__(self, link: Link, number: int, subscription: Subscription, options: ConnectionOptions) -> None:
         self._loop = asyncio.get_running_loop()
         self._protocol = link.protocol
-        self._unsettled = Unsettled(Encoder(channel, link.frame_max))
+        self._unsettled = Unsettled(Encoder(number, link.frame_max))
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
-        self._holds = False
-        self._last = 0.0  # delivery, where it holds
+        self._holds = False  # whether acknowledgements are held back; see `fill`
+        self._last = 0.0  # time of the last delivery, while acknowledgements are held back
         self._prefetch = subscription.prefetch
         self._busy = subscription.prefetch // 2
         self.is_quorum = subscription.queue.arguments.get("x-queue-type") == "quorum"
         self._on_delivery = subscription.on_delivery
         self._no_ack = subscription.no_ack
-        self._lane = FastChannel(
-            max_body=options.max_body,
-            on_deliver=self._deliver,
-            on_end=self._end,
-        )
-        link.protocol.register(channel, self._lane)
+        self._fast = FastChannel(max_body=options.max_body, on_deliver=self._on_deliver, on_end=self._on_end)
+        link.protocol.register(number, self._fast)
 
     def settle(self, tag: int, accept: bool, requeue: bool) -> None:
         if self._protocol.lost is not None or self._no_ack:
             return
         self._unsettled.settle(tag, accept=accept, requeue=requeue)
-        # Where few of the slots that prefetch gives are taken, nobody waits for this one: one write tells of many.
+        # While few deliveries of those that prefetch allows are in hand, the broker can send more without this
+        # acknowledgement: it may wait, so that one write acknowledges many.
         if self._flushing or self._holds:
             return
         if len(self._unsettled) >= self._busy:
@@ -111,7 +108,7 @@ class _Consumed:
             self._timer = self._loop.call_later(ACK_DELAY, self.flush)
 
     def flush(self) -> None:
-        """Tell the broker now of all that is settled."""
+        """Write the frames for all that is settled now."""
         self._flushing = False
         if self._timer is not None:
             self._timer.cancel()
@@ -120,37 +117,38 @@ class _Consumed:
             self._protocol.write(frames)
 
     async def fill(self) -> None:
-        """Acknowledge nothing, until all that prefetch allows has come or nothing comes: then nothing is on its way.
+        """Hold acknowledgements back until prefetch is used up or no delivery comes: then none is on its way.
 
-        A consumer of a quorum queue that is cancelled gives back what is on its way to it, and that counts as a
-        delivery (rabbitmq-server #3729): where one is all that there may be, the broker would give it up.
+        When a consumer of a quorum queue is cancelled, messages on their way to it go back to the queue, and that
+        counts as a delivery (rabbitmq-server #3729). If the queue allows one delivery only, the broker would give them
+        up.
         """
         self._holds = True
         self._last = self._loop.time()
         until = self._last + FILL_TIMEOUT
-        # Rare and short: no event is worth setting for each delivery.
+        # Polled, because it is rare and short: an event would have to be set for each delivery.
         while len(self._unsettled) < self._prefetch and self._loop.time() < min(until, self._last + QUIET):  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
     def release(self) -> None:
-        """Acknowledge again."""
+        """Stop holding acknowledgements back."""
         self._holds = False
         self.flush()
 
-    def _deliver(self, tag: int, redelivered: bool, properties: bytes, body: bytes | None, size: int) -> None:
+    def _on_deliver(self, tag: int, redelivered: bool, properties: bytes, body: bytes | None, size: int) -> None:
         if not self._no_ack:
             self._unsettled.delivered(tag)
             if self._holds:
                 self._last = self._loop.time()
-        self._on_delivery(Delivery(self, tag, redelivered, properties, body, size, self._lane.exchange))
+        self._on_delivery(Delivery(self, tag, redelivered, properties, body, size, self._fast.exchange))
 
-    def _end(self, code: int, text: str) -> None:
+    def _on_end(self, code: int, text: str) -> None:
         cause = closed_by_broker(code, text) if code else BrokerUnreachable(text)
         self._protocol.fail(cause)
 
 
 class ConsumingSession(Session):
-    """The way in: queues are declared and consumed anew on each connection."""
+    """A session that consumes; its queues are declared and consumed again on each connection."""
 
     role = "consuming"
 
@@ -166,9 +164,9 @@ class ConsumingSession(Session):
         self._subscriptions = subscriptions
         self._queues: list[str] = []
         self._consumers: list[tuple[AbstractChannel, str]] = []
-        self._consumed: list[_Consumed] = []
+        self._channels: list[_ConsumingChannel] = []
         self._admin: AbstractChannel
-        self._not_declared: dict[str, AccessRefused] = {}  # queues that are used as they are -> why
+        self._not_declared: dict[str, AccessRefused] = {}  # queue that this user may not declare -> the refusal
         self._stopped = False
 
     async def stop(self) -> None:
@@ -176,9 +174,9 @@ class ConsumingSession(Session):
         self._stopped = True
         link = self._link
         consumers, self._consumers = self._consumers, []
-        once = [consumed for consumed in self._consumed if consumed.is_quorum]
+        quorum = [channel for channel in self._channels if channel.is_quorum]
         try:
-            await asyncio.gather(*(consumed.fill() for consumed in once))
+            await asyncio.gather(*(channel.fill() for channel in quorum))
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 with heeding_cancellation():
                     for channel, tag in consumers:
@@ -186,51 +184,51 @@ class ConsumingSession(Session):
         except (Exception, asyncio.CancelledError) as error:
             if not is_foreign(error):
                 raise
-            # Gone or unwilling: what it still delivers would not be answered, so the session goes as well.
+            # The broker may go on delivering, and nobody would reply to that: end the whole session.
             if link is not None and link is self._link:
                 link.protocol.fail(BrokerUnreachable(f"the consumers could not be cancelled: {error!r}"))
         finally:
-            for consumed in once:
-                consumed.release()
+            for each in quorum:
+                each.release()
 
     async def close(self) -> None:
-        """Tell the broker of what is settled, and close it for good."""
-        for consumed in self._consumed:
-            consumed.flush()
+        """Write the frames for all that is settled, and close the session for good."""
+        for channel in self._channels:
+            channel.flush()
         await super().close()
 
     async def _set_up(self, link: Link) -> None:
-        self._queues, self._consumers, self._consumed, self._not_declared = [], [], [], {}
+        self._queues, self._consumers, self._channels, self._not_declared = [], [], [], {}
         self._admin, _ = await link.channel(confirms=False)
         for subscription in self._subscriptions:
             self._queues.append(await self._declare(link, subscription.queue.for_session()))
-        # Only when all are declared: a session that cannot open must not take messages.
+        # Consume only when all queues are declared: a session that cannot open must not take messages.
         for subscription, name in zip(self._subscriptions, self._queues, strict=True):
             if self._stopped:
                 break
             channel, number = await link.channel(confirms=False)
             if subscription.prefetch:
                 await channel.set_qos(prefetch_count=subscription.prefetch)
-            # Before it consumes: the first delivery may come with the answer.
-            self._consumed.append(_Consumed(link, number, subscription, self._options))
+            # Before the consumer starts: the first delivery may come together with the broker's consume-ok.
+            self._channels.append(_ConsumingChannel(link, number, subscription, self._options))
             self._consumers.append((channel, await self._consume(link, channel, name, subscription)))
         if self._stopped and self._consumers:
             raise BrokerUnreachable("the consumers were stopped while they were being started")
 
     async def _declare(self, link: Link, queue: Queue) -> str:
-        """Declare and bind a queue; one that this user may not declare is used as it is, if it is there."""
+        """Declare and bind a queue; returns its name. A queue that this user may not declare is used as it is."""
         try:
             return await declare(self._admin, queue)
         except Exception as error:
             refused = translate(error, link.protocol.lost)
             if not isinstance(refused, AccessRefused) or queue.exclusive:
                 raise
-            self._admin, _ = await link.channel(confirms=False)  # the refusal closed the other one
+            self._admin, _ = await link.channel(confirms=False)  # the broker closed the other one when it refused
             self._not_declared[queue.name] = refused
             return queue.name
 
     async def _consume(self, link: Link, channel: AbstractChannel, name: str, subscription: Subscription) -> str:
-        """Begin to consume a queue; the consumer's tag."""
+        """Start to consume a queue; returns the consumer's tag."""
         queue = await channel.get_queue(name, ensure=False)
         refused = self._not_declared.get(name)
         try:
@@ -244,16 +242,14 @@ class ConsumingSession(Session):
             ours = translate(error, link.protocol.lost)
             if refused is None or not isinstance(ours, AccessRefused | NotFound | PreconditionFailed):
                 raise
-            msg = (
-                f"{refused}; nor can it be used as it is ({ours}): a user who may has to declare it, with 'rpcq setup'"
-            )
+            msg = f"{refused}; nor can it be used as it is ({ours}): a user who may declare it must run 'rpcq setup'"
             raise AccessRefused(msg) from error
         if refused is not None:
             log.info("queue is used as it is: this user may not declare it", queue=name)
         return tag
 
-    def _told_up(self) -> None:
+    def _on_up(self) -> None:
         self._listener.consuming(self._queues)
 
-    def _told_down(self, cause: BrokerError) -> None:
+    def _on_down(self, cause: BrokerError) -> None:
         self._listener.consuming_lost(cause)

@@ -1,4 +1,4 @@
-"""The border to aio-pika: its errors, and aiormq's, become errors of rpcq here."""
+"""The border to aio-pika: turns its errors, and those of aiormq, into errors of rpcq."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BY_REPLY_CODE: dict[int, type[BrokerError]] = {
     530: VhostNotFound,
 }
 TOO_LARGE: Final = re.compile(r"message size \d+ is larger than (?:configured )?max size (\d+)")
-"""How RabbitMQ says that a message is larger than it takes; the code alone does not tell."""
+"""RabbitMQ's text for a message that is larger than it takes; the reply code alone does not show it."""
 
 BY_CHANNEL_ERROR: dict[type[BaseException], type[BrokerError]] = {
     aiormq.exceptions.ChannelAccessRefused: AccessRefused,
@@ -47,20 +47,20 @@ BY_CHANNEL_ERROR: dict[type[BaseException], type[BrokerError]] = {
 }
 
 UNKNOWN_ISSUER: Final = frozenset({2, 18, 19, 20, 21})
-"""OpenSSL's codes for a certificate whose CA is not among those that are trusted."""
+"""OpenSSL's codes for a certificate whose CA is not trusted."""
 
 OWN_CERTIFICATE: Final = ("CERTIFICATE", "UNKNOWN_CA", "HANDSHAKE_FAILURE", "ACCESS_DENIED", "DECRYPT_ERROR")
-"""What an alert has in its name where a broker wants another client certificate, or one at all."""
+"""Parts of the names of the TLS alerts of a broker that wants a client certificate, or a different one."""
 
 NOT_TLS: Final = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "UNKNOWN_PROTOCOL")
-"""OpenSSL's reasons where the peer answers a handshake with something else."""
+"""OpenSSL's reasons when the peer answers a handshake with something that is not TLS."""
 
 
 def is_foreign(error: BaseException) -> bool:
-    """Whether it is an error of the building blocks, and so about the broker.
+    """Whether an error came from aio-pika or below, and is therefore about the broker.
 
-    That is every exception: aiormq rejects what waits with a bare `Exception`, and with a `CancelledError` where
-    nobody asked this task to cancel.
+    Every `Exception` counts: aiormq fails what waits with a bare `Exception`. So does a `CancelledError` that is not a
+    cancellation of this task: aiormq raises those as well.
     """
     if isinstance(error, asyncio.CancelledError):
         task = asyncio.current_task()
@@ -70,12 +70,12 @@ def is_foreign(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def heeding_cancellation() -> Iterator[None]:
-    """Let a cancellation of this task end the block, whatever becomes of it in there.
+    """Raise `CancelledError` at the end of the block if this task was cancelled inside it.
 
-    aiormq swallows one that comes while it closes a channel, and makes other errors of some.
+    aiormq swallows a cancellation that comes while it closes a channel, and turns others into different errors.
     """
     task = asyncio.current_task()
-    assert task is not None  # noqa: S101 - whoever awaits aiormq is one
+    assert task is not None  # noqa: S101 - aiormq is only awaited in tasks
     before = task.cancelling()
     try:
         yield
@@ -88,7 +88,7 @@ def heeding_cancellation() -> Iterator[None]:
 
 
 class MessageTooLarge(BrokerUnreachable):
-    """The broker closed a channel over a message with more bytes than the `most` that it takes."""
+    """The broker closed a channel because a message was larger than `most`, the limit in bytes that it takes."""
 
     def __init__(self, message: str, most: int = 0) -> None:
         super().__init__(message)
@@ -96,19 +96,25 @@ class MessageTooLarge(BrokerUnreachable):
 
 
 def closed_by_broker(code: int, text: str) -> BrokerError:
-    """What a `connection.close` or `channel.close` of the broker means to users."""
-    said = f"the broker closed: {code} {text}"
+    """The error for a `connection.close` or `channel.close` of the broker."""
+    message = f"the broker closed: {code} {text}"
     if code == 406 and (found := TOO_LARGE.search(text)) is not None:
-        return MessageTooLarge(f"{said}: raise its max_message_size, or lower max_body", int(found[1]))
-    return BY_REPLY_CODE.get(code, BrokerUnreachable)(said)
+        return MessageTooLarge(f"{message}: raise its max_message_size, or lower max_body", int(found[1]))
+    return BY_REPLY_CODE.get(code, BrokerUnreachable)(message)
 
 
-def translate(error: BaseException, told: BrokerError | None) -> BrokerError:
-    """An error of aio-pika's or aiormq's as ours; `told` is what the connection itself saw, and says more."""
+def translate(error: BaseException, lost: BrokerError | None) -> BrokerError:
+    """The error of rpcq for an error of aio-pika or aiormq.
+
+    Args:
+        error: what was raised.
+        lost: why the connection was lost, as the connection itself saw it; it is more precise than `error`.
+
+    """
     if isinstance(error, BrokerError):
         return error
-    if told is not None:
-        return told  # aiormq reports whatever waited on the connection as refused
+    if lost is not None:
+        return lost  # aiormq reports everything that waited on the connection as refused
     for kind, ours in BY_CHANNEL_ERROR.items():
         if isinstance(error, kind):
             return ours(f"the broker refused: {error}")
@@ -116,34 +122,34 @@ def translate(error: BaseException, told: BrokerError | None) -> BrokerError:
 
 
 def refused(
-    error: BaseException, told: BrokerError | None, url: BrokerURL, host: str, port: int, *, silent: bool
+    error: BaseException, lost: BrokerError | None, url: BrokerURL, host: str, port: int, *, silent: bool
 ) -> BrokerError:
-    """Why a connection could not be opened, as ours.
+    """The error of rpcq for a connection that could not be opened.
 
     Args:
         error: what aio-pika raised.
-        told: what the connection itself saw, if anything.
-        url: the broker's.
-        host: the one of its hosts.
-        port: that host's.
-        silent: whether the socket was opened and nothing came.
+        lost: why the connection was lost, as the connection itself saw it; None if it was not open yet.
+        url: the broker's URL.
+        host: the host that was tried.
+        port: the port of that host.
+        silent: whether the socket was opened and no byte came.
 
     """
     where = f"{url.scheme}://{host}:{port}"
-    # Looked at as the frame passed: aiormq reports a missing vhost as an invalid frame.
-    if isinstance(told, AccessRefused) or isinstance(error, aiormq.exceptions.AuthenticationError):
+    # `lost` is read from the broker's own frame: aiormq reports a missing vhost as an invalid frame.
+    if isinstance(lost, AccessRefused) or isinstance(error, aiormq.exceptions.AuthenticationError):
         hint = "; RabbitMQ lets guest in from its own machine only" if url.user == "guest" else ""
         return AuthenticationFailed(f"{where} refused the user {url.user!r} or its password{hint}")
-    if isinstance(told, VhostNotFound):
-        return VhostNotFound(f"{where} has no vhost {url.vhost!r}, or {url.user!r} may not enter it: {told}")
-    if isinstance(told, ProtocolError):
-        return ProtocolError(f"{where} is not an AMQP 0-9-1 broker, or wants TLS: {told}")
-    # In TLS 1.3 the client's handshake is over before the broker looks at the client's certificate. Its refusal comes
-    # with what is read next, or never, where its reset of the connection is seen first.
+    if isinstance(lost, VhostNotFound):
+        return VhostNotFound(f"{where} has no vhost {url.vhost!r}, or {url.user!r} may not enter it: {lost}")
+    if isinstance(lost, ProtocolError):
+        return ProtocolError(f"{where} is not an AMQP 0-9-1 broker, or wants TLS: {lost}")
+    # In TLS 1.3 the client's handshake ends before the broker looks at the client's certificate. The broker's refusal
+    # comes with the next read, or never, if the broker's reset of the connection is seen first.
     for cause in (error, error.__cause__):
         if isinstance(cause, ssl.SSLError):
             return _tls_refused(cause, url, where)
-    why = str(told) if told is not None and not isinstance(error, OSError) else (str(error) or repr(error))
+    why = str(lost) if lost is not None and not isinstance(error, OSError) else (str(error) or repr(error))
     if url.scheme == "amqps" and (silent or isinstance(error, ConnectionResetError)):
         why = f"it closed the connection at the TLS handshake; {_own_certificate(url)} ({why})"
     return BrokerUnreachable(f"cannot reach {where}: {why}")
@@ -157,7 +163,7 @@ def _tls_refused(error: ssl.SSLError, url: BrokerURL, where: str) -> BrokerUnrea
     if "_ALERT_" in why and any(sign in why for sign in OWN_CERTIFICATE):
         why = f"{why}; {_own_certificate(url)}"
     elif any(sign in why for sign in NOT_TLS):
-        why = f"{why}; what listens there may not speak TLS"
+        why = f"{why}; that port may not speak TLS"
     return BrokerUnreachable(f"TLS with {where} failed: {why}")
 
 

@@ -1,10 +1,9 @@
-"""The fast lane's codec: the few AMQP 0-9-1 frames that are hot, bytes <-> values. Pure.
+"""The codec of the fast path: the few AMQP 0-9-1 frames that are hot, bytes <-> values. Pure.
 
-What is published (method, header and body as one piece), what is delivered or returned, confirms and acknowledgements.
-`FrameReader` takes these from the stream, for the channels that registered a `FastChannel`. It hands on every other
-frame as it is. Lengths are checked before they are trusted. What is not a frame that may come here raises
-`ProtocolError`, which ends the session: nothing is ever misread. Layouts are those of the AMQP 0-9-1 specification,
-sections 2.3.5 and 4.2, with RabbitMQ's `basic.nack`.
+These are: published messages (method, header and body as one piece), delivered and returned messages, confirms, and
+acknowledgements. `FrameReader` takes them from the stream, for the channels that registered a `FastChannel`. It hands
+on every other frame unchanged. Lengths are checked before they are used. A frame that is malformed or out of order
+raises `ProtocolError`, which ends the session: nothing is ever misread.
 """
 
 from __future__ import annotations
@@ -17,13 +16,44 @@ from rpcq.errors import ProtocolError
 from rpcq.transport.base import Outgoing
 from rpcq.wire.properties import MalformedProperties, decode, short
 
+# Layouts, from sections 2.3.5 and 4.2 of the AMQP 0-9-1 specification; basic.nack is an extension of RabbitMQ's.
+# Numbers are big-endian. A shortstr is its length in one byte, then its bytes.
+#
+# Every frame:
+#
+#     | type u8 | channel u16 | length u32 | payload, `length` bytes | end u8 = CE |
+#     0         1             3            7                         7 + length
+#
+# The payload of a method frame (type 1) is a class, a method, and the method's values. n is the consumer tag's length:
+#
+#     basic.publish   | 60 u16 | 40 u16 | ticket u16 = 0 | exchange shortstr | routing key shortstr | 1: mandatory |
+#     basic.deliver   | 60 | 60 | consumer tag | delivery tag u64 | 1: redelivered | exchange | routing key |
+#                     0         4              5 + n              13 + n           14 + n
+#     basic.return    | 60 | 50 | reply code u16 | reply text | exchange | routing key |
+#     basic.cancel    | 60 | 30 | consumer tag | 1: no-wait |
+#     basic.ack       | 60 | 80 | delivery tag u64 | 1: multiple |
+#     basic.nack      | 60 | 120 | delivery tag u64 | 1: multiple, 2: requeue |
+#     basic.reject    | 60 | 90 | delivery tag u64 | 1: requeue |
+#                     0         4                  12             13
+#     channel.close         | 20 | 40 | reply code u16 | reply text | class u16 | method u16 |
+#     connection.close      | 10 | 50 | reply code u16 | reply text | class u16 | method u16 |
+#     connection.blocked    | 10 | 60 | reason |
+#     connection.unblocked  | 10 | 61 |
+#
+# The header frame (type 2) and the body frames (type 3) follow the method frame of publish, deliver and return. There
+# are as many body frames as the body's size needs, none for an empty body:
+#
+#     header payload  | class u16 = 60 | weight u16 = 0 | body size u64 | property flags u16 | properties |
+#                     0                2                4               12                   14
+#     body payload    | a part of the body |
+
 METHOD, HEADER, BODY, HEARTBEAT = 1, 2, 3, 8
 FRAME_END: Final = 0xCE
 FRAME_OVERHEAD: Final = 8
 """Bytes of a frame around its payload: type, channel, length and the end octet."""
 
 MAX_FRAME: Final = 512 * 1024 * 1024
-"""What a frame may be where the broker sets no limit: the largest message that RabbitMQ takes."""
+"""The limit of a frame if the broker sets none: the largest message that RabbitMQ takes."""
 
 DELIVER: Final = b"\x00\x3c\x00\x3c"
 RETURN: Final = b"\x00\x3c\x00\x32"
@@ -40,44 +70,42 @@ CONNECTION_UNBLOCKED: Final = b"\x00\x0a\x00\x3d"
 
 HEARTBEAT_FRAME: Final = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 
-_FRAME: Final = struct.Struct(">BHI")
-_U64: Final = struct.Struct(">Q")
-_CONTENT: Final = struct.Struct(">BHI4sQ")
-_TAG: Final = struct.Struct(">QB")
-_TAGGED: Final = struct.Struct(">BHI4sQBB")
+_FRAME: Final = struct.Struct(">BHI")  # the first 7 bytes of a frame: type, channel, length
+_U64: Final = struct.Struct(">Q")  # a delivery tag, or the size of a body
+_CONTENT: Final = struct.Struct(">BHI4sQ")  # the first 19 bytes of a header frame: _FRAME, class and weight, body size
+_TAG: Final = struct.Struct(">QB")  # in basic.deliver: delivery tag, bits
+_TAGGED: Final = struct.Struct(">BHI4sQBB")  # a whole ack or reject: _FRAME, class and method, tag, bits, end
 
 
 def _ignore(*_: object) -> None:
-    """For what does not come on a channel of this kind."""
+    """The default callback, for what does not come on a channel of this kind."""
 
 
 class FastChannel:
-    """One channel of the fast lane: collects its messages frame by frame, and says when one is whole.
+    """One channel of the fast path: collects its messages frame by frame, and calls back when one is complete.
 
     Args:
-        max_body: bytes; the body of a larger message is not kept, and None stands for it.
-        on_deliver: (delivery tag, redelivered, properties, body or None, body size in bytes).
-        on_return: (routing key, correlation ID) of a message that no queue was bound for.
-        on_confirm: (delivery tag, multiple, accepted).
-        on_end: the broker closed the channel or cancelled the consumer; (reply code, text).
+        max_body: bytes; the body of a larger message is not kept, and None is passed in its place.
+        on_deliver: called with (delivery tag, redelivered, properties, body or None, body size in bytes).
+        on_return: called with (routing key, correlation ID) of a message that no queue was bound for.
+        on_confirm: called with (delivery tag, multiple, accepted).
+        on_end: called with (reply code, text) when the broker closes the channel or cancels the consumer.
 
     Attributes:
-        beginning: of the last delivery's method frame, up to the tag; those of one consumer begin alike.
-        exchange: that the last delivery was published to.
+        beginning: the last delivery's method frame, up to the delivery tag; it is the same for all of one consumer.
+        exchange: the exchange that the last delivery was published to.
 
     """
 
     __slots__ = (
-        "_channel",
         "_chunks",
+        "_delivery",
         "_ending",
         "_left",
         "_method",
         "_properties",
-        "_redelivered",
         "_routing_key",
         "_size",
-        "_tag",
         "beginning",
         "exchange",
         "max_body",
@@ -101,24 +129,28 @@ class FastChannel:
         self.on_return = on_return
         self.on_confirm = on_confirm
         self.on_end = on_end
-        self._method: bytes | None = None
-        self._left = -1  # bytes of the body still to come; -1 while no header has come
+        self._method: bytes | None = None  # of the message that is being received
+        self._left = -1  # bytes of the body that are still to come; -1 while no header has come
         self._size = 0
         self._chunks: list[bytes] = []
         self._properties = b""
-        self._tag = 0
-        self._redelivered = False
-        self._routing_key = b""
-        self._channel = -1  # none, until a delivery has come
+        self._delivery = (0, False)  # tag, redelivered
+        self._routing_key = b""  # of a returned message
         self.beginning = b"none has come"
         self.exchange = b""
-        self._ending = b""  # of the same frame, from the exchange on
+        self._ending = b""  # of the frame of `beginning`: from the exchange to the end
 
-    def alike(self, data: bytes, at: int, max_payload: int) -> int:
-        """Take a delivery like the last one, of which all is in `data` and the body in one frame: where it ends.
+    def take_similar(self, data: bytes, at: int, number: int, max_payload: int) -> int:
+        """Take a delivery that differs from the last one only in its tag, properties and body.
 
-        Its method frame starts at `at`, with `beginning`. 0 where it is otherwise, and nothing was taken: it is for
-        `method`, `header` and `body` to take it, and to find out whether anything is wrong.
+        This is the fast way for a complete delivery in `data` that has its body in one frame. Its method frame starts
+        at `at`, on the channel `number`, with `beginning`:
+
+            at          tag            tag + 9    header                              body                    end
+            | beginning | tag u64, bits | _ending | header frame: 19 bytes, properties, CE | body frame, with CE |
+
+        Returns where the delivery ends; or 0 if it is different or not complete, and then nothing was taken: `method`,
+        `header` and `body` take it frame by frame, and find what is wrong with it, if anything is.
         """
         tag = at + len(self.beginning)
         header = tag + 9 + len(self._ending)
@@ -130,7 +162,7 @@ class FastChannel:
             if not (
                 kind == HEADER
                 and body_kind == BODY
-                and channel == body_channel == self._channel
+                and channel == body_channel == number
                 and content == BASIC_CONTENT
                 and 14 <= length <= max_payload
                 and 0 < size == body_length <= max_payload
@@ -142,12 +174,12 @@ class FastChannel:
                 return 0
         except (IndexError, struct.error):
             return 0  # not all of it has come
-        number, redelivered = _TAG.unpack_from(data, tag)
-        self.on_deliver(number, redelivered & 1 == 1, data[header + 19 : body - 1], data[body + 7 : end - 1], size)
+        delivery_tag, bits = _TAG.unpack_from(data, tag)
+        self.on_deliver(delivery_tag, bits & 1 == 1, data[header + 19 : body - 1], data[body + 7 : end - 1], size)
         return end
 
     def method(self, channel: int, payload: bytes) -> bool:
-        """Take a method frame; False if it is not a hot one."""
+        """Take a method frame; returns False if it must be handed on: it is not a hot one, or aiormq needs it too."""
         if self._method is not None:
             msg = f"a method frame {payload[:4].hex()} came inside a message"
             raise ProtocolError(msg)
@@ -157,10 +189,8 @@ class FastChannel:
                 tag = 5 + payload[4]
                 key = _after_short(payload, tag + 9)
                 _check_end(payload, _after_short(payload, key))
-                self._tag = int.from_bytes(payload[tag : tag + 8], "big")
-                self._redelivered = payload[tag + 8] & 1 == 1
+                self._delivery = int.from_bytes(payload[tag : tag + 8], "big"), payload[tag + 8] & 1 == 1
                 self._method = method
-                self._channel = channel
                 self.exchange = payload[tag + 10 : key]
                 self.beginning = _FRAME.pack(METHOD, channel, len(payload)) + payload[:tag]
                 self._ending = payload[tag + 9 :] + b"\xce"
@@ -208,10 +238,10 @@ class FastChannel:
             self._whole(payload if size <= self.max_body else None)
             return
         if size > self._left:
-            msg = f"a body frame of {size} bytes came where {max(self._left, 0)} were to come"
+            msg = f"a body frame of {size} bytes came where at most {max(self._left, 0)} were expected"
             raise ProtocolError(msg)
         self._left -= size
-        if size and self._size <= self.max_body:  # empty frames could be without end
+        if size and self._size <= self.max_body:  # any number of empty frames could come: do not keep them
             self._chunks.append(payload)
         if not self._left:
             body = b"".join(self._chunks) if self._size <= self.max_body else None
@@ -221,7 +251,8 @@ class FastChannel:
     def _whole(self, body: bytes | None) -> None:
         method, self._method, self._left = self._method, None, -1
         if method == DELIVER:
-            self.on_deliver(self._tag, self._redelivered, self._properties, body, self._size)
+            tag, redelivered = self._delivery
+            self.on_deliver(tag, redelivered, self._properties, body, self._size)
             return
         try:
             correlation_id = decode(self._properties).correlation_id or b""
@@ -237,7 +268,7 @@ def _after_short(payload: bytes, at: int) -> int:
 
 def _check_end(payload: bytes, at: int) -> None:
     if at != len(payload):
-        msg = f"a method frame {payload[:4].hex()} has {len(payload)} bytes, its values {at}"
+        msg = f"a method frame {payload[:4].hex()} has {len(payload)} bytes; its values take {at}"
         raise ProtocolError(msg)
 
 
@@ -251,13 +282,13 @@ class FrameReader:
     """Splits a connection's bytes into frames, in pieces of any size.
 
     Attributes:
-        lanes: channel number -> its lane. Empty during the handshake.
-        max_payload: bytes; set it when `frame_max` is known.
+        channels: channel number -> its fast channel. Empty during the handshake.
+        max_payload: bytes; the owner sets it when `frame_max` is known.
 
     Args:
-        on_other: every frame that is not a lane's, whole.
-        on_close: the broker closes the connection: (reply code, text). The frame is handed on afterwards.
-        on_blocked: the broker takes no messages for now: its reason, or None when it does again.
+        on_other: called with each complete frame that no fast channel takes.
+        on_close: called with (reply code, text) when the broker closes the connection, before `on_other`.
+        on_blocked: called with the reason when the broker takes no messages, and with None when it does again.
 
     """
 
@@ -267,39 +298,40 @@ class FrameReader:
         on_close: Callable[[int, str], None],
         on_blocked: Callable[[str | None], None],
     ) -> None:
-        self.lanes: dict[int, FastChannel] = {}
+        self.channels: dict[int, FastChannel] = {}
         self.max_payload = 128 * 1024
         self._on_other = on_other
         self._on_close = on_close
         self._on_blocked = on_blocked
-        self._rest: list[bytes] = []  # of a frame that has not all come
-        self._missing = 0  # bytes to come before there is something to read in it
+        self._rest: list[bytes] = []  # the pieces of a frame that is not complete
+        self._missing = 0  # bytes that have to come before more of it can be read
 
     def feed(self, data: bytes) -> None:
-        """Take what the socket brought.
+        """Take bytes from the socket.
 
         Raises:
-            ProtocolError: it is not AMQP; nothing more may be fed.
+            ProtocolError: they are not AMQP; nothing more may be fed.
 
         """
         if self._rest:
             data = self._completed(data)
-        at, size, lanes = 0, len(data), self.lanes
+        at, size, channels = 0, len(data), self.channels
         while size - at >= 7:
-            lane = lanes.get(data[at + 1] << 8 | data[at + 2])
-            if lane is None or not data.startswith(lane.beginning, at):
-                end = self._frame(lane, data, at)
+            number = data[at + 1] << 8 | data[at + 2]
+            channel = channels.get(number)
+            if channel is None or not data.startswith(channel.beginning, at):
+                end = self._frame(channel, data, at)
             else:
-                end = lane.alike(data, at, self.max_payload) or self._frame(lane, data, at)
+                end = channel.take_similar(data, at, number, self.max_payload) or self._frame(channel, data, at)
             if not end:
                 break
             at = end
         if at < size:
             self._keep(data[at:])
 
-    def _frame(self, lane: FastChannel | None, data: bytes, at: int) -> int:
-        """Take the frame that starts there: where it ends, or 0 where not all of it has come."""
-        kind, channel, length = _FRAME.unpack_from(data, at)
+    def _frame(self, channel: FastChannel | None, data: bytes, at: int) -> int:
+        """Take the frame that starts at `at`; returns where it ends, or 0 if not all of it has come."""
+        kind, number, length = _FRAME.unpack_from(data, at)
         if length > self.max_payload or (kind > BODY and kind != HEARTBEAT) or not kind:
             msg = f"not an AMQP frame: {data[at : at + 16]!r}"
             raise ProtocolError(msg)
@@ -307,18 +339,18 @@ class FrameReader:
         if end > len(data):
             return 0
         if data[end - 1] != FRAME_END:
-            msg = f"a frame of {length} bytes on channel {channel} does not end where it says"
+            msg = f"a frame of {length} bytes on channel {number} has no end octet after them"
             raise ProtocolError(msg)
-        if lane is None:
-            self._other(kind, channel, data[at:end])
+        if channel is None:
+            self._other(kind, number, data[at:end])
         elif kind == BODY:
-            lane.body(data[at + 7 : end - 1])
+            channel.body(data[at + 7 : end - 1])
         elif kind == HEADER:
-            lane.header(data[at + 7 : end - 1])
+            channel.header(data[at + 7 : end - 1])
         elif kind != METHOD:
-            msg = f"a heartbeat came on channel {channel}"
+            msg = f"a heartbeat came on channel {number}"
             raise ProtocolError(msg)
-        elif not lane.method(channel, data[at + 7 : end - 1]):
+        elif not channel.method(number, data[at + 7 : end - 1]):
             self._on_other(data[at:end])
         return end
 
@@ -328,7 +360,7 @@ class FrameReader:
         self._missing = (FRAME_OVERHEAD + _FRAME.unpack_from(rest)[2] if size >= 7 else 7) - size
 
     def _completed(self, data: bytes) -> bytes:
-        """What was kept and what came, once it is enough; joined once, however small the pieces are."""
+        """The kept pieces and `data` together, or nothing while bytes are missing; joined once for any sizes."""
         self._rest.append(data)
         self._missing -= len(data)
         if self._missing > 0:
@@ -336,8 +368,8 @@ class FrameReader:
         data, self._rest = b"".join(self._rest), []
         return data
 
-    def _other(self, kind: int, channel: int, frame: bytes) -> None:
-        if kind == METHOD and not channel:
+    def _other(self, kind: int, number: int, frame: bytes) -> None:
+        if kind == METHOD and not number:
             payload = frame[7:-1]
             method = payload[:4]
             try:
@@ -359,15 +391,15 @@ class Encoder:
     """Frames to send on one channel.
 
     Args:
-        channel: its number.
-        frame_max: bytes of a frame, as tuned with the broker; 0 for no limit.
+        channel: the channel's number.
+        frame_max: the limit in bytes for a frame, as agreed with the broker; 0 for no limit.
 
     Attributes:
-        most_properties: bytes of the properties of a message; the header that has them is one frame, however long.
+        most_properties: the limit in bytes for a message's properties: a header cannot be split into several frames.
 
     """
 
-    _KEEP = 1024  # method frames remembered: one for each pair of exchange and routing key in use
+    _KEEP = 1024  # method frames that are kept: one for each exchange, routing key and value of `mandatory`
 
     def __init__(self, channel: int, frame_max: int) -> None:
         self._channel = channel
@@ -376,7 +408,7 @@ class Encoder:
         self._methods: dict[tuple[bytes, bytes, bool], bytes] = {}
 
     def publish(self, messages: Iterable[Outgoing]) -> list[bytes]:
-        """Pieces to write, in order: for each message its method, header and body frames."""
+        """The pieces to write, in order: for each message its method, header and body frames."""
         channel, most, methods = self._channel, self._max_payload, self._methods
         pack_frame, pack_content = _FRAME.pack, _CONTENT.pack
         pieces: list[bytes] = []
@@ -397,12 +429,11 @@ class Encoder:
         return pieces
 
     def ack(self, tag: int, *, multiple: bool = False) -> bytes:
-        """Acknowledge one delivery, or all up to it."""
-        # Everything before the bit is as long as in a reject, so that both share one layout.
+        """The frame that acknowledges one delivery, or all up to it."""
         return _TAGGED.pack(METHOD, self._channel, 13, ACK, tag, multiple, FRAME_END)
 
     def reject(self, tag: int, *, requeue: bool) -> bytes:
-        """Give one delivery back to its queue, or up."""
+        """The frame that gives one delivery back to its queue, or gives it up."""
         return _TAGGED.pack(METHOD, self._channel, 13, REJECT, tag, requeue, FRAME_END)
 
     def _publish_method(self, message: Outgoing) -> bytes:

@@ -1,4 +1,4 @@
-"""What is not settled yet: messages sent that the broker has not confirmed, and deliveries not acknowledged. Pure."""
+"""Messages that the broker has not confirmed, and deliveries that are not settled. Pure."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from rpcq.errors import ProtocolError
 from rpcq.transport.base import Outgoing, Published
 from rpcq.transport.rabbitmq.frames import Encoder
 
-_CONFIRMED: Final = Published.CONFIRMED  # a member of an enum is slow to get at, in CPython 3.11
+_CONFIRMED: Final = Published.CONFIRMED  # access to a member of an enum is slow in CPython 3.11
 
 
 class Unconfirmed:
-    """Messages handed to the socket of which the broker has not said what became.
+    """Messages that were handed to the socket, and that the broker has not confirmed.
 
-    Confirms come in any order, and one may cover all up to its number; each message is visited once. A return has no
-    number: it is told by routing key and correlation ID, and comes before its message's confirm
+    Confirms come in any order, and one may cover all messages up to its number; each message is visited once. A return
+    has no number: its message is found by routing key and correlation ID. It comes before the message's confirm
     (https://www.rabbitmq.com/docs/confirms#when-publishes-are-confirmed).
 
     Args:
-        on_refused: the broker refused a message, whose `on_published` is called next.
+        on_refused: called when the broker refuses a message, just before its `on_published`.
 
     """
 
@@ -28,14 +28,14 @@ class Unconfirmed:
         self._on_refused = on_refused
         self._waiting: dict[int, Outgoing] = {}
         self._next = 1
-        self._low = 1  # no number below is waiting
+        self._low = 1  # no message with a lower number is waiting
         self._returned: dict[tuple[bytes, bytes], int] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, messages: Iterable[Outgoing]) -> None:
-        """Messages are handed to the socket: they have the channel's next numbers."""
+        """Add messages that are handed to the socket: they get the channel's next numbers."""
         waiting, number = self._waiting, self._next
         for message in messages:
             waiting[number] = message
@@ -43,28 +43,28 @@ class Unconfirmed:
         self._next = number
 
     def returned(self, routing_key: bytes, correlation_id: bytes) -> None:
-        """The broker returned a message."""
+        """Record that the broker returned a message; its confirm follows."""
         key = routing_key, correlation_id
         self._returned[key] = self._returned.get(key, 0) + 1
 
     def confirmed(self, number: int, multiple: bool, accepted: bool) -> None:
-        """The broker confirmed a message, or all up to it (a number of 0 means all).
+        """Take a confirm of one message, or of all up to it (with the number 0: of all).
 
         Raises:
-            ProtocolError: no such number was sent.
+            ProtocolError: no message with that number was sent.
 
         """
         if multiple and not number:
             number = self._next - 1
         if not 0 < number < self._next:
-            msg = f"the broker confirmed message {number}, and {self._next - 1} were sent"
+            msg = f"the broker confirmed message {number}, but {self._next - 1} were sent"
             raise ProtocolError(msg)
         if not multiple:
             message = self._waiting.pop(number, None)
             if number == self._low:
                 self._advance(number + 1)
             if message is not None:
-                self._settle(message, accepted)
+                self._report(message, accepted)
             return
         low = self._low
         self._advance(number + 1)
@@ -76,14 +76,14 @@ class Unconfirmed:
             if accepted and not self._returned:
                 message.on_published(_CONFIRMED)
             else:
-                self._settle(message, accepted)
+                self._report(message, accepted)
 
     def lost(self, most: int | None = None) -> list[tuple[Outgoing, Published]]:
-        """All that still wait, and what became of them; the session is down.
+        """Remove all messages, because the session is down; returns them with what became of each.
 
         Args:
-            most: where the broker ended it over a message with more bytes than these: that one was not taken, nor what
-                came after it on the channel, which the broker does not read any more.
+            most: the broker's limit in bytes, if it ended the session because a message was larger. It did not take
+                that message, and did not read the ones after it on the channel.
 
         """
         waiting = list(self._waiting.values())
@@ -104,8 +104,8 @@ class Unconfirmed:
             low += 1
         self._low = low
 
-    def _settle(self, message: Outgoing, accepted: bool) -> None:
-        if self._returned and message.mandatory:  # no other is ever returned
+    def _report(self, message: Outgoing, accepted: bool) -> None:
+        if self._returned and message.mandatory:  # only mandatory messages are returned
             key = message.routing_key, message.correlation_id
             count = self._returned.pop(key, 0)
             if count > 1:
@@ -121,15 +121,15 @@ class Unconfirmed:
 
 
 class Unsettled:
-    """Deliveries that are not settled yet, in order: what is settled together is acknowledged in few frames.
+    """Deliveries that are not settled yet, in order. Those that are settled together take few frames.
 
-    One frame acknowledges all up to its tag. It may be used where everything below has been settled as well: the
-    broker closes the channel over a tag that it does not wait for.
+    One frame can acknowledge all deliveries up to its tag, if everything below it was settled too. A tag must not be
+    settled twice: the broker closes the channel if it does not know a tag.
     """
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._tags: dict[int, None] = {}  # as many as are prefetched
+        self._tags: dict[int, None] = {}  # in order; prefetch is the limit of its size
         self._accepted: set[int] = set()
         self._rejected: list[bytes] = []
 
@@ -137,11 +137,11 @@ class Unsettled:
         return len(self._tags)
 
     def delivered(self, tag: int) -> None:
-        """A delivery came."""
+        """Add a delivery."""
         self._tags[tag] = None
 
     def settle(self, tag: int, *, accept: bool, requeue: bool) -> None:
-        """A delivery is settled; `frames` says so to the broker."""
+        """Settle a delivery; `frames` returns the frame for the broker."""
         if accept:
             self._accepted.add(tag)
         else:
@@ -149,7 +149,7 @@ class Unsettled:
             self._rejected.append(self._encoder.reject(tag, requeue=requeue))
 
     def frames(self) -> bytes:
-        """What was settled since the last time, as frames to write."""
+        """The frames to write for all that was settled since the last time."""
         accepted, self._accepted = self._accepted, set()
         frames, self._rejected = self._rejected, []
         low = count = 0

@@ -21,42 +21,42 @@ from rpcq.url import BrokerURL
 from rpcq.wire.topology import Exchange
 
 HIGH_WATER: Final = 256 * 1024
-"""Bytes that may wait for the next write before publishers wait."""
+"""Bytes that may wait for the next write; above it, publishers wait."""
 
 REFUSING: Final = 2.0
-"""Seconds between two refusals of a channel after which it is replaced; twice as many each time, until none come."""
+"""Seconds for which a channel may refuse messages before it is replaced; doubled with each replacement."""
 
 LONGEST_REFUSING: Final = 60.0
-"""Seconds that they become at most, and without a refusal after which they are `REFUSING` again."""
+"""The limit of that time in seconds. After so long without a refusal, it is `REFUSING` again."""
 
 MOST_CHANNELS: Final = 3
-"""The one in use and those that it replaced, on which messages are not confirmed yet."""
+"""How many channels may be open: the one in use, and replaced ones with unconfirmed messages."""
 
 REPLACED_POLL: Final = 0.05
-"""Seconds between two looks at whether all on a replaced channel is confirmed."""
+"""Seconds between two checks whether all messages of a replaced channel are confirmed."""
 
 log = logs.get_logger("rpcq.rabbitmq")
 
 
-class _Published:
+class _PublishingChannel:
     """One channel of one session that messages are sent on; takes their confirms."""
 
     __slots__ = ("_channel", "_number", "_protocol", "encoder", "is_being_replaced", "refused_at", "unconfirmed")
 
     def __init__(
-        self, link: Link, channel: AbstractChannel, number: int, on_refused: Callable[[_Published], None]
+        self, link: Link, channel: AbstractChannel, number: int, on_refused: Callable[[_PublishingChannel], None]
     ) -> None:
         self._channel = channel
         self._number = number
         self._protocol = link.protocol
         self.encoder = Encoder(number, link.frame_max)
         self.unconfirmed = Unconfirmed(lambda: on_refused(self))
-        self.refused_at: float | None = None  # for the first time
+        self.refused_at: float | None = None  # time of the first refusal
         self.is_being_replaced = False
         link.protocol.register(
             number,
             FastChannel(
-                max_body=0,  # the body of a returned message is of no use
+                max_body=0,  # the body of a returned message is not needed
                 on_return=self.unconfirmed.returned,
                 on_confirm=self.unconfirmed.confirmed,
                 on_end=lambda code, text: link.protocol.fail(closed_by_broker(code, text)),
@@ -64,16 +64,16 @@ class _Published:
         )
 
     async def close(self) -> None:
-        """Close it alone: nothing on it is unconfirmed any more. It ends with the connection at the latest.
+        """Close this channel only, once nothing on it is unconfirmed. It ends with the connection at the latest.
 
-        There is no timeout: aiormq would send a second `channel.close`, which may cost the connection.
+        There is no timeout: after one, aiormq would send a second `channel.close`, which may end the connection.
         """
         await self._channel.close()
         self._protocol.unregister(self._number)
 
 
 class PublishingSession(Session):
-    """The way out: messages are written together, and settled by the broker's confirms."""
+    """A session that publishes: messages are written together; the broker's confirms say what became of them."""
 
     role = "publishing"
 
@@ -81,17 +81,17 @@ class PublishingSession(Session):
         self, url: BrokerURL, options: ConnectionOptions, exchanges: Sequence[Exchange], listener: Listener
     ) -> None:
         super().__init__(url, options, exchanges, listener)
-        self._channels: list[_Published] = []  # the last is in use; on those before it, messages are unconfirmed
+        self._channels: list[_PublishingChannel] = []  # the last is in use; earlier ones have unconfirmed messages
         self._replacing: set[asyncio.Task[None]] = set()
         self._patience = REFUSING
-        self._refused_at = 0.0  # for the last time
+        self._refused_at = 0.0  # time of the last refusal
         self._queue: list[Outgoing] = []
-        self._queued = 0
+        self._queued = 0  # bytes
         self._flushing = False
         self._room = asyncio.Event()  # set to wake those who wait for `ready`
         self._is_blocked = False
-        self._most: int = sys.maxsize  # bytes of a message, once the broker has said so
-        self._most_properties = 0  # of one, while the session is up
+        self._most: int = sys.maxsize  # the limit in bytes for a body, once the broker has reported one
+        self._most_properties = 0  # the limit in bytes for the properties, while the session is up
         self._lost_over_size = False
 
     @property
@@ -108,11 +108,11 @@ class PublishingSession(Session):
         if len(message.body) > self._most or len(message.properties) > self._most_properties:
             message.on_published(Published.TOO_LARGE)
             return
-        if self._flushing:  # written with all else of this iteration of the loop
+        if self._flushing:  # written with the other messages of this iteration of the loop
             self._queue.append(message)
             self._queued += len(message.body) + len(message.properties)
             return
-        # The first one goes at once: with few calls under way, an iteration is a good part of their time.
+        # The first one is written at once: with few calls under way, an iteration is a large part of their time.
         self._flushing = True
         self._loop.call_soon(self._flush)
         self._write([message])
@@ -124,20 +124,20 @@ class PublishingSession(Session):
             await self._room.wait()
 
     async def drain(self) -> None:
-        """Write what waits, and wait for what is unconfirmed, as long as the session lives and time allows."""
+        """Write what waits, and wait for its confirms, for at most `CLOSE_TIMEOUT` and while the session is up."""
         until = self._loop.time() + CLOSE_TIMEOUT
         while self._up and (waiting := len(self._queue) + sum(len(each.unconfirmed) for each in self._channels)):
             if self._loop.time() > until:
                 log.warning("closed with unconfirmed messages", count=waiting)
                 return
-            await asyncio.sleep(0.001)  # rare and short: no event is worth setting for each confirm
+            await asyncio.sleep(0.001)  # polled, because it is rare and short: an event would be set for each confirm
 
     async def close(self) -> None:
-        """Close it for good; what is unconfirmed is settled as lost."""
+        """Close the session for good; unconfirmed messages are reported as lost."""
         try:
             await super().close()
         finally:
-            self._settle_lost()
+            self._report_lost()
             for replacing in self._replacing:
                 replacing.cancel()
             await asyncio.gather(*self._replacing, return_exceptions=True)
@@ -148,15 +148,15 @@ class PublishingSession(Session):
         self._is_blocked = False
         link.protocol.on_writable = self._wake
 
-    async def _open_channel(self, link: Link) -> _Published:
-        return _Published(link, *await link.channel(confirms=True), self._refused)
+    async def _open_channel(self, link: Link) -> _PublishingChannel:
+        return _PublishingChannel(link, *await link.channel(confirms=True), self._on_refused)
 
-    def _refused(self, channel: _Published) -> None:
-        """Have the channel replaced, where it refuses again and again.
+    def _on_refused(self, channel: _PublishingChannel) -> None:
+        """Replace the channel if it has refused messages for some time.
 
-        A channel of RabbitMQ 3.10 that first sends to a quorum queue before a new leader is chosen knows only the old
-        one's node, and refuses for as long as that is down; one that is opened later knows the new leader. Where the
-        queue is full, a new channel changes nothing: hence the growing patience.
+        In RabbitMQ 3.10, a channel that first sends to a quorum queue before a new leader is elected knows only the
+        node of the old leader, and refuses messages while that is down. A channel that is opened later knows the new
+        leader. If the queue is full, a new channel does not help: that is why the time grows.
         """
         link = self._link
         if link is None or channel is not self._channels[-1] or channel.is_being_replaced:
@@ -175,8 +175,8 @@ class PublishingSession(Session):
         self._replacing.add(replacing)
         replacing.add_done_callback(self._replacing.discard)
 
-    async def _replace(self, link: Link, old: _Published) -> None:
-        """Send on a new channel from now on; close the old one when the broker has told of all that was sent on it."""
+    async def _replace(self, link: Link, old: _PublishingChannel) -> None:
+        """Send on a new channel from now on; close the old one when nothing on it is unconfirmed."""
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 new = await self._open_channel(link)
@@ -184,13 +184,13 @@ class PublishingSession(Session):
             if not is_foreign(error):
                 raise
             old.is_being_replaced, old.refused_at = False, None
-            log.warning("a channel refuses messages, and could not be replaced", cause=repr(error))
+            log.warning("a channel refuses messages, but could not be replaced", cause=repr(error))
             return
         if link is not self._link:
             return
         self._channels.append(new)
-        log.info("a channel refused messages, and is replaced")
-        # Rare: no event is worth setting for each confirm.
+        log.info("a channel refused messages, and was replaced")
+        # Polled, because it is rare: an event would have to be set for each confirm.
         while old.unconfirmed and link is self._link:  # noqa: ASYNC110
             await asyncio.sleep(REPLACED_POLL)
         if link is not self._link:
@@ -204,33 +204,34 @@ class PublishingSession(Session):
                 raise
             log.debug("a replaced channel did not close", cause=repr(error))
 
-    def _told_up(self) -> None:
-        # Lost over a message that is too large, it takes no more than it said; lost otherwise, it may.
+    def _on_up(self) -> None:
+        # If the last session was lost because a message was too large, the broker's limit still holds. Otherwise the
+        # broker may be another one, or configured differently.
         if not self._lost_over_size:
             self._most = sys.maxsize
         self._lost_over_size = False
         self._listener.publishing()
         self._wake()
 
-    def _told_down(self, cause: BrokerError) -> None:
+    def _on_down(self, cause: BrokerError) -> None:
         most = None
         if isinstance(cause, MessageTooLarge):
             most = self._most = cause.most
             self._lost_over_size = True
-        self._settle_lost(most)
+        self._report_lost(most)
         self._is_blocked = False
         self._listener.publishing_lost(cause)
 
-    def _settle_lost(self, most: int | None = None) -> None:
+    def _report_lost(self, most: int | None = None) -> None:
         unsent, self._queue, self._queued = self._queue, [], 0
         channels, self._channels = self._channels, []
         for channel in channels:
-            for message, settled in channel.unconfirmed.lost(most):
-                message.on_published(settled)
+            for message, published in channel.unconfirmed.lost(most):
+                message.on_published(published)
         for message in unsent:
             message.on_published(Published.UNSENT)
 
-    def _blocked(self, reason: str | None) -> None:
+    def _on_blocked(self, reason: str | None) -> None:
         self._is_blocked = reason is not None
         if reason is not None:
             self._listener.publishing_blocked(reason)

@@ -1,8 +1,8 @@
 """One connection to RabbitMQ that is opened again whenever it is lost.
 
-A session is: connect, declare, set QoS, consume, tell that it is up. Any close of its connection or one of its
-channels, and any cancel of a consumer by the broker, ends it as a whole; the next one starts after a pause. Nothing
-of an old session survives into a new one.
+A session is: connect, declare, set QoS, consume, report that it is up. It ends as a whole when the broker closes its
+connection or one of its channels, or cancels a consumer; the next session starts after a pause. Nothing of an old
+session is kept for a new one.
 """
 
 from __future__ import annotations
@@ -37,17 +37,21 @@ from rpcq.wire.topology import Exchange
 FIRST_PAUSE: Final = 0.1
 LONGEST_PAUSE: Final = 5.0
 PERMANENT_PAUSE: Final = 15.0
-"""Seconds: the upper bounds of the pause before the first and the n-th try, and for what somebody has to mend."""
+"""Seconds: the limits of the pause before the first attempt, before any later one, and after an error that somebody has
+to fix."""
 
 CLOSE_TIMEOUT: Final = 2.0
-"""Seconds that a polite close may take; aiormq waits three heartbeats under back-pressure."""
+"""Seconds that an orderly close may take; aiormq would wait three heartbeats under back-pressure."""
 
 log = logs.get_logger("rpcq.rabbitmq")
 
 
 @contextmanager
 def naming_mismatch(what: str) -> Iterator[None]:
-    """Declare something inside of this; `what` names it.
+    """Turn a precondition failure in the block into an error that names what was declared.
+
+    Args:
+        what: what the block declares.
 
     Raises:
         TopologyMismatch: it exists with other arguments.
@@ -58,13 +62,13 @@ def naming_mismatch(what: str) -> Iterator[None]:
     except Exception as error:
         ours = translate(error, None)
         if isinstance(ours, PreconditionFailed):
-            msg = f"{what} exists with other arguments than rpcq's; delete it or fix it: {ours}"
+            msg = f"{what} exists with other arguments than rpcq's; delete or change it: {ours}"
             raise TopologyMismatch(msg) from error
         raise
 
 
 async def declare_exchange(channel: AbstractChannel, exchange: Exchange) -> None:
-    """Declare an exchange. Where it fails, the broker closes the channel.
+    """Declare an exchange. If that fails, the broker closes the channel.
 
     Raises:
         TopologyMismatch: it exists with another type.
@@ -75,7 +79,7 @@ async def declare_exchange(channel: AbstractChannel, exchange: Exchange) -> None
 
 
 class Link:
-    """One session's connection and what hangs on it; gone with it."""
+    """The connection of one session, and what was opened on it."""
 
     def __init__(self, connection: FrameConnection, protocol: FrameProtocol) -> None:
         self.connection = connection
@@ -84,15 +88,16 @@ class Link:
         protocol.tuned(self.frame_max)
 
     async def channel(self, *, confirms: bool) -> tuple[AbstractChannel, int]:
-        """A new channel, with its number."""
+        """Open a channel; returns it and its number."""
         channel = self.connection.channel(publisher_confirms=confirms)
         await channel.initialize()
         return channel, (await channel.get_underlay_channel()).number
 
     async def ensure_exchanges(self, exchanges: Sequence[Exchange]) -> None:
-        """Declare those that are not there: a user may be allowed to use an exchange and not to declare it.
+        """Declare the exchanges that do not exist: a user may be allowed to use an exchange but not to declare it.
 
-        RabbitMQ 4.3 refuses even the question to a user who has no permission on it: the exchange is used as it is.
+        RabbitMQ 4.3 does not even let a user without permissions on an exchange ask whether it exists. The exchange is
+        then used as it is.
         """
         channel, _ = await self.channel(confirms=False)
         for exchange in exchanges:
@@ -102,13 +107,13 @@ class Link:
                 refused = translate(error, self.protocol.lost)
                 if not isinstance(refused, AccessRefused | NotFound):
                     raise
-                channel, _ = await self.channel(confirms=False)  # the refusal closed the other one
+                channel, _ = await self.channel(confirms=False)  # the broker closed the other one when it refused
                 if isinstance(refused, NotFound):
                     await declare_exchange(channel, exchange)
         await channel.close()
 
     async def close(self) -> None:
-        """Politely where possible, but at once where not."""
+        """Close the connection in an orderly way, or abort it if that fails or takes too long."""
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 with heeding_cancellation():
@@ -116,14 +121,14 @@ class Link:
         except (Exception, asyncio.CancelledError) as error:
             if not is_foreign(error):
                 raise
-            log.debug("a connection did not close politely", cause=repr(error))
+            log.debug("a connection did not close in an orderly way", cause=repr(error))
         finally:
             self.protocol.fail(BrokerUnreachable("the connection was closed"))
             self.protocol.abort()
 
 
 class Session:
-    """A connection that is opened again whenever it is lost. Subclasses say what is set up on it."""
+    """A connection that is opened again whenever it is lost. Subclasses define what is set up on it."""
 
     role = ""
 
@@ -149,7 +154,7 @@ class Session:
         await self._establish()
 
     async def close(self) -> None:
-        """Close it for good."""
+        """Close the session for good."""
         self._closed = True
         reconnecting, self._reconnecting = self._reconnecting, None
         if reconnecting is not None:
@@ -165,14 +170,14 @@ class Session:
     async def _set_up(self, link: Link) -> None:
         raise NotImplementedError
 
-    def _told_up(self) -> None:
+    def _on_up(self) -> None:
         raise NotImplementedError
 
-    def _told_down(self, cause: BrokerError) -> None:
+    def _on_down(self, cause: BrokerError) -> None:
         raise NotImplementedError
 
-    def _blocked(self, reason: str | None) -> None:
-        """The broker blocks only connections that publish."""
+    def _on_blocked(self, reason: str | None) -> None:
+        """Do nothing: the broker blocks only connections that publish."""
 
     async def _establish(self) -> None:
         """Try each host once."""
@@ -199,11 +204,11 @@ class Session:
 
         def on_lost(cause: BrokerError) -> None:
             if link is not None and link is self._link:
-                self._lost(link, cause)
+                self._on_lost(link, cause)
 
         def on_blocked(reason: str | None) -> None:
             if link is not None and link is self._link:
-                self._blocked(reason)
+                self._on_blocked(reason)
 
         connection, protocol = await connect(self._url, host, port, self._options, self.role, on_lost, on_blocked)
         link = Link(connection, protocol)
@@ -214,31 +219,31 @@ class Session:
                 self._check_wanted(protocol)
         except BaseException as error:
             foreign = is_foreign(error) and not isinstance(error, ClosedError)
-            cause = translate(error, protocol.lost) if foreign else BrokerUnreachable("it was given up while it opened")
+            cause = translate(error, protocol.lost) if foreign else BrokerUnreachable("closed while it was opened")
             self._close_later(link)
-            self._told_down(cause)  # of what it may have delivered already
+            self._on_down(cause)  # the session may have delivered messages already
             if foreign:
                 raise cause from error
             raise
         self._link = link
         self._up = True
         self._up_since = self._loop.time()
-        self._told_up()
+        self._on_up()
 
     def _check_wanted(self, protocol: FrameProtocol) -> None:
         if protocol.lost is not None:
             raise protocol.lost
         if self._closed:
-            raise ClosedError("closed while it was being opened")
+            raise ClosedError("closed while it was opened")
 
-    def _lost(self, link: Link, cause: BrokerError) -> None:
+    def _on_lost(self, link: Link, cause: BrokerError) -> None:
         self._link = None
         self._up = False
         log.warning("session down", role=self.role, cause=str(cause))
         self._close_later(link)
-        self._hosts.rotate(-1)  # the next node first: this one may be gone
+        self._hosts.rotate(-1)  # try the next node first: this one may be down
         self._reconnecting = self._loop.create_task(self._come_back())
-        self._told_down(cause)
+        self._on_down(cause)
 
     def _close_later(self, link: Link) -> None:
         closer = self._loop.create_task(link.close())
@@ -246,7 +251,7 @@ class Session:
         closer.add_done_callback(self._closers.discard)
 
     async def _come_back(self) -> None:
-        if self._loop.time() - self._up_since > LONGEST_PAUSE:  # else it comes and goes: be slower each time
+        if self._loop.time() - self._up_since > LONGEST_PAUSE:  # a session that was up more briefly: pause longer
             self._backoff.reset()
         pause = self._backoff.jittered()
         while True:
@@ -254,13 +259,13 @@ class Session:
             try:
                 await self._establish()
             except (BrokerError, ConfigurationError) as error:
-                # The latter where a file for TLS is gone, or cannot be used any more.
+                # ConfigurationError: a file for TLS is gone, or cannot be used any more.
                 permanent = not isinstance(error, BrokerError) or error.permanent
                 pause = self._backoff.jittered()
                 if permanent:
                     pause = full_jitter(PERMANENT_PAUSE)
-                say = log.error if permanent else log.warning
-                say("cannot come back yet", role=self.role, cause=str(error), error=type(error).__name__)
+                write = log.error if permanent else log.warning
+                write("cannot come back yet", role=self.role, cause=str(error), error=type(error).__name__)
             except Exception:
                 pause = full_jitter(PERMANENT_PAUSE)  # a bug in rpcq; keep retrying
                 log.exception("cannot come back yet", role=self.role)

@@ -1,4 +1,4 @@
-"""TLS: whom to trust, and how to show who we are, from the files that the broker's URL names."""
+"""TLS: the CAs to trust and the client certificate to show, from the files that the broker's URL names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rpcq.url import BrokerURL
 
 
 def tls_context(url: BrokerURL) -> ssl.SSLContext:
-    """Whom to trust, and how to show who we are. Blocks: it reads files.
+    """The context with the CAs to trust and the client certificate to show. Blocks: it reads files.
 
     Raises:
         ConfigurationError: one of the files cannot be used; the message names it.
@@ -27,15 +27,15 @@ def tls_context(url: BrokerURL) -> ssl.SSLContext:
         _check_certificates("certfile", certfile)
         which = ("certfile", certfile) if keyfile is None else ("keyfile", keyfile)
 
-        def has_passphrase() -> str:  # OpenSSL would ask at the terminal, and wait
-            raise _unusable(*which, "its key has a passphrase, which nobody is here to type; give one without")
+        def has_passphrase() -> str:  # without this, OpenSSL would ask at the terminal and wait
+            raise _unusable(*which, "its key has a passphrase, which rpcq cannot enter; give a key without one")
 
         try:
             context.load_cert_chain(certfile, keyfile, has_passphrase)
         except ssl.SSLError as error:
             why = f"it does not hold the private key, in PEM, of the certificate ({error.reason or error})"
             if keyfile is None:
-                why += "; name the file that does with keyfile"
+                why += "; name the file with the key with keyfile"
             raise _unusable(*which, why) from error
     return context
 

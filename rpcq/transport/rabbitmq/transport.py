@@ -1,4 +1,4 @@
-"""RabbitMQ: a session that consumes and one that publishes, with the fast lane for their messages."""
+"""The transport over RabbitMQ: one session that consumes, and one that publishes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RabbitMQTransport:
         """Open both sessions; see `Transport.start`."""
         if self._closed:
             raise ClosedError("the transport is closed")
-        # Replies are sent as soon as requests come: the way out is there before the way in.
+        # The first request may need a reply at once: the publishing session opens first.
         self._publishing = PublishingSession(self._url, self._options, exchanges, listener)
         self._consuming = ConsumingSession(self._url, self._options, exchanges, listener, subscriptions)
         try:
@@ -70,6 +70,6 @@ class RabbitMQTransport:
         """Close both sessions; see `Transport.close`."""
         self._closed = True
         if self._publishing is not None:
-            await self._publishing.drain()  # what is confirmed now is acknowledged now
+            await self._publishing.drain()  # each reply that is confirmed here acknowledges its request
         sessions = [session for session in (self._consuming, self._publishing) if session is not None]
         await asyncio.gather(*(session.close() for session in sessions))

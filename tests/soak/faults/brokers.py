@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import random
 
-from broker import CtlFailed
 from soak.faults import Fault
 from soak.ground import TICK, Ground, OneNode, SeveralNodes
 from soak.stage import SERVICES, Stage
+from support.broker import CtlFailed
 
 # One scene's part of it.
 

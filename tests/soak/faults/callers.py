@@ -8,9 +8,9 @@ import random
 
 import aio_pika
 
-from load import Load
 from soak.faults import Fault
 from soak.stage import CALL, SERVICES, Stage, environment
+from support.load import Load
 
 
 async def strange_messages(stage: Stage, dice: random.Random) -> None:

@@ -1,3 +1,5 @@
+"""The transport of `memory://` and its broker in the event loop."""
+
 from __future__ import annotations
 
 import asyncio
@@ -20,8 +22,10 @@ from rpcq.errors import (
 )
 from rpcq.options import ConnectionOptions
 from rpcq.transport.base import Delivery, Listener, Message, Published, Subscription, Transport
+from rpcq.transport.memory import broker as brokers
 from rpcq.transport.memory import transport as memory
-from rpcq.transport.memory.transport import HIGH_WATER, MemoryBroker, MemoryTransport
+from rpcq.transport.memory.broker import MemoryBroker
+from rpcq.transport.memory.transport import HIGH_WATER, MemoryTransport
 from rpcq.wire.properties import Properties, decode, encode
 from rpcq.wire.topology import Exchange, Queue, Topology
 
@@ -31,7 +35,7 @@ NOTHING = Exchange("nothing-is-bound")
 
 
 class Log:
-    """A listener that keeps what it is told, and can be awaited."""
+    """A listener that keeps the events it is called with, and can be awaited."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -66,13 +70,13 @@ class Log:
 
 
 class Peer:
-    """A transport with its listener, and all that came and settled."""
+    """A transport with its listener, its deliveries, and what became of its messages."""
 
     def __init__(self, broker: MemoryBroker | str, options: ConnectionOptions | None = None) -> None:
         self.transport: MemoryTransport = MemoryTransport(broker, options or ConnectionOptions())
         self.log = Log()
         self.got: list[Delivery] = []
-        self.settled: list[Published] = []
+        self.published: list[Published] = []
 
     def subscription(self, queue: Queue | str, prefetch: int = 0, *, no_ack: bool = False) -> Subscription:
         declared = Queue(queue, durable=True) if isinstance(queue, str) else queue
@@ -87,7 +91,7 @@ class Peer:
     def publish(
         self, key: str, body: bytes = b"", properties: bytes = PLAIN, *, exchange: str = "", mandatory: bool = True
     ) -> None:
-        message = Message(exchange.encode(), key.encode(), b"", properties, body, self.settled.append, mandatory)
+        message = Message(exchange.encode(), key.encode(), b"", properties, body, self.published.append, mandatory)
         self.transport.publish(message)
 
     @property
@@ -103,7 +107,7 @@ class Peer:
 
 
 async def turn(times: int = 1) -> None:
-    """Let the loop run: what is pending is worked off in one iteration, and what that brings in the next."""
+    """Let the loop run: pending work is done in one iteration, and the work that results from it in the next."""
     for _ in range(times):
         await asyncio.sleep(0)
 
@@ -133,22 +137,22 @@ async def other(broker: MemoryBroker) -> AsyncIterator[Peer]:
 async def test_a_message_is_confirmed_and_delivered_in_the_next_iteration(peer: Peer) -> None:
     await peer.start("q")
     peer.publish("q", b"a", encode(Properties(type=b"t")))
-    assert (peer.settled, peer.got) == ([], [])
+    assert (peer.published, peer.got) == ([], [])
     await turn()
-    assert peer.settled == [Published.CONFIRMED]
+    assert peer.published == [Published.CONFIRMED]
     (delivery,) = peer.got
     assert (delivery.body, delivery.body_size, delivery.redelivered) == (b"a", 1, False)
     assert decode(delivery.properties).type == b"t"
 
 
-async def test_settlements_come_in_the_order_of_publishing(peer: Peer) -> None:
+async def test_messages_are_reported_in_the_order_in_which_they_were_published(peer: Peer) -> None:
     full = Queue("full", durable=True, arguments={"x-max-length": 0, "x-overflow": "reject-publish"})
     await peer.start(full, "q")
     for key in ("nobody", "full", "q"):
         peer.publish(key)
     peer.publish("nobody", mandatory=False)
     await turn()
-    assert peer.settled == [
+    assert peer.published == [
         Published.RETURNED,
         Published.REFUSED,
         Published.CONFIRMED,
@@ -156,7 +160,7 @@ async def test_settlements_come_in_the_order_of_publishing(peer: Peer) -> None:
     ]
 
 
-async def test_messages_wait_in_a_queue_that_nobody_consumes(broker: MemoryBroker, peer: Peer, other: Peer) -> None:
+async def test_messages_wait_in_a_queue_without_consumers(broker: MemoryBroker, peer: Peer, other: Peer) -> None:
     await other.start("q")
     await other.transport.close()
     await peer.start()
@@ -181,7 +185,7 @@ async def test_a_body_over_the_limit_is_not_kept(broker: MemoryBroker) -> None:
     await small.transport.close()
 
 
-async def test_what_a_callback_publishes_has_its_turn_in_the_next_iteration(peer: Peer) -> None:
+async def test_a_message_that_a_callback_publishes_waits_for_the_next_iteration(peer: Peer) -> None:
     await peer.start("q")
     left = 3
 
@@ -199,10 +203,10 @@ async def test_what_a_callback_publishes_has_its_turn_in_the_next_iteration(peer
     assert left == 0
 
 
-async def test_a_callback_that_raises_costs_nobody_elses_messages(peer: Peer) -> None:
+async def test_a_callback_that_raises_costs_no_other_messages(peer: Peer) -> None:
     await peer.start("q")
-    told: list[object] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context.get("exception")))
+    raised: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: raised.append(context.get("exception")))
 
     def fail(_: Published) -> None:
         raise ZeroDivisionError
@@ -211,14 +215,14 @@ async def test_a_callback_that_raises_costs_nobody_elses_messages(peer: Peer) ->
     peer.publish("q", b"b")
     await turn(3)
     asyncio.get_running_loop().set_exception_handler(None)
-    assert [type(error) for error in told] == [ZeroDivisionError]
-    assert peer.settled == [Published.CONFIRMED]
+    assert [type(error) for error in raised] == [ZeroDivisionError]
+    assert peer.published == [Published.CONFIRMED]
     assert peer.bodies == [b"a", b"b"]
 
 
 async def test_a_transport_that_is_not_open_sends_nothing(peer: Peer) -> None:
     peer.publish("q")
-    assert peer.settled == [Published.UNSENT]
+    assert peer.published == [Published.UNSENT]
     assert not peer.transport.can_publish
     await peer.transport.stop_consuming()
 
@@ -249,7 +253,7 @@ async def test_acks_of_one_iteration_are_worked_off_together(peer: Peer) -> None
     assert peer.bodies == [b"a", b"b", b"c", b"d"]
 
 
-async def test_a_requeued_message_comes_again_flagged(peer: Peer) -> None:
+async def test_a_requeued_message_comes_again_and_is_flagged(peer: Peer) -> None:
     await peer.start("q")
     peer.publish("q", b"a")
     await turn()
@@ -258,7 +262,7 @@ async def test_a_requeued_message_comes_again_flagged(peer: Peer) -> None:
     assert [(delivery.body, delivery.redelivered) for delivery in peer.got] == [(b"a", False), (b"a", True)]
 
 
-async def test_a_quorum_queue_tells_how_often_a_message_came_back(peer: Peer) -> None:
+async def test_a_quorum_queue_adds_how_often_a_message_came_back(peer: Peer) -> None:
     await peer.start(Queue("q", durable=True, arguments={"x-queue-type": "quorum", "x-delivery-limit": 1}))
     peer.publish("q")
     await turn()
@@ -268,7 +272,7 @@ async def test_a_quorum_queue_tells_how_often_a_message_came_back(peer: Peer) ->
     assert peer.got[1].redelivered
 
 
-async def test_acknowledging_what_needs_no_ack_ends_the_session_as_on_a_broker(peer: Peer) -> None:
+async def test_acknowledging_a_delivery_that_needs_no_ack_ends_the_session(peer: Peer) -> None:
     await peer.start("q", no_ack=True)
     peer.publish("q")
     await turn()
@@ -301,7 +305,7 @@ async def test_an_expired_request_comes_back_to_the_caller(broker: MemoryBroker,
     assert broker.depth("rpcq.req.s") == 0
 
 
-async def test_an_earlier_expiry_is_not_kept_waiting_by_a_later_one(broker: MemoryBroker, peer: Peer) -> None:
+async def test_a_later_expiry_does_not_delay_an_earlier_one(broker: MemoryBroker, peer: Peer) -> None:
     dead = {"x-dead-letter-exchange": ""}
     await peer.start("dead", Queue("slow", durable=True, arguments=dead), Queue("fast", durable=True, arguments=dead))
     await peer.transport.stop_consuming()
@@ -327,7 +331,7 @@ async def test_an_earlier_expiry_is_not_kept_waiting_by_a_later_one(broker: Memo
         ("", b"\x01", ProtocolError),
     ],
 )
-async def test_what_closes_a_channel_ends_the_publishing_session_alone(
+async def test_an_error_that_closes_a_channel_ends_the_publishing_session_only(
     peer: Peer, exchange: str, properties: bytes, kind: type[BrokerError]
 ) -> None:
     await peer.start("q")
@@ -335,7 +339,7 @@ async def test_what_closes_a_channel_ends_the_publishing_session_alone(
     peer.publish("q", b"b", properties, exchange=exchange)
     peer.publish("q", b"c")
     await turn()
-    assert peer.settled == [Published.CONFIRMED, Published.UNKNOWN, Published.UNSENT]
+    assert peer.published == [Published.CONFIRMED, Published.UNKNOWN, Published.UNSENT]
     assert peer.log.events == ["publishing", "consuming", "publishing_lost"]
     assert type(peer.log.causes[0]) is kind
     assert not peer.transport.can_publish
@@ -356,7 +360,7 @@ async def test_a_start_that_fails_leaves_nothing_open(broker: MemoryBroker, peer
     assert broker.queues == ("q",)
     assert peer.log.events == []
     assert not peer.transport.can_publish
-    await peer.start("q")  # it may be tried again
+    await peer.start("q")  # another attempt is allowed
     assert broker.consumers("q") == 2
 
 
@@ -379,13 +383,13 @@ async def test_closing_works_off_what_is_pending(broker: MemoryBroker, peer: Pee
     peer.got[0].ack()
     peer.publish("q", b"b")
     await peer.transport.close()
-    assert peer.settled == [Published.CONFIRMED, Published.CONFIRMED]
+    assert peer.published == [Published.CONFIRMED, Published.CONFIRMED]
     assert broker.depth("q") == 1  # b, and a is not back
     await turn(2)
     assert peer.bodies == [b"a"]
 
 
-async def test_a_delivery_acknowledged_when_its_reply_is_confirmed_at_closing_is_acknowledged(
+async def test_an_acknowledgement_when_the_reply_is_confirmed_while_closing_counts(
     broker: MemoryBroker, peer: Peer
 ) -> None:
     await peer.start("q", Queue("replies", durable=True))
@@ -397,44 +401,46 @@ async def test_a_delivery_acknowledged_when_its_reply_is_confirmed_at_closing_is
     assert (broker.depth("q"), broker.depth("replies")) == (0, 1)
 
 
-async def test_what_is_published_while_it_closes_is_unsent(peer: Peer) -> None:
+async def test_a_message_that_is_published_while_closing_is_unsent(peer: Peer) -> None:
     await peer.start("q")
     peer.transport.publish(Message(b"", b"q", b"", PLAIN, b"", lambda _: peer.publish("q")))
     await peer.transport.close()
-    assert peer.settled == [Published.UNSENT]
+    assert peer.published == [Published.UNSENT]
 
 
-async def test_closing_while_blocked_settles_as_unsent(broker: MemoryBroker, peer: Peer) -> None:
+async def test_messages_are_unsent_after_closing_while_blocked(broker: MemoryBroker, peer: Peer) -> None:
     await peer.start("q")
     broker.block("memory")
     peer.publish("q")
     await turn()
     await peer.transport.close()
-    assert peer.settled == [Published.UNSENT]
+    assert peer.published == [Published.UNSENT]
 
 
-async def test_closing_twice_is_closing_once_and_later_messages_are_unsent(peer: Peer) -> None:
+async def test_closing_twice_does_no_harm_and_later_messages_are_unsent(peer: Peer) -> None:
     await peer.start("q")
     await peer.transport.close()
     await peer.transport.close()
     peer.publish("q")
-    assert peer.settled == [Published.UNSENT]
+    assert peer.published == [Published.UNSENT]
     assert peer.log.events == ["publishing", "consuming"]
 
 
-async def test_what_a_closed_transport_held_goes_to_the_others(peer: Peer, other: Peer) -> None:
+async def test_messages_that_a_closed_transport_held_go_to_the_others(peer: Peer, other: Peer) -> None:
     await peer.start("q")
     peer.publish("q", b"a")
     await turn()
     await other.start("q")
     (held,) = peer.got
     await peer.transport.close()
-    held.ack()  # of a session that is gone: dropped
+    held.ack()  # its session has ended: ignored
     await turn()
     assert [(delivery.body, delivery.redelivered) for delivery in other.got] == [(b"a", True)]
 
 
-async def test_closing_while_a_session_is_on_its_way_back_leaves_it_closed(broker: MemoryBroker, peer: Peer) -> None:
+async def test_a_session_that_waits_to_be_opened_again_stays_closed_after_close(
+    broker: MemoryBroker, peer: Peer
+) -> None:
     await peer.start("q")
     broker.drop_connections()
     await peer.transport.close()
@@ -443,16 +449,18 @@ async def test_closing_while_a_session_is_on_its_way_back_leaves_it_closed(broke
     assert broker.consumers("q") == 0
 
 
-async def test_a_channel_error_at_closing_does_not_bring_the_session_back(peer: Peer) -> None:
+async def test_a_session_that_ends_by_an_error_while_closing_is_not_opened_again(peer: Peer) -> None:
     await peer.start()
     peer.publish("q", exchange="nope")
     await peer.transport.close()
     await asyncio.sleep(memory.PAUSE[1] * 2)
-    assert peer.settled == [Published.UNKNOWN]
+    assert peer.published == [Published.UNKNOWN]
     assert peer.log.events == ["publishing", "consuming", "publishing_lost"]
 
 
-async def test_after_stop_consuming_nothing_comes_and_the_rest_can_be_settled(broker: MemoryBroker, peer: Peer) -> None:
+async def test_after_stop_consuming_nothing_comes_and_earlier_deliveries_can_be_settled(
+    broker: MemoryBroker, peer: Peer
+) -> None:
     await peer.start("q")
     peer.publish("q", b"a")
     await turn()
@@ -464,7 +472,7 @@ async def test_after_stop_consuming_nothing_comes_and_the_rest_can_be_settled(br
     assert (broker.depth("q"), broker.consumers("q")) == (2, 0)
 
 
-async def test_what_was_on_its_way_arrives_before_stop_consuming_returns(broker: MemoryBroker, peer: Peer) -> None:
+async def test_messages_on_their_way_arrive_before_stop_consuming_returns(broker: MemoryBroker, peer: Peer) -> None:
     await peer.start(Queue("q", durable=True))
     await peer.transport.close()
     first, second = Peer(broker), Peer(broker)
@@ -481,18 +489,20 @@ async def test_what_was_on_its_way_arrives_before_stop_consuming_returns(broker:
 # -------------------------------------------------------------------------------------------------------- faults
 
 
-async def test_dropped_connections_settle_tell_and_come_back_with_new_names(broker: MemoryBroker, peer: Peer) -> None:
+async def test_dropped_connections_are_reported_and_opened_again_with_new_queue_names(
+    broker: MemoryBroker, peer: Peer
+) -> None:
     await peer.start(Queue("", exclusive=True, auto_delete=True), "q")
     before = peer.log.queues
     peer.publish("q")
     broker.drop_connections()
-    assert peer.settled == [Published.UNSENT]
+    assert peer.published == [Published.UNSENT]
     assert peer.log.events[2:] == ["consuming_lost", "publishing_lost"]
     assert all(isinstance(cause, BrokerUnreachable) for cause in peer.log.causes)
     assert broker.queues == ("q",)
     assert not peer.transport.can_publish
     peer.publish("q")
-    assert peer.settled == [Published.UNSENT, Published.UNSENT]
+    assert peer.published == [Published.UNSENT, Published.UNSENT]
     await peer.log.until(lambda: sorted(peer.log.events[4:]) == ["consuming", "publishing"])
     assert peer.log.queues[1] == "q"
     assert peer.log.queues[0] != before[0]
@@ -501,7 +511,7 @@ async def test_dropped_connections_settle_tell_and_come_back_with_new_names(brok
     assert peer.bodies == [b"a"]
 
 
-async def test_what_is_settled_after_a_drop_is_dropped(broker: MemoryBroker, peer: Peer) -> None:
+async def test_settlements_after_a_drop_are_ignored(broker: MemoryBroker, peer: Peer) -> None:
     await peer.start("q")
     for body in (b"a", b"b"):
         peer.publish("q", body)
@@ -513,7 +523,7 @@ async def test_what_is_settled_after_a_drop_is_dropped(broker: MemoryBroker, pee
     assert [(delivery.body, delivery.redelivered) for delivery in peer.got[2:]] == [(b"a", True), (b"b", True)]
 
 
-async def test_a_request_held_at_a_drop_is_given_up_once_by_a_queue_that_delivers_once(
+async def test_a_request_in_hand_at_a_drop_is_given_up_once_by_a_queue_that_delivers_once(
     broker: MemoryBroker, peer: Peer, other: Peer
 ) -> None:
     topology = Topology()
@@ -530,21 +540,23 @@ async def test_a_request_held_at_a_drop_is_given_up_once_by_a_queue_that_deliver
     assert len(other.got) == 1
 
 
-async def test_a_session_whose_queue_is_declared_differently_meanwhile_keeps_trying(
+async def test_a_session_whose_queue_now_has_other_arguments_keeps_trying(
     broker: MemoryBroker, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "PAUSE", (0.001, 0.002))
     await peer.start(Queue("q", auto_delete=True))
     broker.drop_connections()
-    usurper = Peer(broker)
-    await usurper.start(Queue("q", auto_delete=True, durable=True))
+    owner = Peer(broker)
+    await owner.start(Queue("q", auto_delete=True, durable=True))
     await asyncio.sleep(0.02)
     assert "consuming" not in peer.log.events[3:]
-    await usurper.transport.close()
+    await owner.transport.close()
     await peer.log.until(lambda: "consuming" in peer.log.events[3:])
 
 
-async def test_a_session_lost_after_stop_consuming_stays_away(broker: MemoryBroker, peer: Peer) -> None:
+async def test_a_session_that_is_lost_after_stop_consuming_is_not_opened_again(
+    broker: MemoryBroker, peer: Peer
+) -> None:
     await peer.start("q")
     await peer.transport.stop_consuming()
     broker.drop_connections()
@@ -553,7 +565,7 @@ async def test_a_session_lost_after_stop_consuming_stays_away(broker: MemoryBrok
     assert peer.log.events[2:] == ["consuming_lost", "publishing_lost", "publishing"]
 
 
-async def test_dropping_again_before_they_are_back_tells_nobody_twice(broker: MemoryBroker, peer: Peer) -> None:
+async def test_a_second_drop_before_the_sessions_are_up_is_not_reported(broker: MemoryBroker, peer: Peer) -> None:
     await peer.start("q")
     broker.drop_connections()
     broker.drop_connections()
@@ -562,7 +574,9 @@ async def test_dropping_again_before_they_are_back_tells_nobody_twice(broker: Me
     assert broker.consumers("q") == 1
 
 
-async def test_what_is_handed_out_when_the_connection_drops_is_not_lost(broker: MemoryBroker, peer: Peer) -> None:
+async def test_a_message_that_is_handed_out_when_the_connection_drops_is_not_lost(
+    broker: MemoryBroker, peer: Peer
+) -> None:
     await peer.start("q")
     dropped = False
 
@@ -577,7 +591,7 @@ async def test_what_is_handed_out_when_the_connection_drops_is_not_lost(broker: 
     assert [(delivery.body, delivery.redelivered) for delivery in peer.got] == [(b"a", True)]
 
 
-async def test_a_blocked_broker_takes_nothing_and_acks_go_on(broker: MemoryBroker, peer: Peer) -> None:
+async def test_a_blocked_broker_takes_no_messages_but_takes_acks(broker: MemoryBroker, peer: Peer) -> None:
     await peer.start("q", prefetch=1)
     for body in (b"a", b"b"):
         peer.publish("q", body)
@@ -589,34 +603,34 @@ async def test_a_blocked_broker_takes_nothing_and_acks_go_on(broker: MemoryBroke
     peer.got[0].ack()
     await turn(2)
     assert peer.bodies == [b"a", b"b"]
-    assert len(peer.settled) == 2
+    assert len(peer.published) == 2
     broker.unblock()
     assert peer.log.events[-1] == "publishing"
     assert peer.transport.can_publish
     await turn()
-    assert len(peer.settled) == 3
+    assert len(peer.published) == 3
 
 
-async def test_who_starts_at_a_blocked_broker_is_told(broker: MemoryBroker, peer: Peer) -> None:
+async def test_a_transport_that_starts_at_a_blocked_broker_reports_it(broker: MemoryBroker, peer: Peer) -> None:
     broker.block("disk")
     await peer.start()
     assert peer.log.events == ["publishing", "blocked: disk", "consuming"]
     assert not peer.transport.can_publish
 
 
-async def test_block_and_unblock_pass_over_sessions_that_are_down(broker: MemoryBroker, peer: Peer) -> None:
+async def test_block_and_unblock_are_not_reported_to_sessions_that_are_down(broker: MemoryBroker, peer: Peer) -> None:
     await peer.start()
     broker.drop_connections()
-    told = list(peer.log.events)
+    before = list(peer.log.events)
     broker.block("disk")
     broker.unblock()
-    assert peer.log.events == told
+    assert peer.log.events == before
 
 
 # ------------------------------------------------------------------------------------------------- back-pressure
 
 
-async def test_a_full_inbox_takes_nothing_for_now_and_writable_waits_for_its_turn(peer: Peer) -> None:
+async def test_writable_waits_while_the_inbox_is_full(peer: Peer) -> None:
     await peer.start("q")
     for sent in range(HIGH_WATER):
         assert peer.transport.can_publish, sent
@@ -625,7 +639,7 @@ async def test_a_full_inbox_takes_nothing_for_now_and_writable_waits_for_its_tur
     async with asyncio.timeout(LIMIT):
         await peer.transport.writable()
     assert peer.transport.can_publish
-    assert len(peer.settled) == HIGH_WATER
+    assert len(peer.published) == HIGH_WATER
 
 
 async def test_writable_waits_for_the_session(broker: MemoryBroker, peer: Peer) -> None:
@@ -672,28 +686,28 @@ async def test_transports_of_one_name_share_a_broker_and_others_do_not() -> None
     different.publish("q", b"b")
     await turn()
     assert one.bodies == [b"a"]
-    assert different.settled == [Published.RETURNED]
+    assert different.published == [Published.RETURNED]
     for peer in (one, same, different):
         await peer.transport.close()
 
 
-async def test_a_named_broker_goes_with_its_last_transport() -> None:
+async def test_a_named_broker_ends_with_its_last_transport() -> None:
     first, second = Peer("name"), Peer("name")
     await first.start("q")
     await second.start()
     await first.transport.close()
     second.publish("q", encode(Properties(expiration=b"60000")))
     await second.transport.close()
-    assert second.settled == [Published.CONFIRMED]
+    assert second.published == [Published.CONFIRMED]
     third = Peer("name")
     await third.start()
     third.publish("q")
     await turn()
-    assert third.settled == [Published.RETURNED]
+    assert third.published == [Published.RETURNED]
     await third.transport.close()
 
 
-async def test_a_broker_that_somebody_holds_keeps_its_queues(broker: MemoryBroker, peer: Peer) -> None:
+async def test_a_broker_that_is_held_elsewhere_keeps_its_queues(broker: MemoryBroker, peer: Peer) -> None:
     await peer.start("q")
     await peer.transport.stop_consuming()
     peer.publish("q", b"a", encode(Properties(expiration=b"20")))
@@ -704,11 +718,11 @@ async def test_a_broker_that_somebody_holds_keeps_its_queues(broker: MemoryBroke
     again = Peer(broker)
     await again.start("q")
     await again.until(1)
-    assert again.bodies == [b"b"]  # nobody was there when a expired, and yet it has
+    assert again.bodies == [b"b"]  # a has expired although no transport was open
     await again.transport.close()
 
 
-def test_a_loop_that_is_gone_leaves_nothing_behind() -> None:
+def test_a_closed_loop_leaves_nothing_behind() -> None:
     async def use(name: str) -> weakref.ref[MemoryTransport]:
         peer = Peer(name)
         await peer.start("q")
@@ -718,7 +732,7 @@ def test_a_loop_that_is_gone_leaves_nothing_behind() -> None:
         left = run(use("abandoned"))
         gc.collect()
         assert left() is None
-        assert len(memory._shared) == 0
+        assert len(brokers._shared) == 0
 
 
 def test_two_loops_do_not_share_a_name_or_a_broker() -> None:
@@ -737,12 +751,12 @@ def test_two_loops_do_not_share_a_name_or_a_broker() -> None:
             await second.transport.close()
             with pytest.raises(UsageError, match="another event loop"):
                 await Peer(mine).start()
-            return second.settled
+            return second.published
 
         held = Peer(mine)
         await held.start()
-        settled = await asyncio.to_thread(lambda: loop_of_other.run_until_complete(elsewhere()))
-        assert settled == [Published.RETURNED]
+        published = await asyncio.to_thread(lambda: loop_of_other.run_until_complete(elsewhere()))
+        assert published == [Published.RETURNED]
         await first.transport.close()
         await held.transport.close()
 
@@ -758,7 +772,7 @@ async def test_a_broker_without_transports_has_no_loop(broker: MemoryBroker) -> 
         _ = broker.loop
 
 
-def test_the_transport_is_one() -> None:
+def test_it_has_the_methods_of_a_transport() -> None:
     transport: Transport = MemoryTransport("name", ConnectionOptions())
     assert not transport.can_publish
 

@@ -1,0 +1,229 @@
+"""The in-process broker in an event loop: what several transports share.
+
+`vhost` decides what becomes of messages; this module calls it. What transports publish and settle waits in the inboxes
+of their sessions until the next iteration of the event loop; one callback then works off all inboxes. So no message
+costs a task, and no callback is called from inside `publish`, `ack` or `reject`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Protocol
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from rpcq.errors import BrokerError, BrokerUnreachable, UsageError
+from rpcq.transport.memory.vhost import Connection, Vhost
+
+_shared: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[str, MemoryBroker]] = WeakKeyDictionary()
+
+
+class Inbox(Protocol):
+    """What a session published or settled, until the broker works it off."""
+
+    def work_off(self, now: float) -> None:
+        """Pass it on to the vhost."""
+
+
+class ConsumingSession(Protocol):
+    """What the broker needs of a session that consumes."""
+
+    up: bool
+    connection: Connection
+
+
+class Attached(Protocol):
+    """What the broker needs of a transport."""
+
+    @property
+    def consuming(self) -> ConsumingSession | None:
+        """Its session that consumes, while there is one."""
+
+    def lose_consuming(self, cause: BrokerError) -> None:
+        """End the consuming session."""
+
+    def lose_publishing(self, cause: BrokerError) -> None:
+        """End the publishing session."""
+
+    def on_blocked(self) -> None:
+        """The broker takes no messages from now on."""
+
+    def on_unblocked(self) -> None:
+        """The broker takes messages again."""
+
+
+class MemoryBroker:
+    """Exchanges and queues that live in this process, in one event loop, while a transport or other code holds them.
+
+    Besides the methods that transports use, it has hooks for tests: to look at queues, and to fail as a broker fails.
+    """
+
+    def __init__(self) -> None:
+        self._vhost = Vhost(lambda: datetime.now(UTC))
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._transports: dict[Attached, None] = {}
+        self._inboxes: deque[Inbox] = deque()
+        self._scheduled = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._reason: str | None = None
+
+    @property
+    def queues(self) -> tuple[str, ...]:
+        """The names of all queues."""
+        return tuple(self._vhost.queues)
+
+    def depth(self, queue: str) -> int:
+        """How many messages of a queue are ready: no consumer holds them, and the first one has not expired."""
+        return len(self._vhost.queues[queue].ready)
+
+    @classmethod
+    def named(cls, name: str) -> MemoryBroker | None:
+        """The broker that transports with this name share in the running event loop; None if none is open."""
+        named = _shared.get(asyncio.get_running_loop())
+        return None if named is None else named.get(name)
+
+    def consumers(self, queue: str) -> int:
+        """How many consumers a queue has."""
+        return len(self._vhost.queues[queue].consumers)
+
+    def drop_connections(self) -> None:
+        """Reset every connection. Transports open new sessions by themselves, each after a pause of up to 50 ms."""
+        cause = BrokerUnreachable("the in-process broker dropped the connection")
+        transports = [*self._transports]
+        # All at once: otherwise one transport would get what another one lost in the same moment.
+        self.disconnect(transport.consuming for transport in transports)
+        for transport in transports:
+            transport.lose_consuming(cause)
+            transport.lose_publishing(cause)
+
+    def block(self, reason: str) -> None:
+        """Take no messages until `unblock`, as RabbitMQ does under a memory or disk alarm."""
+        self._reason = reason
+        for transport in [*self._transports]:
+            transport.on_blocked()
+
+    def unblock(self) -> None:
+        """Take messages again after `block`."""
+        self._reason = None
+        for transport in [*self._transports]:
+            transport.on_unblocked()
+
+    # ------------------------------------------------------------------------------------------- for transports
+
+    @property
+    def reason(self) -> str | None:
+        """Why the broker takes no messages; None if it takes them."""
+        return self._reason
+
+    @property
+    def vhost(self) -> Vhost:
+        """The exchanges and queues. After a change of them, `schedule` must be called."""
+        return self._vhost
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop of all its transports."""
+        if self._loop is None:
+            raise UsageError("no transport of this broker is open")
+        return self._loop
+
+    def attach(self, transport: Attached) -> None:
+        """Add a transport.
+
+        Raises:
+            UsageError: transports in another event loop use this broker.
+
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop not in (None, loop):
+            raise UsageError("transports in another event loop use this broker; each loop needs one of its own")
+        self._loop = loop
+        self._transports[transport] = None
+        self.schedule()
+
+    def detach(self, transport: Attached) -> bool:
+        """Remove a transport; returns whether it was the last one."""
+        self.disconnect((transport.consuming,))
+        self._transports.pop(transport, None)
+        if self._transports:
+            return False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._loop = None
+        self._scheduled = False
+        return True
+
+    def post(self, inbox: Inbox) -> None:
+        """Work off an inbox in the next iteration of the loop."""
+        self._inboxes.append(inbox)
+        self.schedule()
+
+    def schedule(self) -> None:
+        """Deliver what consumers were handed, in the next iteration of the loop."""
+        if not self._scheduled:
+            self._scheduled = True
+            self.loop.call_soon(self._process)
+
+    def deliver(self) -> None:
+        """Deliver what consumers were handed."""
+        outbox = self._vhost.outbox
+        while outbox:
+            handed = outbox.popleft()
+            handed[0].deliver(handed)
+
+    def disconnect(self, sessions: Iterable[ConsumingSession | None]) -> None:
+        """End sessions, all at once; those that have ended already stay ended."""
+        open_sessions = [session for session in sessions if session is not None]
+        for session in open_sessions:
+            session.up = False
+        self._vhost.disconnect([session.connection for session in open_sessions], self.loop.time())
+        self.schedule()
+
+    def _process(self) -> None:
+        self._scheduled = False
+        if self._loop is None:
+            return
+        now = self._loop.time()
+        inboxes, count = self._inboxes, len(self._inboxes)
+        try:
+            while count and inboxes:
+                count -= 1
+                inboxes.popleft().work_off(now)
+            self.deliver()
+        finally:
+            # If a callback raises, the event loop reports it, and the other transports lose no messages.
+            if inboxes or self._vhost.outbox:
+                self.schedule()
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        due = self._vhost.next_expiry
+        if due is None or self._loop is None:
+            return
+        if self._timer is not None:
+            if self._timer.when() <= due:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(due, self._expire, due)
+
+    def _expire(self, due: float) -> None:
+        self._timer = None
+        self._vhost.expire(max(due, self.loop.time()))  # timers may fire early by the resolution of the clock
+        self.schedule()
+
+
+def shared(name: str) -> MemoryBroker:
+    """The broker that transports with this name share in the running event loop; made if there is none."""
+    named = _shared.setdefault(asyncio.get_running_loop(), WeakValueDictionary())
+    broker = named.get(name)
+    if broker is None:
+        broker = named[name] = MemoryBroker()
+    return broker
+
+
+def forget(loop: asyncio.AbstractEventLoop, name: str) -> None:
+    """Share this broker no longer: its last transport has closed."""
+    del _shared[loop][name]

@@ -1,0 +1,53 @@
+"""Pauses between tries: how they grow, where they stop, and how they are spread."""
+
+from __future__ import annotations
+
+import pytest
+
+from rpcq.runtime.backoff import Backoff, full_jitter
+
+
+@pytest.mark.parametrize(
+    ("backoff", "pauses"),
+    [
+        (Backoff(1.0, 100.0), [1.0, 2.0, 4.0, 8.0]),
+        (Backoff(0.5, 100.0, factor=3.0), [0.5, 1.5, 4.5, 13.5]),
+        (Backoff(1.0, 100.0, factor=1.0), [1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_each_pause_is_longer_than_the_one_before_by_the_factor(backoff: Backoff, pauses: list[float]) -> None:
+    assert [backoff.pause() for _ in pauses] == pauses
+
+
+def test_no_pause_is_longer_than_the_longest() -> None:
+    backoff = Backoff(1.0, 5.0)
+    assert [backoff.pause() for _ in range(6)] == [1.0, 2.0, 4.0, 5.0, 5.0, 5.0]
+
+
+def test_after_a_reset_the_pauses_begin_with_the_first_again() -> None:
+    backoff = Backoff(1.0, 5.0)
+    for _ in range(4):
+        backoff.pause()
+    backoff.reset()
+    assert [backoff.pause(), backoff.pause()] == [1.0, 2.0]
+
+
+def test_a_jittered_pause_is_a_part_of_the_next_pause_and_counts_as_it() -> None:
+    spread = []
+    for _ in range(200):
+        backoff = Backoff(1.0, 100.0)
+        first, second = backoff.jittered(), backoff.jittered()
+        assert 0 <= first <= 1.0
+        assert 0 <= second <= 2.0
+        assert backoff.pause() == 4.0
+        spread.append(second)
+    assert min(spread) < 0.5
+    assert max(spread) > 1.5
+
+
+def test_full_jitter_is_anywhere_between_nothing_and_the_longest_pause() -> None:
+    pauses = [full_jitter(3.0) for _ in range(200)]
+    assert all(0 <= pause <= 3.0 for pause in pauses)
+    assert min(pauses) < 1.0
+    assert max(pauses) > 2.0
+    assert full_jitter(0.0) == 0.0
