@@ -5,7 +5,7 @@
 # make soak    mixed load for 10 minutes while faults strike at random; ARGS='--minutes 1 --seed 7 --nodes 3'
 # make check   format, lint, types, structure, the documentation, and known holes of the dependencies
 # make docs    the documentation at http://127.0.0.1:8000, built again at every change
-# make fmt     mend what the checks can mend
+# make fmt     fix what the checks can fix
 # make bench   against aio-pika's RPC and FastStream on the same broker; takes about 5 minutes
 
 PYTHON ?= python3

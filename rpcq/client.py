@@ -189,7 +189,7 @@ class Client:
 
     @property
     def connected(self) -> bool:
-        """Whether both sessions are up: a call that is made now is sent at once."""
+        """Whether both sessions are up. A call that is made now is sent at once, unless the broker blocks it."""
         return self._phase is Phase.OPEN and not self._sessions.down
 
     def counts(self) -> Mapping[str, int]:
@@ -215,7 +215,7 @@ class Client:
         return self._calls.unmatched
 
     def on_reply(self, callback: Callable[[Reply], None] | None) -> None:
-        """Call `callback` with each reply that ends a call, in the caller's task, before it goes on. None ends that."""
+        """Call `callback` with each reply that ends a call, in the task of its caller; None removes it."""
         self._results.on_reply = callback
 
     # Calling.
@@ -267,7 +267,7 @@ class Client:
 
         Args:
             service: only workers of this service; None for all workers of the namespace.
-            wait: seconds to wait for answers, above 0: how many come is not known. It ends at once if there is no
+            wait: seconds to collect answers, above 0; their number is not known. It ends at once if there is no
                 worker.
 
         Raises:
@@ -334,7 +334,7 @@ class Client:
         params: Mapping[str, Any],
         observed: ObservedCall | None = None,
     ) -> Any:
-        """Make one call, and again if it fails as `retry` says, within the deadline of the first time."""
+        """Make one call, and again if it fails as `retry` says, within one deadline."""
         self._check_usable()
         deadline = inherit(options.timeout, time.monotonic())
         key = options.idempotency_key
@@ -379,7 +379,7 @@ class Client:
             call.trace = observed.headers
         del body, params, args  # the call may last
         if options.metadata:
-            call.headers(MAX_ATTEMPTS)  # raises before anything is sent
+            call.headers(MAX_ATTEMPTS)  # checks the size now, with the longest attempt number
         self._calls.add(call)
         self._timeouts.set(call, deadline, now)
         try:

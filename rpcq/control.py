@@ -179,7 +179,7 @@ class Answerer:
         info: the worker's description of itself.
         stats: called with the worker's name, host, process ID and seconds since its start; returns its state.
         cancel: called with the key of a call whose caller is gone, and the properties of the control message.
-        may_answer: whether answers may be sent to a queue.
+        is_reply_queue: whether answers may be sent to a queue.
         reply_exchange: the exchange for answers; None for the default one.
         max_body: the most bytes of an answer.
 
@@ -192,13 +192,13 @@ class Answerer:
         stats: Callable[[str, str, int, float], WorkerStats],
         *,
         cancel: Callable[[tuple[bytes, bytes], Properties], None],
-        may_answer: Callable[[bytes], bool],
+        is_reply_queue: Callable[[bytes], bool],
         reply_exchange: str | None,
         max_body: int,
     ) -> None:
         self._transport = transport
         self._cancel = cancel
-        self._may_answer = may_answer
+        self._is_reply_queue = is_reply_queue
         self._exchange = (reply_exchange or "").encode()
         self._encoder = replies.ReplyEncoder()
         ping = bodies.dumps({"name": info.name, "services": [service.name for service in info.services]})
@@ -234,7 +234,7 @@ class Answerer:
             self._drop("it has no reply_to or no correlation_id")
         elif found.type == control.CANCEL:
             self._cancel((reply_to, correlation_id), found)
-        elif not self._may_answer(reply_to):
+        elif not self._is_reply_queue(reply_to):
             self._drop(f"its reply_to is {reply_to!r}")
         elif not self.answer(found.type or b"", reply_to, correlation_id):
             self._drop(f"its type is {found.type!r}, which this version does not know")

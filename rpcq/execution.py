@@ -1,6 +1,6 @@
 """Runs handlers: in a task, or in a thread of a pool, until their deadline.
 
-A run begins with `Executor.begin` and ends once, with one of the three methods that each kind of work has for itself:
+A run begins with `Executor.begin` and ends once, with one of three methods that each subclass of `Run` defines:
 
     begin -> the handler returns           -> Run.returned
           -> it raises                     -> Run.raised
@@ -44,7 +44,7 @@ class Interruption(Enum):
     """Why a handler was interrupted, and whether it had begun."""
 
     CANCELLED = auto()
-    """The caller is gone."""
+    """It is no longer wanted: a caller cancelled its call."""
     TIMED_OUT = auto()
     """Its deadline came while it ran."""
     TIMED_OUT_UNBEGUN = auto()
@@ -61,15 +61,15 @@ class Run(ABC):
     Attributes:
         invocation: what runs; None before it begins, and once it has ended.
         began: whether the handler was entered.
-        cancelled: its caller is gone.
+        cancelled: it is no longer wanted.
         timed_out: its deadline has come.
         started: when its task began, on time.perf_counter(); 0 before.
         handler_ms: milliseconds from then to its end.
         task: runs it; None before it begins.
         thread: the pool's future of a handler in a thread.
-        result: the event loop's future of the same.
+        result: the result of the thread, as a future of the event loop.
         ran_on: the run was interrupted, and its handler, in a thread, goes on or has just succeeded.
-        timeout: where its deadline waits.
+        timeout: its timer.
 
     """
 
@@ -151,7 +151,7 @@ class Executor:
             run.task = task
 
     def cancel(self, run: Run) -> None:
-        """The caller is gone: cancel the handler."""
+        """The run is no longer wanted: cancel the handler."""
         run.cancelled = True
         self._interrupt(run)
 
@@ -178,13 +178,13 @@ class Executor:
                 self._interrupted(run, run.invocation)
 
     def check_wanted(self, run: Run) -> None:
-        """Check that the handler is still to be entered.
+        """Check that the handler may still begin.
 
-        What a run waits for before (an `authorize` function, a store) may swallow its cancellation, or outlast it. Then
-        its caller has been told that it did not run, or its time is over.
+        What a run waits for before (an `authorize` function, a store) may swallow its cancellation, or outlast it. By
+        then, its caller may have got the reply that it did not run.
 
         Raises:
-            asyncio.CancelledError: it is not.
+            asyncio.CancelledError: the run has ended, or is to end.
 
         """
         if run.invocation is None or run.timed_out or run.cancelled or self._abandoned:
@@ -259,7 +259,7 @@ class Executor:
         if task is None or invocation is None or task.done():
             return
         task.cancel()
-        if not run.started:  # a task that is cancelled before its first step never runs its handlers of exceptions
+        if not run.started:  # a task that is cancelled before its first step never reaches its except blocks
             self._interrupted(run, invocation)
 
     def _interrupted(self, run: Run, invocation: Invocation) -> None:

@@ -1,8 +1,9 @@
 """The worker: takes requests, runs handlers, and replies.
 
 The order for each request is fixed: parse, check the deadline and `allow`, validate, ask `authorize`, run, publish the
-reply, wait for its confirm, acknowledge. Every delivery starts in the loop iteration that brings it. The prefetch
-limits the concurrency; there is no second queue.
+reply, wait for its confirm, acknowledge. A call with an idempotency key looks for a stored result before it runs.
+While replies can be published, every delivery starts in the loop iteration that brings it: the prefetch limits the
+concurrency.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Worker:
             info,
             self._stats,
             cancel=self._intake.cancel,
-            may_answer=self._intake.may_answer,
+            is_reply_queue=self._intake.is_reply_queue,
             reply_exchange=self.options.reply_exchange,
             max_body=self.options.max_body,
         )

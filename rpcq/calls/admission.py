@@ -26,8 +26,8 @@ from rpcq.service import Authorize, Context, Method, Service
 from rpcq.wire.requests import Request
 
 MARGIN: Final = 0.1
-"""Seconds that a handler ends before the caller's deadline, at most a twentieth of the time left: its reply must arrive
-in time."""
+"""Seconds that a handler ends before the caller's deadline, or a twentieth of the time left if that is less: its reply
+must arrive in time."""
 
 
 class Deduplication:

@@ -32,7 +32,7 @@ from rpcq.wire.bodies import loads
 from rpcq.wire.replies import ERROR, Notice, Reply
 
 MAX_ATTEMPTS: Final = 3
-"""Requests of an idempotent call, of which each may have run."""
+"""At most so many requests of an idempotent call may have run."""
 
 
 class State(IntEnum):
@@ -54,9 +54,9 @@ class CallEvent(IntEnum):
     REPLY = auto()
     """A worker replied, with a result or an error."""
     TURNED_AWAY = auto()
-    """A worker replied that it shuts down and did not begin."""
+    """A worker replied that it did not begin: it shuts down, has no free thread, or its store failed."""
     WORKER_LOST = auto()
-    """The worker that held the request was lost, as another worker or the broker says."""
+    """The worker that held the request was lost, or its queue gave it up, as the broker or another worker says."""
     RETURNED = auto()
     """No queue is bound for the service."""
     NOT_THERE = auto()
@@ -144,7 +144,7 @@ _WORKER_LOST: Final = Transition(
     State.CREATED, Act.AGAIN_OR_FAIL, OutcomeUnknown, "maybe", "the worker that held the call was lost"
 )
 
-_C, _W, _F = State.CREATED, State.WRITTEN, State.CONFIRMED
+_C, _W, _CF = State.CREATED, State.WRITTEN, State.CONFIRMED
 
 # A call that is CREATED again still takes a late reply to an earlier request. All other news of an earlier request says
 # nothing about the next one, and is ignored.
@@ -156,7 +156,7 @@ TRANSITIONS: Final[dict[tuple[State, CallEvent], Transition]] = {
     (_C, CallEvent.DEADLINE_CUT_OFF): _NOT_CONNECTED,
     (_C, CallEvent.CANCEL): _FORGET,
     (_C, CallEvent.CLOSE): _CLOSED_UNSENT,
-    (_W, CallEvent.CONFIRM): Transition(_F, Act.NOTHING),
+    (_W, CallEvent.CONFIRM): Transition(_CF, Act.NOTHING),
     (_W, CallEvent.REPLY): _ANSWER,
     (_W, CallEvent.TURNED_AWAY): _AGAIN,
     (_W, CallEvent.WORKER_LOST): _WORKER_LOST,
@@ -174,17 +174,17 @@ TRANSITIONS: Final[dict[tuple[State, CallEvent], Transition]] = {
     (_W, CallEvent.DEADLINE_CUT_OFF): _NO_WORD,
     (_W, CallEvent.CANCEL): _FORGET,
     (_W, CallEvent.CLOSE): _CLOSED,
-    (_F, CallEvent.REPLY): _ANSWER,
-    (_F, CallEvent.TURNED_AWAY): _AGAIN,
-    (_F, CallEvent.WORKER_LOST): _WORKER_LOST,
-    (_F, CallEvent.LOST): _LOST,
-    (_F, CallEvent.EXPIRED): _EXPIRED,
-    (_F, CallEvent.EXPIRED_UNRUN): _EXPIRED_UNRUN,
-    (_F, CallEvent.DEADLINE): _NO_WORD,
-    (_F, CallEvent.DEADLINE_BLOCKED): _NO_WORD,
-    (_F, CallEvent.DEADLINE_CUT_OFF): _NO_WORD,
-    (_F, CallEvent.CANCEL): _FORGET,
-    (_F, CallEvent.CLOSE): _CLOSED,
+    (_CF, CallEvent.REPLY): _ANSWER,
+    (_CF, CallEvent.TURNED_AWAY): _AGAIN,
+    (_CF, CallEvent.WORKER_LOST): _WORKER_LOST,
+    (_CF, CallEvent.LOST): _LOST,
+    (_CF, CallEvent.EXPIRED): _EXPIRED,
+    (_CF, CallEvent.EXPIRED_UNRUN): _EXPIRED_UNRUN,
+    (_CF, CallEvent.DEADLINE): _NO_WORD,
+    (_CF, CallEvent.DEADLINE_BLOCKED): _NO_WORD,
+    (_CF, CallEvent.DEADLINE_CUT_OFF): _NO_WORD,
+    (_CF, CallEvent.CANCEL): _FORGET,
+    (_CF, CallEvent.CLOSE): _CLOSED,
 }
 
 

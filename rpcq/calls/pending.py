@@ -12,7 +12,7 @@ from rpcq.errors import ConfigurationError, Overloaded
 from rpcq.wire.replies import Reply
 
 REMEMBERED_CALLS: Final = 10_000
-"""Calls that ended without a reply and are remembered, to tell a late reply from a duplicate one."""
+"""How many calls that ended without a reply are remembered, to tell a late reply from a duplicate one."""
 
 _SECRET: Final = 8
 """Bytes of the random part of a correlation ID."""
@@ -150,7 +150,7 @@ class PendingCalls:
             call.again()
         elif act is Act.ELSEWHERE:
             call.state = State.CREATED
-            call.sent -= 1  # it reached nobody: nothing will be heard of it, and the next one may have its ID
+            call.sent -= 1  # the request reached no queue: the next one can have its ID
             call.elsewhere()
         elif act is Act.AGAIN_OR_FAIL and call.idempotent and call.attempt < MAX_ATTEMPTS:
             call.state = State.CREATED

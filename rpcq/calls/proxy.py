@@ -22,10 +22,10 @@ class Target:
     """Where a call goes.
 
     Attributes:
-        exchange: its name; empty for the default exchange.
+        exchange: the exchange's name; empty for the default exchange.
         routing_key: the service's name, or a queue's.
-        method: its name; empty for none.
-        label: for messages.
+        method: the method's name; empty for none.
+        label: the name in texts of errors.
         is_ours: it goes through the requests exchange, where the broker sends a notice if a request expires.
         once_key: the name of the queue that delivers once, which is also the routing key that leads to this queue only;
             empty if there can be no such queue.
@@ -195,19 +195,19 @@ class CallMaker:
             ConfigurationError: no service is named, or the class has an attribute that is not a method.
 
         """
-        said: Contract | None = getattr(api, "__rpcq_contract__", None)
-        if service is None and said is None:
+        declared: Contract | None = getattr(api, "__rpcq_contract__", None)
+        if service is None and declared is None:
             msg = f"{api!r} names no service: decorate it with @contract('name'), or give the name"
             raise ConfigurationError(msg)
-        said = said or Contract(check_name("the name of a service", service))  # type: ignore[arg-type]  # one of them is there
-        return typing.cast("T", _Bound(self._caller, api, service or said.service, said, self._options))
+        declared = declared or Contract(check_name("the name of a service", service))  # type: ignore[arg-type]  # one of them is there
+        return typing.cast("T", _Bound(self._caller, api, service or declared.service, declared, self._options))
 
 
 class _Bound:
     """The methods of a Protocol class, as attributes."""
 
     def __init__(
-        self, caller: Caller, api: Callable[..., Any], service: str, said: Contract, options: CallOptions
+        self, caller: Caller, api: Callable[..., Any], service: str, declared: Contract, options: CallOptions
     ) -> None:
         for name in dir(api):
             if name.startswith("_"):
@@ -219,8 +219,8 @@ class _Bound:
             returns = type_hints(f"{service}.{name}", function).get("return", Any)
             own = replace(
                 options,
-                errors=(*options.errors, *said.errors),
-                idempotent=options.idempotent or name in said.idempotent,
+                errors=(*options.errors, *declared.errors),
+                idempotent=options.idempotent or name in declared.idempotent,
                 returns=None if returns is Any else returns,
             )
             if own.returns is not None:

@@ -34,7 +34,7 @@ class Receiver:
         calls: the table of calls under way.
         sender: what sends their requests.
         control: what takes the answers of workers to questions.
-        observers: who is told of notices.
+        observers: called with notices.
         notices: the name of the exchange that notices come through.
 
     """
@@ -102,7 +102,7 @@ class ResultReader:
     """Reads replies into values and errors; remembers the types that it reads.
 
     Attributes:
-        on_reply: called with each reply that ends a call, before it is read; None for nobody.
+        on_reply: called with each reply that ends a call, before it is read; None for no callback.
 
     """
 
@@ -121,6 +121,7 @@ class ResultReader:
             self.on_reply(reply)
         try:
             if reply.kind == replies.RESULT and reply.body is not None and options.returns is not None:
+                replies.check_content_type(reply)
                 return self._typed(options.returns, label)(reply.body)
             value = replies.read_body(reply)
         except InvalidReply as error:

@@ -1,4 +1,4 @@
-"""Replies to the requests that a worker has taken: runs or refuses each, publishes the reply, and acknowledges.
+"""The requests that a worker has in hand: runs or refuses each, publishes the reply, and acknowledges.
 
 A request is in hand from `begin` or `refuse` until it is acknowledged, once the broker has confirmed the reply:
 
@@ -58,7 +58,7 @@ class CallRun(Run):
     Attributes:
         replier: what replies to it.
         delivery: what is acknowledged at the end.
-        key: of the call.
+        key: the key of the call.
         may_have_run: why the call may have run before; None if it certainly has not.
         queue_ms: milliseconds since the caller sent it; None if the request does not say.
         said: the content of an error reply; None for a result.
@@ -393,7 +393,7 @@ class Replier:
             self._reply_in_short(run, len(reply.body))
         else:
             self.unroutable_replies += 1
-            log.debug("the caller is gone", correlation_id=run.id, reply=published.value)
+            log.debug("a reply did not reach its caller", correlation_id=run.id, reply=published.value)
             self._acknowledge(run)
 
     def _reply_in_short(self, run: CallRun, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Makes a call again where it failed, as its option `retry` says: after a pause, before the deadline of the call."""
+"""Makes a call again if it failed, as its option `retry` says: after a pause, before the deadline of the call."""
 
 from __future__ import annotations
 

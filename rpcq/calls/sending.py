@@ -19,11 +19,11 @@ from rpcq.transport.sessions import Sessions
 from rpcq.wire import requests
 from rpcq.wire.replies import Notice
 
-TURNED_AWAY_PAUSE: Final = 0.01
-"""Seconds before a call that a worker turned away is sent again; doubled each time, up to 64 times as long."""
+RESEND_PAUSE: Final = 0.01
+"""The n-th resend of a call comes after this many seconds times 2**(n-1), at most 0.64 s; the first comes at once."""
 
 KEPT_ELSEWHERE: Final = 1.0
-"""Seconds that a client at least goes on sending to a service's name, once it has no queue that delivers once."""
+"""Seconds that a client sends to the name of a service at least, before it tries the queue that delivers once again."""
 
 log = logs.get_logger("rpcq.client")
 
@@ -136,7 +136,7 @@ class Sender:
 
     Args:
         transport: what carries them.
-        sessions: of the client.
+        sessions: the client's sessions.
         calls: the table of calls under way.
         name: the client's name, for the requests.
         user: the broker's user, for the requests of a client that identifies itself; else empty.
@@ -213,7 +213,7 @@ class Sender:
         self.resent += 1
         log.info("call is sent again", correlation_id=call.correlation_id.decode(), attempt=call.attempt)
         # Deferred: the transport may still be reporting losses.
-        pause = TURNED_AWAY_PAUSE * 2 ** min(call.sent - 1, 6) if call.sent > 1 else 0
+        pause = RESEND_PAUSE * 2 ** min(call.sent - 1, 6) if call.sent > 1 else 0
         self.loop.call_later(pause, self._resend, call)
 
     def elsewhere(self, call: ClientCall) -> None:

@@ -1,1 +1,1 @@
-"""What every part stands on: deadlines, timeouts, threads, the process, the watchdog of the event loop."""
+"""Helpers for all parts: deadlines, timeouts, pauses, backlogs, threads, processes, a watchdog of the event loop."""

@@ -1,4 +1,4 @@
-"""What waits, in order, until it can go on."""
+"""A queue of calls, requests or replies that wait until a message can be published."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ class Backlog(Generic[T]):
         self._take = take
         self.items: OrderedDict[T, None] = OrderedDict()
         self._task: asyncio.Task[None] | None = None
+        self._empty = asyncio.Event()
+        self._empty.set()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -40,28 +42,34 @@ class Backlog(Generic[T]):
     def add(self, item: T) -> None:
         """Let it wait behind all others."""
         self.items[item] = None
+        self._empty.clear()
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     def discard(self, item: T) -> None:
-        """It does not wait any more, if it did."""
+        """Let it not wait any more, if it did."""
         self.items.pop(item, None)
+        self._note()
 
     def clear(self) -> None:
         """Forget all that waits."""
         self.items.clear()
+        self._empty.set()
 
     async def emptied(self) -> None:
         """Wait until nothing waits."""
-        while self.items and self._task is not None:
-            await asyncio.shield(self._task)
+        await self._empty.wait()
 
     async def close(self) -> None:
         """Forget all that waits, and end the task."""
-        self.items.clear()
+        self.clear()
         if self._task is not None:
             self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await asyncio.wait([self._task])
+
+    def _note(self) -> None:
+        if not self.items:
+            self._empty.set()
 
     async def _run(self) -> None:
         while self.items:
@@ -69,3 +77,4 @@ class Backlog(Generic[T]):
             while self.items and self._is_ready():
                 item, _ = self.items.popitem(last=False)
                 self._take(item)
+            self._note()

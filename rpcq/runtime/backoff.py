@@ -1,4 +1,4 @@
-"""Pauses between tries, each longer than the one before."""
+"""Pauses between tries: the more tries, the longer, up to a limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which sessions of a client or a worker are up: the one owner of that knowledge."""
+"""Which sessions of a client or a worker are up. Clients and workers ask this, and nothing else."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class Sessions:
         def on_consuming_lost(cause: BrokerError) -> None:
             self.consuming = SessionState.DOWN
             self._consuming_up.clear()
+            consuming_lost(cause)  # before the observers: a call that one of them makes must not use the lost queue
             self._observers.session("consuming", cause)
-            consuming_lost(cause)
 
         def on_publishing() -> None:
             was_down = self.publishing is SessionState.DOWN  # otherwise it was blocked

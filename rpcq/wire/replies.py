@@ -141,6 +141,19 @@ def read_times(reply: Reply) -> tuple[float | None, float] | None:
     return (queue_ms if isinstance(queue_ms, float) else None, handler_ms) if isinstance(handler_ms, float) else None
 
 
+def check_content_type(reply: Reply) -> None:
+    """Check that the body of a reply is JSON.
+
+    Raises:
+        InvalidReply: it is something else.
+
+    """
+    if reply.content_type != JSON and not is_json(reply.content_type):
+        executed: Literal["yes", "maybe"] = "yes" if reply.kind == RESULT else "maybe"
+        msg = f"the reply's content type must be application/json; got {text(reply.content_type)!r}"
+        raise InvalidReply(msg, executed=executed)
+
+
 def read_body(reply: Reply) -> Any:
     """Read the value in a reply's body.
 
@@ -154,9 +167,7 @@ def read_body(reply: Reply) -> Any:
         raise InvalidReply(msg, executed="maybe")
     if reply.body is None:
         raise InvalidReply("the reply's body is over the limit (max_body)", executed=executed)
-    if reply.content_type != JSON and not is_json(reply.content_type):
-        msg = f"the reply's content type must be application/json; got {text(reply.content_type)!r}"
-        raise InvalidReply(msg, executed=executed)
+    check_content_type(reply)
     try:
         return loads(reply.body)
     except NotCarried as error:

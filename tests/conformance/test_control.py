@@ -96,7 +96,7 @@ async def test_asking_ends_at_once_where_nobody_is_there(place: Place) -> None:
     async with place.client() as client, asyncio.timeout(5):
         assert await workers(client, "nobody", wait=60) == []
         assert await workers(client, wait=60) == []
-        assert not client._control._asked
+        assert not client._control._questions
 
 
 async def test_who_needs_no_more_answers_may_stop_listening(place: Place) -> None:
@@ -104,7 +104,7 @@ async def test_who_needs_no_more_answers_may_stop_listening(place: Place) -> Non
         answers = client.workers("shop", wait=60)
         assert (await anext(answers)).name == "rpcq"
         await answers.aclose()
-        assert not client._control._asked
+        assert not client._control._questions
 
 
 async def test_asking_while_the_client_closes_ends(place: Place) -> None:
@@ -223,13 +223,13 @@ async def test_a_worker_has_few_answers_on_the_way_however_much_is_asked(place: 
         def watched(message: Outgoing) -> None:
             nonlocal most
             publish(message)
-            most = max(most, worker._answerer._under_way)
+            most = max(most, worker._answerer._unconfirmed)
 
         transport.publish = watched  # type: ignore[method-assign]
         found = await asyncio.gather(*(workers(client, "shop", wait=3) for _ in range(300)))
         assert [len(it) for it in found] == [1] * 300  # none of them is over the limit of questions
         assert most == MOST_ANSWERS
-        assert (worker._answerer._under_way, len(worker._answerer._questions)) == (0, 0)
+        assert (worker._answerer._unconfirmed, len(worker._answerer._questions)) == (0, 0)
         asked = [worker._answerer.answer(b"ping", b"amq.gen-gone", b"%d" % it) for it in range(3 * MOST_QUESTIONS)]
         assert all(asked)
         assert len(worker._answerer._questions) <= MOST_QUESTIONS

@@ -197,14 +197,14 @@ async def test_what_may_have_run_before_is_answered_from_memory_even_where_it_ma
         assert client._sender.encoder is not None
         for key, kind in (("k", replies.RESULT), ("another", replies.ERROR)):
             reply_to: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-            client._control._asked[b"by hand"] = _Once(reply_to)  # type: ignore[assignment]  # it takes what comes
+            client._control._questions[b"by hand"] = _Once(reply_to)  # type: ignore[assignment]  # it takes what comes
             headers = requests.encode_headers(key=key, attempt=2, metadata={})
             now_ms = int(time.time() * 1000)
             properties = client._sender.encoder.encode(b"by hand", b"work", 9000, now_ms + 9000, headers, notify=True)
             exchange = client.topology.requests.name.encode()
             client._transport.publish(Message(exchange, b"things", b"by hand", properties, b"{}", _nothing))
             answer = await asyncio.wait_for(reply_to, 5)
-            del client._control._asked[b"by hand"]
+            del client._control._questions[b"by hand"]
             assert answer == b"1" if kind is replies.RESULT else b'"ABORTED"' in answer
         assert runs == 1
 

@@ -468,7 +468,7 @@ UNREADABLE: dict[str, list[Told]] = {
         *((body, {}, None, "yes") for body in (b"", b"not json", b"{", b"1 2", b"NaN", b'"\xff"', bytes(range(256)))),
         *((body, {}, int, "yes") for body in (b"", b"not json", b'"text"', b"null", b"[1]", b"1.5", b"NaN")),
         (b"1", {}, Annotated[int, pydantic.AfterValidator(_broken)], "yes"),
-        (b"1", {"content_type": "text/plain"}, None, "yes"),
+        *((b"1", {"content_type": "text/plain"}, kind, "yes") for kind in (None, int)),
         (b"1", {"type": "postcard"}, None, "maybe"),
         *((body, {"type": "error"}, None, "maybe") for body in (b"", b"not json", b"[]", b"null", b'{"code": 5}')),
     ],

@@ -61,7 +61,7 @@ async def hostile(rabbitmq_url: str, namespace: str) -> AsyncIterator[None]:
         INFO,
         lambda *_: STATS,
         cancel=worker._intake.cancel,
-        may_answer=worker._intake.may_answer,
+        is_reply_queue=worker._intake.is_reply_queue,
         reply_exchange=None,
         max_body=1024 * 1024,
     )

@@ -152,3 +152,19 @@ async def test_closing_forgets_what_waits_and_ends_the_task(way: Way) -> None:
     way.open.set()
     await turns()
     assert way.taken == []
+
+
+@pytest.mark.parametrize("how", ["clear", "discard", "close"])
+async def test_who_waits_until_nothing_waits_goes_on_though_there_never_is_a_way(way: Way, how: str) -> None:
+    way.add("a")
+    waiter = asyncio.create_task(way.emptied())
+    await turns()
+    assert not waiter.done()
+    match how:
+        case "clear":
+            way.backlog.clear()
+        case "discard":
+            way.backlog.discard("a")
+        case _:
+            await way.backlog.close()
+    assert await waiter == ""
