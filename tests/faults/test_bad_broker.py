@@ -164,10 +164,10 @@ def with_user(url: str, user: str, password: str) -> str:
 @pytest.mark.parametrize(
     ("url", "named"),
     [
-        (f"http://user:{SECRET}@localhost/", "'http'"),
-        (f"redis://user:{SECRET}@localhost/", "'redis'"),
-        (f"amqp://user:{SECRET}@/vhost", "no host"),
-        (f"amqp://user:{SECRET}@localhost:99999/", "a number from 1 to 65535"),
+        (f"http://user:{SECRET}@localhost/", "'http:"),
+        (f"redis://user:{SECRET}@localhost/", "'redis:"),
+        (f"amqp://user:{SECRET}@/vhost", "must name a host"),
+        (f"amqp://user:{SECRET}@localhost:99999/", "a port from 1 to 65535"),
         (f"amqp://user:{SECRET}@localhost:port/", "localhost:***"),
         (f"amqp://user:{SECRET}@localhost/?heartbeat=5", "'heartbeat'"),
         (f"user:{SECRET}@localhost", "amqp://user:password@host"),
