@@ -80,6 +80,7 @@ class Client:
     def __init__(
         self, url: str | None = None, *, observers: Iterable[Observer] = (), **options: Unpack[ClientKwargs]
     ) -> None:
+        # 16 attributes: each is a part that the client puts together, or how far it is.
         self.options = options_from(ClientOptions, options)
         self.topology = Topology(self.options.namespace)
         self._url = broker_url(url)

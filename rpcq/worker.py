@@ -87,9 +87,7 @@ class Worker:
             max_body=self.options.max_body,
             observers=self._observers.requests,
         )
-        self._intake = Intake(
-            self._replier, self._sessions, self._transport, self._topology, self.options, self._observers
-        )
+        self._intake = Intake(self._replier, self._sessions, self._topology, self.options, self._observers)
         info = describe(self.options.name, self.options.prefetch, services, self._topology)
         self._answerer = Answerer(
             self._transport,

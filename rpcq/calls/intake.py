@@ -27,8 +27,8 @@ from rpcq.observer import ObservedRequest, Observers
 from rpcq.options import MAX_PROPERTIES, MAX_TIMEOUT, WorkerOptions
 from rpcq.runtime.backlog import Backlog
 from rpcq.service import Service
-from rpcq.transport.base import Delivery, Transport
-from rpcq.transport.sessions import Sessions, SessionState
+from rpcq.transport.base import Delivery
+from rpcq.transport.sessions import Sessions
 from rpcq.wire import requests
 from rpcq.wire.properties import MalformedProperties, Properties
 from rpcq.wire.requests import Request
@@ -51,7 +51,6 @@ class Taking(Enum):
     """All are left to the broker."""
 
 
-_UP: Final = SessionState.UP
 _NOTHING: Final = Taking.NOTHING
 _REPLAYS: Final = Taking.REPLAYS
 """Names of their own: getting at a member of an enum takes as long as calling a function in CPython 3.11."""
@@ -79,7 +78,6 @@ class Intake:
     Args:
         replier: what runs and refuses them.
         sessions: the worker's sessions.
-        transport: what they come through.
         topology: of the namespace.
         options: the worker's.
         observers: the worker's.
@@ -95,14 +93,12 @@ class Intake:
         self,
         replier: Replier,
         sessions: Sessions,
-        transport: Transport,
         topology: Topology,
         options: WorkerOptions,
         observers: Observers,
     ) -> None:
         self._replier = replier
         self._sessions = sessions
-        self._transport = transport
         self._requests = topology.requests.name.encode()
         self._options = options
         self._observers = observers
@@ -137,7 +133,7 @@ class Intake:
             self._cancels = dict(kept[-REMEMBERED_CANCELS // 2 :])
 
     def _on_delivery(self, served: Served, delivery: Delivery) -> None:
-        if self.waiting.items or self._sessions.consuming is not _UP or not self._transport.can_publish:
+        if self.waiting.items or not self._sessions.can_exchange:
             # Before the session is up, it may not have all of its queues.
             self.waiting.add(Waiting(served, delivery))
         else:
