@@ -6,6 +6,7 @@ RabbitMQ, and PostgreSQL, are started when the first test asks for them, once in
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import secrets
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -30,6 +31,9 @@ _told = pytest.StashKey[set[str]]()
 
 _programs = pytest.StashKey[dict[str, str | Unavailable]]()
 """Fixture -> the path of the program that it gives, or why there is none; the same."""
+
+HANGING = 60.0
+"""Seconds after its timeout when a test that goes on ends its process."""
 
 PROGRAMS = {"chromium": "CHROMIUM", "promtool": "PROMTOOL"}
 """Fixture -> what it gives, in `support.programs`."""
@@ -92,6 +96,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     """Have the broker, the database, or a program, before the clock of the test that asks first is started.
 
     A test's timeout is for the test, where pulling an image or installing a package has bounds of its own.
+
+    A test that outlasts its timeout ends its process, with its stacks: pytest-timeout raises once, and an event loop
+    that spins in a callback swallows that.
     """
     names = getattr(item, "fixturenames", ())
     if "broker" in names:
@@ -101,7 +108,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     for fixture in PROGRAMS:
         if fixture in names:
             _program_of(item.config, fixture)
-    return (yield)
+    marker = item.get_closest_marker("timeout")
+    seconds = float(marker.args[0] if marker else item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(seconds + HANGING, exit=True, file=sys.__stderr__)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session")

@@ -195,8 +195,8 @@ class Sender:
 
     async def reply_queue(self) -> bytes:
         """Wait until a message can be sent and be replied to; returns the name of the reply queue."""
-        while self.encoder is None or not self._transport.can_publish:
-            await self._sessions.ready()
+        await self._sessions.ready()
+        assert self.encoder is not None  # noqa: S101 - it is there while the consuming session is up
         return self.encoder.reply_to
 
     # Calls.

@@ -417,7 +417,7 @@ async def test_who_asks_for_workers_hears_of_the_end_of_the_client_at_once(place
         return [it async for it in client.workers(wait=30)]
 
     asking = asyncio.create_task(ask())
-    client._sender.consuming_lost()  # and it cannot even ask
+    client._sessions.closed()  # as when the connection is lost: the next one cannot even ask
     late = asyncio.create_task(ask())
     await asyncio.sleep(0.05)
     await client.close()
