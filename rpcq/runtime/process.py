@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Coroutine
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import count
 from typing import Any, TypeVar
@@ -67,9 +66,11 @@ class Place:
 @cache
 def own_version() -> str:
     """Return the version of rpcq in this process; "unknown" if rpcq is not installed."""
+    from importlib import metadata  # noqa: PLC0415 - seldom needed, and slow to import
+
     try:
-        return version("rpcq")
-    except PackageNotFoundError:  # it runs from a source folder
+        return metadata.version("rpcq")
+    except metadata.PackageNotFoundError:  # it runs from a source folder
         return "unknown"
 
 
