@@ -13,6 +13,7 @@ from rpcq.errors import (
     ClosedError,
     ConfigurationError,
     DomainError,
+    GiveUp,
     InvalidParams,
     InvalidReply,
     MethodNotFound,
@@ -21,17 +22,20 @@ from rpcq.errors import (
     Overloaded,
     PermissionDenied,
     RemoteError,
+    RetryLater,
     RpcqError,
+    SendError,
     ServiceUnavailable,
     TooLarge,
     UsageError,
 )
 from rpcq.observer import Observed, ObservedCall, ObservedRequest, Observer
-from rpcq.options import CallOptions, ClientOptions, ConnectionOptions, Retry, WorkerOptions
+from rpcq.options import CallOptions, ClientOptions, ConnectionOptions, JobOptions, Retry, WorkerOptions
 from rpcq.results import Claim, ResultStore, StoredResult
 from rpcq.runtime.deadline import Deadline
 from rpcq.runtime.process import own_version
 from rpcq.service import Context, Service
+from rpcq.wire.jobs import Job
 from rpcq.worker import Worker
 
 __all__ = [
@@ -49,8 +53,11 @@ __all__ = [
     "Context",
     "Deadline",
     "DomainError",
+    "GiveUp",
     "InvalidParams",
     "InvalidReply",
+    "Job",
+    "JobOptions",
     "MethodInfo",
     "MethodNotFound",
     "NotSerializable",
@@ -64,7 +71,9 @@ __all__ = [
     "RemoteError",
     "ResultStore",
     "Retry",
+    "RetryLater",
     "RpcqError",
+    "SendError",
     "Service",
     "ServiceInfo",
     "ServiceProxy",

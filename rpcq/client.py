@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mappi
 from contextlib import aclosing
 from enum import Enum
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, Unpack
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar, Unpack, overload
 
 from rpcq import logs, observer
 from rpcq.calls.outcomes import MAX_ATTEMPTS, CallEvent, too_late
@@ -31,20 +31,24 @@ from rpcq.errors import (
     ServiceUnavailable,
     UsageError,
 )
+from rpcq.jobs.sending import JobSender
 from rpcq.observer import ObservedCall, Observer, Observers
 from rpcq.options import CallKwargs, CallOptions, ClientKwargs, ClientOptions, Retry, check_name, check_seconds
 from rpcq.runtime.backoff import Backoff
 from rpcq.runtime.deadline import Deadline, inherit
 from rpcq.runtime.process import Place
 from rpcq.runtime.timeouts import Timeouts
+from rpcq.service import Context
 from rpcq.transport.base import Subscription, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.transport.sessions import Sessions
 from rpcq.url import mask, parse
 from rpcq.wire import bodies, control
+from rpcq.wire.jobs import Job, JobTopology
 from rpcq.wire.replies import Reply
 from rpcq.wire.topology import Topology
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 PING_TIMEOUT: Final = 1.0
@@ -80,7 +84,7 @@ class Client:
     def __init__(
         self, url: str | None = None, *, observers: Iterable[Observer] = (), **options: Unpack[ClientKwargs]
     ) -> None:
-        # 16 attributes: each is a part that the client puts together, or how far it is.
+        # 17 attributes: each is a part that the client puts together, or how far it is.
         self.options = options_from(ClientOptions, options)
         self.topology = Topology(self.options.namespace)
         self._url = broker_url(url)
@@ -98,6 +102,13 @@ class Client:
             unrun_within=self.options.unrun_within,
         )
         self._control = Control(self._transport, self.topology, self._sender.reply_queue, self._calls.next_id)
+        self._jobs = JobSender(
+            self._transport,
+            JobTopology(self.options.namespace),
+            self._calls.next_id,
+            name=self.options.name,
+            max_body=self.options.max_body,
+        )
         self._results = ResultReader()
         self._retries = Retries()
         self._timeouts: Timeouts[ClientCall]
@@ -120,6 +131,7 @@ class Client:
             raise UsageError(f"this client is {self._phase.value}; a client is opened once")
         self._place = Place("this client")
         self._sender.open()
+        self._jobs.open()
         self._timeouts = Timeouts(self._sender.loop, self._sender.expire)
         self._phase = Phase.OPEN
         receiver = Receiver(self._calls, self._sender, self._control, self._observers, self.topology.notices.name)
@@ -173,6 +185,7 @@ class Client:
         self._retries.close()
         self._control.close()
         await self._sender.close()
+        await self._jobs.close()
         self._timeouts.close()
 
     async def __aenter__(self) -> Self:
@@ -236,6 +249,39 @@ class Client:
     def with_options(self, **options: Unpack[CallKwargs]) -> CallMaker:
         """The same client, with other options for its calls; see `CallOptions`."""
         return self._maker.with_options(**options)
+
+    # Sending jobs.
+
+    @overload
+    def send(
+        self, job: Callable[Concatenate[Context, P], Any], /, *args: P.args, **params: P.kwargs
+    ) -> Coroutine[Any, Any, Job]: ...
+
+    @overload
+    def send(self, job: Callable[P, Any], /, *args: P.args, **params: P.kwargs) -> Coroutine[Any, Any, Job]: ...
+
+    @overload
+    def send(self, job: str, /, *args: Any, **params: Any) -> Coroutine[Any, Any, Job]: ...
+
+    def send(self, job: str | Callable[..., Any], /, *args: Any, **params: Any) -> Coroutine[Any, Any, Job]:
+        """Send a job with the client's own options; see `CallMaker.send`."""
+        return self._maker.send(job, *args, **params)
+
+    def send_many(
+        self, job: str | Callable[..., Any], several: Iterable[Mapping[str, Any]], /
+    ) -> Coroutine[Any, Any, list[Job]]:
+        """Send several jobs of one name with the client's own options; see `CallMaker.send_many`."""
+        return self._maker.send_many(job, several)
+
+    def send_jobs(
+        self,
+        job: str | Callable[..., Any],
+        options: CallOptions,
+        several: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]],
+    ) -> Coroutine[Any, Any, list[Job]]:
+        """Send jobs. `CallMaker` uses it."""
+        self._check_usable()
+        return self._jobs.send(job, options, several)
 
     async def wait_for_service(self, name: str, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as `call` has it
         """Wait until a worker of the service answers.

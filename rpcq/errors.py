@@ -14,6 +14,8 @@
     |   +-- PreconditionFailed                the broker refuses an argument or a property        (406)
     |   |   +-- TopologyMismatch              a queue or exchange exists with other arguments
     |   +-- ProtocolError                     the peer violated AMQP 0-9-1
+    +-- SendError                             a job is not in its queue, or may not be: says which     queued
+    +-- RetryLater, GiveUp                    raised by the handler of a job: what is to become of it
     +-- CallError                             how a call failed; says whether it ran      executed  retryable
         +-- InvalidParams                     the worker refused the parameters           no        no
         |   +-- NotSerializable (TypeError)   JSON cannot carry a parameter; not sent     no        no
@@ -127,6 +129,60 @@ class ProtocolError(BrokerError):
     """The peer violated AMQP 0-9-1. The session was ended, because later frames could be misread."""
 
     permanent = False
+
+
+class SendError(RpcqError):
+    """A job could not be sent, or the broker did not confirm it.
+
+    Attributes:
+        queued: whether the broker has the job: "no" or "maybe". After "maybe", send it again under the same key.
+        job_id: the job's ID, or None if it never got one.
+        key: its idempotency key, or None if it never got one.
+
+    """
+
+    def __init__(
+        self, message: str, *, queued: Literal["no", "maybe"], job_id: str | None = None, key: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.queued = queued
+        self.job_id = job_id
+        self.key = key
+
+    def __str__(self) -> str:
+        named = "" if self.job_id is None else f", job={self.job_id}"
+        return f"{self.message} (queued={self.queued}{named})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).__new__, (type(self),), {**self.__dict__, "args": self.args}
+
+
+class RetryLater(RpcqError):
+    """Raised by the handler of a job: run it again later. It counts as an attempt.
+
+    Attributes:
+        seconds: the pause, up to 48 days; rounded up to 250 ms.
+
+    """
+
+    def __init__(self, seconds: float) -> None:
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= 48 * 24 * 3600:
+            msg = f"RetryLater must have a number of seconds from 0 to {48 * 24 * 3600} (48 days); got {seconds!r}"
+            raise ConfigurationError(msg)
+        super().__init__(f"again in {seconds:g} s")
+        self.seconds = seconds
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.seconds,)
+
+
+class GiveUp(RpcqError):
+    """Raised by the handler of a job: never run it again. It becomes a dead letter with this reason as its error."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class CallError(RpcqError):

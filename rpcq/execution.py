@@ -17,13 +17,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection
 from concurrent.futures import Future
-from enum import Enum, auto
 from functools import partial
 from typing import Any, Final
 
 from rpcq import logs
 from rpcq.errors import ServiceUnavailable
-from rpcq.invocation import Invocation, Refused
+from rpcq.invocation import Interruption, Invocation, Refused
 from rpcq.runtime import deadline as deadlines
 from rpcq.runtime.threads import CannotStart, Ended, Threads
 from rpcq.runtime.timeouts import Bucket, Timeouts
@@ -38,21 +37,6 @@ Enter = Callable[[], Awaitable[Any]]
 
 Around = Callable[[Enter], Awaitable[Any]]
 """Runs inside the task, around the handler: it awaits `Enter`, or gives a result without it, or raises."""
-
-
-class Interruption(Enum):
-    """Why a handler was interrupted, and whether it had begun."""
-
-    CANCELLED = auto()
-    """It is no longer wanted: a caller cancelled its call."""
-    TIMED_OUT = auto()
-    """Its deadline came while it ran."""
-    TIMED_OUT_UNBEGUN = auto()
-    """Its deadline came before it began."""
-    CUT_OFF = auto()
-    """The worker stopped while it ran."""
-    CUT_OFF_UNBEGUN = auto()
-    """The worker stopped before it began."""
 
 
 class Run(ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from enum import Enum, auto
 from typing import Any
 
 from rpcq.errors import CallError
@@ -46,3 +47,18 @@ class Refused(Exception):
     def __init__(self, error: CallError) -> None:
         super().__init__(error)
         self.error = error
+
+
+class Interruption(Enum):
+    """Why a handler was interrupted, and whether it had begun."""
+
+    CANCELLED = auto()
+    """It is no longer wanted: a caller cancelled its call."""
+    TIMED_OUT = auto()
+    """Its deadline came while it ran."""
+    TIMED_OUT_UNBEGUN = auto()
+    """Its deadline came before it began."""
+    CUT_OFF = auto()
+    """The worker stopped while it ran."""
+    CUT_OFF_UNBEGUN = auto()
+    """The worker stopped before it began."""

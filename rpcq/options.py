@@ -142,6 +142,49 @@ class Retry:
         return min(self.max_backoff, self.initial_backoff * 2.0 ** min(retries, 64))
 
 
+JOB_RETRY: Final = Retry(max_attempts=8, initial_backoff=1.0, max_backoff=3600.0)
+"""How a job is retried by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """How a job is run, and what becomes of it when it fails.
+
+    Attributes:
+        retry: how often, and after which pauses, a job that failed runs again; None for never.
+        timeout: the most seconds that one attempt may run, at most 25 minutes.
+        retry_on: only these exceptions, and timeouts, are retried.
+        give_up_on: these exceptions are not retried.
+        at_most_once: it is never run again: a job that may have run becomes a dead letter.
+
+    """
+
+    retry: Retry | None = JOB_RETRY
+    timeout: float = 300.0
+    retry_on: tuple[type[Exception], ...] = (Exception,)
+    give_up_on: tuple[type[Exception], ...] = ()
+    at_most_once: bool = False
+
+    def __post_init__(self) -> None:
+        if self.retry is not None and not isinstance(self.retry, Retry):
+            raise ConfigurationError(f"retry must be a Retry(...) or None; got {self.retry!r}")
+        if self.retry is not None and self.retry.codes != JOB_RETRY.codes:
+            msg = f"retry must have no codes: jobs fail with exceptions, see retry_on; got {self.retry.codes!r}"
+            raise ConfigurationError(msg)
+        check_seconds("timeout", self.timeout, MAX_TIMEOUT)
+        for name in ("retry_on", "give_up_on"):
+            kinds = _check_several(name, getattr(self, name))
+            for kind in kinds:
+                if not (isinstance(kind, type) and issubclass(kind, Exception)):
+                    raise ConfigurationError(f"{name} must be classes of exceptions; got {kind!r}")
+            object.__setattr__(self, name, kinds)
+
+    @property
+    def max_attempts(self) -> int:
+        """The most attempts, including the first one."""
+        return 1 if self.retry is None or self.at_most_once else self.retry.max_attempts
+
+
 class CallKwargs(TypedDict, total=False):
     """The keyword arguments of `with_options`; see `CallOptions`."""
 
@@ -317,6 +360,7 @@ class WorkerKwargs(ConnectionKwargs, total=False):
     reply_to: tuple[str, ...]
     remember: int
     blocked_after: float
+    job_prefetch: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,6 +374,7 @@ class WorkerOptions(ConnectionOptions):
             Server-named queues and direct reply-to are always allowed.
         remember: the approximate limit, in bytes, for stored results of calls with an idempotency key; 0 stores none.
         blocked_after: seconds that a handler may block the event loop before a warning names it.
+        job_prefetch: jobs of each service that run at once, besides its calls.
 
     """
 
@@ -338,6 +383,7 @@ class WorkerOptions(ConnectionOptions):
     reply_to: tuple[str, ...] = ()
     remember: int = 64 * 1024 * 1024
     blocked_after: float = 1.0
+    job_prefetch: int = 20
 
     def __post_init__(self) -> None:
         ConnectionOptions.__post_init__(self)
@@ -345,6 +391,7 @@ class WorkerOptions(ConnectionOptions):
         check_seconds("grace", self.grace)
         _check_count("remember", self.remember, 0, 1024**4)
         check_seconds("blocked_after", self.blocked_after)
+        _check_count("job_prefetch", self.job_prefetch, 1, 65_535)
         object.__setattr__(self, "reply_to", _check_several("reply_to", self.reply_to))
         for pattern in self.reply_to:
             try:

@@ -11,7 +11,7 @@ import inspect
 import sys
 import typing
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar, overload
 
@@ -20,7 +20,7 @@ from pydantic import PydanticUserError
 
 from rpcq.contracts import METHOD_NAME, result_adapter
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply
-from rpcq.options import CallOptions, check_errors, check_name
+from rpcq.options import JOB_RETRY, CallOptions, JobOptions, Retry, check_errors, check_name
 from rpcq.results import ResultStore
 from rpcq.runtime.deadline import Deadline
 from rpcq.validation.bounds import MOST_ERRORS, NotRead
@@ -81,6 +81,7 @@ class Method:
         errors: the domain errors that are sent to callers.
         timeout: the most seconds that it may run; None for the caller's deadline alone.
         allow: the broker's users that may call it; None for all users.
+        job: how it is run if it is a job; None for a method that is called.
         context_parameter: the position and the name of the parameter that takes a `Context`, or None; a keyword-only
             parameter has the position `sys.maxsize`.
 
@@ -96,6 +97,7 @@ class Method:
         errors: tuple[type[DomainError], ...],
         timeout: float | None,
         allow: frozenset[str] | None,
+        job: JobOptions | None = None,
     ) -> None:
         self.service = service
         self.label = f"{service}.{name}"
@@ -107,6 +109,7 @@ class Method:
         self.errors = errors
         self.timeout = timeout
         self.allow = allow
+        self.job = job
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise ConfigurationError(f"{self.label} must return one value; got a generator")
         hints = type_hints(self.label, function)
@@ -238,6 +241,7 @@ class Service:
             raise ConfigurationError(f"authorize of service {name!r} must be an async def or None; got {authorize!r}")
         self.authorize = authorize
         self.methods: dict[str, Method] = {}
+        self.jobs: dict[str, Method] = {}
 
     @overload
     def method(self, handler: Handler, /) -> Handler: ...
@@ -279,13 +283,7 @@ class Service:
         """
 
         def add(handler: Handler) -> Handler:
-            called = name or str(getattr(handler, "__name__", ""))
-            if not METHOD_NAME.match(called):
-                msg = f"the name of a method must be 1 to 100 of the characters A-Z a-z 0-9 _ -; got {called!r}"
-                raise ConfigurationError(msg)
-            if called in self.methods:
-                msg = f"methods of service {self.name!r} must have different names; got {called!r} twice"
-                raise ConfigurationError(msg)
+            called = self._check_new("method", name or str(getattr(handler, "__name__", "")))
             if timeout is not None:
                 CallOptions(timeout=timeout)
             self.methods[called] = Method(
@@ -300,6 +298,70 @@ class Service:
             return handler
 
         return add if handler is None else add(handler)
+
+    @overload
+    def job(self, handler: Handler, /) -> Handler: ...
+
+    @overload
+    def job(
+        self,
+        handler: None = None,
+        /,
+        *,
+        name: str | None = None,
+        retry: Retry | None = JOB_RETRY,
+        timeout: float = 300.0,
+        retry_on: Sequence[type[Exception]] = (Exception,),
+        give_up_on: Sequence[type[Exception]] = (),
+        at_most_once: bool = False,
+    ) -> Callable[[Handler], Handler]: ...
+
+    def job(self, handler: Any = None, /, *, name: str | None = None, **options: Any) -> Any:
+        """Offer a function as a job: work that is done sooner or later, for a sender that does not wait.
+
+        It runs at least once, or becomes a dead letter that says why. The function itself is not changed, and can be
+        given to `Client.send`.
+
+        Args:
+            handler: an `async def`, or a `def`, which runs in a thread. What it returns is not used.
+            name: the name under which it is sent; None for the function's own name.
+            options: as in `rpcq.JobOptions`.
+
+        Raises:
+            ConfigurationError: the service already has a job or method of that name, an option is not valid, or
+                pydantic cannot handle an annotation.
+
+        """
+        declared = JobOptions(**options)
+
+        def add(handler: Handler) -> Handler:
+            called = self._check_new("job", name or str(getattr(handler, "__name__", "")))
+            job = Method(
+                self.name,
+                called,
+                handler,
+                idempotent=False,
+                errors=(),
+                timeout=declared.timeout,
+                allow=None,
+                job=declared,
+            )
+            self.jobs[called] = job
+            with suppress(AttributeError):  # a function of C: it is sent by its name only
+                _marked(handler).__rpcq_jobs__ = (*jobs_of(handler), job)  # read by `jobs_of`
+            return handler
+
+        return add if handler is None else add(handler)
+
+    def _check_new(self, what: str, name: str) -> str:
+        """Check the name of a new method or job, and return it."""
+        if not METHOD_NAME.match(name):
+            msg = f"the name of a {what} must be 1 to 100 of the characters A-Z a-z 0-9 _ -; got {name!r}"
+            raise ConfigurationError(msg)
+        if name in self.methods or name in self.jobs:
+            msg = f"methods and jobs of service {self.name!r} must have different names; got {name!r} twice"
+            raise ConfigurationError(msg)
+        return name
 
     def find(self, name: str | None) -> Method | None:
         """Find the method of a request. Without a name, it is the default method, or the only one."""
@@ -316,8 +378,10 @@ class Service:
             ConfigurationError: it has no methods, or `default_method` or `allow` names a method that it does not have.
 
         """
-        if not self.methods:
-            raise ConfigurationError(f"service {self.name!r} has no methods; add one with @{self.name}.method")
+        if not self.methods and not self.jobs:
+            raise ConfigurationError(
+                f"service {self.name!r} has no methods and no jobs; add one with @{self.name}.method or .job"
+            )
         if self.default_method is not None and self.default_method not in self.methods:
             raise ConfigurationError(
                 f"default_method of service {self.name!r} must be one of its methods; got {self.default_method!r}"
@@ -327,6 +391,17 @@ class Service:
 
     def __repr__(self) -> str:
         return f"<Service {self.name!r}: {', '.join(self.methods) or 'no methods'}>"
+
+
+def jobs_of(function: Any) -> tuple[Method, ...]:
+    """The jobs that a function is the handler of, of all services."""
+    found: tuple[Method, ...] = getattr(_marked(function), "__rpcq_jobs__", ())
+    return found
+
+
+def _marked(handler: Callable[..., Any]) -> Any:
+    function = _function(handler)
+    return getattr(function, "__func__", function)  # a bound method is made anew each time
 
 
 def _check_allow(service: str, allow: Any) -> dict[str, frozenset[str]]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
 from enum import Enum
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 from rpcq import logs
 from rpcq.calls.intake import Intake, Taking
@@ -24,6 +24,7 @@ from rpcq.control import Answerer, WorkerStats, describe
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import BrokerError, ClosedError, ConfigurationError, UsageError
 from rpcq.execution import Executor
+from rpcq.jobs.running import JobRunner
 from rpcq.observer import Observer, Observers
 from rpcq.options import WorkerKwargs, WorkerOptions
 from rpcq.results import MemoryResults
@@ -33,7 +34,8 @@ from rpcq.transport.base import Subscription, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.transport.sessions import Sessions
 from rpcq.url import mask
-from rpcq.wire.topology import CONSUMER_TIMEOUT, Topology
+from rpcq.wire.jobs import JobTopology
+from rpcq.wire.topology import CONSUMER_TIMEOUT, Queue, Topology
 
 log = logs.get_logger("rpcq.worker")
 
@@ -79,9 +81,21 @@ class Worker:
         self._lifespans = AsyncExitStack()
         self._observers = Observers(observers, self)
         self._sessions = Sessions(self._transport, self._observers)
+        with_jobs = [service for service in services if service.jobs]
+        executor = Executor(self.options.prefetch * len(services) + self.options.job_prefetch * len(with_jobs))
+        self._job_topology = JobTopology(self.options.namespace)
+        self._jobs: JobRunner | None = None
+        if with_jobs:
+            self._jobs = JobRunner(
+                self._transport,
+                executor,
+                self._job_topology,
+                may_begin=lambda: self._sessions.can_exchange,
+                ready=self._sessions.ready,
+            )
         self._replier = Replier(
             self._transport,
-            Executor(self.options.prefetch * len(services)),
+            executor,
             Replays(MemoryResults(self.options.remember), self.options.max_body),
             reply_exchange=self.options.reply_exchange,
             max_body=self.options.max_body,
@@ -120,16 +134,21 @@ class Worker:
         self._answerer.open()
         self._observers.opened()
         self._replier.open()
-        self._watchdog = Watchdog(asyncio.get_running_loop(), self.options.blocked_after, self._replier.name_of)
+        self._watchdog = Watchdog(asyncio.get_running_loop(), self.options.blocked_after, self._name_of)
         try:
-            subscriptions = [await self._enter(service) for service in self.services]
+            subscriptions = [each for service in self.services for each in await self._enter(service)]
             control = self._topology.control_queue(tuple(service.name for service in self.services))
             subscriptions.append(Subscription(control, self._answerer.on_delivery, no_ack=True))
             listener = self._sessions.listener(
                 consuming=lambda _: None, consuming_lost=self._on_consuming_lost, blocked=self._on_blocked
             )
             exchanges = self._topology.exchanges(self.options.reply_exchange)
-            await self._transport.start(exchanges, subscriptions, listener)
+            queues: list[Queue] = []
+            if self._jobs is not None:
+                exchanges += self._job_topology.exchanges()
+                queues += self._job_topology.shared_queues()
+                queues += [self._job_topology.dead_queue(service.name) for service in self.services if service.jobs]
+            await self._transport.start(exchanges, subscriptions, listener, queues)
         except BaseException:
             await self._abandon()
             raise
@@ -166,6 +185,8 @@ class Worker:
             async with asyncio.timeout(self.options.grace):
                 await self._intake.waiting.emptied()  # turned away, as soon as there is a way to say so
                 await self._replier.in_hand.none_left()
+                if self._jobs is not None:
+                    await self._jobs.stop()
         except TimeoutError:
             clean = False
         await self._abandon()
@@ -176,7 +197,9 @@ class Worker:
         """Take nothing more, cut off what still runs, and close."""
         self._phase, self._intake.taking = Phase.STOPPED, Taking.NOTHING
         await self._intake.waiting.close()
-        await self._replier.abandon()
+        await self._replier.abandon(() if self._jobs is None else self._jobs.cut_off())
+        if self._jobs is not None:
+            await self._jobs.close()
         try:
             await self._transport.close()
             await self._lifespans.aclose()
@@ -215,8 +238,9 @@ class Worker:
 
     @property
     def in_flight(self) -> int:
-        """Requests that it holds: they wait, run, or are replied to and not acknowledged yet."""
-        return len(self._replier.in_hand) + len(self._intake.waiting)
+        """Requests and jobs that it holds: they wait, run, or have ended and are not acknowledged yet."""
+        jobs = 0 if self._jobs is None else len(self._jobs)
+        return len(self._replier.in_hand) + len(self._intake.waiting) + jobs
 
     @property
     def connected(self) -> bool:
@@ -253,22 +277,43 @@ class Worker:
         """Requests that were refused because they may have run before: the worker that held them was lost."""
         return self._replier.refused_redeliveries
 
-    async def _enter(self, service: Service) -> Subscription:
+    def _name_of(self, task: asyncio.Task[Any]) -> dict[str, Any]:
+        """What a task runs, as fields for a log; may be called from another thread."""
+        named = None if self._jobs is None else self._jobs.name_of(task)
+        return self._replier.name_of(task) if named is None else named
+
+    async def _enter(self, service: Service) -> list[Subscription]:
+        """Enter the service's lifespan; returns the subscriptions for its requests and its jobs."""
         state = None
         if service.lifespan is not None:
             state = await self._lifespans.enter_async_context(service.lifespan())
-        return Subscription(
-            self._topology.request_queue(service.name, service.queue_type, service.queue),
-            self._intake.serve(service, state),
-            prefetch=self.options.prefetch,
-            # RabbitMQ 4.3 refuses it for a classic queue.
-            arguments={"x-consumer-timeout": CONSUMER_TIMEOUT} if service.queue_type == "quorum" else {},
-        )
+        # RabbitMQ 4.3 refuses the argument for a classic queue.
+        held = {"x-consumer-timeout": CONSUMER_TIMEOUT}
+        found = []
+        if service.methods:
+            found.append(
+                Subscription(
+                    self._topology.request_queue(service.name, service.queue_type, service.queue),
+                    self._intake.serve(service, state),
+                    prefetch=self.options.prefetch,
+                    arguments=held if service.queue_type == "quorum" else {},
+                )
+            )
+        if self._jobs is not None and service.jobs:
+            for queue, prefetch, is_suspects in (
+                (self._job_topology.queue(service.name), self.options.job_prefetch, False),
+                (self._job_topology.suspects(service.name), 1, True),
+            ):
+                on_delivery = self._jobs.serve(service, state, is_suspects=is_suspects)
+                found.append(Subscription(queue, on_delivery, prefetch=prefetch, arguments=held))
+        return found
 
     # What the transport reports.
 
     def _on_consuming_lost(self, _: BrokerError) -> None:
         self._intake.waiting.clear()  # the broker delivers them again
+        if self._jobs is not None:
+            self._jobs.lost()
 
     def _on_blocked(self, reason: str) -> None:
         log.warning("the broker takes no replies; nothing new is begun", reason=reason)

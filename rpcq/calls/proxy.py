@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar, Unpack
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, Unpack, overload
 
 from rpcq.contracts import METHOD_NAME, Contract, result_adapter
-from rpcq.errors import ConfigurationError
+from rpcq.errors import ConfigurationError, UsageError
 from rpcq.options import CallKwargs, CallOptions, check_name
+from rpcq.service import Context
 from rpcq.validation.schemas import type_hints
+from rpcq.wire.jobs import Job
 from rpcq.wire.topology import Topology
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -72,6 +75,14 @@ class Caller(Protocol):
         self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
     ) -> Coroutine[Any, Any, Any]:
         """One call, from its parameters to its result."""
+
+    def send_jobs(
+        self,
+        job: str | Callable[..., Any],
+        options: CallOptions,
+        several: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]],
+    ) -> Coroutine[Any, Any, list[Job]]:
+        """Send jobs of one name."""
 
 
 class RemoteMethod:
@@ -174,6 +185,65 @@ class CallMaker:
             if len(self._targets) < self._REMEMBERED:
                 self._targets[target] = found
         return self._caller.invoke(found, self._options, args, params)
+
+    @overload
+    def send(
+        self, job: Callable[Concatenate[Context, P], Any], /, *args: P.args, **params: P.kwargs
+    ) -> Coroutine[Any, Any, Job]: ...
+
+    @overload
+    def send(self, job: Callable[P, Any], /, *args: P.args, **params: P.kwargs) -> Coroutine[Any, Any, Job]: ...
+
+    @overload
+    def send(self, job: str, /, *args: Any, **params: Any) -> Coroutine[Any, Any, Job]: ...
+
+    async def send(self, job: str | Callable[..., Any], /, *args: Any, **params: Any) -> Job:
+        """Send a job: it returns when the broker has the job in a queue that survives the loss of a node.
+
+        Of the options, `timeout`, `idempotency_key` and `metadata` are used.
+
+        Args:
+            job: a function with `@service.job`, whose parameters are checked before anything is sent; or its name,
+                `service.job`.
+            args: parameters by position.
+            params: parameters by name, instead.
+
+        Returns:
+            The job's ID and key.
+
+            If the task that awaits it is cancelled, the job may be queued all the same.
+
+        Raises:
+            SendError: the job is not queued, or may not be; `queued` says which, and the message what to do.
+            ConfigurationError: the name is not valid.
+            UsageError: the function is not a job; or the client belongs to another event loop or process.
+            InvalidParams: the parameters do not fit the function, or JSON cannot carry them. Nothing was sent.
+            ClosedError: the client is not open.
+
+        """
+        (sent,) = await self._caller.send_jobs(job, self._options, [(args, params)])
+        return sent
+
+    async def send_many(self, job: str | Callable[..., Any], several: Iterable[Mapping[str, Any]], /) -> list[Job]:
+        """Send several jobs of one name, and wait once for all of them.
+
+        All parameters are checked before anything is sent.
+
+        Args:
+            job: as for `send`.
+            several: the parameters of each job, by name.
+
+        Returns:
+            The jobs, in order.
+
+        Raises:
+            SendError: of the first job that failed; others may be queued.
+            UsageError: there is an `idempotency_key` in the options, which can name only one job.
+
+        """
+        if self._options.idempotency_key is not None:
+            raise UsageError("send_many must have no idempotency_key: each job has a key of its own")
+        return await self._caller.send_jobs(job, self._options, [((), params) for params in several])
 
     def service(self, name: str) -> ServiceProxy:
         """A proxy of a service; nothing is sent.

@@ -32,8 +32,8 @@ from rpcq.errors import (
     in_short,
     to_wire,
 )
-from rpcq.execution import Enter, Executor, Interruption, Run
-from rpcq.invocation import Invocation, Refused
+from rpcq.execution import Enter, Executor, Run
+from rpcq.invocation import Interruption, Invocation, Refused
 from rpcq.observer import CANCELLED, OK, Endings, ObservedRequest
 from rpcq.results import StoredResult
 from rpcq.runtime.backlog import Backlog
@@ -258,16 +258,17 @@ class Replier:
                 return {"method": invocation.method.label if invocation else None, "correlation_id": run.id}
         return {"task": task.get_name()}  # a task that a handler or rpcq created
 
-    async def abandon(self) -> None:
+    async def abandon(self, others: Sequence[Run] = ()) -> None:
         """Cancel the runs that are left, and reply to their callers while the broker can be reached.
 
-        A request whose reply is not confirmed stays unacknowledged: the broker delivers it again.
+        A request whose reply is not confirmed stays unacknowledged: the broker delivers it again. The executor's other
+        runs are cancelled at the same time.
         """
         self._abandoned = True
         runs = list(self.in_hand)
         if runs:
             log.error("calls cut off", count=len(runs), correlation_ids=[run.id for run in runs[:20]])
-        await self._executor.abandon(runs)
+        await self._executor.abandon([*runs, *others])
         if self._transport.can_publish:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CUT_OFF_TIMEOUT):

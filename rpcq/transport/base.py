@@ -214,12 +214,27 @@ class Transport(Protocol):
         """Whether the publishing session is up, is not blocked, and has less than the high-water mark to write."""
 
     async def start(
-        self, exchanges: Sequence[Exchange], subscriptions: Sequence[Subscription], listener: Listener
+        self,
+        exchanges: Sequence[Exchange],
+        subscriptions: Sequence[Subscription],
+        listener: Listener,
+        queues: Sequence[Queue] = (),
     ) -> None:
         """Open both sessions, and keep them open until `close`.
 
+        Each new session declares the exchanges; one that consumes declares its queues too, and `queues`, which it does
+        not consume.
+
         Raises:
             BrokerError: a session could not be opened at the first attempt; nothing is left open.
+
+        """
+
+    async def declare(self, exchanges: Sequence[Exchange]) -> None:
+        """Declare further exchanges to publish to, now and in each new session. It waits until a session is up.
+
+        Raises:
+            BrokerError: the broker refused.
 
         """
 

@@ -25,6 +25,7 @@ from rpcq.options import (
 )
 from rpcq.service import Service
 from rpcq.web.opening import Opener
+from rpcq.wire.jobs import Job
 from rpcq.wire.topology import Topology
 from rpcq.worker import Worker
 
@@ -211,6 +212,14 @@ class _Late:
         self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
     ) -> Coroutine[Any, Any, Any]:
         return self._rpc.client.invoke(target, options, args, params)
+
+    def send_jobs(
+        self,
+        job: str | Callable[..., Any],
+        options: CallOptions,
+        several: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]],
+    ) -> Coroutine[Any, Any, list[Job]]:
+        return self._rpc.client.send_jobs(job, options, several)
 
 
 class _Running:

@@ -43,12 +43,21 @@ class Exchange:
         name: the exchange's name.
         type: how it matches routing keys with bindings.
         internal: clients cannot publish to it; it gets only dead letters.
+        alternate: the exchange that gets what this one has no queue for; empty for none.
+        bindings: pairs of another exchange and a routing key: it gets that exchange's messages with this key.
 
     """
 
     name: str
-    type: Literal["direct", "topic"] = "direct"
+    type: Literal["direct", "topic", "fanout"] = "direct"
     internal: bool = False
+    alternate: str = ""
+    bindings: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of its declaration."""
+        return {"alternate-exchange": self.alternate} if self.alternate else {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ import pytest
 
 from rpcq import Context, Service, execution
 from rpcq.errors import ServiceUnavailable
-from rpcq.execution import Around, Enter, Executor, Interruption, Run
-from rpcq.invocation import Invocation, Refused
+from rpcq.execution import Around, Enter, Executor, Run
+from rpcq.invocation import Interruption, Invocation, Refused
 from rpcq.runtime.deadline import Deadline
 
 SECONDS = 5.0

@@ -15,7 +15,8 @@ from typing import Protocol
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from rpcq.errors import BrokerError, BrokerUnreachable, UsageError
-from rpcq.transport.memory.vhost import Connection, Vhost
+from rpcq.transport.memory.queues import Connection
+from rpcq.transport.memory.vhost import Vhost
 
 _shared: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[str, MemoryBroker]] = WeakKeyDictionary()
 

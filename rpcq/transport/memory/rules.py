@@ -20,7 +20,16 @@ Reason = Literal["expired", "rejected", "delivery_limit"]
 
 _EXPIRATION: Final = re.compile(rb"[+-]?[0-9]+\Z")
 _ARGUMENTS: Final = frozenset(
-    ("x-max-length", "x-overflow", "x-dead-letter-exchange", "x-queue-type", "x-delivery-limit")
+    (
+        "x-max-length",
+        "x-overflow",
+        "x-dead-letter-exchange",
+        "x-dead-letter-routing-key",
+        "x-dead-letter-strategy",
+        "x-message-ttl",
+        "x-queue-type",
+        "x-delivery-limit",
+    )
 )
 
 
@@ -144,11 +153,21 @@ def check_arguments(queue: Queue) -> None:
     wrong = [name for name in arguments if name not in _ARGUMENTS]
     if arguments.get("x-queue-type", "classic") not in {"classic", "quorum"}:
         wrong.append("x-queue-type")
-    if not isinstance(arguments.get("x-dead-letter-exchange", ""), str):
-        wrong.append("x-dead-letter-exchange")
     wrong += [
-        name for name in ("x-max-length", "x-delivery-limit") if name in arguments and not _is_count(arguments[name])
+        name
+        for name in ("x-dead-letter-exchange", "x-dead-letter-routing-key")
+        if not isinstance(arguments.get(name, ""), str)
     ]
+    if "x-dead-letter-routing-key" in arguments and "x-dead-letter-exchange" not in arguments:
+        wrong.append("x-dead-letter-routing-key: it needs x-dead-letter-exchange")
+    wrong += [
+        name
+        for name in ("x-max-length", "x-delivery-limit", "x-message-ttl")
+        if name in arguments and not _is_count(arguments[name])
+    ]
+    strategy = arguments.get("x-dead-letter-strategy", "at-most-once")
+    if strategy not in {"at-most-once", "at-least-once"} or ("x-dead-letter-strategy" in arguments and not quorum):
+        wrong.append("x-dead-letter-strategy")
     if "x-delivery-limit" in arguments and not quorum:
         wrong.append("x-delivery-limit")
     if arguments.get("x-overflow", "reject-publish") != "reject-publish" or (

@@ -17,9 +17,9 @@ from rpcq.errors import BrokerError, ClosedError, ProtocolError, UsageError
 from rpcq.options import ConnectionOptions
 from rpcq.transport.base import Delivery, Listener, Outgoing, Published, Subscription
 from rpcq.transport.memory.broker import MemoryBroker, forget, shared
-from rpcq.transport.memory.vhost import Connection, Handed
+from rpcq.transport.memory.queues import Connection, Handed
 from rpcq.wire.properties import MalformedProperties
-from rpcq.wire.topology import Exchange
+from rpcq.wire.topology import Exchange, Queue
 
 log = structlog.get_logger("rpcq.transport")
 
@@ -161,10 +161,11 @@ class MemoryTransport:
         self._room = asyncio.Event()
         self._given = broker
         self._options = options
-        self._broker: MemoryBroker  # this and the next three are set by `start`
+        self._broker: MemoryBroker  # this and the next four are set by `start`
         self._listener: Listener
         self._exchanges: tuple[Exchange, ...]
         self._subscriptions: tuple[Subscription, ...]
+        self._further: tuple[Queue, ...]  # declared, and not consumed
         self._started = False
         self._stopped = False
         self._closed = False
@@ -176,7 +177,11 @@ class MemoryTransport:
         return self._publishing is not None and self._publishing.ready
 
     async def start(
-        self, exchanges: Sequence[Exchange], subscriptions: Sequence[Subscription], listener: Listener
+        self,
+        exchanges: Sequence[Exchange],
+        subscriptions: Sequence[Subscription],
+        listener: Listener,
+        queues: Sequence[Queue] = (),
     ) -> None:
         """Declare and consume; see `Transport.start`.
 
@@ -194,16 +199,23 @@ class MemoryTransport:
         broker = self._given if isinstance(self._given, MemoryBroker) else shared(self._given)
         broker.attach(self)
         self._broker, self._listener = broker, listener
-        self._exchanges, self._subscriptions = tuple(exchanges), tuple(subscriptions)
+        self._exchanges, self._subscriptions, self._further = tuple(exchanges), tuple(subscriptions), tuple(queues)
         try:
-            queues = self._declare()
+            names = self._declare()
         except BrokerError:
             self._leave()
             raise
         self._started = True
         # The first request may need a reply at once: the publishing session opens first.
         self._open_publishing()
-        listener.consuming(queues)
+        listener.consuming(names)
+
+    async def declare(self, exchanges: Sequence[Exchange]) -> None:
+        """Declare further exchanges; see `Transport.declare`."""
+        await self.writable()
+        for exchange in exchanges:
+            self._broker.vhost.declare_exchange(exchange)
+        self._exchanges = (*self._exchanges, *(each for each in exchanges if each not in self._exchanges))
 
     def publish(self, message: Outgoing) -> None:
         """Send a message; see `Transport.publish`."""
@@ -303,6 +315,8 @@ class MemoryTransport:
         try:
             for exchange in self._exchanges:
                 broker.vhost.declare_exchange(exchange)
+            for further in self._further:
+                broker.vhost.declare_queue(further, session.connection)
             queues = [
                 broker.vhost.declare_queue(each.queue.for_session(), session.connection) for each in self._subscriptions
             ]

@@ -4,7 +4,9 @@ It has no event loop and no clock: the owner of a `Vhost` passes the monotonic t
 what it finds in `Vhost.outbox`. The rules are RabbitMQ's, from these pages; what they leave open was observed on 3.10:
 
     https://www.rabbitmq.com/docs/queues      arguments, exclusive, auto-delete, reserved names, equivalence
-    https://www.rabbitmq.com/docs/ttl         per-message TTL: a message expires only at the head of its queue
+    https://www.rabbitmq.com/docs/ttl         TTL of messages and of queues: a message expires only at the head
+    https://www.rabbitmq.com/docs/ae          alternate exchanges
+    https://www.rabbitmq.com/docs/e2e         bindings between exchanges
     https://www.rabbitmq.com/docs/dlx         dead-lettering: reasons, headers, cycles
     https://www.rabbitmq.com/docs/maxlength   only messages that are ready count; reject-publish
     https://www.rabbitmq.com/docs/quorum-queues   delivery limit; x-delivery-count
@@ -19,15 +21,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from datetime import datetime
 from heapq import heappop, heappush
 from itertools import count
-from operator import attrgetter
 from secrets import token_urlsafe
 from typing import Any, Final
 
 from rpcq.errors import AccessRefused, NotFound, PreconditionFailed, ResourceLocked, TopologyMismatch
 from rpcq.transport.base import Published
+from rpcq.transport.memory.queues import DEFAULT_EXCHANGE, Connection, Consumer, Entry, Handed, LiveQueue
 from rpcq.transport.memory.routing import LiveExchange
 from rpcq.transport.memory.rules import (
     Reason,
@@ -42,126 +45,7 @@ from rpcq.transport.memory.rules import (
 from rpcq.wire.properties import EXPIRATION, HEADERS, USER_ID, MalformedProperties, decode, encode
 from rpcq.wire.topology import Exchange, Queue
 
-DEFAULT_EXCHANGE: Final = b""
-HELD_BACK: Final = -(1 << 62)
-"""The first position for messages that came back: it is before all messages that were never delivered."""
-
 _HIGH_BYTE: Final = (HEADERS | EXPIRATION) >> 8
-_position: Final = attrgetter("position")
-
-
-class Entry:
-    """A message in one queue.
-
-    Attributes:
-        position: its place among the messages of its queue.
-        expires: the time from which it expires when it is at the head of its queue; None if it has no TTL.
-        deliveries: how often it came back to its queue.
-
-    """
-
-    __slots__ = ("body", "deliveries", "exchange", "expires", "position", "properties", "routing_key")
-
-    def __init__(
-        self, exchange: bytes, routing_key: bytes, properties: bytes, body: bytes, expires: float | None
-    ) -> None:
-        self.exchange = exchange
-        self.routing_key = routing_key
-        self.properties = properties
-        self.body = body
-        self.expires = expires
-        self.position = 0
-        self.deliveries = 0
-
-
-class Connection:
-    """A connection that declares and consumes: its consumers, its exclusive queues, and what it has in hand."""
-
-    __slots__ = ("consumers", "exclusive", "last_tag", "unacked")
-
-    def __init__(self) -> None:
-        self.consumers: list[Consumer] = []
-        self.exclusive: list[LiveQueue] = []
-        self.unacked: dict[int, Handed] = {}
-        self.last_tag = 0
-
-
-class Consumer:
-    """A consumer of one queue. The owner of the `Vhost` calls `deliver`; the `Vhost` itself does not."""
-
-    __slots__ = ("cancelled", "connection", "deliver", "held", "no_ack", "prefetch", "queue")
-
-    def __init__(
-        self,
-        queue: LiveQueue,
-        connection: Connection,
-        deliver: Callable[[Handed], None],
-        prefetch: int,
-        no_ack: bool,
-    ) -> None:
-        self.queue = queue
-        self.connection = connection
-        self.deliver = deliver
-        self.prefetch = 0 if no_ack else prefetch
-        self.no_ack = no_ack
-        self.held = 0
-        self.cancelled = False
-
-    def properties(self, entry: Entry) -> bytes:
-        """The properties that this consumer gets: a quorum queue adds how often the message came back."""
-        if not entry.deliveries or not self.queue.quorum:
-            return entry.properties
-        properties = decode(entry.properties)
-        properties.headers = {**(properties.headers or {}), "x-delivery-count": entry.deliveries}
-        return encode(properties)
-
-
-Handed = tuple[Consumer, int, Entry]
-"""A message on its way to a consumer, with its delivery tag."""
-
-
-class LiveQueue:
-    """A queue that was declared, and its messages. After each operation, `ready` or `available` is empty."""
-
-    def __init__(self, name: str, declared: Queue, owner: Connection | None) -> None:
-        arguments = declared.arguments
-        exchange = arguments.get("x-dead-letter-exchange")
-        self.name = name
-        self.declared = declared
-        self.owner = owner
-        self.max_length: int | None = arguments.get("x-max-length")
-        self.dead_letter_exchange: bytes | None = None if exchange is None else exchange.encode()
-        self.quorum = arguments.get("x-queue-type") == "quorum"
-        self.delivery_limit: int | None = arguments.get("x-delivery-limit")
-        self.ready: deque[Entry] = deque()
-        self.consumers: list[Consumer] = []
-        self.available: deque[Consumer] = deque()  # consumers below their prefetch; the first one is next
-        self.positions = count()
-        self.returns = count(HELD_BACK)
-        self.wake: float | None = None
-        self.bound = [(DEFAULT_EXCHANGE, name.encode())]
-        self.deleted = False
-
-    def put_back(self, entries: list[Entry]) -> None:
-        """Put back messages that were handed out, in the order of their delivery tags.
-
-        In a classic queue they go back to their old places. In a quorum queue they go before all messages that were
-        never delivered, in the order in which they came back.
-        """
-        if self.quorum:
-            for entry in entries:
-                entry.position = next(self.returns)
-        entries.sort(key=_position)
-        if self.ready and entries[-1].position > self.ready[0].position:
-            self.ready = deque(sorted([*entries, *self.ready], key=_position))
-        else:
-            self.ready.extendleft(reversed(entries))
-
-    def put_last(self, entry: Entry) -> None:
-        """Put a message that a consumer gave back last; quorum queues without a delivery limit do so."""
-        entry.deliveries += 1
-        entry.position = next(self.positions)
-        self.ready.append(entry)
 
 
 class Vhost:
@@ -180,7 +64,8 @@ class Vhost:
         self.queues: dict[str, LiveQueue] = {}
         self._wall = wall
         # Every queue is bound to the default exchange under its name.
-        self._exchanges = {DEFAULT_EXCHANGE: LiveExchange(Exchange(""))}
+        self._exchanges: dict[bytes, LiveExchange] = {}
+        self._exchanges[DEFAULT_EXCHANGE] = LiveExchange(Exchange(""), self._exchanges)
         self._wakes: list[tuple[float, int, LiveQueue]] = []
         self._ties = count()
         self._letters: list[tuple[LiveQueue, Entry]] | None = None  # dead letters that are held back; see `settle`
@@ -195,14 +80,22 @@ class Vhost:
 
         Raises:
             AccessRefused: the name is reserved for RabbitMQ.
-            TopologyMismatch: it exists with another type, or is internal and should not be, or the reverse.
+            NotFound: there is no exchange to bind it to.
+            TopologyMismatch: it exists with another type or alternate exchange, or is internal and should not be, or
+                the reverse.
 
         """
         check_reserved("exchange", exchange.name)
-        live = self._exchanges.setdefault(exchange.name.encode(), LiveExchange(exchange))
-        if live.declared != exchange:
+        live = self._exchanges.setdefault(exchange.name.encode(), LiveExchange(exchange, self._exchanges))
+        if replace(live.declared, bindings=()) != replace(exchange, bindings=()):
             msg = f"PRECONDITION_FAILED - the exchange {exchange.name!r} exists as {live.declared}, not as {exchange}"
             raise TopologyMismatch(msg)
+        for name, key in exchange.bindings:
+            source = self._exchanges.get(name.encode())
+            if source is None:
+                msg = f"NOT_FOUND - no exchange {name!r} to bind the exchange {exchange.name!r} to"
+                raise NotFound(msg)
+            source.bind_exchange(live, key.encode())
 
     def declare_queue(self, queue: Queue, connection: Connection) -> str:
         """Declare and bind a queue, or find the existing one; returns its name.
@@ -378,7 +271,7 @@ class Vhost:
         name = queue.name or f"amq.gen-{token_urlsafe(16)}"
         live = LiveQueue(name, queue, connection if queue.exclusive else None)
         self.queues[name] = live
-        self._exchanges[DEFAULT_EXCHANGE].bindings[name.encode()] = (live,)
+        self._exchanges[DEFAULT_EXCHANGE].bind(live, name.encode())
         if queue.exclusive:
             connection.exclusive.append(live)
         return live
@@ -409,6 +302,9 @@ class Vhost:
             if len(queue.ready) >= queue.max_length:
                 return False
         entry.position = next(queue.positions)
+        if queue.ttl is not None:
+            expires = now + queue.ttl / 1000
+            entry.expires = expires if entry.expires is None else min(expires, entry.expires)
         if queue.available and not queue.ready:  # before the TTL is checked: with a TTL of 0, a free consumer gets it
             self._hand_over(queue, entry)
             return True
@@ -462,7 +358,10 @@ class Vhost:
             queue.put_back(kept)
 
     def _dead_letter(self, queue: LiveQueue, entry: Entry, reason: Reason, now: float) -> None:
-        """Route a message that its queue gives up, under its own keys. It is dropped if no queue takes it."""
+        """Route a message that its queue gives up, under its own keys or the queue's `x-dead-letter-routing-key`.
+
+        It is dropped if no queue takes it.
+        """
         if queue.dead_letter_exchange is None:
             return
         exchange = self._exchanges.get(queue.dead_letter_exchange)
@@ -473,16 +372,19 @@ class Vhost:
         except MalformedProperties:
             return  # unreadable properties: x-death cannot be added. RabbitMQ would have refused the message.
         headers = properties.headers or {}
-        targets = exchange.route(entry.routing_key, headers)
+        key = entry.routing_key if queue.dead_letter_key is None else queue.dead_letter_key
+        targets = exchange.route(key, headers if queue.dead_letter_key is None else None)
         deaths = record_death(
             headers, queue.name, reason, entry.exchange, entry.routing_key, properties.expiration, self._wall()
         )
+        if queue.dead_letter_key is not None:
+            headers.pop("CC", None)
         properties.headers = headers
         properties.expiration = None  # otherwise it would expire again in the next queue
         raw = encode(properties)
         for target in targets:
             if reason == "rejected" or not is_cycle(target.name, deaths):
-                letter = Entry(queue.dead_letter_exchange, entry.routing_key, raw, entry.body, None)
+                letter = Entry(queue.dead_letter_exchange, key, raw, entry.body, None)
                 if self._letters is None:
                     self._enqueue(target, letter, now)
                 else:

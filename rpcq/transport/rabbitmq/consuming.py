@@ -74,7 +74,7 @@ class _ConsumingChannel:
         "_protocol",
         "_timer",
         "_unsettled",
-        "is_quorum",
+        "delivers_once",
     )
 
     def __init__(self, link: Link, number: int, subscription: Subscription, options: ConnectionOptions) -> None:
@@ -87,7 +87,7 @@ class _ConsumingChannel:
         self._last = 0.0  # time of the last delivery, while acknowledgements are held back
         self._prefetch = subscription.prefetch
         self._busy = subscription.prefetch // 2
-        self.is_quorum = subscription.queue.arguments.get("x-queue-type") == "quorum"
+        self.delivers_once = subscription.queue.arguments.get("x-delivery-limit") == 0
         self._on_delivery = subscription.on_delivery
         self._no_ack = subscription.no_ack
         self._fast = FastChannel(max_body=options.max_body, on_deliver=self._on_deliver, on_end=self._on_end)
@@ -159,9 +159,11 @@ class ConsumingSession(Session):
         exchanges: Sequence[Exchange],
         listener: Listener,
         subscriptions: Sequence[Subscription],
+        queues: Sequence[Queue] = (),
     ) -> None:
         super().__init__(url, options, exchanges, listener)
         self._subscriptions = subscriptions
+        self._further = queues  # declared, and not consumed
         self._queues: list[str] = []
         self._consumers: list[tuple[AbstractChannel, str]] = []
         self._channels: list[_ConsumingChannel] = []
@@ -174,9 +176,9 @@ class ConsumingSession(Session):
         self._stopped = True
         link = self._link
         consumers, self._consumers = self._consumers, []
-        quorum = [channel for channel in self._channels if channel.is_quorum]
+        once = [channel for channel in self._channels if channel.delivers_once]
         try:
-            await asyncio.gather(*(channel.fill() for channel in quorum))
+            await asyncio.gather(*(channel.fill() for channel in once))
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 with heeding_cancellation():
                     for channel, tag in consumers:
@@ -188,7 +190,7 @@ class ConsumingSession(Session):
             if link is not None and link is self._link:
                 link.protocol.fail(BrokerUnreachable(f"the consumers could not be cancelled: {error!r}"))
         finally:
-            for each in quorum:
+            for each in once:
                 each.release()
 
     async def close(self) -> None:
@@ -200,6 +202,8 @@ class ConsumingSession(Session):
     async def _set_up(self, link: Link) -> None:
         self._queues, self._consumers, self._channels, self._not_declared = [], [], [], {}
         self._admin, _ = await link.channel(confirms=False)
+        for queue in self._further:
+            await self._declare(link, queue)
         for subscription in self._subscriptions:
             self._queues.append(await self._declare(link, subscription.queue.for_session()))
         # Consume only when all queues are declared: a session that cannot open must not take messages.

@@ -13,7 +13,13 @@ from rpcq import logs
 from rpcq.errors import BrokerError
 from rpcq.options import ConnectionOptions
 from rpcq.transport.base import Listener, Outgoing, Published
-from rpcq.transport.rabbitmq.faults import MessageTooLarge, closed_by_broker, heeding_cancellation, is_foreign
+from rpcq.transport.rabbitmq.faults import (
+    MessageTooLarge,
+    closed_by_broker,
+    heeding_cancellation,
+    is_foreign,
+    translate,
+)
 from rpcq.transport.rabbitmq.frames import Encoder, FastChannel
 from rpcq.transport.rabbitmq.pending import Unconfirmed
 from rpcq.transport.rabbitmq.session import CLOSE_TIMEOUT, Link, Session
@@ -116,6 +122,21 @@ class PublishingSession(Session):
         self._flushing = True
         self._loop.call_soon(self._flush)
         self._write([message])
+
+    async def declare(self, exchanges: Sequence[Exchange]) -> None:
+        """Declare further exchanges; see `Transport.declare`."""
+        self._exchanges = [*self._exchanges, *(each for each in exchanges if each not in self._exchanges)]
+        await self.writable()
+        link = self._link
+        if link is None:  # lost as soon as it was up: the next session declares them
+            return
+        try:
+            with heeding_cancellation():
+                await link.ensure_exchanges(exchanges)
+        except (Exception, asyncio.CancelledError) as error:
+            if not is_foreign(error):
+                raise
+            raise translate(error, link.protocol.lost) from error
 
     async def writable(self) -> None:
         """Wait until a message may be published."""

@@ -71,11 +71,15 @@ async def declare_exchange(channel: AbstractChannel, exchange: Exchange) -> None
     """Declare an exchange. If that fails, the broker closes the channel.
 
     Raises:
-        TopologyMismatch: it exists with another type.
+        TopologyMismatch: it exists with another type or other arguments.
 
     """
     with naming_mismatch(f"the exchange {exchange.name!r}"):
-        await channel.declare_exchange(exchange.name, exchange.type, durable=True, internal=exchange.internal)
+        declared = await channel.declare_exchange(
+            exchange.name, exchange.type, durable=True, internal=exchange.internal, arguments=exchange.arguments
+        )
+    for source, key in exchange.bindings:
+        await declared.bind(source, key)
 
 
 class Link:
@@ -102,7 +106,9 @@ class Link:
         channel, _ = await self.channel(confirms=False)
         for exchange in exchanges:
             try:
-                await channel.declare_exchange(exchange.name, exchange.type, passive=True)
+                found = await channel.declare_exchange(exchange.name, exchange.type, passive=True)
+                for source, key in exchange.bindings:  # whoever declared it may have been lost before it bound it
+                    await found.bind(source, key)
             except Exception as error:
                 refused = translate(error, self.protocol.lost)
                 if not isinstance(refused, AccessRefused | NotFound):

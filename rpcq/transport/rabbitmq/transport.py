@@ -12,7 +12,7 @@ from rpcq.transport.base import Listener, Outgoing, Published, Subscription
 from rpcq.transport.rabbitmq.consuming import ConsumingSession
 from rpcq.transport.rabbitmq.publishing import PublishingSession
 from rpcq.url import BrokerURL
-from rpcq.wire.topology import Exchange
+from rpcq.wire.topology import Exchange, Queue
 
 for _name in logs.QUIET:
     logs.silence(_name)
@@ -34,20 +34,30 @@ class RabbitMQTransport:
         return self._publishing is not None and self._publishing.ready
 
     async def start(
-        self, exchanges: Sequence[Exchange], subscriptions: Sequence[Subscription], listener: Listener
+        self,
+        exchanges: Sequence[Exchange],
+        subscriptions: Sequence[Subscription],
+        listener: Listener,
+        queues: Sequence[Queue] = (),
     ) -> None:
         """Open both sessions; see `Transport.start`."""
         if self._closed:
             raise ClosedError("the transport is closed")
         # The first request may need a reply at once: the publishing session opens first.
         self._publishing = PublishingSession(self._url, self._options, exchanges, listener)
-        self._consuming = ConsumingSession(self._url, self._options, exchanges, listener, subscriptions)
+        self._consuming = ConsumingSession(self._url, self._options, exchanges, listener, subscriptions, queues)
         try:
             for session in (self._publishing, self._consuming):
                 await session.open()
         except BaseException:
             await self.close()
             raise
+
+    async def declare(self, exchanges: Sequence[Exchange]) -> None:
+        """Declare further exchanges; see `Transport.declare`."""
+        if self._publishing is None:
+            raise ClosedError("the transport is not open")
+        await self._publishing.declare(exchanges)
 
     def publish(self, message: Outgoing) -> None:
         """Send a message; see `Transport.publish`."""

@@ -9,7 +9,8 @@ import pytest
 
 from rpcq.errors import AccessRefused, NotFound, PreconditionFailed, ResourceLocked, TopologyMismatch
 from rpcq.transport.base import Published
-from rpcq.transport.memory.vhost import Connection, Consumer, Entry, Vhost
+from rpcq.transport.memory.queues import Connection, Consumer, Entry
+from rpcq.transport.memory.vhost import Vhost
 from rpcq.wire.properties import MalformedProperties, Properties, decode, encode
 from rpcq.wire.topology import Exchange, Queue, Topology
 
@@ -242,7 +243,10 @@ def test_redeclaring_an_exchange_keeps_its_bindings(world: World) -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"x-message-ttl": 5}, "x-message-ttl"),
+        ({"x-expires": 5}, "x-expires"),
+        ({"x-message-ttl": -1}, "x-message-ttl"),
+        ({"x-dead-letter-strategy": "at-least-once"}, "x-dead-letter-strategy"),
+        ({"x-dead-letter-routing-key": "k"}, "x-dead-letter-routing-key: it needs x-dead-letter-exchange"),
         ({"x-queue-type": "stream"}, "x-queue-type"),
         ({"x-dead-letter-exchange": 5}, "x-dead-letter-exchange"),
         ({"x-max-length": -1, "x-overflow": "reject-publish"}, "x-max-length"),

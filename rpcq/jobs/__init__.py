@@ -1,0 +1,1 @@
+"""Jobs: how they are sent, run, retried and buried."""

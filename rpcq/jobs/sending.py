@@ -1,0 +1,237 @@
+"""Sends jobs: each send ends when the broker has the job in its queue, or with an error that says what is known."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from rpcq import logs
+from rpcq.contracts import METHOD_NAME
+from rpcq.errors import ConfigurationError, SendError, UsageError
+from rpcq.options import CallOptions, check_name
+from rpcq.runtime.backlog import Backlog
+from rpcq.service import Method, jobs_of
+from rpcq.transport.base import Outgoing, Published, Transport
+from rpcq.wire import bodies
+from rpcq.wire.jobs import Job, JobMessage, JobTopology, check_headers, encode_job
+
+log = logs.get_logger("rpcq.client")
+
+REFUSED_PAUSE: Final = 0.1
+"""Seconds before a job is sent again that the broker refused: its queue elects a leader."""
+
+_CONFIRMED: Final = Published.CONFIRMED  # a name of its own: getting at an enum's member is slow in CPython 3.11
+
+
+class _Sending(Outgoing):
+    """A job on its way to the broker."""
+
+    __slots__ = ("done", "is_once", "job", "may_be_queued", "sender")
+
+    def __init__(self, sender: JobSender, job: Job, properties: bytes, body: bytes, *, is_once: bool) -> None:
+        super().__init__(sender.exchange, job.service.encode(), job.id.encode(), properties, body)
+        self.sender = sender
+        self.job = job
+        self.done: asyncio.Future[None] = sender.loop.create_future()
+        self.is_once = is_once
+        self.may_be_queued = False
+
+    def on_published(self, published: Published) -> None:
+        """See `Outgoing`."""
+        if published is _CONFIRMED:
+            if not self.done.done():
+                self.done.set_result(None)
+        else:
+            self.sender.not_confirmed(self, published)
+
+
+class JobSender:
+    """Sends the jobs of a client.
+
+    Args:
+        transport: the client's.
+        topology: of the namespace.
+        next_id: makes an ID that nobody can guess.
+        name: the client's name.
+        max_body: bytes of the parameters.
+
+    """
+
+    def __init__(
+        self, transport: Transport, topology: JobTopology, next_id: Callable[[], bytes], *, name: str, max_body: int
+    ) -> None:
+        self._transport = transport
+        self._exchanges = [topology.jobs]
+        self._next_id = next_id
+        self._name = name
+        self._max_body = max_body
+        self._waiting: Backlog[_Sending] = Backlog(lambda: transport.can_publish, transport.writable, transport.publish)
+        self._declaring: asyncio.Task[None] | None = None
+        self._under_way: set[_Sending] = set()
+        self.exchange = topology.jobs.name.encode()
+        self.loop: asyncio.AbstractEventLoop
+
+    def open(self) -> None:
+        """From now on, in this event loop."""
+        self.loop = asyncio.get_running_loop()
+
+    async def close(self) -> None:
+        """End every send that is under way."""
+        if self._declaring is not None:
+            self._declaring.cancel()
+        await self._waiting.close()
+        for sending in [*self._under_way]:
+            _end(sending, "the client was closed")
+
+    async def send(
+        self,
+        target: str | Callable[..., Any],
+        options: CallOptions,
+        several: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]],
+    ) -> list[Job]:
+        """Send jobs of one name, and wait until the broker has all of them.
+
+        Raises:
+            SendError: of the first job that failed. Its `queued` is about that job; others may be in the queue.
+
+        """
+        service, name, method = find_job(target)
+        prepared = [self._prepare(service, name, method, options, args, params) for args, params in several]
+        until = self.loop.time() + options.timeout
+        try:
+            async with asyncio.timeout_at(until):
+                await self._declared()
+        except TimeoutError as error:
+            msg = f"there was no connection to the broker within {options.timeout:g} s"
+            raise SendError(msg, queued="no") from error
+        is_once = method is not None and method.job is not None and method.job.at_most_once
+        sendings = [_Sending(self, *each, is_once=is_once) for each in prepared]
+        self._under_way.update(sendings)
+        timer = self.loop.call_at(until, _time_out, sendings, options.timeout)
+        try:
+            for sending in sendings:
+                self._publish(sending)
+            for sending in sendings:
+                await sending.done
+        finally:
+            timer.cancel()
+            self._under_way.difference_update(sendings)
+            for sending in sendings:
+                self._waiting.discard(sending)
+                if not sending.done.done():
+                    sending.done.cancel()
+                elif not sending.done.cancelled():
+                    sending.done.exception()  # the first one is raised; the others count as seen
+        return [sending.job for sending in sendings]
+
+    def not_confirmed(self, sending: _Sending, published: Published) -> None:
+        """The broker did not confirm a job: send it again, or end it with an error."""
+        if sending.done.done():
+            return
+        service = sending.job.service
+        match published:
+            case Published.RETURNED:
+                msg = (
+                    f"no queue takes jobs of service {service!r}: run `rpcq setup`, or start one of its workers, first"
+                )
+                self._fail(sending, msg, is_certain=True)
+            case Published.TOO_LARGE:
+                msg = f"the parameters are {len(sending.body)} bytes of JSON, more than the broker takes"
+                self._fail(sending, msg, is_certain=True)
+            case Published.REFUSED | Published.UNKNOWN if sending.is_once:
+                sending.may_be_queued = True
+                self._fail(sending, "the broker did not confirm it, and it runs at most once", is_certain=False)
+            case Published.REFUSED:
+                sending.may_be_queued = True
+                self.loop.call_later(REFUSED_PAUSE, self._resend, sending)
+            case Published.UNKNOWN:
+                sending.may_be_queued = True
+                self._waiting.add(sending)  # again under the same ID and key
+            case _:
+                self._waiting.add(sending)
+
+    def waits(self, sending: _Sending) -> bool:
+        """Whether a job waits to be handed to the transport."""
+        return sending in self._waiting.items
+
+    def _resend(self, sending: _Sending) -> None:
+        if not sending.done.done():
+            self._publish(sending)
+
+    def _publish(self, sending: _Sending) -> None:
+        if self._waiting.items or not self._transport.can_publish:
+            self._waiting.add(sending)
+        else:
+            self._transport.publish(sending)
+
+    def _fail(self, sending: _Sending, message: str, *, is_certain: bool) -> None:
+        queued = "no" if is_certain and not sending.may_be_queued else "maybe"
+        job = sending.job
+        sending.done.set_exception(SendError(message, queued=queued, job_id=job.id, key=job.key))  # type: ignore[arg-type]  # one of both
+
+    async def _declared(self) -> None:
+        """Wait until the exchange for jobs is declared: publishing to one that does not exist ends the session."""
+        if self._declaring is None or (self._declaring.done() and not _succeeded(self._declaring)):
+            self._declaring = self.loop.create_task(self._transport.declare(self._exchanges))
+        if not self._declaring.done():
+            await asyncio.shield(self._declaring)
+
+    def _prepare(
+        self,
+        service: str,
+        name: str,
+        method: Method | None,
+        options: CallOptions,
+        args: tuple[Any, ...],
+        params: Mapping[str, Any],
+    ) -> tuple[Job, bytes, bytes]:
+        body = bodies.encode_params(args, params, self._max_body)
+        if method is not None:
+            method.read_params(body)
+        job_id = self._next_id().decode()
+        key = options.idempotency_key or job_id
+        message = JobMessage(id=job_id, name=name, body=body, key=key, app_id=self._name, headers=options.metadata)
+        if options.metadata:
+            check_headers(options.metadata)
+        return Job(job_id, service, name, key), encode_job(message, round(time.time() * 1000)), body
+
+
+def find_job(target: str | Callable[..., Any]) -> tuple[str, str, Method | None]:
+    """The service and the name of a job, and the job itself if the target is its function.
+
+    Raises:
+        ConfigurationError: the name is not valid.
+        UsageError: the function is not a job, or one of several services.
+
+    """
+    if isinstance(target, str):
+        service, _, name = target.rpartition(".")
+        if not METHOD_NAME.match(name) or not service:
+            raise ConfigurationError(f"a job must be named 'service.job'; got {target!r}")
+        return check_name("the name of a service", service), name, None
+    found: Sequence[Method] = jobs_of(target) if callable(target) else ()
+    if len(found) != 1:
+        labels = ", ".join(job.label for job in found)
+        why = f"it is a job of several services: send it by name, as one of {labels}" if found else "it is not a job"
+        raise UsageError(f"send takes 'service.job', or a function with @service.job; got {target!r}: {why}")
+    return found[0].service, found[0].name, found[0]
+
+
+def _succeeded(task: asyncio.Task[None]) -> bool:
+    return not task.cancelled() and task.exception() is None
+
+
+def _end(sending: _Sending, why: str) -> None:
+    if sending.done.done():
+        return
+    job = sending.job
+    queued = "maybe" if sending.may_be_queued or not sending.sender.waits(sending) else "no"
+    fix = f"; send it again with idempotency_key={job.key!r}" if queued == "maybe" else ""
+    sending.done.set_exception(SendError(f"{why}{fix}", queued=queued, job_id=job.id, key=job.key))  # type: ignore[arg-type]  # one of both
+
+
+def _time_out(sendings: Sequence[_Sending], timeout: float) -> None:
+    for sending in sendings:
+        _end(sending, f"the broker did not confirm it within {timeout:g} s")

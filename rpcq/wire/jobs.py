@@ -1,0 +1,292 @@
+"""Jobs: their exchanges, queues and properties. Pure; `docs/wire.md` is the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from rpcq.errors import TooLarge
+from rpcq.options import MAX_HEADERS, OWNED_HEADERS
+from rpcq.wire import properties as amqp
+from rpcq.wire.bodies import JSON, is_json, text
+from rpcq.wire.delays import ANY_DELAY, Ladder
+from rpcq.wire.properties import Properties
+from rpcq.wire.topology import Exchange, Queue
+
+KEY: Final = "rpcq-idempotency-key"
+ATTEMPT: Final = "rpcq-attempt"
+FIRST_SENT: Final = "rpcq-first-sent"
+EXPIRES: Final = "rpcq-expires"
+UNKNOWN: Final = "rpcq-unknown"
+"""How often a worker got the job that has no such job."""
+
+REASON: Final = "rpcq-dead-reason"
+EXECUTED: Final = "rpcq-executed"
+ERROR: Final = "rpcq-error"
+INCIDENT: Final = "rpcq-incident"
+FROM: Final = "rpcq-from"
+DIED_AT: Final = "rpcq-died-at"
+
+TRACE: Final = ("traceparent", "tracestate")
+"""The headers of W3C trace context."""
+
+DELIVERY_LIMIT: Final = 20
+SUSPECT_LIMIT: Final = 5
+"""How often a job may come back to its queue, and to the queue for suspects, because a worker was lost."""
+
+SUSPECT_FROM: Final = 2
+"""Returns from which on a job is a suspect: it may be what kills its workers."""
+
+UNLIMITED: Final = 1_000_000_000
+"""As a delivery limit: -1 means no limit for RabbitMQ 4, and 0 for RabbitMQ 3.10."""
+
+
+class JobTopology:
+    """The exchanges and queues for jobs of one namespace.
+
+    Args:
+        namespace: the namespace.
+
+    """
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+        self.ladder = Ladder(namespace, f"{namespace}.due")
+        self.jobs = Exchange(f"{namespace}.jobs")
+        self.lost = Exchange(f"{namespace}.lost", "fanout")
+        self.dead = Exchange(f"{namespace}.dead", "topic", alternate=self.lost.name)
+        self.due = Exchange(f"{namespace}.due", "topic", alternate=self.lost.name, bindings=self.ladder.bindings(-1))
+
+    def exchanges(self) -> list[Exchange]:
+        """The exchanges that workers with jobs declare; each comes after those that it is bound to."""
+        return [self.jobs, self.lost, self.dead, *self.ladder.exchanges(), self.due]
+
+    def shared_queues(self) -> list[Queue]:
+        """The queues that all services share: the ladder, and what lost its queue."""
+        lost = Queue(self.lost.name, durable=True, arguments=_KEPT, bindings=((self.lost.name, ""),))
+        return [*self.ladder.queues(), lost]
+
+    def queue(self, service: str) -> Queue:
+        """The queue of a service's jobs."""
+        bindings = ((self.jobs.name, service), (self.due.name, f"{ANY_DELAY}{self.address(service)}"))
+        return Queue(
+            f"{self._namespace}.job.{service}",
+            durable=True,
+            arguments=self._arguments(service, DELIVERY_LIMIT),
+            bindings=bindings,
+        )
+
+    def suspects(self, service: str) -> Queue:
+        """The queue of jobs that came back too often: each runs with no other job beside it."""
+        return Queue(
+            f"{self._namespace}.job.{service}:suspects",
+            durable=True,
+            arguments=self._arguments(service, SUSPECT_LIMIT),
+            bindings=((self.due.name, self.suspect_key(service)),),
+        )
+
+    def dead_queue(self, service: str) -> Queue:
+        """The queue of a service's dead letters."""
+        return Queue(
+            f"{self._namespace}.dead.{service}",
+            durable=True,
+            arguments=_KEPT,
+            bindings=((self.dead.name, self.address(service)),),
+        )
+
+    def suspect_key(self, service: str) -> str:
+        """The routing key of the queue for suspects, at the exchange for what is due."""
+        return f"{service}:suspects"
+
+    def address(self, service: str) -> str:
+        """Where a service's jobs go: after a delay, and when they are dead."""
+        return f"job.{service}"
+
+    def _arguments(self, service: str, limit: int) -> dict[str, Any]:
+        return {
+            "x-queue-type": "quorum",
+            "x-delivery-limit": limit,
+            "x-dead-letter-exchange": self.dead.name,
+            "x-dead-letter-routing-key": self.address(service),
+            "x-dead-letter-strategy": "at-least-once",
+            "x-overflow": "reject-publish",
+        }
+
+
+_KEPT: Final[Mapping[str, Any]] = {"x-queue-type": "quorum", "x-delivery-limit": UNLIMITED}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job that the broker has.
+
+    Attributes:
+        id: its ID, the same in all attempts and in a dead letter.
+        service: the service that does it.
+        name: its name within the service.
+        key: its idempotency key.
+
+    """
+
+    id: str
+    service: str
+    name: str
+    key: str
+
+
+@dataclass(slots=True, kw_only=True)
+class JobMessage:
+    """A job as a message.
+
+    Attributes:
+        id: the same in all attempts and replays; `message_id` and `correlation_id` of the message.
+        name: the name of the job within its service; empty if the message names none.
+        body: the parameters, as JSON.
+        key: the idempotency key; the ID if its sender gave none.
+        attempt: 1 + the number of attempts that ended with an error, or that the handler put off.
+        first_sent_ms: when it was sent first, in milliseconds since the epoch; None if the message does not say.
+        expires_ms: when it need not be done any more; None for never.
+        unknown: how often a worker got it that has no job of this name.
+        app_id: the name of the program that sent it.
+        user: the broker's user that sent it, checked by the broker; empty if the message does not carry it.
+        headers: the sender's own headers `x-...`, and its trace context.
+        problem: why it cannot be read; empty if it can.
+        returns: how often it came back to its queue; 0 if it was not delivered before.
+
+    """
+
+    id: str
+    name: str
+    body: bytes
+    key: str = ""
+    attempt: int = 1
+    first_sent_ms: int | None = None
+    expires_ms: int | None = None
+    unknown: int = 0
+    app_id: str = ""
+    user: str = ""
+    headers: Mapping[str, Any] = field(default_factory=dict)
+    problem: str = ""
+    returns: int = 0
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The sender's own headers."""
+        return {name: value for name, value in self.headers.items() if name.startswith("x-") and isinstance(value, str)}
+
+
+def check_headers(headers: Mapping[str, Any]) -> None:
+    """Check the size of a sender's own headers.
+
+    Raises:
+        TooLarge: they are over 8 KiB.
+
+    """
+    size = len(amqp.encode_table(dict(headers))) - 4
+    if size > MAX_HEADERS:
+        raise TooLarge(f"the headers are {size} bytes; the limit is {MAX_HEADERS}")
+
+
+def encode_job(job: JobMessage, now_ms: int, further: Mapping[str, Any] | None = None) -> bytes:
+    """Encode the properties of a job.
+
+    Headers of the broker, such as `x-death`, are not among `job.headers`: a message that is published with them counts
+    as one that died before, and may be dropped (RabbitMQ 3.10).
+
+    Args:
+        job: the job. Its `user` is left out: RabbitMQ refuses a message that names another user than its publisher.
+        now_ms: the time, in milliseconds since the epoch.
+        further: further headers.
+
+    """
+    headers: dict[str, Any] = dict(job.headers)
+    if job.key != job.id:
+        headers[KEY] = job.key
+    if job.attempt > 1:
+        headers[ATTEMPT] = job.attempt
+    headers[FIRST_SENT] = now_ms if job.first_sent_ms is None else job.first_sent_ms
+    if job.expires_ms is not None:
+        headers[EXPIRES] = job.expires_ms
+    if job.unknown:
+        headers[UNKNOWN] = job.unknown
+    if further:
+        headers |= further
+    name = job.id.encode()
+    return amqp.encode(
+        Properties(
+            content_type=JSON,
+            headers=headers,
+            delivery_mode=2,
+            correlation_id=name,
+            message_id=name,
+            timestamp=now_ms // 1000,
+            type=job.name.encode() or None,
+            app_id=job.app_id.encode() or None,
+        )
+    )
+
+
+def read_job(data: bytes, body: bytes, *, redelivered: bool) -> JobMessage:
+    """Read a job.
+
+    Raises:
+        MalformedProperties: `data` is not the properties of an AMQP message.
+
+    """
+    found = amqp.decode(data)
+    headers = found.headers or {}
+    name = text(found.message_id or found.correlation_id)
+    key = headers.get(KEY, name)
+    job = JobMessage(
+        id=name,
+        name=text(found.type),
+        body=body,
+        key=key if isinstance(key, str) else "",
+        attempt=_count(headers.get(ATTEMPT, 1)),
+        first_sent_ms=_whole(headers.get(FIRST_SENT)),
+        expires_ms=_whole(headers.get(EXPIRES)),
+        unknown=_count(headers.get(UNKNOWN, 0)),
+        app_id=text(found.app_id),
+        user=text(found.user_id),
+        headers={each: value for each, value in headers.items() if _is_senders(each)},
+        # A sender may write these headers itself: they are the broker's only where the message was delivered before.
+        returns=_returns(headers) if redelivered else 0,
+    )
+    job.problem = _problem(found, headers, job)
+    return job
+
+
+def _returns(headers: Mapping[str, Any]) -> int:
+    """How often it came back: RabbitMQ 4.3 counts some returns in the second header only."""
+    return max(1, _count(headers.get("x-delivery-count", 0)), _count(headers.get("x-acquired-count", 0)))
+
+
+def _is_senders(header: str) -> bool:
+    return header in TRACE or (header.startswith("x-") and not OWNED_HEADERS.match(header))
+
+
+def _whole(value: Any) -> int | None:
+    return value if type(value) is int else None
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int and value >= 0 else 0
+
+
+def _problem(found: Properties, headers: Mapping[str, Any], job: JobMessage) -> str:
+    """Why a job cannot be read, or an empty string."""
+    if not job.id:
+        return "a job must have a message_id; got none"
+    if found.content_type is not None and not is_json(found.content_type):
+        return f"the content type must be application/json; got {text(found.content_type)!r}"
+    if found.content_encoding:
+        return f"the body must have no content encoding; got {text(found.content_encoding)!r}"
+    if not 1 <= len(job.key.encode()) <= 255:
+        return f"the header {KEY} must be a string of 1 to 255 bytes; got {headers.get(KEY)!r:.50}"
+    if job.attempt < 1:
+        return f"the header {ATTEMPT} must be a whole number of at least 1; got {headers.get(ATTEMPT)!r:.50}"
+    for name in (FIRST_SENT, EXPIRES):
+        if name in headers and _whole(headers[name]) is None:
+            return f"the header {name} must be a whole number of milliseconds; got {headers[name]!r:.50}"
+    return ""

@@ -1,0 +1,543 @@
+"""Jobs, on both transports: sent, done, retried, buried.
+
+The services of one broker share a namespace: each namespace has a ladder of its own, of 24 queues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rpcq import (
+    Client,
+    Context,
+    GiveUp,
+    InvalidParams,
+    MethodNotFound,
+    Retry,
+    RetryLater,
+    SendError,
+    Service,
+    UsageError,
+)
+from rpcq.jobs import outcomes
+from rpcq.transport.base import Published
+from rpcq.wire.jobs import JobTopology
+from support.letters import letters
+from support.places import Place, cut_memory, cut_rabbitmq, lose
+
+SHARED = f"t{secrets.token_hex(8)}"
+SOON = Retry(max_attempts=3, initial_backoff=0.01, max_backoff=0.01)
+
+
+@pytest.fixture(params=["memory", "rabbitmq"])
+def home(request: pytest.FixtureRequest, namespace: str) -> Place:
+    if request.param == "memory":
+        return Place(f"memory://{namespace}", namespace, "quorum", cut_memory)
+    url = request.getfixturevalue("rabbitmq_url")
+    return Place(url, SHARED, "quorum", cut_rabbitmq(request.getfixturevalue("broker"), url))
+
+
+@pytest.fixture
+def service() -> Service:
+    return Service(f"s{secrets.token_hex(6)}")
+
+
+class Done:
+    """Counts what handlers did, and wakes the test."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[Any] = Counter()
+        self._changed = asyncio.Event()
+
+    def note(self, what: Any) -> int:
+        self.counts[what] += 1
+        self._changed.set()
+        return self.counts[what]
+
+    async def until(self, condition: Callable[[Counter[Any]], bool]) -> None:
+        while not condition(self.counts):
+            self._changed.clear()
+            await self._changed.wait()
+
+
+@pytest.fixture
+async def done() -> Done:
+    return Done()
+
+
+def dead_queue(home: Place, service: Service) -> Any:
+    return JobTopology(home.namespace).dead_queue(service.name)
+
+
+async def settled(*workers: Any) -> None:
+    """Wait until the workers have nothing in hand."""
+    while any(worker.in_flight for worker in workers):  # noqa: ASYNC110 - no event tells
+        await asyncio.sleep(0.005)
+
+
+async def test_a_job_is_done_by_whoever_serves_it_and_its_function_is_an_ordinary_one(
+    home: Place, service: Service, done: Done
+) -> None:
+    @service.job
+    async def welcome(to: str, name: str = "you") -> None:
+        done.note((to, name))
+
+    async with home.client() as client, home.worker(service) as worker:
+        by_function = await client.send(welcome, to="ada", name="Ada")
+        by_name = await client.send(f"{service.name}.welcome", to="bob")
+        await done.until(lambda counts: counts.total() == 2)
+        await settled(worker)
+    assert done.counts == {("ada", "Ada"): 1, ("bob", "you"): 1}
+    assert (by_function.service, by_function.name) == (service.name, "welcome")
+    assert by_function.id != by_name.id
+    await welcome("cy")
+    assert done.counts[("cy", "you")] == 1
+
+
+async def test_a_job_waits_for_its_worker(home: Place, service: Service, done: Done) -> None:
+    loop = asyncio.get_running_loop()
+
+    @service.job
+    def count(number: int) -> None:
+        loop.call_soon_threadsafe(done.note, number)
+
+    async with home.client() as client:
+        async with home.worker(service):
+            pass  # it declares the queue
+        sent = await client.send_many(count, [{"number": number} for number in range(50)])
+        assert len({job.id for job in sent}) == 50
+        async with home.worker(service) as worker:
+            await settled(worker)
+            await done.until(lambda counts: counts.total() == 50)
+    assert set(done.counts.values()) == {1}
+
+
+async def test_a_handler_knows_its_job(home: Place, service: Service) -> None:
+    got: asyncio.Queue[Context] = asyncio.Queue()
+
+    @service.job
+    async def look(context: Context) -> None:
+        await got.put(context)
+
+    async with home.client(name="shop") as client, home.worker(service):
+        maker = client.with_options(idempotency_key="k-7", metadata={"x-tenant": "t1"})
+        job = await maker.send(look)
+        context = await got.get()
+    assert (context.correlation_id, context.idempotency_key, context.attempt) == (job.id, "k-7", 1)
+    assert (context.caller, context.metadata, context.method) == ("shop", {"x-tenant": "t1"}, "look")
+
+
+async def test_what_fails_runs_again_with_a_pause_that_the_broker_holds(
+    home: Place, service: Service, done: Done
+) -> None:
+    attempts: list[int] = []
+
+    @service.job(retry=SOON)
+    async def flaky(context: Context) -> None:
+        attempts.append(context.attempt)
+        if done.note("run") < 3:
+            raise ValueError("not yet")
+
+    async with home.client() as client, home.worker(service) as worker:
+        await client.send(flaky)
+        await done.until(lambda counts: counts["run"] == 3)
+        await settled(worker)
+        assert worker.in_flight == 0
+    assert attempts == [1, 2, 3]
+
+
+async def test_a_job_that_never_succeeds_becomes_a_dead_letter_that_says_why(
+    home: Place, service: Service, done: Done
+) -> None:
+    @service.job(retry=SOON)
+    async def broken(secret: str) -> None:
+        done.note("run")
+        raise ValueError("the printer burns")
+
+    async with home.client() as client, home.worker(service):
+        job = await client.with_options(metadata={"x-tenant": "t1"}).send(broken, secret="s")
+        async with letters(home.url, dead_queue(home, service)) as dead:
+            (letter,) = await dead.wait_for(1)
+    assert done.counts["run"] == 3
+    assert letter.id == job.id
+    assert letter.body == b'{"secret":"s"}'
+    assert letter.properties.type == b"broken"
+    headers = letter.headers
+    assert {name: headers[name] for name in ("rpcq-dead-reason", "rpcq-executed", "rpcq-from", "rpcq-attempt")} == {
+        "rpcq-dead-reason": "attempts",
+        "rpcq-executed": "yes",
+        "rpcq-from": service.name,
+        "rpcq-attempt": 3,
+    }
+    assert headers["rpcq-error"] == "ValueError: the printer burns"
+    assert headers["x-tenant"] == "t1"
+    assert len(headers["rpcq-incident"]) == 12
+    assert not [name for name in headers if name.startswith(("x-death", "x-first-death", "x-delivery"))]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "runs"),
+    [
+        (GiveUp("bounced"), "gave_up", 1),
+        (KeyError("k"), "gave_up", 1),
+        (OSError("net"), "attempts", 3),
+        (RetryLater(0.01), "attempts", 3),
+    ],
+    ids=lambda it: type(it).__name__ if isinstance(it, Exception) else "",
+)
+async def test_the_handler_and_its_options_say_what_is_retried(
+    home: Place, service: Service, done: Done, error: Exception, reason: str, runs: int
+) -> None:
+    @service.job(retry=SOON, retry_on=[OSError, LookupError], give_up_on=[KeyError])
+    async def work() -> None:
+        done.note("run")
+        raise error
+
+    async with home.client() as client, home.worker(service):
+        await client.send(work)
+        async with letters(home.url, dead_queue(home, service)) as dead:
+            (letter,) = await dead.wait_for(1)
+    assert (letter.headers["rpcq-dead-reason"], done.counts["run"]) == (reason, runs)
+    assert letter.headers["rpcq-executed"] == "yes"
+
+
+async def test_what_does_not_fit_is_refused_before_it_is_sent_or_dead_at_once(
+    home: Place, service: Service, done: Done
+) -> None:
+    @service.job
+    async def add(x: int) -> None:
+        done.note(x)
+
+    @service.method
+    async def called() -> int:
+        return 1
+
+    async with home.client() as client, home.worker(service):
+        with pytest.raises(InvalidParams, match="x"):
+            await client.send(add, x="no number")  # type: ignore[arg-type]  # that is the test
+        await client.send(f"{service.name}.add", x="no number")
+        await client.send(f"{service.name}.called")
+        with pytest.raises(MethodNotFound):
+            await client.call(f"{service.name}.add", x=1)
+        async with letters(home.url, dead_queue(home, service)) as dead:
+            found = await dead.wait_for(2)
+    reasons = {letter.properties.type: letter.headers["rpcq-dead-reason"] for letter in found}
+    assert reasons == {b"add": "invalid", b"called": "unknown_method"}
+    assert {letter.headers["rpcq-executed"] for letter in found} == {"no"}
+    assert not done.counts
+
+
+async def test_a_job_that_a_worker_does_not_know_waits_for_one_that_does(
+    home: Place, service: Service, done: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outcomes, "UNKNOWN_PAUSES", (0.25, 0.25, 0.25, 0.25))
+    newer = Service(service.name)
+
+    @service.job
+    async def old() -> None: ...
+
+    @newer.job
+    async def new() -> None:
+        done.note("run")
+
+    async with home.client() as client:
+        async with home.worker(service) as worker:
+            await client.send(f"{service.name}.new")
+            while worker._jobs is None or not worker._jobs.retried:  # noqa: ASYNC110 - no event tells
+                await asyncio.sleep(0.005)
+            await settled(worker)
+        async with home.worker(newer):
+            await done.until(lambda counts: counts["run"] == 1)
+
+
+async def test_a_job_that_nobody_ever_knows_becomes_a_dead_letter(
+    home: Place, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outcomes, "UNKNOWN_PAUSES", (0.25, 0.25))
+
+    @service.job
+    async def old() -> None: ...
+
+    async with home.client() as client, home.worker(service):
+        await client.send(f"{service.name}.new")
+        async with letters(home.url, dead_queue(home, service)) as dead:
+            (letter,) = await dead.wait_for(1)
+    assert (letter.headers["rpcq-dead-reason"], letter.headers["rpcq-executed"]) == ("unknown_method", "no")
+    assert letter.headers["rpcq-unknown"] == 2
+
+
+async def test_a_service_whose_queue_does_not_exist_is_an_error_at_once(home: Place, service: Service) -> None:
+    async with home.client() as client:
+        with pytest.raises(SendError, match=f"no queue takes jobs of service '{service.name}': run `rpcq setup`") as it:
+            await client.send(f"{service.name}.welcome")
+        assert it.value.queued == "no"
+        assert it.value.job_id == it.value.key
+
+
+async def test_a_job_that_times_out_is_retried_and_has_a_bound(home: Place, service: Service, done: Done) -> None:
+    @service.job(retry=SOON, timeout=0.05)
+    async def hangs() -> None:
+        done.note("run")
+        await asyncio.Event().wait()
+
+    async with home.client() as client, home.worker(service):
+        await client.send(hangs)
+        async with letters(home.url, dead_queue(home, service)) as dead:
+            (letter,) = await dead.wait_for(1)
+    assert (letter.headers["rpcq-dead-reason"], done.counts["run"]) == ("attempts", 3)
+    assert "timed out" in letter.headers["rpcq-error"]
+
+
+async def test_a_thread_that_outlasts_its_timeout_and_succeeds_has_done_the_job(
+    home: Place, service: Service, done: Done
+) -> None:
+    go_on = threading.Event()
+    began = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    @service.job(retry=SOON, timeout=0.05)
+    def slow() -> None:
+        loop.call_soon_threadsafe(began.set)
+        assert go_on.wait(30)
+
+    async with home.client() as client, home.worker(service) as worker:
+        await client.send(slow)
+        await began.wait()
+        await asyncio.sleep(0.1)  # its timeout passes
+        assert worker.in_flight == 1
+        go_on.set()
+        await settled(worker)
+        assert worker._jobs is not None
+        assert (worker._jobs.finished, worker._jobs.retried) == (1, 0)
+
+
+async def test_what_a_lost_worker_held_is_done_by_another(home: Place, service: Service, done: Done) -> None:
+    stuck = asyncio.Event()
+
+    @service.job
+    async def work() -> None:
+        if done.note("run") == 1:
+            await stuck.wait()
+
+    async with home.client() as client:
+        first = home.worker(service, grace=0.05)
+        await first.start()
+        await client.send(work)
+        await done.until(lambda counts: counts["run"] == 1)
+        await lose(first)
+        async with home.worker(service):
+            await done.until(lambda counts: counts["run"] == 2)
+
+
+async def test_a_job_in_hand_whose_session_is_lost_does_not_run_twice(
+    home: Place, service: Service, done: Done
+) -> None:
+    go_on = asyncio.Event()
+
+    @service.job
+    async def work() -> None:
+        done.note("run")
+        await go_on.wait()
+
+    async with home.client() as client, home.worker(service) as worker:
+        await client.send(work)
+        await done.until(lambda counts: counts["run"] == 1)
+        await home.cut(worker)
+        await worker._sessions.ready()
+        while not any(run.delivery.redelivered for run in worker._jobs or ()):  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(0.005)
+        go_on.set()
+        await settled(worker)
+    assert done.counts == {"run": 1}
+
+
+async def test_a_stopping_worker_finishes_what_runs_and_gives_back_the_rest(
+    home: Place, service: Service, done: Done
+) -> None:
+    go_on = asyncio.Event()
+
+    @service.job
+    async def work(number: int) -> None:
+        done.note(number)
+        await go_on.wait()
+
+    async with home.client() as client:
+        worker = home.worker(service, job_prefetch=2)
+        await worker.start()
+        await client.send_many(work, [{"number": number} for number in range(5)])
+        await done.until(lambda counts: counts.total() == 2)
+        stopping = asyncio.create_task(worker.stop())
+        await asyncio.sleep(0.05)
+        assert not stopping.done()
+        go_on.set()
+        assert await stopping
+        assert done.counts.total() == 2
+        async with home.worker(service):
+            await done.until(lambda counts: counts.total() == 5)
+    assert set(done.counts.values()) == {1}
+
+
+async def test_a_job_that_is_cut_off_comes_back_and_one_that_runs_at_most_once_is_dead(
+    home: Place, service: Service, done: Done
+) -> None:
+    @service.job
+    async def again() -> None:
+        if done.note("again") == 1:
+            await asyncio.Event().wait()
+
+    @service.job(at_most_once=True)
+    async def once() -> None:
+        done.note("once")
+        await asyncio.Event().wait()
+
+    async with home.client() as client:
+        worker = home.worker(service, grace=0.05)
+        await worker.start()
+        await client.send(again)
+        await client.send(once)
+        await done.until(lambda counts: counts.total() == 2)
+        assert not await worker.stop()
+        async with home.worker(service), letters(home.url, dead_queue(home, service)) as dead:
+            await done.until(lambda counts: counts["again"] == 2)
+            (letter,) = await dead.wait_for(1)
+    assert done.counts == {"again": 2, "once": 1}
+    assert (letter.headers["rpcq-dead-reason"], letter.headers["rpcq-executed"]) == ("interrupted", "maybe")
+
+
+async def test_a_job_that_kills_its_workers_is_dead_and_its_neighbours_are_done(
+    home: Place, service: Service, done: Done
+) -> None:
+    async def serve() -> None:
+        """One worker that dies of poison."""
+        worker = home.worker(service, job_prefetch=10)
+        poisoned.clear()
+        await worker.start()
+        dying = asyncio.create_task(poisoned.wait())
+        ended = asyncio.create_task(all_done.wait())
+        await asyncio.wait([dying, ended], return_when=asyncio.FIRST_COMPLETED)
+        for task in (dying, ended):
+            task.cancel()
+        await (lose(worker) if poisoned.is_set() else worker.stop())
+
+    poisoned, all_done = asyncio.Event(), asyncio.Event()
+
+    @service.job
+    async def work(number: int) -> None:
+        if number in (3, 11):
+            done.note("poison")
+            poisoned.set()
+        await asyncio.sleep(0.02)
+        if not poisoned.is_set():
+            done.note(number)
+
+    async with home.client() as client:
+        async with home.worker(service):
+            pass
+        await client.send_many(work, [{"number": number} for number in range(20)])
+        async with letters(home.url, dead_queue(home, service)) as dead:
+
+            async def watch() -> None:
+                await dead.wait_for(2)
+                await done.until(lambda counts: len(counts) == 19)
+                all_done.set()
+
+            watching = asyncio.create_task(watch())
+            while not all_done.is_set():
+                await serve()
+            await watching
+            found = {letter.body for letter in dead.found}
+    assert found == {b'{"number":3}', b'{"number":11}'}
+    assert {number for number in done.counts if number != "poison"} == set(range(20)) - {3, 11}
+    assert {letter.headers["rpcq-dead-reason"] for letter in dead.found} == {"delivery_limit"}
+    assert {letter.headers["rpcq-executed"] for letter in dead.found} == {"maybe"}
+
+
+async def test_a_retry_whose_queue_is_gone_is_kept_with_the_lost(home: Place, service: Service, done: Done) -> None:
+    @service.job(retry=Retry(max_attempts=2, initial_backoff=0.01, max_backoff=0.01))
+    async def work() -> None:
+        done.note("run")
+        raise RetryLater(0.5)
+
+    topology = JobTopology(home.namespace)
+    (lost,) = [queue for queue in topology.shared_queues() if queue.name == topology.lost.name]
+    async with home.client() as client:
+        async with home.worker(service) as worker:
+            job = await client.send(work)
+            await done.until(lambda counts: counts["run"] == 1)
+            await settled(worker)
+        await delete_queue(home, client, topology.queue(service.name).name)
+        async with letters(home.url, lost) as found:
+            while job.id not in [letter.id for letter in found.found]:
+                await found.wait_for(len(found.found) + 1)
+
+
+async def delete_queue(home: Place, client: Client, queue: str) -> None:
+    if home.url.startswith("memory"):
+        vhost = client._transport._broker.vhost  # type: ignore[attr-defined]  # the memory transport's
+        vhost._delete(vhost.queues[queue])
+        return
+    import aio_pika
+
+    async with await aio_pika.connect(home.url) as connection:
+        await (await connection.channel()).queue_delete(queue)
+
+
+async def test_a_send_that_is_not_confirmed_says_that_the_job_may_be_queued(
+    home: Place, service: Service, done: Done
+) -> None:
+    @service.job
+    async def work() -> None:
+        done.note("run")
+
+    async with home.client() as client, home.worker(service):
+        publish = client._transport.publish
+        client._transport.publish = lambda message: message.on_published(Published.REFUSED)  # type: ignore[method-assign]
+        with pytest.raises(
+            SendError, match=r"did not confirm it within 0\.3 s; send it again with idempotency_key="
+        ) as it:
+            await client.with_options(timeout=0.3, idempotency_key="k").send(work)
+        assert (it.value.queued, it.value.key) == ("maybe", "k")
+        client._transport.publish = publish  # type: ignore[method-assign]
+        await client.send(work)
+        await done.until(lambda counts: counts["run"] == 1)
+
+
+async def test_sends_while_the_connection_is_cut_are_made_when_it_is_back(
+    home: Place, service: Service, done: Done
+) -> None:
+    @service.job
+    async def work(number: int) -> None:
+        done.note(number)
+
+    async with home.client() as client, home.worker(service) as worker:
+        await client.send(work, number=0)
+        sending = [asyncio.create_task(client.send(work, number=number)) for number in range(1, 101)]
+        await asyncio.sleep(0)
+        await home.cut(client, worker)
+        await asyncio.gather(*sending)
+        await done.until(lambda counts: len(counts) == 101)
+
+
+async def test_what_cannot_be_sent_is_said(home: Place, service: Service) -> None:
+    async def no_job() -> None: ...
+
+    @service.job
+    async def work(x: int = 0) -> None: ...
+
+    async with home.client() as client, home.worker(service):
+        with pytest.raises(UsageError, match="it is not a job"):
+            await client.send(no_job)
+        with pytest.raises(UsageError, match="send_many must have no idempotency_key"):
+            await client.with_options(idempotency_key="k").send_many(work, [{}])
+        with pytest.raises(InvalidParams):
+            await client.send_many(work, [{"x": 1}, {"x": "no"}])
+        closed = client
+    with pytest.raises(Exception, match="closed"):
+        await closed.send(work)
