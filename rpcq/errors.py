@@ -14,8 +14,9 @@
     |   +-- PreconditionFailed                the broker refuses an argument or a property        (406)
     |   |   +-- TopologyMismatch              a queue or exchange exists with other arguments
     |   +-- ProtocolError                     the peer violated AMQP 0-9-1
-    +-- SendError                             a job is not in its queue, or may not be: says which     queued
-    +-- RetryLater, GiveUp                    raised by the handler of a job: what is to become of it
+    +-- SendError                             a job is not queued, or may not be; says which
+    +-- RetryLater                            raised by the handler of a job: run it again later
+    +-- GiveUp                                raised by the handler of a job: never run it again
     +-- CallError                             how a call failed; says whether it ran      executed  retryable
         +-- InvalidParams                     the worker refused the parameters           no        no
         |   +-- NotSerializable (TypeError)   JSON cannot carry a parameter; not sent     no        no

@@ -33,6 +33,7 @@ from rpcq.errors import (
 from rpcq.options import MAX_HEADERS, NAME, CallOptions, ClientOptions, ConnectionOptions
 from rpcq.validation.schemas import make_codec
 from rpcq.wire import bodies, control, replies, requests
+from rpcq.wire.jobs import JobTopology
 from rpcq.wire.properties import Properties, decode, encode
 from rpcq.wire.replies import Notice, Reply
 from rpcq.wire.topology import EVERY_SERVICE, Exchange, Queue, Topology
@@ -287,7 +288,8 @@ def test_a_notice_means_what_the_contract_says() -> None:
 def test_the_exchanges_are_those_of_the_contract() -> None:
     today = re.sub(r"^## [^\n]*\(later.*?(?=^## )", "", PAGE, flags=re.DOTALL | re.MULTILINE)
     said = set(re.findall(r"`(rpcq\.[a-z]+)`", today))
-    assert said == {exchange.name for exchange in NAMES.exchanges()}
+    of_jobs = {exchange.name for exchange in JobTopology(NAMES.namespace).exchanges() if ".delay." not in exchange.name}
+    assert said == {exchange.name for exchange in NAMES.exchanges()} | of_jobs
 
 
 def test_a_worker_replies_where_the_contract_says() -> None:

@@ -195,11 +195,29 @@ def test_an_error_of_a_call_can_be_pickled_and_copied(error: CallError, again: A
     assert str(other) == str(error)
 
 
-@pytest.mark.parametrize("kind", [it for it in CLASSES.values() if not issubclass(it, CallError)])
+ABOUT_JOBS = (errors.SendError, errors.RetryLater)
+"""Their arguments are others than a message."""
+
+
+@pytest.mark.parametrize("kind", [it for it in CLASSES.values() if not issubclass(it, (CallError, *ABOUT_JOBS))])
 def test_other_errors_can_be_pickled(kind: type[RpcqError]) -> None:
     other = pickle.loads(pickle.dumps(kind("no such host")))
     assert type(other) is kind
     assert str(other) == "no such host"
+
+
+@pytest.mark.parametrize(
+    "error", [errors.SendError("away", queued="maybe", job_id="7", key="k"), errors.RetryLater(2.5)], ids=repr
+)
+def test_errors_about_jobs_can_be_pickled(error: RpcqError) -> None:
+    other = pickle.loads(pickle.dumps(error))
+    assert (type(other), vars(other), str(other)) == (type(error), vars(error), str(error))
+
+
+@pytest.mark.parametrize("wrong", [-1, float("nan"), float("inf"), "5", None, True, 49 * 24 * 3600])
+def test_a_pause_that_cannot_be_held_is_refused(wrong: object) -> None:
+    with pytest.raises(errors.ConfigurationError, match="RetryLater must have a number of seconds from 0 to 4147200"):
+        errors.RetryLater(wrong)  # type: ignore[arg-type]  # that is the test
 
 
 def test_an_error_without_state_is_one_still() -> None:

@@ -1013,7 +1013,7 @@ def test_a_request_that_names_no_method_means_the_only_or_the_default_one() -> N
 
 def test_a_service_that_cannot_be_served_says_why() -> None:
     service = Service("s", default_method="other")
-    with pytest.raises(ConfigurationError, match=r"'s' has no methods; add one with @s\.method"):
+    with pytest.raises(ConfigurationError, match=r"'s' has no methods and no jobs; add one with @s\.method or \.job"):
         service.check()
     service.method(add)
     with pytest.raises(
