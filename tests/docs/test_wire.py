@@ -30,9 +30,10 @@ from rpcq.errors import (
     from_wire,
     to_wire,
 )
+from rpcq.jobs import outcomes
 from rpcq.options import MAX_HEADERS, NAME, CallOptions, ClientOptions, ConnectionOptions
 from rpcq.validation.schemas import make_codec
-from rpcq.wire import bodies, control, replies, requests
+from rpcq.wire import bodies, control, jobs, replies, requests
 from rpcq.wire.jobs import JobTopology
 from rpcq.wire.properties import Properties, decode, encode
 from rpcq.wire.replies import Notice, Reply
@@ -115,8 +116,22 @@ def test_every_header_of_rpcq_in_the_contract_is_one_that_is_sent_and_the_other_
         name for name in sent if name.startswith("rpcq-")
     }
     assert fields_of(reply_part)[1] == set(replied)
+    of_jobs = set(re.findall(r"`(rpcq-[a-z-]+)`", section("wire.md", "Jobs")))
     everywhere = set(re.findall(r"`(rpcq-[a-z-]+)`", PAGE))
-    assert everywhere == {name for name in {*sent, *replied} if name.startswith("rpcq-")}
+    assert everywhere - of_jobs == {name for name in {*sent, *replied} if name.startswith("rpcq-")} - of_jobs
+
+
+def test_every_header_of_a_job_in_the_contract_is_one_that_is_sent_and_the_other_way_round() -> None:
+    said = set(re.findall(r"`(rpcq-[a-z-]+)`", section("wire.md", "Jobs")))
+    job = jobs.JobMessage(id="7", name="work", body=b"", key="k", attempt=2, first_sent_ms=1, expires_ms=2, unknown=1)
+    dead = {jobs.REASON, jobs.EXECUTED, jobs.ERROR, jobs.INCIDENT, jobs.FROM, jobs.DIED_AT}
+    assert said == {*(decode(jobs.encode_job(job, 1)).headers or {}), *dead}
+
+
+def test_every_reason_of_a_dead_letter_is_in_the_contract() -> None:
+    (text,) = re.findall(r"\| `rpcq-dead-reason` \| (.+?) \|$", PAGE, re.MULTILINE)
+    source = Path(outcomes.__file__).read_text("utf-8")
+    assert {*re.findall(r"`(\w+)`", text)} == {*re.findall(r'Dead\(\s*"(\w+)"', source)}
 
 
 def test_a_request_asks_for_a_notice_in_the_way_of_the_contract() -> None:
