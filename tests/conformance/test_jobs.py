@@ -416,7 +416,7 @@ async def test_a_job_that_kills_its_workers_is_dead_and_its_neighbours_are_done(
 ) -> None:
     async def serve() -> None:
         """One worker that dies of poison."""
-        worker = home.worker(service, job_prefetch=10)
+        worker = home.worker(service, job_prefetch=10, grace=0.1)  # `lose` leaves nothing to wait for
         poisoned.clear()
         await worker.start()
         dying = asyncio.create_task(poisoned.wait())
