@@ -36,6 +36,7 @@ from rpcq.runtime.process import run
 from rpcq.service import Service
 from rpcq.transport.opening import open_admin
 from rpcq.url import BrokerURL, mask, parse
+from rpcq.wire.jobs import JobTopology
 from rpcq.wire.topology import MAX_LENGTH, Queue, QueueType, Topology
 
 if TYPE_CHECKING:
@@ -297,7 +298,7 @@ def setup(
     ] = None,
     log_level: LogLevel = Level.WARNING,
 ) -> None:
-    """Declare the exchanges and request queues of services, for workers without that permission. Changes nothing."""
+    """Declare the exchanges and queues of services, for workers without that permission. Changes nothing else."""
     logs.configure(log_level.upper())
     options = options_from(ClientOptions, given(namespace=namespace, reply_exchange=reply_exchange))
     broker = parse(broker_url(url))
@@ -306,7 +307,14 @@ def setup(
         service.check()
     topology = Topology(options.namespace)
     exchanges = topology.exchanges(options.reply_exchange)
-    queues = [topology.request_queue(service.name, service.queue_type, service.queue) for service in found]
+    queues = [
+        topology.request_queue(service.name, service.queue_type, service.queue) for service in found if service.methods
+    ]
+    jobs = JobTopology(options.namespace)
+    if names := [service.name for service in found if service.jobs]:
+        exchanges += jobs.exchanges()
+        queues += jobs.shared_queues()
+        queues += [make(name) for name in names for make in (jobs.queue, jobs.suspects, jobs.dead_queue)]
 
     async def declare() -> list[str]:
         host, port = broker.hosts[0]

@@ -40,7 +40,9 @@ def steps_of(seconds: float) -> int:
 
     """
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= MAX_DELAY:
-        raise ConfigurationError(f"a delay must be a number of seconds from 0 to {MAX_DELAY} (48 days); got {seconds!r}")
+        raise ConfigurationError(
+            f"a delay must be a number of seconds from 0 to {MAX_DELAY} (48 days); got {seconds!r}"
+        )
     return math.ceil(seconds / STEP)
 
 

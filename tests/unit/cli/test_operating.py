@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -12,8 +13,20 @@ from urllib.parse import urlsplit
 import pika
 import pytest
 
+from rpcq import Client, SendError
 from support.broker import Broker
 from support.command import ROOT, Rpcq, one_line
+
+JOBS = """
+from pathlib import Path
+from rpcq import Service
+
+mailing = Service("mailing")
+
+@mailing.job
+async def welcome(to: str) -> None:
+    Path(f"welcomed-{to}").touch()
+"""
 
 
 def shown(ran: subprocess.CompletedProcess[str]) -> str:
@@ -200,6 +213,21 @@ def test_setup_declares_what_a_worker_would(rpcq: Rpcq) -> None:
     assert shown(rpcq.call("things.add", "1", "2")) == "3\n"
     with pika.BlockingConnection(pika.URLParameters(rpcq.url)) as connection:
         connection.channel().exchange_delete(exchange)
+
+
+async def test_jobs_can_be_sent_once_setup_has_declared_their_queues(rpcq: Rpcq) -> None:
+    (rpcq.folder / "mailing.py").write_text(JOBS)
+    async with Client(rpcq.url, namespace=rpcq.namespace) as client:
+        with pytest.raises(SendError, match="run `rpcq setup`"):
+            await client.send("mailing.welcome", to="ada")
+        told = shown(await asyncio.to_thread(rpcq.run, "setup", "mailing:mailing", "--namespace", rpcq.namespace))
+        assert f"{rpcq.namespace}.job.mailing" in told
+        assert f"{rpcq.namespace}.req." not in told
+        await client.send("mailing.welcome", to="ada")
+        await asyncio.to_thread(
+            rpcq.worker, "mailing:mailing"
+        )  # it would be refused a queue that is declared differently
+        await asyncio.to_thread(rpcq.until_there_is, "welcomed-ada")
 
 
 def test_on_the_in_process_broker_there_is_nothing_to_examine_or_to_set_up(rpcq: Rpcq) -> None:
