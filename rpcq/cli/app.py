@@ -10,6 +10,7 @@ import typer
 from rpcq.cli.bench import bench
 from rpcq.cli.calling import call
 from rpcq.cli.demo import demo
+from rpcq.cli.dlq import dlq
 from rpcq.cli.doctor import doctor, setup
 from rpcq.cli.looking import describe, list_services, ping
 from rpcq.cli.options import EXIT_CODES, USAGE, errors, exit_code
@@ -47,6 +48,7 @@ app.command()(describe)
 app.command()(ping)
 app.command()(doctor)
 app.command()(setup)
+app.add_typer(dlq)
 app.command()(bench)
 app.command()(demo)
 

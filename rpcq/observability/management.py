@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import re
 from collections.abc import Sequence
 from typing import Any, Final
 from urllib.parse import quote, unquote, urlsplit
@@ -16,6 +17,9 @@ from rpcq.url import PORTS, BrokerURL
 
 TIMEOUT: Final = 5.0
 """Seconds that the API has to answer."""
+
+PAGE_SIZE: Final = 500
+"""Queues in one response; the API allows no more."""
 
 UNANSWERED: Final = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
 """Exceptions that `Management.queue` raises if there is no such API, or its response is not what it should be."""
@@ -68,7 +72,7 @@ class Management:
             raise ConfigurationError(NO_URL)
         self._scheme = parts.scheme
         self._host, self._port = parts.hostname, port
-        self._path = f"{parts.path.rstrip('/')}/api/queues/{quote(broker.vhost, safe='')}/"
+        self._path = f"{parts.path.rstrip('/')}/api/queues/{quote(broker.vhost, safe='')}"
         user = broker.user if parts.username is None else unquote(parts.username)
         password = broker.password if parts.password is None else unquote(parts.password)
         self._authorization = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
@@ -82,10 +86,32 @@ class Management:
             ConfigurationError: a file that the broker's URL names for TLS cannot be used.
 
         """
+        found: dict[str, Any] | None = self._get(f"/{quote(name, safe='')}?columns={','.join(columns)}")
+        return found
+
+    def queues(self, prefix: str) -> list[str]:
+        """Return the names of all queues that begin with a prefix, in order.
+
+        Raises:
+            One of `UNANSWERED`: its response is not what it should be.
+            ConfigurationError: a file that the broker's URL names for TLS cannot be used.
+
+        """
+        names: list[str] = []
+        page, pages = 1, 1
+        pattern = quote(f"^{re.escape(prefix)}", safe="")
+        while page <= pages:
+            query = f"?columns=name&use_regex=true&name={pattern}&page={page}&page_size={PAGE_SIZE}"
+            found = self._get(query) or {}
+            names += [it["name"] for it in found.get("items", ())]
+            page, pages = page + 1, found.get("page_count", 0)
+        return sorted(names)
+
+    def _get(self, path: str) -> Any:
+        """Return the value of a resource under that of the vhost's queues, or None if there is none."""
         connection = self._connection()
         try:
-            path = f"{self._path}{quote(name, safe='')}?columns={','.join(columns)}"
-            connection.request("GET", path, headers={"Authorization": self._authorization})
+            connection.request("GET", f"{self._path}{path}", headers={"Authorization": self._authorization})
             response = connection.getresponse()
             body = response.read()
         finally:
@@ -95,8 +121,7 @@ class Management:
         if response.status != http.client.OK:
             msg = f"the response is {response.status} {response.reason}"
             raise OSError(msg)
-        found: dict[str, Any] = orjson.loads(body)
-        return found
+        return orjson.loads(body)
 
     def _connection(self) -> http.client.HTTPConnection:
         if self._scheme == "http":

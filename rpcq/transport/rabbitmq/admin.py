@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 
 from aio_pika.abc import AbstractChannel
 
-from rpcq.errors import BrokerUnreachable, NotFound
+from rpcq.errors import BrokerError, BrokerUnreachable, NotFound
 from rpcq.options import ConnectionOptions
+from rpcq.transport.rabbitmq.browsing import Browser
 from rpcq.transport.rabbitmq.connection import connect
 from rpcq.transport.rabbitmq.consuming import declare
 from rpcq.transport.rabbitmq.faults import heeding_cancellation, is_foreign, translate
@@ -55,9 +56,10 @@ class Admin:
 
     """
 
-    def __init__(self, link: Link, url: BrokerURL, host: str, port: int) -> None:
+    def __init__(self, link: Link, url: BrokerURL, host: str, port: int, on_lost: set[Callable[[], None]]) -> None:
         server = link.connection.transport.connection.server_properties  # type: ignore[union-attr]  # it is open
         self._link = link
+        self._on_lost = on_lost
         self.product = _text(server.get("product"))
         self.version = _text(server.get("version"))
         self.host = host
@@ -117,6 +119,26 @@ class Admin:
         for exchange in exchanges:
             await self._ask(methodcaller("exchange_delete", exchange))
 
+    @asynccontextmanager
+    async def browse(self, queue: str) -> AsyncIterator[Browser]:
+        """Take the messages of a queue; those that are not acknowledged go back to it at the end of the block.
+
+        If the connection is lost, or the process, the broker puts them back by itself.
+
+        Raises:
+            BrokerError: the broker refused, or the connection was lost.
+
+        """
+        browser = Browser(self._link, queue)
+        self._on_lost.add(browser.wake)
+        try:
+            yield browser
+        finally:
+            self._on_lost.discard(browser.wake)
+            await browser.close()
+        if (lost := self._link.protocol.lost) is not None:
+            raise lost  # what was acknowledged last may still be there
+
     async def _ask(self, question: Callable[[AbstractChannel], Awaitable[T]]) -> T:
         try:
             with heeding_cancellation():
@@ -138,15 +160,21 @@ async def open_admin(url: BrokerURL, options: ConnectionOptions, host: str, port
         BrokerError: the node cannot be reached or used; the message says why.
 
     """
+    on_lost: set[Callable[[], None]] = set()
+
+    def lost(_: BrokerError) -> None:
+        for each in on_lost:
+            each()
+
     try:
         async with asyncio.timeout(options.connect_timeout):
-            connection, protocol = await connect(url, host, port, options, "admin", lambda _: None, lambda _: None)
+            connection, protocol = await connect(url, host, port, options, "admin", lost, lambda _: None)
     except TimeoutError as error:
         where, limit = f"{url.scheme}://{host}:{port}", options.connect_timeout
         raise BrokerUnreachable(f"cannot reach {where}: it did not answer within {limit:g} s") from error
     link = Link(connection, protocol)
     try:
-        yield Admin(link, url, host, port)
+        yield Admin(link, url, host, port, on_lost)
     finally:
         await link.close()
 

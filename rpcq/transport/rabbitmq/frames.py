@@ -140,6 +140,12 @@ class FastChannel:
         self.exchange = b""
         self._ending = b""  # of the frame of `beginning`: from the exchange to the end
 
+    @property
+    def routing_key(self) -> bytes:
+        """The routing key of the last delivery."""
+        key = _after_short(self._ending, 0)
+        return self._ending[key + 1 : _after_short(self._ending, key)]
+
     def take_similar(self, data: bytes, at: int, number: int, max_payload: int) -> int:
         """Take a delivery that differs from the last one only in its tag, properties and body.
 
@@ -435,6 +441,13 @@ class Encoder:
     def reject(self, tag: int, *, requeue: bool) -> bytes:
         """The frame that gives one delivery back to its queue, or gives it up."""
         return _TAGGED.pack(METHOD, self._channel, 13, REJECT, tag, requeue, FRAME_END)
+
+    def nack(self, tag: int, *, multiple: bool = False, requeue: bool = True) -> bytes:
+        """The frame that gives one delivery, or all up to it (with the tag 0: all), back or up.
+
+        To give back by nack counts as a delivery up to RabbitMQ 4.2, and by reject on every version.
+        """
+        return _TAGGED.pack(METHOD, self._channel, 13, NACK, tag, multiple | requeue << 1, FRAME_END)
 
     def _publish_method(self, message: Outgoing) -> bytes:
         payload = b"".join(

@@ -898,3 +898,7 @@ def test_settlements_are_those_of_amqp(tag: int, channel: int) -> None:
         [(at, reject)] = frames_of(encoder.reject(tag, requeue=requeue))
         assert (at, type(reject), reject.delivery_tag % 2**64) == (channel, Basic.Reject, tag)
         assert reject.requeue is requeue
+    for requeue, multiple in product((True, False), repeat=2):
+        [(at, nack)] = frames_of(encoder.nack(tag, multiple=multiple, requeue=requeue))
+        assert (at, type(nack), nack.delivery_tag % 2**64) == (channel, Basic.Nack, tag)
+        assert (nack.multiple, nack.requeue) == (multiple, requeue)
