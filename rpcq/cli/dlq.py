@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -375,10 +376,19 @@ def _change(
     elif not most:
         if wanted.is_all:
             _note(f"no letters in {queue!r}")
-    elif yes or typer.confirm(f"{said[:1].upper()}{said[1:]}?", err=True):
+    elif yes or _confirmed(f"{said[:1].upper()}{said[1:]}?"):
         run(go())
     else:
         raise typer.Exit(FAILED)
+
+
+def _confirmed(question: str) -> bool:
+    """Ask on standard error: standard output may go to a program. No answer is a no."""
+    errors.print(plain(f"{question} [y/N]"), end=" ", soft_wrap=True)
+    answer = sys.stdin.readline()
+    if not answer:
+        errors.print(plain("nobody answers: give --yes", "red"))
+    return answer.strip().lower() in ("y", "yes")
 
 
 async def _bound(letters: Letters) -> int:
