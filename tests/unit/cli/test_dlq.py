@@ -21,7 +21,15 @@ from pika.adapters.blocking_connection import BlockingChannel
 
 from rpcq import Client, GiveUp, Retry, Service, Worker
 from rpcq.cli.options import USAGE
+from rpcq.jobs import replaying
+from rpcq.jobs.letters import Wanted
+from rpcq.jobs.replaying import Letters, Replayer
+from rpcq.options import ConnectionOptions
+from rpcq.transport.opening import open_admin, open_transport
+from rpcq.url import parse
 from rpcq.wire.jobs import JobTopology
+from support.broker import Setup
+from support.broker import broker as a_broker
 from support.command import Rpcq, one_line, wait_until
 
 SHARED = f"t{secrets.token_hex(8)}"
@@ -366,15 +374,40 @@ def test_thousands_of_letters_are_gone_through_once_and_none_is_left_or_lost(bur
     bureau.bury()
     headers = {"rpcq-dead-reason": "gave_up", "rpcq-executed": "yes"}
     for number in range(3000):
-        name = "bounced" if number % 3 else "broken"
+        name = ("broken", "bounced", "other")[number % 3]
         bureau.publish(TOPOLOGY.dead.name, f"job.{bureau.name}", message_id=f"j{number}", type=name, headers=headers)
     assert len(bureau.listed("--limit", "5000")) == 3000
-    assert shown(bureau.run("replay", bureau.name, "--job", "bounced", "--yes")) == "replayed 2000 dead letters\n"
+    assert shown(bureau.run("replay", bureau.name, "--job", "bounced", "--yes")) == "replayed 1000 dead letters\n"
+    assert bureau.count(TOPOLOGY.queue(bureau.name).name) == 1000
+    assert shown(bureau.run("purge", bureau.name, "--job", "other", "--yes")) == "deleted 1000 dead letters\n"
     wait_until(lambda: bureau.count() == 1000)
     assert {it["job"] for it in bureau.listed()} == {f"{bureau.name}.broken"}
-    assert bureau.count(TOPOLOGY.queue(bureau.name).name) == 2000
-    assert "deleted 1000 dead letters" in shown(bureau.run("purge", bureau.name, "--yes"))
+    assert shown(bureau.run("purge", bureau.name, "--yes")) == "deleted 1000 dead letters\n"
     wait_until(lambda: bureau.count() == 0)
+
+
+async def test_what_is_held_too_long_goes_back_and_each_letter_is_tried_once(
+    bureau: Bureau, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await asyncio.to_thread(bureau.bury, 2, 4)
+    headers = {"rpcq-dead-reason": "gave_up"}
+    await asyncio.to_thread(bureau.publish, "", bureau.queue, message_id="stays", type="bounced", headers=headers)
+    monkeypatch.setattr(replaying, "HELD_AT_MOST", -1.0)  # after each letter
+    reported: list[tuple[str, str]] = []
+    options, broker = ConnectionOptions(), parse(bureau.url)
+    async with open_admin(broker, options, *broker.hosts[0]) as admin:
+        letters = Letters(admin, TOPOLOGY, bureau.queue)
+        replayer = Replayer(
+            letters,
+            open_transport(bureau.url, options),
+            to=None,
+            rate=None,
+            report=lambda letter, why: reported.append((letter.job.id, why)),
+        )
+        await replayer.run(Wanted(jobs=frozenset(["bounced"])), 7, 7)
+    assert (replayer.done, replayer.stay, len(reported)) == (4, 1, 5)
+    assert [job_id for job_id, why in reported if why] == ["stays"]
+    wait_until(lambda: bureau.count() == 3)
 
 
 # Purging.
@@ -421,6 +454,35 @@ def test_a_command_that_is_killed_loses_no_letter(bureau: Bureau) -> None:
     shown(bureau.run("replay", bureau.name, "--yes"))
     bureau.work(5)
     assert set(bureau.done) == set(range(5))
+
+
+# All services.
+
+
+@pytest.mark.long
+def test_the_management_api_knows_the_queues_of_all_services(tmp_path: Path) -> None:
+    setup = Setup(
+        config="management.tcp.port = {ports[0]}\nloopback_users.guest = false\n",
+        files=lambda _: {"enabled_plugins": b"[rabbitmq_management].\n"},
+        ports=1,
+    )
+    with a_broker(setup=setup) as own, pika.BlockingConnection(pika.URLParameters(own.url)) as connection:
+        two = [Bureau(own.url, tmp_path, connection.channel()) for _ in range(2)]
+        ids = [job_id for each in two for job_id in each.bury(bounced=2)]
+        management = f"http://127.0.0.1:{next(iter(own.ports.values()))}"
+        found: list[dict[str, Any]] = []
+
+        def all_of_them() -> list[dict[str, Any]]:
+            found[:] = two[0].objects("list", "--management", management)
+            return found if len(found) == 4 else []
+
+        wait_until(all_of_them)  # the API's view of the queues is a little late
+        assert {it["id"] for it in found} == set(ids)
+        assert {it["job"] for it in found} == {f"{each.name}.bounced" for each in two}
+        (letter,) = two[0].objects("show", ids[3], "--management", management)
+        assert letter["id"] == ids[3]
+        wrong = management.replace("//", "//guest:wrong@")
+        assert "the management API did not answer" in two[0].refused("list", "--management", wrong, code=3)
 
 
 # Errors.
