@@ -207,7 +207,7 @@ async def _list(desk: Desk, queue: str, wanted: Wanted, most: int, show: Callabl
         if not count:
             _note(f"no letters in {queue!r}" if wanted.is_all else f"no such letters among the {bound} in {queue!r}")
         elif letters.seen < bound and not letters.missed:
-            _note(f"{bound - letters.seen} more letters in {queue!r} were not looked at: raise --limit")
+            _note(f"not looked at in {queue!r}: {_many(bound - letters.seen, 'letter')}; raise --limit")
         return count
 
 
@@ -290,7 +290,7 @@ def replay(
     where = f"to {to!r}" if to else "to their services" if lost else f"to {service!r}"
     _change(desk, queue, wanted, limit, f"replay {{}} {where}", act, lost=lost, dry_run=dry_run, yes=yes, json=as_json)
     for why, count in stay.items():
-        errors.print(plain(f"{_count(count, lost=lost)} stay here:", "red"), plain(why), soft_wrap=True)
+        errors.print(plain(f"{_count(count, lost=lost)} not replayed:", "red"), plain(why), soft_wrap=True)
     if stay:
         raise typer.Exit(FAILED)
 
@@ -395,13 +395,15 @@ async def _bound(letters: Letters) -> int:
     """How many letters there are now."""
     state = await letters.state()
     if state.consumers:
-        _note(f"{state.consumers} consumers of {letters.queue!r} may hold letters, which are not seen here")
+        holders = _many(state.consumers, "consumer")
+        _note(f"{letters.queue!r} has {holders}, who may hold letters: these are not seen here")
     return state.messages
 
 
 def _note_missed(letters: Letters) -> None:
     if letters.missed:
-        _note(f"{letters.missed} letters of {letters.queue!r} were not seen: somebody else took them meanwhile")
+        missed = _many(letters.missed, "letter")
+        _note(f"not seen in {letters.queue!r}: {missed}, which somebody else took meanwhile")
 
 
 def _note(text: str) -> None:
@@ -409,7 +411,10 @@ def _note(text: str) -> None:
 
 
 def _count(number: int, *, lost: bool) -> str:
-    what = "lost message" if lost else "dead letter"
+    return _many(number, "lost message" if lost else "dead letter")
+
+
+def _many(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 

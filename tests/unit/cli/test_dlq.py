@@ -202,7 +202,7 @@ def test_filters_choose_letters(bureau: Bureau) -> None:
     assert chosen("--since", "2999-01-01") == chosen("--reason", "expired") == []
     assert len(chosen("--limit", "3")) == 3
     ran = bureau.run("list", bureau.name, "--limit", "3")
-    assert f"1 more letters in '{bureau.queue}' were not looked at: raise --limit" in ran.stderr
+    assert f"not looked at in '{bureau.queue}': 1 letter; raise --limit" in ran.stderr
     assert bureau.count() == 4
 
 
@@ -251,7 +251,7 @@ def test_what_cannot_be_read_is_listed_and_stays(bureau: Bureau) -> None:
     ran = bureau.run("replay", bureau.name, "--yes")
     assert ran.returncode == 1
     assert ran.stdout == "replayed 0 dead letters\n"
-    assert "2 dead letters stay here: the address" in ran.stderr.replace("\n", " ")
+    assert "2 dead letters not replayed: the address" in ran.stderr.replace("\n", " ")
     assert bureau.count() == 2
 
 
@@ -275,7 +275,7 @@ def test_messages_whose_queue_is_gone_are_listed_and_replayed(bureau: Bureau) ->
     ]
     ran = bureau.run("replay", *mine, "--yes")
     assert ran.returncode == 1
-    assert f"3 lost messages stay here: no queue takes jobs of service '{gone}'" in ran.stderr
+    assert f"3 lost messages not replayed: no queue takes jobs of service '{gone}'" in ran.stderr
     assert "replayed 2 lost messages" in shown(
         bureau.run("replay", *mine, "--reason", "lost", "--to", bureau.name, "--yes")
     )
@@ -337,7 +337,8 @@ def test_a_letter_that_no_queue_takes_stays_and_is_reported(bureau: Bureau) -> N
     assert ran.returncode == 1
     assert ran.stdout == "replayed 0 dead letters\n"
     assert (
-        f"3 dead letters stay here: no queue takes jobs of service '{bureau.name}-none': run `rpcq setup`" in ran.stderr
+        f"3 dead letters not replayed: no queue takes jobs of service '{bureau.name}-none': run `rpcq setup`"
+        in ran.stderr
     )
     said = bureau.objects("replay", bureau.name, "--to", f"{bureau.name}-none", "--yes", code=1)
     assert {(it["id"], it["replayed"]) for it in said} == {(each, False) for each in ids}
@@ -439,7 +440,7 @@ def test_letters_that_somebody_else_holds_are_not_passed_over_in_silence(bureau:
         next(consumer)
         ran = bureau.run("list", bureau.name, "--json")
     assert len(shown(ran).splitlines()) == 2
-    assert f"1 consumers of '{bureau.queue}' may hold letters, which are not seen here" in ran.stderr
+    assert f"'{bureau.queue}' has 1 consumer, who may hold letters: these are not seen here" in ran.stderr
     wait_until(lambda: bureau.count() == 3)
 
 

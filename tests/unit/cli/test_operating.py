@@ -262,7 +262,7 @@ def test_the_demo_shows_calls_and_how_they_fail(tmp_path: object) -> None:
 
 def test_the_shell_completes_commands(rpcq: Rpcq) -> None:
     words = {"_RPCQ_COMPLETE": "complete_bash", "COMP_WORDS": "rpcq d", "COMP_CWORD": "1"}
-    assert set(shown(rpcq.run(**words)).split()) == {"describe", "doctor", "demo"}
+    assert set(shown(rpcq.run(**words)).split()) == {"describe", "dlq", "doctor", "demo"}
 
 
 def test_an_administrators_questions_leave_no_connection(rpcq: Rpcq, broker: Broker) -> None:
