@@ -6,9 +6,8 @@ The messages that were looked at are held until the end: if one went back before
              the consumers hold all they may    -> one more consumer
              no message for QUIET seconds       -> is one ready? wait for it; otherwise there are no more
 
-A consumer is used, and not basic.get, because a consumer shows in the queue's state: another operator sees that
-somebody holds messages of the queue. On a quorum queue, each basic.get is a consumer of its own as well, so that
-RabbitMQ needs a command for each message to acknowledge many.
+A consumer is used, and not basic.get: messages come many at a time, and a consumer shows in the queue's state, so that
+another operator sees that somebody holds messages of the queue.
 """
 
 from __future__ import annotations
