@@ -23,6 +23,7 @@ from producer_service.load import send
 from rpcq import Client, RpcqError, Worker
 from rpcq.bench import Measured
 from rpcq.cli.text import plain
+from rpcq.runtime.distribution import missing
 
 console = Console()
 
@@ -108,7 +109,8 @@ def serve(given: list[str]) -> int:
     try:
         from producer_service.serve import main as serving  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as error:
-        print(f"producer_service: serve needs the extra web: pip install 'rpcq[web]' ({error})", file=sys.stderr)
+        what = missing("producer_service: serve", error.name or "starlette", "web")
+        print(f"{what} ({error})", file=sys.stderr)
         return 2
     return serving(given)
 

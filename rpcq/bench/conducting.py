@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from typing import Any, Literal
 
 from rpcq.bench.echo import METHOD, NonceRecord, echo_service, read_nonces
@@ -23,6 +22,7 @@ from rpcq.bench.result import Run
 from rpcq.client import Client
 from rpcq.errors import BrokerError, RpcqError
 from rpcq.options import ClientOptions
+from rpcq.runtime.process import own_version
 from rpcq.transport.memory.broker import MemoryBroker
 from rpcq.transport.rabbitmq.admin import Admin, open_admin
 from rpcq.url import parse
@@ -223,6 +223,6 @@ async def host(url: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "rpcq": version("rpcq"),
+        "rpcq": own_version(),
         "broker": broker,
     }

@@ -21,12 +21,13 @@ from rpcq.cli.calling import read_parameters
 from rpcq.cli.options import FAILED, WORKER, Level, LogLevel, Namespace, Url
 from rpcq.environment import broker_url
 from rpcq.errors import ConfigurationError
+from rpcq.runtime.distribution import missing
 from rpcq.runtime.process import run
 from rpcq.url import mask
 from rpcq.wire import bodies
 
-EXTRA: Final = "rpcq bench needs the package hdrhistogram: pip install 'rpcq[bench]'"
-PAGE_EXTRA: Final = "--html needs the package jinja2: pip install 'rpcq[bench]'"
+EXTRA: Final = missing("rpcq bench", "hdrhistogram", "bench")
+PAGE_EXTRA: Final = missing("--html", "jinja2", "bench")
 
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?\Z")
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}

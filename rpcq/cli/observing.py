@@ -13,6 +13,7 @@ from rpcq.environment import broker_url
 from rpcq.errors import ConfigurationError
 from rpcq.observability.calls import CallLogs
 from rpcq.observer import Observer
+from rpcq.runtime.distribution import missing
 from rpcq.service import Service
 from rpcq.worker import Worker
 
@@ -70,8 +71,7 @@ def _metrics() -> Metrics:
     try:
         from rpcq.observability.metrics import Metrics  # noqa: PLC0415 - an extra
     except ImportError as error:
-        msg = "--http needs the package prometheus-client: pip install 'rpcq[metrics]'"
-        raise ConfigurationError(msg) from error
+        raise ConfigurationError(missing("--http", "prometheus-client", "metrics")) from error
     return Metrics()
 
 
@@ -79,8 +79,7 @@ def _tracing(ratio: float) -> Observer:
     try:
         from rpcq.observability.tracing import Tracing  # noqa: PLC0415 - an extra
     except ImportError as error:
-        msg = "--trace-calls needs the package opentelemetry-api: pip install 'rpcq[tracing]'"
-        raise ConfigurationError(msg) from error
+        raise ConfigurationError(missing("--trace-calls", "opentelemetry-api", "tracing")) from error
     return Tracing(ratio)
 
 

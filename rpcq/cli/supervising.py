@@ -14,6 +14,7 @@ from rpcq import logs
 from rpcq.cli.options import USAGE
 from rpcq.errors import ConfigurationError
 from rpcq.runtime.backoff import Backoff
+from rpcq.runtime.distribution import missing
 
 FIRST_PAUSE: Final = 0.5
 LONGEST_PAUSE: Final = 30.0
@@ -146,6 +147,5 @@ def _changes() -> Callable[..., AsyncIterator[Any]]:
     try:
         from watchfiles import PythonFilter, awatch  # noqa: PLC0415 - an extra
     except ImportError as error:
-        msg = "--reload needs the package watchfiles: pip install 'rpcq[reload]'"
-        raise ConfigurationError(msg) from error
+        raise ConfigurationError(missing("--reload", "watchfiles", "reload")) from error
     return partial(awatch, watch_filter=PythonFilter())

@@ -12,6 +12,7 @@ from itertools import count
 from typing import Any, TypeVar
 
 from rpcq.errors import UsageError
+from rpcq.runtime.distribution import DISTRIBUTION
 
 T = TypeVar("T")
 
@@ -69,7 +70,7 @@ def own_version() -> str:
     from importlib import metadata  # noqa: PLC0415 - seldom needed, and slow to import
 
     try:
-        return metadata.version("rpcq")
+        return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:  # it runs from a source folder
         return "unknown"
 

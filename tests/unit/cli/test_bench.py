@@ -249,7 +249,7 @@ def test_a_service_without_a_worker_is_reported_at_once(rpcq: Rpcq) -> None:
 def test_without_its_extra_it_says_what_to_install(rpcq: Rpcq) -> None:
     (rpcq.folder / "hdrh.py").write_text("raise ModuleNotFoundError('hdrh', name='hdrh')\n")
     environment = os.pathsep.join([str(rpcq.folder), rpcq.environment()["PYTHONPATH"]])
-    assert "pip install 'rpcq[bench]'" in rpcq.refused("bench", "--url", "memory://", code=2, PYTHONPATH=environment)
+    assert "pip install '.[bench]'" in rpcq.refused("bench", "--url", "memory://", code=2, PYTHONPATH=environment)
 
 
 def test_without_jinja2_a_page_is_refused_before_anything_is_measured(rpcq: Rpcq) -> None:
@@ -257,4 +257,4 @@ def test_without_jinja2_a_page_is_refused_before_anything_is_measured(rpcq: Rpcq
     environment = os.pathsep.join([str(rpcq.folder), rpcq.environment()["PYTHONPATH"]])
     arguments = ("bench", "--url", "memory://", "--html", "page.html")
     said = rpcq.refused(*arguments, code=2, PYTHONPATH=environment)
-    assert "--html needs the package jinja2: pip install 'rpcq[bench]'" in said
+    assert "--html needs the package jinja2: in a clone of rpcq, run pip install '.[bench]'" in said

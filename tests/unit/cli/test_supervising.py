@@ -137,4 +137,4 @@ def test_a_worker_is_started_again_when_its_file_changes_and_mended_when_it_was_
 def test_without_watchfiles_reload_says_what_to_install(rpcq: Rpcq) -> None:
     (rpcq.folder / "watchfiles.py").write_text("raise ImportError\n")
     said = rpcq.refused("worker", "services:things", "--reload", code=2, PYTHONPATH=f"{rpcq.folder}{os.pathsep}.")
-    assert "pip install 'rpcq[reload]'" in said
+    assert "pip install '.[reload]'" in said

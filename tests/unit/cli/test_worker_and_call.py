@@ -23,6 +23,7 @@ from rpcq import ConfigurationError, __version__
 from rpcq.cli import main
 from rpcq.cli.calling import read_parameters
 from rpcq.cli.serving import load_services
+from rpcq.runtime.distribution import DISTRIBUTION
 from support.command import SECONDS, SECRET, SERVICES, Rpcq, one_line, wait_until
 
 # Calling.
@@ -56,8 +57,8 @@ def test_parameters_are_json_or_text_by_name_or_by_position(
 
 
 def test_the_version_is_told(rpcq: Rpcq) -> None:
-    assert rpcq.run("--version").stdout == f"rpcq {metadata.version('rpcq')}\n"
-    assert __version__ == metadata.version("rpcq")
+    assert rpcq.run("--version").stdout == f"rpcq {metadata.version(DISTRIBUTION)}\n"
+    assert __version__ == metadata.version(DISTRIBUTION)
 
 
 def test_a_parameter_that_is_given_twice_is_named() -> None:
