@@ -13,11 +13,13 @@ from rpcq.cli.demo import demo
 from rpcq.cli.dlq import dlq
 from rpcq.cli.doctor import doctor, setup
 from rpcq.cli.looking import describe, list_services, ping
-from rpcq.cli.options import EXIT_CODES, USAGE, errors, exit_code
+from rpcq.cli.options import EXIT_CODES, FAILED, USAGE, errors, exit_code
 from rpcq.cli.serving import worker
 from rpcq.cli.text import plain
+from rpcq.cli.tracebacks import users_place, users_traceback
 from rpcq.errors import CallError, RpcqError
 from rpcq.runtime.process import own_version
+from rpcq.url import mask_urls
 
 app = typer.Typer(
     name="rpcq",
@@ -60,5 +62,10 @@ def main(arguments: list[str] | None = None) -> None:
     except RpcqError as error:
         code = exit_code(error)
         who = type(error).__name__ if isinstance(error, CallError) or code != USAGE else "rpcq"
-        errors.print(plain(f"{who}:", "red"), plain(error, lines=True), soft_wrap=True)
+        place = users_place(error) if code == USAGE else ""
+        text = f"{error} (at {place})" if place else error
+        errors.print(plain(f"{who}:", "red"), plain(text, lines=True), soft_wrap=True)
         sys.exit(code)
+    except Exception as error:  # noqa: BLE001 - the user's own code: a module that is imported, a lifespan
+        errors.print(plain(mask_urls(users_traceback(error)), lines=True), end="", soft_wrap=True)
+        sys.exit(FAILED)

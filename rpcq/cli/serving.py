@@ -57,7 +57,12 @@ def worker(  # over 50 lines, because typer reads the options from the parameter
     ] = None,
     namespace: Namespace = None,
     reload: Annotated[
-        bool, typer.Option("--reload", help="Start again when a Python file in this folder changes; for development.")
+        bool,
+        typer.Option(
+            "--reload",
+            help="Start again when a Python file in this folder changes; for development. After an error in the user's "
+            "own code, such as a syntax error or a lifespan that fails, wait until a Python file changes.",
+        ),
     ] = False,
     http: Annotated[
         str | None,

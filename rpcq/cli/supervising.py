@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rpcq import logs
-from rpcq.cli.options import USAGE
+from rpcq.cli.options import FAILED, USAGE
 from rpcq.errors import ConfigurationError
 from rpcq.runtime.backoff import Backoff
 from rpcq.runtime.distribution import missing
@@ -99,6 +99,12 @@ class _Supervisor:
             if code == USAGE and not self._reloads:
                 self.stop()  # it has printed what is wrong, and another one would fail in the same way
                 return False
+            if code in (FAILED, USAGE) and self._reloads:  # the same: a broken module, a lifespan that fails
+                log.error("worker process failed; waiting until a Python file changes", number=number, exit_code=code)
+                await self._sleep(None, changed)
+                if self._stopping.is_set():
+                    return False
+                continue
             lived = time.monotonic() - began
             if lived > EARLY:
                 backoff.reset()
@@ -125,8 +131,8 @@ class _Supervisor:
         finally:
             self._running.discard(process)
 
-    async def _sleep(self, seconds: float, changed: asyncio.Event) -> None:
-        """Wait until the time is over, files change, or `stop` is called."""
+    async def _sleep(self, seconds: float | None, changed: asyncio.Event) -> None:
+        """Wait until the time is over (None: without that), files change, or `stop` is called."""
         waits = [asyncio.create_task(it.wait()) for it in (self._stopping, changed)]
         await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
@@ -148,4 +154,5 @@ def _changes() -> Callable[..., AsyncIterator[Any]]:
         from watchfiles import PythonFilter, awatch  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise ConfigurationError(missing("--reload", "watchfiles", "reload")) from error
+    logs.silence("watchfiles.main")  # `_reload_on_changes` reports the same
     return partial(awatch, watch_filter=PythonFilter())

@@ -7,14 +7,32 @@ import signal
 from collections.abc import Callable
 
 import psutil
+import pytest
 
-from support.command import Process, Rpcq, wait_until
+from support.command import SERVICES, Process, Rpcq, wait_until
 
 STARTS = """
 import os
 from pathlib import Path
 with Path("starts").open("a") as starts:
     starts.write("x")
+"""
+
+
+FAILING_LIFESPAN = """
+from contextlib import asynccontextmanager
+from rpcq import Service
+
+@asynccontextmanager
+async def lifespan():
+    raise OSError("the database is down")
+    yield
+
+things = Service("things", lifespan=lifespan)
+
+@things.method
+async def add(x: int) -> int:
+    return x
 """
 
 
@@ -126,12 +144,50 @@ def test_a_worker_is_started_again_when_its_file_changes_and_mended_when_it_was_
     worker.wait_for(lambda: any("watching for changes" in line for line in worker.lines))
     assert rpcq.call("things.add", "1", "2").stdout == "3\n"
     services.write_text("this is no Python")
-    worker.wait_for(lambda: any("worker process died" in line for line in worker.lines))
+    worker.wait_for(lambda: any("waiting until a Python file changes" in line for line in worker.lines))
+    assert "SyntaxError: invalid syntax" in worker.lines
+    assert not any("worker process died" in line for line in worker.lines)
     services.write_text(text.replace("return x + y", "return x + y + 1000"))
     worker.wait_for(served(worker, 2))
     assert rpcq.call("things.add", "1", "2").stdout == "1003\n"
     worker.signal(signal.SIGINT)
     assert worker.ended() == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [
+        (STARTS + "import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'"),
+        (STARTS + "from rpcq import Service\nthings = Service('no dots.')\n", "rpcq: "),
+        (STARTS + FAILING_LIFESPAN, "OSError: the database is down"),
+    ],
+    ids=["missing import", "definition", "lifespan"],
+)
+def test_what_fails_in_the_users_code_waits_for_a_change_and_is_not_started_again_before(
+    rpcq: Rpcq, code: str, shown: str
+) -> None:
+    (rpcq.folder / "broken.py").write_text(code)
+    worker = rpcq.start("worker", "--namespace", rpcq.namespace, "broken:things", "--reload")
+    worker.wait_for(lambda: any("waiting until a Python file changes" in line for line in worker.lines))
+    assert any(line.startswith(shown) for line in worker.lines), worker.lines
+    assert len(worker.lines) < 12, worker.lines
+    assert not any("watchfiles" in line or "typer" in line for line in worker.lines)
+    # Before, it was started again after 0.5 s. A process that only waits for a change has not been by now.
+    ran = rpcq.run("--version")
+    assert ran.returncode == 0
+    assert (rpcq.folder / "starts").read_text() == "x"
+    (rpcq.folder / "broken.py").write_text(SERVICES)
+    worker.wait_for(served(worker, 1))
+    worker.signal(signal.SIGTERM)
+    assert worker.ended() == 0
+
+
+def test_a_worker_that_waits_for_a_change_ends_at_a_signal(rpcq: Rpcq) -> None:
+    (rpcq.folder / "broken.py").write_text("1 / 0\n")
+    worker = rpcq.start("worker", "broken:things", "--reload")
+    worker.wait_for(lambda: any("waiting until a Python file changes" in line for line in worker.lines))
+    worker.signal(signal.SIGINT)
+    assert worker.ended() == 1
 
 
 def test_without_watchfiles_reload_says_what_to_install(rpcq: Rpcq) -> None:

@@ -173,6 +173,11 @@ def test_a_call_may_go_to_a_queue_that_is_not_rpcqs(rpcq: Rpcq) -> None:
 
 # What is served.
 
+LIFESPAN = (
+    "from contextlib import asynccontextmanager\nfrom rpcq import Service\n@asynccontextmanager\nasync def lifespan():"
+)
+SERVED = "things = Service('things', lifespan=lifespan)\n@things.method\ndef add(x: int) -> int: return x"
+
 
 @pytest.mark.parametrize(
     ("path", "said"),
@@ -211,20 +216,67 @@ def test_a_path_that_is_no_service_exits_with_2(rpcq: Rpcq) -> None:
     assert str(rpcq.folder) in line
 
 
-@pytest.mark.parametrize(
-    ("code", "error"),
-    [
-        ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
-        ("1 / 0", "ZeroDivisionError"),
-    ],
-)
-def test_a_module_that_cannot_be_imported_shows_its_own_traceback(rpcq: Rpcq, code: str, error: str) -> None:
+BROKEN = {
+    "import no_such_module_at_all": (
+        ["broken.py:2"],
+        "ModuleNotFoundError: No module named 'no_such_module_at_all'",
+    ),
+    "1 / 0": (["broken.py:2"], "ZeroDivisionError: division by zero"),
+    "def (": (["broken.py:2"], "SyntaxError: invalid syntax"),
+    "import other": (["broken.py:2", "other.py:1"], "SyntaxError: invalid syntax"),
+    "import json\njson.loads('{')": (["broken.py:3"], "json.decoder.JSONDecodeError: Expecting property name .*"),
+    "import pydantic\npydantic.TypeAdapter(int).validate_python('x')": (
+        ["broken.py:3"],
+        r"\(calls inside libraries are not shown: [1-3]; --log-level debug shows them\)",
+    ),
+    "try:\n    1 / 0\nexcept ZeroDivisionError:\n    raise ValueError('amqp://me:hidden@there/')": (
+        ["broken.py:3", "broken.py:5"],
+        r"ValueError: amqp://me:\*\*\*@there/",
+    ),
+    f"{LIFESPAN}\n    def fail(): raise OSError('no database')\n    fail()\n    yield\n{SERVED}": (
+        ["broken.py:7", "broken.py:6"],
+        "OSError: no database",
+    ),
+    f"{LIFESPAN}\n    yield 1 / 0\n{SERVED}": (["broken.py:6"], "ZeroDivisionError: division by zero"),
+}
+
+
+@pytest.mark.parametrize("code", BROKEN)
+def test_an_error_in_the_users_code_shows_the_users_own_frames_and_no_others(rpcq: Rpcq, code: str) -> None:
+    places, last = BROKEN[code]
     (rpcq.folder / "broken.py").write_text(f"# the first line\n{code}\n")
-    ran = rpcq.run("worker", "broken:things")
+    (rpcq.folder / "other.py").write_text("def (\n")
+    ran = rpcq.run("worker", "--namespace", rpcq.namespace, "broken:things")
+    assert (ran.returncode, ran.stdout) == (1, "")
+    shown = re.findall(r'^  File "([^"]+)", line (\d+)', ran.stderr, re.MULTILINE)
+    assert [f"{Path(file).name}:{line}" for file, line in shown] == places
+    assert {Path(file).parent for file, _ in shown} == {rpcq.folder}
+    assert re.fullmatch(last, ran.stderr.splitlines()[-1]), ran.stderr
+    assert "typer" not in ran.stderr
+
+
+def test_with_the_log_level_debug_all_frames_are_shown(rpcq: Rpcq) -> None:
+    (rpcq.folder / "broken.py").write_text("1 / 0\n")
+    ran = rpcq.run("worker", "broken:things", "--log-level", "debug")
     assert ran.returncode == 1
-    assert error in ran.stderr
     assert "broken.py" in ran.stderr
-    assert "line 2" in ran.stderr
+    assert "typer" in ran.stderr
+
+
+def test_an_installed_module_shows_its_frames_too(rpcq: Rpcq) -> None:
+    site = rpcq.folder / "site-packages"
+    site.mkdir()
+    (site / "installed.py").write_text("def fail():\n    1 / 0\nfail()\n")
+    path = os.pathsep.join([str(site), rpcq.environment()["PYTHONPATH"]])
+    ran = rpcq.run("worker", "installed:things", PYTHONPATH=path)
+    assert ran.returncode == 1
+    assert re.findall(r'File "[^"]+/(\S+)", line (\d+)', ran.stderr) == [("installed.py", "3"), ("installed.py", "2")]
+
+
+def test_a_definition_that_rpcq_refuses_is_one_line_with_its_place(rpcq: Rpcq) -> None:
+    (rpcq.folder / "broken.py").write_text("from rpcq import Service\n\nthings = Service('a b')\n")
+    line = rpcq.refused("worker", "broken:things", code=2)
+    assert line.endswith("(at broken.py:3)")
 
 
 # Stopping.
