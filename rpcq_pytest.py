@@ -20,5 +20,6 @@ def rpcq_running(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     place = Place()
     monkeypatch.setenv("RPCQ_URL", place.url)
+    monkeypatch.delenv("RPCQ_URL_FILE", raising=False)  # only one of both may be set
     monkeypatch.setenv("RPCQ_NAMESPACE", place.namespace)
     return place.running

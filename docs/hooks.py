@@ -84,7 +84,8 @@ def _parameters(kind: str, params: list[Any]) -> Iterator[str]:
         if isinstance(it.default, Enum):
             meaning += f" One of {', '.join(f'`{choice.value}`' for choice in type(it.default))}."
         if it.envvar:
-            meaning += f" From the environment: `{it.envvar}`."
+            variables = [it.envvar] if isinstance(it.envvar, str) else it.envvar
+            meaning += f" From the environment: {', '.join(f'`{name}`' for name in variables)}."
         default = it.show_default if isinstance(it.show_default, str) else it.default
         rows.append((", ".join(f"`{name}`" for name in names), _value(default), meaning))
     yield _table((kind, "Default", "Meaning"), rows)
@@ -105,7 +106,10 @@ def _value(value: Any) -> str:
 
 def settings_table() -> str:
     """The broker's URL and every option of a client and of a worker, with its variable."""
-    meanings = _meanings() | {"url": "the broker: amqp://user:password@host:port/vhost, amqps://..., or memory://"}
+    meanings = _meanings() | {
+        "url": "the broker: amqp://user:password@host:port/vhost, amqps://..., or memory://",
+        "url_file": "a file with the broker's URL, such as a Docker secret; instead of `RPCQ_URL`",
+    }
     rows = [
         (
             f"`{it.variable}`",

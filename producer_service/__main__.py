@@ -1,6 +1,6 @@
 """`python -m producer_service`: send many concurrent requests and check every reply.
 
-The broker is in `--url` or `RPCQ_URL`; without these, the broker and the worker run in this process.
+The broker is in `--url`, `RPCQ_URL` or `RPCQ_URL_FILE`; without these, the broker and the worker run in this process.
 `python -m producer_service serve` does the same as a web app, with options of its own.
 """
 
@@ -23,6 +23,7 @@ from producer_service.load import send
 from rpcq import Client, RpcqError, Worker
 from rpcq.bench import Measured
 from rpcq.cli.text import plain
+from rpcq.environment import url_from_environment
 from rpcq.runtime.distribution import missing
 
 console = Console()
@@ -31,7 +32,7 @@ console = Console()
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m producer_service", description=__doc__)
-    parser.add_argument("--url", default=os.environ.get("RPCQ_URL") or "memory://", help="the broker's URL")
+    parser.add_argument("--url", help="the broker's URL (default: RPCQ_URL or RPCQ_URL_FILE, else memory://)")
     parser.add_argument("--requests", type=int, default=1000, help="calls to send (default: 1000)")
     parser.add_argument("--concurrency", type=int, default=200, help="calls under way at once (default: 200)")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds of simulated work in each call (default: 0)")
@@ -43,6 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--namespace", default="rpcq", help="prefix of queues and exchanges (default: rpcq)")
     parser.add_argument("--with-worker", action="store_true", help="also start consumer_service, in its own process")
     found = parser.parse_args()
+    found.url = found.url or url_from_environment() or "memory://"
     if found.requests < 1 or found.concurrency < 1:
         parser.error("--requests and --concurrency must be at least 1")
     return found
@@ -56,8 +58,10 @@ async def worker(asked: argparse.Namespace) -> AsyncIterator[str]:
             yield f"in this process, prefetch {asked.prefetch}"
     elif asked.with_worker:
         options = ["--prefetch", str(asked.prefetch), "--namespace", asked.namespace]
+        environment = {**os.environ, "RPCQ_URL": asked.url}
+        environment.pop("RPCQ_URL_FILE", None)  # only one of both may be set
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "consumer_service", *options, env={**os.environ, "RPCQ_URL": asked.url}
+            sys.executable, "-m", "consumer_service", *options, env=environment
         )
         try:
             yield f"process {process.pid}, prefetch {asked.prefetch}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from http import HTTPStatus
@@ -32,6 +31,7 @@ from consumer_service.echo import echo
 from producer_service.asking import MOST_AT_ONCE, MOST_REQUESTS, Answer, Run
 from producer_service.shielding import Shielding
 from rpcq import Overloaded, RpcqError, ServiceUnavailable
+from rpcq.environment import url_from_environment
 from rpcq.web import CancelOnDisconnect, Rpc, on_call_error, problem
 
 STATIC: Final = Path(__file__).parent / "static"
@@ -237,7 +237,8 @@ def create_app(
     """Make the app.
 
     Args:
-        url: the broker's URL; None for `RPCQ_URL`. If that is empty too, the broker and the worker run in this process.
+        url: the broker's URL; None for that of the environment. If there is none either, the broker and the worker run
+            in this process.
         namespace: prefix of queues and exchanges.
         with_worker: whether the worker runs in this process, in the event loop of the app.
         prefetch: calls of each service that this worker runs at once.
@@ -246,7 +247,7 @@ def create_app(
         ConfigurationError: an argument is not valid.
 
     """
-    url = url or os.environ.get("RPCQ_URL") or "memory://"
+    url = url or url_from_environment() or "memory://"
     beside = with_worker or url.startswith("memory:")
     services = [echo, calculator] if beside else []
     rpc = Rpc(

@@ -1,13 +1,12 @@
 """`python -m producer_service serve`: the page and `POST /process`.
 
-The broker is in `--url` or `RPCQ_URL`; without these, the broker and the worker run in this process.
+The broker is in `--url`, `RPCQ_URL` or `RPCQ_URL_FILE`; without these, the broker and the worker run in this process.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import signal
 import socket
 import sys
@@ -33,7 +32,7 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m producer_service serve", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=port, default=8000, help="port to listen on, 0 for a free one (default: 8000)")
-    parser.add_argument("--url", default=os.environ.get("RPCQ_URL") or "memory://", help="the broker's URL")
+    parser.add_argument("--url", help="the broker's URL (default: RPCQ_URL or RPCQ_URL_FILE, else memory://)")
     parser.add_argument("--namespace", default="rpcq", help="prefix of queues and exchanges (default: rpcq)")
     parser.add_argument(
         "--prefetch", type=int, default=100, help="prefetch of the worker that this starts (default: 100)"

@@ -11,6 +11,7 @@ import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
 from rpcq.errors import ConfigurationError
@@ -22,18 +23,51 @@ _READERS: Final[dict[str, type[ConnectionOptions]]] = {"client": ClientOptions, 
 _FORMS: Final[dict[Any, str]] = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
+URL: Final = "RPCQ_URL"
+URL_FILE: Final = "RPCQ_URL_FILE"
+"""The variable with the path of a file that contains the URL, such as a Docker secret. The file is read at each use."""
+
+
 def broker_url(url: str | None) -> str:
-    """The URL that is given, or else the URL in `RPCQ_URL`.
+    """The URL that is given, or else the URL of the environment.
 
     Raises:
-        ConfigurationError: there is no URL.
+        ConfigurationError: there is no URL, or as `url_from_environment`.
 
     """
-    url = url or os.environ.get("RPCQ_URL")
+    url = url or url_from_environment()
     if not url:
-        msg = "the broker's URL is missing: give one, such as 'amqp://localhost/' or 'memory://', or set RPCQ_URL"
+        msg = (
+            "the broker's URL is missing: give one, such as 'amqp://localhost/' or 'memory://', or set RPCQ_URL or "
+            "RPCQ_URL_FILE"
+        )
         raise ConfigurationError(msg)
     return url
+
+
+def url_from_environment() -> str | None:
+    """The URL in `RPCQ_URL`, or in the file that `RPCQ_URL_FILE` names; None if neither is set.
+
+    Raises:
+        ConfigurationError: both are set, or the file cannot be read or does not contain one URL.
+
+    """
+    url, path = os.environ.get(URL), os.environ.get(URL_FILE)
+    if not path:
+        return url or None
+    if url:
+        raise ConfigurationError("only one of RPCQ_URL and RPCQ_URL_FILE may be set: unset the other one")
+    try:
+        lines = Path(path).read_text("utf-8").strip().splitlines()
+    except OSError as error:
+        msg = f"RPCQ_URL_FILE must name a file that can be read; got {path!r}: {error.strerror}"
+        raise ConfigurationError(msg) from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"RPCQ_URL_FILE must name a file of text in UTF-8; got {path!r}") from error
+    if len(lines) != 1:  # its text may be a secret, and is not shown
+        msg = f"RPCQ_URL_FILE must name a file with one line, the broker's URL; got {path!r}, with {len(lines)} lines"
+        raise ConfigurationError(msg)
+    return lines[0]
 
 
 def options_from(kind: type[Options], given: Mapping[str, Any]) -> Options:
@@ -89,7 +123,7 @@ class Setting:
 
     Attributes:
         variable: the name of the environment variable.
-        option: the name of the keyword argument.
+        option: the name of the keyword argument; only "url_file" is none.
         read_by: "client", "worker" or both.
         kind: the type as it is written in `rpcq.options`, such as "int" or "tuple[str, ...]".
         default: the value without an argument and without the variable.
@@ -105,7 +139,10 @@ class Setting:
 
 def settings() -> list[Setting]:
     """The broker's URL and all options of clients and workers, in the order of `rpcq.options`."""
-    found = {"url": Setting("RPCQ_URL", "url", ("client", "worker"), "str", None)}
+    found = {
+        option: Setting(name, option, ("client", "worker"), "str", None)
+        for name, option in ((URL, "url"), (URL_FILE, "url_file"))
+    }
     for reader, kind in _READERS.items():
         for it in fields(kind):
             read_by = (*(found[it.name].read_by if it.name in found else ()), reader)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from rpcq import logs
 from rpcq.bench.generator import NONCES
+from rpcq.errors import RpcqError
 from rpcq.runtime.process import run
 from rpcq.service import Service
 from rpcq.worker import Worker
@@ -105,17 +106,25 @@ async def serve(settings: Mapping[str, Any]) -> None:
             del exc
             ended.set()
 
-    async with Worker(
-        service,
-        url=settings["url"],
-        namespace=settings["namespace"],
-        prefetch=settings["prefetch"],
-        name="rpcq-bench-worker",
-    ):
-        print("ready", flush=True)  # noqa: T201 - read by the process that started this one
-        await asyncio.get_running_loop().connect_read_pipe(Pipe, sys.stdin)
-        await ended.wait()
-    print(nonces.to_json(), flush=True)  # noqa: T201
+    try:
+        async with Worker(
+            service,
+            url=settings["url"],
+            namespace=settings["namespace"],
+            prefetch=settings["prefetch"],
+            name="rpcq-bench-worker",
+        ):
+            _say("ready")
+            await asyncio.get_running_loop().connect_read_pipe(Pipe, sys.stdin)
+            await ended.wait()
+    except RpcqError as error:
+        _say(f"error {type(error).__name__}: {error}".replace("\n", " "))
+    else:
+        _say(nonces.to_json())
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201 - read by the process that started this one
 
 
 def main() -> None:

@@ -279,7 +279,7 @@ class _Progress:
 
     def __init__(self, plan: Any) -> None:
         self._plan = plan
-        self._live = progress.status("") if progress.is_terminal else None
+        self._live = progress.status("") if progress.is_terminal and not progress.is_dumb_terminal else None
         self._title = ""
         self._sent = self._ok = self._failed = 0
 

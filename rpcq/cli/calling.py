@@ -23,6 +23,7 @@ from rpcq.cli.options import (
 from rpcq.cli.text import print_json
 from rpcq.client import Client
 from rpcq.errors import CallError, ConfigurationError, to_wire
+from rpcq.options import check_seconds
 from rpcq.runtime.process import run
 from rpcq.terminal import printable_json
 from rpcq.wire import bodies
@@ -47,6 +48,15 @@ def call(
     idempotent: Annotated[
         bool, typer.Option("--idempotent", help="Send the call again if an attempt may have been lost.")
     ] = False,
+    wait: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds to wait for a worker of the service to appear before the call is made, for one that was just "
+            "started. They do not count towards the timeout. If no worker answers, the call is not made, and the exit "
+            "code is 5. The broker has to be there already.",
+            show_default="no wait",
+        ),
+    ] = None,
     queue: Annotated[str | None, typer.Option(help="Send to this queue; for servers other than rpcq.")] = None,
     namespace: Namespace = None,
     as_json: Json = False,
@@ -54,11 +64,14 @@ def call(
 ) -> None:
     """Call a method and print its result as JSON. With --json, an error is printed as JSON too."""
     logs.configure(log_level.upper())
+    service = _service_of(target, queue, wait)
     args, params = read_parameters(parameters or [])
 
     async def once() -> Any:
         options = given(timeout=timeout, namespace=namespace, name=default_name("call"))
         async with Client(url, **options) as client:
+            if wait is not None:
+                await client.wait_for_service(service, timeout=wait)
             return await client.with_options(queue=queue, idempotent=idempotent).call(target, *args, **params)
 
     try:
@@ -73,6 +86,30 @@ def call(
         print_json({"result": result})
     else:
         print(printable_json(json.dumps(result, indent=2, ensure_ascii=False)))
+
+
+def _service_of(target: str, queue: str | None, wait: float | None) -> str:
+    """The service that the target names; empty with `--queue`.
+
+    Raises:
+        ConfigurationError: the target is not `service.method`, or `--wait` cannot be used.
+
+    """
+    if wait is not None:
+        check_seconds("--wait", wait)
+    if queue is not None:
+        if wait is not None:
+            msg = "--wait must be without --queue: it asks rpcq's workers, and another server does not answer that"
+            raise ConfigurationError(msg)
+        return ""
+    service, dot, _ = target.rpartition(".")
+    if not dot:
+        msg = (
+            f"the target must be service.method; got {target!r}. 'rpcq list' shows services and their methods. For a "
+            f"server other than rpcq, name its queue: rpcq call {target} --queue QUEUE"
+        )
+        raise ConfigurationError(msg)
+    return service
 
 
 def read_parameters(words: list[str]) -> tuple[list[Any], dict[str, Any]]:

@@ -19,7 +19,7 @@ from rpcq.cli.options import FAILED, Level, LogLevel, Namespace, Url, given
 from rpcq.cli.serving import load_services
 from rpcq.cli.text import plain
 from rpcq.client import Client
-from rpcq.environment import broker_url, options_from, settings
+from rpcq.environment import URL, URL_FILE, broker_url, options_from, settings
 from rpcq.errors import (
     AccessRefused,
     AuthenticationFailed,
@@ -112,12 +112,13 @@ def doctor(
     """
     logs.configure(log_level.upper())
     options = options_from(ClientOptions, given(namespace=namespace))
-    broker = parse(broker_url(url))
+    address = broker_url(url)
+    broker = parse(address)
     found = load_services(services or [])
 
     async def examine() -> bool:
         good = True
-        async for finding in _examine(broker, broker_url(url), options, found, management):
+        async for finding in _examine(broker, address, _source_of(url), options, found, management):
             good = good and finding.grade is not Grade.BAD
             console.print(finding.grade.value, plain(finding.text), soft_wrap=True)
             if finding.fix:
@@ -129,9 +130,9 @@ def doctor(
 
 
 async def _examine(
-    broker: BrokerURL, url: str, options: ClientOptions, services: list[Service], management: str | None
+    broker: BrokerURL, url: str, source: str, options: ClientOptions, services: list[Service], management: str | None
 ) -> Findings:
-    yield _settings(url, options)
+    yield _settings(url, source, options)
     if broker.scheme == "memory":
         yield Found(Grade.GOOD, "memory:// is a broker inside each process: there is no connection to check")
         return
@@ -158,10 +159,18 @@ async def _examine(
             yield finding
 
 
-def _settings(url: str, options: ClientOptions) -> Found:
-    here = [it.variable for it in settings() if os.environ.get(it.variable)]
-    source = f"; from the environment: {', '.join(here)}" if here else ""
-    return Found(Grade.GOOD, f"settings: {mask(url)}, namespace {options.namespace!r}{source}")
+def _settings(url: str, source: str, options: ClientOptions) -> Found:
+    here = [it.variable for it in settings() if os.environ.get(it.variable) and it.variable not in (URL, URL_FILE)]
+    others = f"; also from the environment: {', '.join(here)}" if here else ""
+    return Found(Grade.GOOD, f"settings: {mask(url)} (from {source}), namespace {options.namespace!r}{others}")
+
+
+def _source_of(url: str | None) -> str:
+    """Where the URL comes from: the option, or the variable that is set."""
+    if url:
+        return "--url"
+    path = os.environ.get(URL_FILE)
+    return f"{URL_FILE}, {path}" if path else URL
 
 
 def _version(admin: Admin) -> Found:

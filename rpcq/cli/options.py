@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from rpcq.environment import URL, URL_FILE
 from rpcq.errors import (
     BrokerError,
     CallError,
@@ -63,10 +64,19 @@ class Level(StrEnum):
     ERROR = "error"
 
 
+def _unless_from_environment(context: typer.Context, parameter: typer.CallbackParam, value: str | None) -> str | None:
+    """The value of the option; None if it is that of a variable, which the library reads itself."""
+    source = context.get_parameter_source(parameter.name or "")
+    return None if source is not None and source.name == "ENVIRONMENT" else value
+
+
 Url = Annotated[
     str | None,
     typer.Option(
-        envvar="RPCQ_URL", show_envvar=True, help="The broker: amqp://user:password@host:port/vhost, or memory://."
+        envvar=[URL, URL_FILE],
+        show_envvar=True,
+        callback=_unless_from_environment,
+        help="The broker: amqp://user:password@host:port/vhost, or memory://. RPCQ_URL_FILE names a file with it.",
     ),
 ]
 Namespace = Annotated[

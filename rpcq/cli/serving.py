@@ -19,12 +19,14 @@ from rpcq import logs
 from rpcq.cli.observing import Observing
 from rpcq.cli.options import FAILED, WORKER, Level, LogLevel, Namespace, Url, given
 from rpcq.cli.supervising import SUPERVISED, supervise
-from rpcq.environment import variable
+from rpcq.environment import URL_FILE, broker_url, variable
 from rpcq.errors import ConfigurationError
 from rpcq.options import WorkerKwargs
 from rpcq.runtime.process import run
 from rpcq.service import Service
 from rpcq.worker import Worker
+
+log = logs.get_logger("rpcq.worker")
 
 
 def worker(  # over 50 lines, because typer reads the options from the parameters
@@ -105,6 +107,8 @@ def worker(  # over 50 lines, because typer reads the options from the parameter
 def _supervise(services: list[str], options: Mapping[str, object], processes: int, *, reload: bool) -> NoReturn:
     # The processes get the options in their environment, where other users cannot read the URL's password.
     environment = os.environ | {variable(name): str(value) for name, value in options.items()}
+    if "url" in options:
+        environment.pop(URL_FILE, None)  # the option beats both variables, of which only one may be set
     command = [sys.executable, "-m", "rpcq", "worker", *services, "--processes", "1"]
     clean = run(supervise(command, environment, processes, reload=Path.cwd() if reload else None))
     sys.exit(0 if clean else FAILED)
@@ -152,6 +156,8 @@ async def serve(
     Returns only if all handlers ended. Otherwise the process exits here, with exit code 1: a thread or a handler that
     cannot be stopped would delay the exit without limit.
     """
+    if broker_url(url).startswith("memory:"):
+        log.warning("memory:// is inside this process: no other process can reach these services")
     async with observing.worker(services, url, **options) as worker:
         clean = await _serve(worker)
     if not clean:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from rpcq import Client, Service, Worker
-from rpcq.environment import broker_url, options_from, settings, variable
+from rpcq.environment import broker_url, options_from, settings, url_from_environment, variable
 from rpcq.errors import ConfigurationError
 from rpcq.options import ClientOptions, WorkerOptions
 
@@ -36,6 +37,53 @@ def test_with_neither_the_error_says_what_to_do(value: str | None, monkeypatch: 
         monkeypatch.setenv("RPCQ_URL", value)
     with pytest.raises(ConfigurationError, match="set RPCQ_URL"):
         broker_url(None)
+
+
+@pytest.mark.parametrize("text", ["amqp://me:s3cr3t@there/", " \n amqp://me:s3cr3t@there/\r\n\n"])
+def test_a_file_may_contain_the_url(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "url").write_text(text)
+    monkeypatch.setenv("RPCQ_URL_FILE", str(tmp_path / "url"))
+    assert broker_url(None) == url_from_environment() == "amqp://me:s3cr3t@there/"
+    assert broker_url("memory://") == "memory://"
+    (tmp_path / "url").write_text("memory://changed")
+    assert broker_url(None) == "memory://changed"
+    assert Client(namespace="a").options == ClientOptions(namespace="a")
+
+
+def test_only_one_of_both_variables_may_be_set_and_an_empty_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "url").write_text("amqp://in-the-file/")
+    monkeypatch.setenv("RPCQ_URL_FILE", str(tmp_path / "url"))
+    monkeypatch.setenv("RPCQ_URL", "amqp://elsewhere/")
+    with pytest.raises(ConfigurationError, match="only one of RPCQ_URL and RPCQ_URL_FILE may be set: unset the other"):
+        broker_url(None)
+    assert broker_url("memory://") == "memory://"  # an argument beats both
+    monkeypatch.setenv("RPCQ_URL", "")
+    assert broker_url(None) == "amqp://in-the-file/"
+    monkeypatch.setenv("RPCQ_URL_FILE", "")
+    assert url_from_environment() is None
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "must name a file that can be read; got '.*url': No such file or directory"),
+        (b"", "must name a file with one line, the broker's URL; got '.*url', with 0 lines"),
+        (b" \n", "with 0 lines"),
+        (b"user = me\npassword = s3cr3t\n", "with 2 lines"),
+        (b"amqp://me:s3cr3t\xff@there/", "must name a file of text in UTF-8; got '.*url'"),
+    ],
+)
+def test_a_file_that_has_no_url_is_named_and_its_text_is_not_shown(
+    content: bytes | None, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content is not None:
+        (tmp_path / "url").write_bytes(content)
+    monkeypatch.setenv("RPCQ_URL_FILE", str(tmp_path / "url"))
+    with pytest.raises(ConfigurationError, match=f"RPCQ_URL_FILE .*{why}") as caught:
+        broker_url(None)
+    assert "s3cr3t" not in str(caught.value)
 
 
 SET = {
@@ -119,9 +167,10 @@ async def _work() -> None: ...
 
 def test_each_option_is_one_setting() -> None:
     found = settings()
-    assert [it.variable for it in found] == ["RPCQ_URL", *SET]
+    assert [it.variable for it in found] == ["RPCQ_URL", "RPCQ_URL_FILE", *SET]
     assert {it.variable for it in found if it.read_by == ("client", "worker")} == {
         "RPCQ_URL",
+        "RPCQ_URL_FILE",
         "RPCQ_NAME",
         "RPCQ_NAMESPACE",
         "RPCQ_HEARTBEAT",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from rpcq import logs
 from rpcq.errors import ClosedError
 from rpcq.options import ConnectionOptions
 from rpcq.transport.base import Listener, Outgoing, Published, Subscription
@@ -13,9 +12,6 @@ from rpcq.transport.rabbitmq.consuming import ConsumingSession
 from rpcq.transport.rabbitmq.publishing import PublishingSession
 from rpcq.url import BrokerURL
 from rpcq.wire.topology import Exchange, Queue
-
-for _name in logs.QUIET:
-    logs.silence(_name)
 
 
 class RabbitMQTransport:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -244,6 +247,49 @@ def test_a_service_without_a_worker_is_reported_at_once(rpcq: Rpcq) -> None:
     assert "no worker of 'nobody'" in rpcq.refused(
         "bench", "nobody.there", "--rate", "5", "--namespace", rpcq.namespace, code=5
     )
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_one_that_fails_leaves_one_line_on_the_terminal(rpcq: Rpcq, term: str) -> None:
+    ours, theirs = pty.openpty()
+    ran = subprocess.Popen(
+        [sys.executable, "-m", "rpcq", "bench", "--url", "amqp://localhost:1/", "--duration", "1s"],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=rpcq.folder,
+        env=rpcq.environment(TERM=term, COLUMNS="200"),
+    )
+    os.close(theirs)
+    printed = b""
+    with contextlib.suppress(OSError):  # Linux reports the end of a terminal as an error
+        while read := os.read(ours, 65536):
+            printed += read
+    os.close(ours)
+    assert ran.wait(30) == 3
+    if term != "dumb":
+        assert b"starting" in printed  # there was a spinner
+    (line,) = [line for line in left_on_screen(printed.decode()) if line]
+    assert line.startswith("BrokerUnreachable: cannot reach amqp://localhost:1: ")
+
+
+def left_on_screen(printed: str) -> list[str]:
+    """The lines that a terminal shows after this: it may go up, go back, and erase a line."""
+    lines, row, column = [""], 0, 0
+    for piece in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|.", printed, re.DOTALL):
+        if piece == "\r":
+            column = 0
+        elif piece == "\n":
+            row += 1
+            lines += [""] * (row - len(lines) + 1)
+        elif piece == "\x1b[2K":
+            lines[row] = ""
+        elif piece == "\x1b[1A":
+            row -= 1
+        elif not piece.startswith("\x1b"):
+            lines[row] = lines[row][:column].ljust(column) + piece + lines[row][column + 1 :]
+            column += 1
+    return lines
 
 
 def test_without_its_extra_it_says_what_to_install(rpcq: Rpcq) -> None:

@@ -144,7 +144,7 @@ def test_the_doctor_finds_nothing_where_all_is_well(rpcq: Rpcq) -> None:
     assert ran.returncode == 0, ran.stdout
     assert not lines(ran, "bad")
     good = "\n".join(lines(ran, "ok"))
-    assert f"namespace '{rpcq.namespace}'; from the environment: RPCQ_URL, RPCQ_NAMESPACE" in good
+    assert f"(from RPCQ_URL), namespace '{rpcq.namespace}'; also from the environment: RPCQ_NAMESPACE" in good
     assert re.search(r"RabbitMQ \d+\.\d+", good)
     assert f"queue {rpcq.namespace}.req.things: 0 messages, 1 consumers" in good
     assert "workers: 1, of things" in good
@@ -177,10 +177,28 @@ def test_the_doctor_tells_a_broker_that_cannot_be_reached_from_one_that_refuses(
     at = urlsplit(rpcq.url)
     ran = rpcq.run("doctor", "--url", f"amqp://nobody:s3cr3t@{at.hostname}:{at.port or 5672},localhost:1/")
     assert ran.returncode == 1
+    assert ran.stderr == ""  # no line that aio-pika or aiormq logged
     refused, unreachable = lines(ran, "bad")
     assert "refused the user 'nobody'" in refused
     assert "cannot reach amqp://localhost:1" in unreachable
     assert "s3cr3t" not in ran.stdout + ran.stderr
+
+
+def test_the_doctor_says_where_its_url_comes_from(rpcq: Rpcq) -> None:
+    (rpcq.folder / "url").write_text(f"{rpcq.url}\n")
+    option, variable, file = (
+        lines(rpcq.run("doctor", *arguments, **environment), "ok")[0]
+        for arguments, environment in (
+            (["--url", rpcq.url], {"RPCQ_URL": "memory://", "RPCQ_URL_FILE": "nowhere"}),
+            ([], {}),
+            ([], {"RPCQ_URL": "", "RPCQ_URL_FILE": "url"}),
+        )
+    )
+    assert "(from --url), namespace 'rpcq'" in option
+    assert "(from RPCQ_URL), namespace 'rpcq'" in variable
+    assert "(from RPCQ_URL_FILE, url), namespace 'rpcq'" in file
+    ran = rpcq.refused("doctor", code=2, RPCQ_URL_FILE="url")
+    assert "only one of RPCQ_URL and RPCQ_URL_FILE may be set" in ran
 
 
 def test_the_doctor_says_that_a_queue_is_not_there_yet_or_that_nobody_serves_it(rpcq: Rpcq) -> None:

@@ -24,7 +24,7 @@ from rpcq.cli import main
 from rpcq.cli.calling import read_parameters
 from rpcq.cli.serving import load_services
 from rpcq.runtime.distribution import DISTRIBUTION
-from support.command import SECONDS, SECRET, SERVICES, Rpcq, one_line, wait_until
+from support.command import SECONDS, SECRET, SERVICES, Process, Rpcq, one_line, wait_until
 
 # Calling.
 
@@ -113,7 +113,10 @@ def test_a_domain_errors_code_and_message_are_shown(rpcq: Rpcq) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["work"], "the target must be 'service.method'"),
+        (["work"], "the target must be service.method; got 'work'. 'rpcq list' shows"),
+        (["work"], "rpcq call work --queue QUEUE"),
+        (["things.add", "--wait", "0"], "--wait must be a number of seconds above 0; got 0"),
+        (["add", "--queue", "q", "--wait", "1"], "--wait must be without --queue"),
         (["things.add", "x=1", "x=2"], "got 'x' twice"),
         (["things.add", "--url", f"http://me:{SECRET}@localhost"], "me:***@localhost"),
     ],
@@ -169,6 +172,36 @@ def test_a_call_may_go_to_a_queue_that_is_not_rpcqs(rpcq: Rpcq) -> None:
     rpcq.worker()
     ran = rpcq.call("add", "x=1", "y=2", "--queue", f"{rpcq.namespace}.req.things")
     assert (ran.returncode, ran.stdout) == (0, "3\n")
+
+
+def test_a_call_waits_for_a_worker_that_is_just_started(rpcq: Rpcq) -> None:
+    call = rpcq.start("call", "--namespace", rpcq.namespace, "things.add", "1", "2", "--wait", "20", "--timeout", "5")
+    early = rpcq.call("things.add", "1", "2")  # takes as long, and has failed before there is a worker
+    assert (early.returncode, early.stdout) == (5, "")
+    rpcq.worker()
+    assert call.ended() == 0
+    assert call.output() == "3\n"
+
+
+def test_a_call_whose_worker_does_not_come_is_not_made(rpcq: Rpcq) -> None:
+    line = rpcq.call_refused("things.add", "1", "2", "--wait", "0.5", code=5)
+    assert line.startswith("ServiceUnavailable: no worker of 'things' answered within 0.5 s")
+    assert "executed=no" in line
+
+
+@pytest.mark.parametrize(("file", "has_option"), [("url", False), ("nowhere", True)], ids=["file", "option"])
+def test_several_processes_take_the_url_from_a_file_or_from_the_option_that_beats_it(
+    rpcq: Rpcq, file: str, has_option: bool
+) -> None:
+    (rpcq.folder / "url").write_text(f"{rpcq.url}\n")
+    options = ["--namespace", rpcq.namespace, "--processes", "2", *(["--url", rpcq.url] if has_option else [])]
+    command = [sys.executable, "-m", "rpcq", "worker", "services:things", *options]
+    worker = Process(command, rpcq.folder, rpcq.environment(RPCQ_URL="", RPCQ_URL_FILE=file))
+    rpcq.processes.append(worker)
+    worker.wait_for(lambda: sum('"worker started"' in line for line in worker.lines) == 2)
+    assert rpcq.call("things.add", "1", "2", RPCQ_URL="", RPCQ_URL_FILE="url").stdout == "3\n"
+    worker.signal(signal.SIGTERM)
+    assert worker.ended() == 0
 
 
 # What is served.
@@ -277,6 +310,15 @@ def test_a_definition_that_rpcq_refuses_is_one_line_with_its_place(rpcq: Rpcq) -
     (rpcq.folder / "broken.py").write_text("from rpcq import Service\n\nthings = Service('a b')\n")
     line = rpcq.refused("worker", "broken:things", code=2)
     assert line.endswith("(at broken.py:3)")
+
+
+def test_a_worker_in_its_own_process_says_that_no_other_process_can_reach_it(rpcq: Rpcq) -> None:
+    worker = rpcq.worker("services:things", "--url", "memory://")
+    assert [line["event"] for line in worker.logged()] == [
+        "memory:// is inside this process: no other process can reach these services",
+        "worker started",
+    ]
+    assert not any("memory://" in line["event"] for line in rpcq.worker().logged())
 
 
 # Stopping.
