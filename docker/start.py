@@ -1,7 +1,8 @@
 """The program that both images start: `start.py MODULE ARGUMENTS...` runs `python -m MODULE ARGUMENTS...`.
 
-- If `RPCQ_URL` is not set, it is made of `RABBITMQ_USER`, `RABBITMQ_PASSWORD` and `RABBITMQ_HOST`. Each part is
-  percent-encoded, so any password works, and the broker gets the same variable unchanged.
+- If neither `RPCQ_URL` nor `RPCQ_URL_FILE` is set, `RPCQ_URL` is made of `RABBITMQ_USER`, `RABBITMQ_HOST`, and the
+  password in the file `RABBITMQ_PASSWORD_FILE`, or in `RABBITMQ_PASSWORD` if that file is empty. Each part is
+  percent-encoded, so any password works, and the broker gets the same password unchanged.
 - If `RPCQ_NAME` is not set, it is the name of the container, which distinguishes the replicas.
 - SIGTERM ends a program that is still starting, and acts as Ctrl-C on one that runs, until the program installs its own
   handler. The kernel ignores a signal that the first process of a container does not handle. Without this handler, a
@@ -17,18 +18,31 @@ import runpy
 import signal
 import socket
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 from types import FrameType
 from urllib.parse import quote
 
 
 def prepare(environ: MutableMapping[str, str], host: str) -> None:
-    """Set `RPCQ_URL` and `RPCQ_NAME` if they are not set."""
-    if not environ.get("RPCQ_URL") and environ.get("RABBITMQ_USER"):
-        user, password = (quote(environ.get(name, ""), safe="") for name in ("RABBITMQ_USER", "RABBITMQ_PASSWORD"))
+    """Set `RPCQ_URL` and `RPCQ_NAME` if they are not set.
+
+    Raises:
+        OSError: the file with the password cannot be read.
+
+    """
+    if environ.get("RABBITMQ_USER") and not (environ.get("RPCQ_URL") or environ.get("RPCQ_URL_FILE")):
+        user, password = (quote(text, safe="") for text in (environ["RABBITMQ_USER"], password_in(environ)))
         environ["RPCQ_URL"] = f"amqp://{user}:{password}@{environ.get('RABBITMQ_HOST') or 'rabbitmq'}/"
     if not environ.get("RPCQ_NAME"):
         environ["RPCQ_NAME"] = host
+
+
+def password_in(environ: Mapping[str, str]) -> str:
+    """The password in the file, without the newlines at its end, as a shell reads it; else that of the variable."""
+    path = environ.get("RABBITMQ_PASSWORD_FILE")
+    found = Path(path).read_text("utf-8").rstrip("\n") if path else ""
+    return found or environ.get("RABBITMQ_PASSWORD", "")
 
 
 def stop(_number: int, _frame: FrameType | None) -> None:
@@ -44,7 +58,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes its background processes ignore it
     signal.signal(signal.SIGTERM, stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    prepare(os.environ, socket.gethostname())
+    try:
+        prepare(os.environ, socket.gethostname())
+    except OSError as error:
+        sys.exit(f"RABBITMQ_PASSWORD_FILE must name a file that user {os.getuid()} can read: {error}")
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 

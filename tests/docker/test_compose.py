@@ -30,6 +30,9 @@ from rpcq import url
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
 SERVICES: dict[str, Any] = COMPOSE["services"]
+SECRETS: dict[str, Any] = {
+    name: yaml.safe_load((ROOT / "docker" / f"{name}.yml").read_text("utf-8")) for name in ("password", "password-file")
+}
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text("utf-8").replace("\\\n", " ")
 START = ROOT / "docker" / "start.py"
 
@@ -95,13 +98,32 @@ def test_credentials_are_required_of_the_environment_and_stand_in_no_file() -> N
         for name, value in service["environment"].items()
         if "USER" in name or "PASS" in name
     }
-    assert len(given) == 2
-    for value in given:
-        assert re.fullmatch(r"\$\{RABBITMQ_(USER|PASSWORD):\?[^}]+\}", value)
-    for text in ((ROOT / "docker-compose.yml").read_text("utf-8"), DOCKERFILE):
+    (user,) = (value for value in given if re.fullmatch(r"\$\{RABBITMQ_USER:\?[^}]+\}", value))
+    assert given - {user} == {"${RABBITMQ_PASSWORD:-}", "/run/secrets/rabbitmq_password"}
+    assert re.fullmatch(r"\$\{RABBITMQ_PASSWORD:\?[^}]+\}", SECRETS["password"]["x-required"])
+    files = [ROOT / "docker-compose.yml", *(ROOT / "docker" / f"{name}.yml" for name in SECRETS)]
+    for text in (*(file.read_text("utf-8") for file in files), DOCKERFILE):
         assert not re.search(r"amqps?://[^/\s{]*:", text)
         assert "guest" not in text
     assert not (set(instructions("ARG")) | set(instructions("ENV"))) & {"RABBITMQ_PASSWORD", "RPCQ_URL"}
+
+
+def test_the_password_is_a_secret_of_every_container_which_is_empty_unless_a_file_is_named() -> None:
+    (included,) = COMPOSE["include"]
+    assert included == {"path": "docker/password${RABBITMQ_PASSWORD_FILE:+-file}.yml", "project_directory": "."}
+    assert SECRETS["password"]["secrets"] == {"rabbitmq_password": {"file": "/dev/null"}}
+    assert SECRETS["password-file"] == {"secrets": {"rabbitmq_password": {"file": "${RABBITMQ_PASSWORD_FILE}"}}}
+    for service in SERVICES.values():
+        assert service["secrets"] == ["rabbitmq_password"]
+
+
+def test_what_serves_is_started_again_and_what_ends_by_itself_is_not() -> None:
+    assert {name: service["restart"] for name, service in SERVICES.items()} == {
+        "rabbitmq": "unless-stopped",
+        "consumer": "unless-stopped",
+        "web": "unless-stopped",
+        "producer": "no",
+    }
 
 
 def test_ports_are_open_to_this_machine_alone_and_can_be_moved() -> None:
@@ -167,6 +189,38 @@ def test_any_password_arrives_in_the_url_as_it_is(start: ModuleType, password: s
         (("rabbitmq", 5672),),
         "/",
     )
+
+
+@pytest.mark.parametrize("password", ["plain", "p@ss:w/o?r#d", " a b\t"])
+def test_the_password_in_a_file_beats_the_variable_unless_the_file_is_empty(
+    start: ModuleType, password: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "password"
+    environ = {"RABBITMQ_USER": "ada", "RABBITMQ_PASSWORD": "in-the-variable", "RABBITMQ_PASSWORD_FILE": str(file)}
+    for text, wanted in ((f"{password}\n", password), (password, password), ("\n", "in-the-variable")):
+        file.write_text(text)
+        found = dict(environ)
+        start.prepare(found, "here")
+        assert url.parse(found["RPCQ_URL"]).password == wanted
+
+
+def test_a_file_for_the_password_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    environ = {**os.environ, "RABBITMQ_USER": "ada", "RABBITMQ_PASSWORD_FILE": str(tmp_path / "nowhere")}
+    environ = {name: value for name, value in environ.items() if not name.startswith("RPCQ_URL")}
+    ran = subprocess.run(
+        [sys.executable, str(START), "rpcq", "--version"], env=environ, capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr.startswith("RABBITMQ_PASSWORD_FILE must name a file that user ")
+    assert f"'{tmp_path / 'nowhere'}'" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_file_with_the_url_is_left_to_rpcq(start: ModuleType) -> None:
+    environ = {"RPCQ_URL_FILE": "/run/secrets/url", "RPCQ_NAME": "mine", "RABBITMQ_USER": "ada"}
+    before = dict(environ)
+    start.prepare(environ, "here")
+    assert environ == before  # rpcq refuses to have both
 
 
 def test_what_is_set_already_stays_and_without_credentials_there_is_no_url(start: ModuleType) -> None:
@@ -334,6 +388,35 @@ def test_up_exits_0_when_every_request_got_its_own_answer(stack: Stack, options:
     ran = stack.up(*options)
     assert_all_matched(ran)
     assert ran.stdout.count('"worker started"') == (4 if options else 2)
+
+
+@engine
+@pytest.mark.timeout(600)
+def test_up_exits_0_with_the_password_in_a_secret_which_no_containers_settings_have(
+    stack: Stack, tmp_path: Path
+) -> None:
+    file = tmp_path / "password"
+    file.write_text("%41?#&$x y'\"\n")
+    file.chmod(0o644)
+    assert_all_matched(stack.up(RABBITMQ_PASSWORD="", RABBITMQ_PASSWORD_FILE=str(file)))
+    for service in SERVICES:
+        for container in stack.compose("ps", "--all", "--quiet", service).split():
+            assert "%41" not in stack.done("inspect", container)
+
+
+@engine
+@pytest.mark.timeout(600)
+def test_a_consumer_that_ends_by_itself_is_started_again(stack: Stack) -> None:
+    stack.compose("up", "--detach", "--no-build", "--wait", "--scale", "consumer=1", "rabbitmq", "consumer")
+    (container,) = stack.containers("consumer")
+    state = "{{.RestartCount}} {{.State.Running}}"
+    assert stack.done("inspect", "--format", state, container).strip() == "0 true"
+    # `docker kill` would count as stopped by hand.
+    stack.done("exec", container, "python", "-c", "import os, signal; os.kill(1, signal.SIGTERM)")
+    deadline = time.monotonic() + SECONDS
+    while stack.done("inspect", "--format", state, container).strip() != "1 true":
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
 
 
 @engine
