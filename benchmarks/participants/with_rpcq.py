@@ -11,7 +11,7 @@ from benchmarks.participants import Call, Options
 if TYPE_CHECKING:
     from rpcq.observer import Observer
 
-PACKAGES = ("rpcq", "aio-pika", "aiormq")
+PACKAGES = ("rpcq-rabbitmq", "aio-pika", "aiormq")
 
 
 @asynccontextmanager

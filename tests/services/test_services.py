@@ -6,7 +6,10 @@ import asyncio
 import os
 import re
 import signal
+import subprocess
+import sys
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +17,7 @@ from consumer_service import calculator, echo
 from consumer_service.contracts import CalculatorApi, DivisionByZero, EchoApi
 from producer_service.load import send
 from rpcq import Client, Service, Worker
-from support.producers import SECONDS, program, run
+from support.producers import ROOT, SECONDS, environment, program, run
 
 # As functions.
 
@@ -124,6 +127,31 @@ def test_the_producer_can_start_the_consumer_itself_and_ends_it(url: str, namesp
     assert found, output
     with pytest.raises(ProcessLookupError):
         os.kill(int(found[1]), 0)
+
+
+def test_the_producer_takes_the_broker_from_a_file_and_so_does_the_consumer_that_it_starts(
+    url: str, namespace: str, tmp_path: Path
+) -> None:
+    def with_file(name: str, *arguments: str) -> tuple[int, str]:
+        ran = subprocess.run(
+            [sys.executable, "-m", "producer_service", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+            cwd=ROOT,
+            env={**environment(None), "RPCQ_URL_FILE": str(tmp_path / name), "COLUMNS": "300"},
+        )
+        return ran.returncode, ran.stdout + ran.stderr
+
+    (tmp_path / "url").write_text(f"{url}\n")
+    code, output = with_file("url", "--namespace", namespace, "--with-worker", "--requests", "50")
+    assert code == 0, output
+    assert shown(output, "matched") == "50"
+    assert re.search(r"worker process \d+", output), output
+    for arguments in ([], ["serve"]):  # and not served in memory
+        code, output = with_file("nowhere", *arguments)
+        assert (code, "RPCQ_URL_FILE must name a file that can be read" in output) == (2, True), output
 
 
 def test_without_a_broker_the_producer_serves_itself_in_memory(namespace: str) -> None:
