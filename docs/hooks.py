@@ -3,12 +3,18 @@
 
 In a page, `<!-- generated: NAME -->` is replaced by the result of the function of that name in GENERATORS. A page that
 would load something from another site causes a warning, which `mkdocs build --strict` makes an error.
+
+The theme draws Mermaid's diagrams, and its script loads Mermaid from unpkg.com while a page with a diagram is read. A site
+that is built with the path of a `mermaid.min.js` (npm's package mermaid, `dist/`) in RPCQ_DOCS_MERMAID has that file itself,
+and loads nothing from elsewhere.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
+import tomllib
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
@@ -16,6 +22,8 @@ from typing import Any, Final
 
 import griffe
 import typer
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
 
 from rpcq.cli import app
 from rpcq.environment import settings
@@ -30,6 +38,24 @@ FOREIGN: Final = re.compile(
 )
 
 
+MERMAID: Final = "assets/mermaid.min.js"
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Show the version on every page; load Mermaid from the site, if it is to have it."""
+    config.site_name = f"{config.site_name} {_version()}"
+    if os.environ.get("RPCQ_DOCS_MERMAID"):
+        config.extra_javascript.append(MERMAID)
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add Mermaid to the site, if it is to have it."""
+    if path := os.environ.get("RPCQ_DOCS_MERMAID"):
+        files.append(File.generated(config, MERMAID, abs_src_path=path))
+    return files
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill in the generated parts."""
     return PLACE.sub(lambda found: GENERATORS[found["name"]](), markdown)
@@ -40,6 +66,18 @@ def on_post_page(output: str, page: Any, **_: Any) -> str:
     for found in FOREIGN.findall(output):
         log.warning("%s would load something from elsewhere: %s", page.file.src_uri, found)
     return output
+
+
+# The version.
+
+
+def version() -> str:
+    """What this site documents."""
+    return f"This is the documentation of version {_version()}."
+
+
+def _version() -> str:
+    return str(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"])
 
 
 # The command line.
@@ -161,4 +199,5 @@ GENERATORS: Final[dict[str, Callable[[], str]]] = {
     "command-line": command_line,
     "settings": settings_table,
     "figures": figures,
+    "version": version,
 }

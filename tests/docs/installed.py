@@ -9,19 +9,22 @@ import tomllib
 from pathlib import Path
 from typing import Final
 
-PROJECT: Final = Path(__file__).parents[2] / "pyproject.toml"
+CLONE: Final = Path(__file__).parents[2]
 
 
 def main(command: str, *wanted: str) -> str:
     """What is wrong, or nothing."""
     if command != "install":
         return f"pip {command}: the documentation installs"
-    known = {*tomllib.loads(PROJECT.read_text("utf-8"))["project"]["optional-dependencies"]}
+    project = tomllib.loads((CLONE / "pyproject.toml").read_text())["project"]
     for each in wanted:
         name, _, extras = each.strip("'\"").rstrip("]").partition("[")
-        if name == ".":  # a clone
-            if unknown := set(re.findall(r"[\w-]+", extras)) - known:
+        if name in (".", str(CLONE), project["name"]):  # the folder of the clone, or its distribution
+            if unknown := {*re.findall(r"[\w-]+", extras)} - {*project["optional-dependencies"]}:
                 return f"rpcq has no extra {', '.join(unknown)}"
+        elif "/" in name:
+            if not (Path(name) / "pyproject.toml").is_file():
+                return f"{name} is no project"
         else:
             importlib.metadata.version(name)
     return ""

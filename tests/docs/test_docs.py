@@ -3,17 +3,21 @@
 What becomes of a block, its language says:
 
     python              a file, where the first line is `# name.py`; else a program, which is run
-    sh                  commands; a worker that is started with ` &` is waited for, and ended with the page
+    sh                  commands; a worker that is started with ` &` is waited for, and ended with the page. On the pages
+                        of PASTED nothing is waited for: their commands run as they are
     console             a transcript: commands after `$ `, and exactly what they print, errors too
     text                directly after one of those, what it prints; `...` stands for anything; elsewhere shown only
-    json, toml, yaml    read, to see that it can be
-    those of SHOWN      nothing: another language, or a drawing
+    json, toml, yaml    read, to see that it can be; a file, where the first line is `# name`
+    py, proto           of another library: read, to see that it can be
+    dockerfile          a file
+    those of SHOWN      nothing: another language, or a diagram
 
 A page in another language fails, and so does a block that this cannot see.
 """
 
 from __future__ import annotations
 
+import ast
 import doctest
 import json
 import os
@@ -30,6 +34,7 @@ from typing import Any, Final
 
 import pytest
 import yaml
+from proto_schema_parser import Parser
 
 ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -37,13 +42,26 @@ PAGES: Final = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob(
 DATABASE: Final = ("shared-results",)
 """Pages that have a PostgreSQL at DATABASE_URL."""
 
+PASTED: Final = ("README", "tutorial", "project")
+"""Pages that a newcomer pastes line by line: no command of theirs may need that the one before it has got somewhere."""
+
 RUN: Final = ("python", "sh", "console")
-READ: Final[dict[str, Callable[[str], Any]]] = {"json": json.loads, "toml": tomllib.loads, "yaml": yaml.safe_load}
-SHOWN: Final = ("javascript", "ini", "drawing")
+READ: Final[dict[str, Callable[[str], Any]]] = {
+    "json": json.loads,
+    "toml": tomllib.loads,
+    "yaml": yaml.safe_load,
+    "py": lambda text: compile(text, "another library", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True),
+    "proto": Parser().parse,
+}
+FILES: Final = ("python", "toml", "yaml", "dockerfile")
+SHOWN: Final = ("javascript", "ini", "mermaid", "dockerfile")
 
 FENCED: Final = re.compile(r"^```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
-FILE: Final = re.compile(r"# ([\w./-]+\.\w+)\n")
+FILE: Final = re.compile(r"# ([\w./-]+\.\w+|Dockerfile)\n")
 BACKGROUND: Final = re.compile(r"(?P<command>.+) &(?: *#.*)?\Z")
+
+CLONE: Final = "/path/to/rpcq"
+"""Where the pages say that a reader's clone is."""
 
 OUTSIDE: Final = ("rpc_queue", "upper_queue")
 """Queues of the pages that are in no namespace."""
@@ -53,6 +71,10 @@ STAND_INS: Final = {
     "docker": "exit 0",
     "make": f'command -p make --dry-run --no-print-directory -C "{ROOT}" "$@" >/dev/null',
     "pip": f'exec "{sys.executable}" "{Path(__file__).with_name("installed.py")}" "$@"',
+    "python3": f"""
+        test "$1 $2" = "-m venv" || exec "{sys.executable}" "$@"
+        mkdir -p "$3/bin" && : >"$3/bin/activate"
+    """,
 }
 
 
@@ -67,9 +89,14 @@ class Block:
 
     @property
     def name(self) -> str | None:
-        """The file that a block of Python is."""
-        found = FILE.match(self.text) if self.language == "python" else None
+        """The file that a block is."""
+        found = FILE.match(self.text) if self.language in FILES else None
         return found and found[1]
+
+    @property
+    def runs(self) -> bool:
+        """Whether something is done for it."""
+        return self.language in RUN or self.name is not None
 
     @property
     def printed(self) -> str:
@@ -88,15 +115,18 @@ def blocks_of(page: str) -> list[Block]:
     return blocks
 
 
-def commands_of(block: Block, at: int) -> list[str]:
+def commands_of(block: Block, at: int, *, pasted: bool = False) -> list[str]:
     """What the shell is to do for a block."""
-    if block.language == "python":
+    if block.language not in ("sh", "console"):
         name = block.name or f"block_{at}.py"
         return [f'mkdir -p "$(dirname {name})"', f"cp .blocks/{at} {name}", *([] if block.name else [f"python {name}"])]
     if block.language == "sh":
-        return [serving(line, f"{at}.{number}") for number, line in enumerate(block.text.splitlines())]
+        lines = block.text.splitlines()
+        return lines if pasted else [serving(line, f"{at}.{number}") for number, line in enumerate(lines)]
     lines = [line.removeprefix("$ ") for line in block.text.splitlines() if line.startswith("$ ")]
-    return [f"{{ {serving(line, f'{at}.{number}')}\n}} 2>&1 || :" for number, line in enumerate(lines)]
+    if not pasted:
+        lines = [serving(line, f"{at}.{number}") for number, line in enumerate(lines)]
+    return [f"{{ {line}\n}} 2>&1 || :" for line in lines]
 
 
 def serving(line: str, name: str) -> str:
@@ -120,21 +150,24 @@ def same(shown: str, printed: str) -> bool:
 class Page:
     """A page as a shell script, run once: what is exported or started stays so until its end."""
 
-    def __init__(self, blocks: list[Block], folder: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, blocks: list[Block], folder: Path, environment: dict[str, str], *, pasted: bool = False
+    ) -> None:
         self.blocks = blocks
+        self._pasted = pasted
         self._folder = folder
         self._environment = environment
 
     def run(self) -> dict[int, str]:
         """What each runnable block printed, by its place."""
         (self._folder / ".blocks").mkdir()
-        script = ["set -e", "pids=", "trap 'kill $pids 2>/dev/null || :; wait' EXIT"]
+        script = ["set -e", "pids=", "trap 'kill $pids $(jobs -p) 2>/dev/null || :; wait' EXIT"]
         for at, block in enumerate(self.blocks):
-            if block.language in RUN:
+            if block.runs:
                 (self._folder / ".blocks" / str(at)).write_text(block.text)
-                script += [*commands_of(block, at), f"printf '\\036{at}\\036'"]
+                script += [*commands_of(block, at, pasted=self._pasted), f"printf '\\036{at}\\036'"]
         process = subprocess.Popen(
-            ["sh", "-c", "\n".join(script)],
+            ["bash", "-c", "\n".join(script)],  # a shell with jobs, as a newcomer's
             cwd=self._folder,
             env=self._environment,
             stdout=subprocess.PIPE,
@@ -149,7 +182,7 @@ class Page:
                 os.killpg(process.pid, signal.SIGKILL)
         pieces = stdout.split("\036")
         printed = {int(at): text for text, at in zip(pieces[::2], pieces[1::2], strict=False)}
-        failed = next((it for at, it in enumerate(self.blocks) if it.language in RUN and at not in printed), None)
+        failed = next((it for at, it in enumerate(self.blocks) if it.runs and at not in printed), None)
         if failed is not None:
             pytest.fail(f"the block at line {failed.line} failed:\n{pieces[-1]}{stderr}", pytrace=False)
         return printed
@@ -168,14 +201,18 @@ class Page:
                 pytest.fail(told, pytrace=False)
 
 
+def stand_ins(folder: Path, **programs: str) -> str:
+    """A folder for the PATH, with a program of a shell for each."""
+    folder.mkdir()
+    for name, what in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{what}\n")
+        (folder / name).chmod(0o755)
+    return str(folder)
+
+
 @pytest.fixture
 def environment(rabbitmq_url: str, namespace: str, tmp_path: Path) -> dict[str, str]:
-    programs = tmp_path / "stand-ins"
-    programs.mkdir()
-    for name, what in STAND_INS.items():
-        (programs / name).write_text(f"#!/bin/sh\n{what}\n")
-        (programs / name).chmod(0o755)
-    path = [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
+    path = [stand_ins(tmp_path / "stand-ins", **STAND_INS), str(Path(sys.executable).parent), os.environ["PATH"]]
     outer = {
         name: value for name, value in os.environ.items() if not name.startswith(("RPCQ_", "PYTEST_", "MAKE", "MFLAGS"))
     }
@@ -206,22 +243,36 @@ def test_the_blocks_of_a_page_about_a_database_do_what_it_says(
     _check(path, request, tmp_path, DATABASE_URL=database_url)
 
 
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["README", "tutorial"])
+def test_a_page_for_newcomers_runs_in_a_fresh_environment(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    (path,) = (path for path in PAGES if path.stem == name and path.parent in (ROOT, ROOT / "docs"))
+    blank = f'test "$1 $2" = "-m venv" && exec "{getattr(sys, "_base_executable", sys.executable)}" "$@"; exit 1'
+    programs = stand_ins(tmp_path / "programs", docker="exit 0", make=STAND_INS["make"], python3=blank)
+    ours = {str(Path(sys.executable).parent), *sys.path}
+    outer = [it for it in os.environ["PATH"].split(":") if it not in ours]
+    _check(path, request, tmp_path, PATH=":".join([programs, *outer]), PYTHONPATH="")
+
+
 def _check(path: Path, request: pytest.FixtureRequest, tmp_path: Path, **more: str) -> None:
     blocks = blocks_of(path.read_text())
     for block in blocks:
         assert block.language in (*RUN, "text", *READ, *SHOWN), f"line {block.line} is in {block.language!r}"
         if block.language in READ:
             READ[block.language](block.text)
-    if not any(block.language in RUN for block in blocks):
+    if not any(block.runs for block in blocks):
         return  # no broker is wanted for it
     environment = request.getfixturevalue("environment") | more
     # What a page says of a broker at its usual place is done on the broker and in the namespace of this test.
     namespace = environment["RPCQ_NAMESPACE"]
-    here = {"amqp://localhost/": environment["RPCQ_URL"], **{name: f"{namespace}.{name}" for name in OUTSIDE}}
+    here = {"amqp://localhost/": environment["RPCQ_URL"], CLONE: str(ROOT), **{name: f"{namespace}.{name}" for name in OUTSIDE}}
     here |= {f"rpcq.{name}": f"{namespace}.{name}" for name in ("requests", "control", "notices", "req.", "once.")}
     for usual, ours in here.items():
         blocks = [replace(block, text=block.text.replace(usual, ours)) for block in blocks]
     folder = tmp_path / "page"
     folder.mkdir()
-    page = Page(blocks, folder, environment)
+    page = Page(blocks, folder, environment, pasted=path.stem in PASTED)
     page.check(page.run())

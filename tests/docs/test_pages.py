@@ -104,9 +104,11 @@ def test_every_way_in_which_the_table_of_calls_ends_one_is_explained() -> None:
 
 def test_the_drawing_of_the_house_has_its_floors() -> None:
     (layers,) = (it["layers"] for it in PROJECT["tool"]["importlinter"]["contracts"] if it["type"] == "layers")
-    (drawing,) = re.findall(r"^```drawing\n(.*?)^```$", CONTRIBUTING, re.DOTALL | re.MULTILINE)
-    floors = re.findall(r"^ *\| (\w.*?) +\|", drawing, re.MULTILINE)
-    assert [floor.split() for floor in floors] == [layer.split(" | ") for layer in layers]
+    (drawing,) = re.findall(r"^```mermaid\n(.*?)^```$", CONTRIBUTING, re.DOTALL | re.MULTILINE)
+    rooms = dict(re.findall(r'^ *(\w+)\["(.+?)(?:<br>.*)?"\]$', drawing, re.MULTILINE))
+    (arrows,) = re.findall(r"^ *(\w+(?: --> \w+)+)$", drawing, re.MULTILINE)
+    assert [rooms[floor] for floor in arrows.split(" --> ")] == layers
+    assert len(rooms) == len(layers)
 
 
 def test_the_table_of_the_house_has_its_floors() -> None:
