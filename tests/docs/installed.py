@@ -14,10 +14,10 @@ CLONE: Final = Path(__file__).parents[2]
 
 def main(command: str, *wanted: str) -> str:
     """What is wrong, or nothing."""
-    if command != "install":
+    if command not in ("install", "wheel"):
         return f"pip {command}: the documentation installs"
     project = tomllib.loads((CLONE / "pyproject.toml").read_text())["project"]
-    for each in wanted:
+    for each in (it for it in wanted if not it.startswith("--")):
         name, _, extras = each.strip("'\"").rstrip("]").partition("[")
         if name in (".", str(CLONE), project["name"]):  # the folder of the clone, or its distribution
             if unknown := {*re.findall(r"[\w-]+", extras)} - {*project["optional-dependencies"]}:
