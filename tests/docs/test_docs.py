@@ -150,9 +150,7 @@ def same(shown: str, printed: str) -> bool:
 class Page:
     """A page as a shell script, run once: what is exported or started stays so until its end."""
 
-    def __init__(
-        self, blocks: list[Block], folder: Path, environment: dict[str, str], *, pasted: bool = False
-    ) -> None:
+    def __init__(self, blocks: list[Block], folder: Path, environment: dict[str, str], *, pasted: bool = False) -> None:
         self.blocks = blocks
         self._pasted = pasted
         self._folder = folder
@@ -268,7 +266,11 @@ def _check(path: Path, request: pytest.FixtureRequest, tmp_path: Path, **more: s
     environment = request.getfixturevalue("environment") | more
     # What a page says of a broker at its usual place is done on the broker and in the namespace of this test.
     namespace = environment["RPCQ_NAMESPACE"]
-    here = {"amqp://localhost/": environment["RPCQ_URL"], CLONE: str(ROOT), **{name: f"{namespace}.{name}" for name in OUTSIDE}}
+    here = {
+        "amqp://localhost/": environment["RPCQ_URL"],
+        CLONE: str(ROOT),
+        **{name: f"{namespace}.{name}" for name in OUTSIDE},
+    }
     here |= {f"rpcq.{name}": f"{namespace}.{name}" for name in ("requests", "control", "notices", "req.", "once.")}
     for usual, ours in here.items():
         blocks = [replace(block, text=block.text.replace(usual, ours)) for block in blocks]

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import pytest
@@ -97,6 +98,27 @@ def test_every_way_in_which_the_table_of_calls_ends_one_is_explained() -> None:
     for name, executed in explained:
         kind = getattr(rpcq, name)
         assert kind in (rpcq.CallTimeout, rpcq.Overloaded, rpcq.RemoteError) or kind.default_executed == executed
+
+
+# The site.
+
+
+def test_every_page_is_linked_on_the_home_page() -> None:
+    docs = ROOT / "docs"
+    linked = set(re.findall(r"\]\(([\w/.-]+\.md)\)", (docs / "index.md").read_text()))
+    assert linked == {str(page.relative_to(docs)) for page in docs.rglob("*.md")} - {"index.md"}
+
+
+def test_the_home_page_begins_with_how_to_install() -> None:
+    headings = re.findall(r"^## (.+)$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)
+    assert headings[:2] == ["Install", "Try it"]
+
+
+def test_the_site_shows_the_version(hooks: Any) -> None:
+    shown = hooks.on_page_markdown((ROOT / "docs" / "index.md").read_text())
+    assert f"This is the documentation of version {PROJECT['project']['version']}." in shown
+    config = hooks.on_config(SimpleNamespace(site_name="rpcq", extra_javascript=[]))
+    assert config.site_name == f"rpcq {PROJECT['project']['version']}"
 
 
 # The house.

@@ -307,6 +307,11 @@ def test_the_exchanges_are_those_of_the_contract() -> None:
     assert said == {exchange.name for exchange in NAMES.exchanges()} | of_jobs
 
 
+def test_the_picture_of_the_design_has_the_exchanges_of_the_contract() -> None:
+    (picture,) = re.findall(r"^```mermaid\n(.*?)^```$", (DOCS / "design.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r"exchange<br>([\w.]+)", picture)) == {exchange.name for exchange in NAMES.exchanges()}
+
+
 def test_a_worker_replies_where_the_contract_says() -> None:
     (text,) = re.findall(r"\*\*Where a worker replies\*\*: (.+?)\n\n", PAGE, re.DOTALL)
     assert {name for name in quoted(text) if name.endswith("*")} == {f"{it.decode()}*" for it in NAMES.reply_prefixes()}
