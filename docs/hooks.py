@@ -4,9 +4,9 @@
 In a page, `<!-- generated: NAME -->` is replaced by the result of the function of that name in GENERATORS. A page that
 would load something from another site causes a warning, which `mkdocs build --strict` makes an error.
 
-The theme draws Mermaid's diagrams, and its script loads Mermaid from unpkg.com while a page with a diagram is read. A site
-that is built with the path of a `mermaid.min.js` (npm's package mermaid, `dist/`) in RPCQ_DOCS_MERMAID has that file itself,
-and loads nothing from elsewhere.
+The theme draws Mermaid's diagrams. Its script loads Mermaid from unpkg.com while a page with a diagram is read. A site
+that is built with the path of a `mermaid.min.js` (from `dist/` in npm's package mermaid) in RPCQ_DOCS_MERMAID has that
+file itself, and loads nothing from elsewhere.
 """
 
 from __future__ import annotations
