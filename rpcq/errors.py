@@ -41,6 +41,7 @@ classic queue refused the request, because it may have delivered it anyway.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any, ClassVar, Final, Literal, Self, get_args
 
@@ -390,6 +391,10 @@ def to_wire(error: CallError) -> dict[str, Any]:
     return body
 
 
+_LONGEST_FOREIGN: Final = 1000
+"""Characters of a foreign error's body in the text of the error."""
+
+
 def in_short(body: dict[str, Any]) -> dict[str, Any]:
     """An error reply's body without its details, and with at most 1000 characters of its message."""
     return body | {"details": None, "message": str(body["message"])[:1000]}
@@ -398,11 +403,13 @@ def in_short(body: dict[str, Any]) -> dict[str, Any]:
 def from_wire(body: Any, domain: tuple[type[DomainError], ...] = ()) -> CallError:
     """Make the exception for an error reply; `domain` lists the domain errors that the caller declared.
 
-    A body that is not an error by the wire contract gives `InvalidReply`. Unknown codes give
-    `RemoteError` with that code; an unknown `executed` counts as "maybe".
+    A body that is not an error by the wire contract gives `InvalidReply` with the body as its text and `details`: it is
+    what a foreign server says. Unknown codes give `RemoteError` with that code; an unknown `executed` counts as
+    "maybe".
     """
     if not isinstance(body, dict) or not isinstance(body.get("code"), str):
-        return InvalidReply("the body of an error reply has no code", executed="maybe")
+        said = json.dumps(body, ensure_ascii=False)[:_LONGEST_FOREIGN]
+        return InvalidReply(f"the body of an error reply has no code; it is {said}", executed="maybe", details=body)
     code = body["code"]
     message, incident, executed = body.get("message"), body.get("incident"), body.get("executed")
     fields: dict[str, Any] = {

@@ -123,13 +123,16 @@ class Method:
     def read_params(self, body: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Read the arguments from a request's body: an object by name, an array by position, a scalar as the only one.
 
+        An empty body is no arguments.
+
         Raises:
             InvalidParams: the body is not JSON, or does not fit the method; `details` lists the errors.
 
         """
         try:
             if body[:1] not in (b"{", b"[") and body.lstrip()[:1] not in (b"{", b"["):
-                bodies.loads(body)  # validate first: `1, 2` must not become `[1, 2]`
+                if body:
+                    bodies.loads(body)  # validate first: `1, 2` must not become `[1, 2]`
                 body = b"[%b]" % body
             found: tuple[tuple[Any, ...], dict[str, Any]] = self._read(refuse_nan(body))
             if self._floats:
@@ -139,7 +142,8 @@ class Method:
         except (NotCarried, NotRead) as error:
             raise InvalidParams(f"the parameters of {self.label} cannot be read: {error}") from error
         except ValueError as error:
-            raise InvalidParams(f"the parameters of {self.label} are not JSON: {error}") from error
+            why = bodies.why_not_json(body, error)
+            raise InvalidParams(f"the parameters of {self.label} are not JSON: {why}") from error
         except Exception as error:
             msg = f"the parameters of {self.label} could not be validated: a validator raised {type(error).__name__}"
             raise InvalidParams(msg) from error
@@ -191,8 +195,13 @@ class Service:
         queue_type: "classic" is fast; "quorum" survives the loss of a node, and the broker itself delivers a request
             at most once.
         queue: the request queue's name, for clients that are not rpcq's; None for rpcq's own name.
+        declare_queue: False to serve `queue` as it is: it must exist, and is neither declared nor bound. Then
+            `queue_type` says what type it has, callers have to name the queue (`with_options(queue=...)`), and an
+            expiry is silent; see docs/wire.md.
         timeout: seconds that a call may take if its caller gives no deadline.
         default_method: the method that a request without a `type` calls; not needed if there is only one method.
+        default_types: values of `type` that stand for the default method, for clients that send a fixed one, such as
+            `("call",)` for aio-pika's JsonRPC. Any other `type` that is no method's name is refused.
         errors: domain errors that every method may raise.
         lifespan: returns an async context manager, which is entered before the first call and left after the last
             one. What it yields is `Context.state`.
@@ -215,8 +224,10 @@ class Service:
         *,
         queue_type: Literal["classic", "quorum"] = "classic",
         queue: str | None = None,
+        declare_queue: bool = True,
         timeout: float = 30.0,
         default_method: str | None = None,
+        default_types: Iterable[str] = (),
         errors: Iterable[type[DomainError]] = (),
         lifespan: Lifespan | None = None,
         result_store: ResultStore | None = None,
@@ -231,8 +242,12 @@ class Service:
         options = CallOptions(timeout=timeout, queue=queue, errors=check_errors(errors))
         self.queue_type: Literal["classic", "quorum"] = queue_type
         self.queue = queue
+        self.declare_queue = declare_queue
+        if not declare_queue and queue is None:
+            raise ConfigurationError(f"queue of service {name!r} must be a name with declare_queue=False; got None")
         self.timeout = options.timeout
         self.default_method = default_method
+        self.default_types = _check_types(name, default_types)
         self.errors = options.errors
         self.lifespan = lifespan
         self.result_store = result_store
@@ -364,9 +379,11 @@ class Service:
         return name
 
     def find(self, name: str | None) -> Method | None:
-        """Find the method of a request. Without a name, it is the default method, or the only one."""
+        """Find the method of a request. Without a name, or with one of `default_types`, it is the default or only."""
         if name is not None:
-            return self.methods.get(name)
+            found = self.methods.get(name)
+            if found is not None or name not in self.default_types:
+                return found
         if self.default_method is not None:
             return self.methods.get(self.default_method)
         return next(iter(self.methods.values())) if len(self.methods) == 1 else None
@@ -375,7 +392,8 @@ class Service:
         """Check that the service can be served.
 
         Raises:
-            ConfigurationError: it has no methods, or `default_method` or `allow` names a method that it does not have.
+            ConfigurationError: it has no methods, or `default_method` or `allow` names a method that it does not have,
+                or `default_types` names one that it has.
 
         """
         if not self.methods and not self.jobs:
@@ -385,6 +403,14 @@ class Service:
         if self.default_method is not None and self.default_method not in self.methods:
             raise ConfigurationError(
                 f"default_method of service {self.name!r} must be one of its methods; got {self.default_method!r}"
+            )
+        if both := sorted(self.default_types & self.methods.keys()):
+            raise ConfigurationError(
+                f"default_types of service {self.name!r} must not name its methods; got {both[0]!r}"
+            )
+        if self.default_types and self.find(None) is None:
+            raise ConfigurationError(
+                f"default_method of service {self.name!r} must be one of its methods with default_types; got None"
             )
         if unknown := sorted(self.allow.keys() - self.methods.keys() - {EVERY_METHOD}):
             raise ConfigurationError(f"allow of service {self.name!r} must name its methods; got {unknown[0]!r}")
@@ -402,6 +428,13 @@ def jobs_of(function: Any) -> tuple[Method, ...]:
 def _marked(handler: Callable[..., Any]) -> Any:
     function = _function(handler)
     return getattr(function, "__func__", function)  # a bound method is made anew each time
+
+
+def _check_types(service: str, types: Any) -> frozenset[str]:
+    found = None if isinstance(types, str) or not isinstance(types, Iterable) else [*types]
+    if found is None or not all(isinstance(it, str) and it for it in found):
+        raise ConfigurationError(f"default_types of service {service!r} must be names, as in ('call',); got {types!r}")
+    return frozenset(found)
 
 
 def _check_allow(service: str, allow: Any) -> dict[str, frozenset[str]]:

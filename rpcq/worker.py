@@ -293,7 +293,9 @@ class Worker:
         if service.methods:
             found.append(
                 Subscription(
-                    self._topology.request_queue(service.name, service.queue_type, service.queue),
+                    self._topology.request_queue(
+                        service.name, service.queue_type, service.queue, declare=service.declare_queue
+                    ),
                     self._intake.serve(service, state),
                     prefetch=self.options.prefetch,
                     arguments=held if service.queue_type == "quorum" else {},

@@ -121,12 +121,16 @@ class ResultReader:
             self.on_reply(reply)
         try:
             if reply.kind == replies.RESULT and reply.body is not None and options.returns is not None:
-                replies.check_content_type(reply)
+                replies.check_readable(reply)
                 return self._typed(options.returns, label)(reply.body)
             value = replies.read_body(reply)
         except InvalidReply as error:
             raise for_call(call, error) from None
         except (pydantic.ValidationError, NotRead) as error:
+            try:
+                replies.read_body(reply)
+            except InvalidReply as unread:  # it is not JSON at all
+                raise for_call(call, unread) from error
             why = first_error(error)
             raise for_call(call, InvalidReply(f"{label} gave what does not fit {options.returns!r}: {why}")) from error
         except Exception as error:  # what validators of the caller's own type raise

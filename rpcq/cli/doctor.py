@@ -129,6 +129,11 @@ def doctor(
         raise typer.Exit(FAILED)
 
 
+def queue_of(topology: Topology, service: Service) -> Queue:
+    """The request queue of a service, as its worker declares it."""
+    return topology.request_queue(service.name, service.queue_type, service.queue, declare=service.declare_queue)
+
+
 async def _examine(
     broker: BrokerURL, url: str, source: str, options: ClientOptions, services: list[Service], management: str | None
 ) -> Findings:
@@ -146,7 +151,7 @@ async def _examine(
                 async for finding in _exchanges(admin, Topology(options.namespace), options):
                     yield finding
                 for service in services if reached == 1 else ():
-                    queue = Topology(options.namespace).request_queue(service.name, service.queue_type, service.queue)
+                    queue = queue_of(Topology(options.namespace), service)
                     yield await _queue(admin, queue)
                     async for finding in _others(admin, Topology(options.namespace), service, queue):
                         yield finding
@@ -316,9 +321,7 @@ def setup(
         service.check()
     topology = Topology(options.namespace)
     exchanges = topology.exchanges(options.reply_exchange)
-    queues = [
-        topology.request_queue(service.name, service.queue_type, service.queue) for service in found if service.methods
-    ]
+    queues = [queue_of(topology, service) for service in found if service.methods]
     jobs = JobTopology(options.namespace)
     if names := [service.name for service in found if service.jobs]:
         exchanges += jobs.exchanges()

@@ -101,10 +101,41 @@ def _name_culprit(args: tuple[Any, ...], params: Mapping[str, Any], error: Excep
     return NotSerializable(f"JSON cannot carry the parameters: {error}")
 
 
+_READ_AS_JSON: Final = frozenset((b"", JSON, b"text/plain", b"application/octet-stream", b"application/data"))
+"""Many clients send one of these whatever the body is; whether it is JSON shows when it is read."""
+
+_UTF_8: Final = frozenset((b"", b"utf-8", b"utf8", b"us-ascii", b"ascii"))
+_PLAIN: Final = _UTF_8 | {b"binary", b"identity"}
+"""Content encodings that leave a body in UTF-8 as it is."""
+
+_MARKS: Final = {
+    b"\xef\xbb\xbf": "it begins with a byte order mark (U+FEFF); send UTF-8 without it",
+    b"\xff\xfe": "it begins with the byte order mark of UTF-16; send UTF-8",
+    b"\xfe\xff": "it begins with the byte order mark of UTF-16; send UTF-8",
+    b"\x1f\x8b": "it is compressed with gzip; send it without compression",
+}
+
+
+def why_not_read(content_type: bytes | None, content_encoding: bytes | None) -> str:
+    """Why a body with these properties is not read as JSON in UTF-8, or an empty string."""
+    if content_type is not None and content_type != JSON and not is_json(content_type):
+        return f"the content type must be application/json; got {text(content_type)!r}"
+    if content_encoding and content_encoding.strip().lower() not in _PLAIN:
+        return f"the body must have no content encoding; got {text(content_encoding)!r}"
+    return ""
+
+
 def is_json(content_type: bytes) -> bool:
-    """Whether a content type means JSON in UTF-8."""
-    media, _, charset = content_type.lower().replace(b" ", b"").partition(b";")
-    return media == JSON and charset in (b"", b"charset=utf-8", b'charset="utf-8"')
+    """Whether a body with this content type is read as JSON in UTF-8."""
+    media, *parameters = content_type.lower().split(b";")
+    named = (parameter.partition(b"=") for parameter in parameters)
+    charsets = [value.strip(b' \t"') for name, _, value in named if name.strip() == b"charset"]
+    return media.strip() in _READ_AS_JSON and _UTF_8.issuperset(charsets)
+
+
+def why_not_json(body: bytes, error: ValueError) -> str:
+    """Why a body is not JSON: what its first bytes show, or the error of its reader."""
+    return next((why for mark, why in _MARKS.items() if body.startswith(mark)), str(error))
 
 
 def text(value: bytes | None) -> str:

@@ -65,6 +65,10 @@ class MalformedProperties(ValueError):
     """The bytes are not the properties of an AMQP message."""
 
 
+class NestedTooDeep(MalformedProperties):
+    """Tables or arrays in the headers are nested deeper than `MAX_DEPTH`; all else can be read with `flat`."""
+
+
 @dataclass
 class Properties:
     """The properties of one message; None where absent. Short strings are bytes of at most 255."""
@@ -136,14 +140,16 @@ _LAYOUT: Final = (
 )
 
 
-def decode(data: bytes) -> Properties:
-    """Decode what `encode` gives.
+def decode(data: bytes, *, flat: bool = False) -> Properties:
+    """Decode what `encode` gives. With `flat`, a header that is a table or an array is None.
 
     Raises:
+        NestedTooDeep: the headers are nested deeper than `MAX_DEPTH`; never with `flat`.
         MalformedProperties: there are too few or too many bytes, or a type that AMQP does not have.
 
     """
     found = Properties()
+    read_table = _read_flat_table if flat else _read_table
     try:
         flags = data[0] << 8 | data[1]
         at = 2
@@ -156,7 +162,7 @@ def decode(data: bytes) -> Properties:
                 at = end
             elif kind == "t":
                 end = at + 4 + _U32.unpack_from(data, at)[0]
-                found.headers = _read_table(data, at + 4, end, 0)
+                found.headers = read_table(data, at + 4, end, 0)
                 at = end
             elif kind == "o":
                 setattr(found, name, data[at])
@@ -232,8 +238,11 @@ def _encode_decimal(value: Decimal) -> bytes:
 
 
 def _read_table(data: bytes, at: int, end: int, depth: int) -> dict[str, Any]:
-    if end > len(data) or depth > MAX_DEPTH:
-        raise MalformedProperties("a table is too long for its place, or nested too deep")
+    if depth > MAX_DEPTH:
+        msg = f"headers must be nested at most {MAX_DEPTH} deep"
+        raise NestedTooDeep(msg)
+    if end > len(data):
+        raise MalformedProperties("a table is too long for its place")
     table = {}
     while at < end:
         name_end = at + 1 + data[at]
@@ -244,6 +253,24 @@ def _read_table(data: bytes, at: int, end: int, depth: int) -> dict[str, Any]:
             at = name_end + 9  # past the type and 8 bytes
         else:
             table[name], at = _read_value(data, name_end + 1, kind, depth)
+    if at != end:
+        raise MalformedProperties("a value in a table is longer than the table")
+    return table
+
+
+def _read_flat_table(data: bytes, at: int, end: int, _depth: int) -> dict[str, Any]:
+    """Read a table; its tables and arrays are skipped by their length, and read as None."""
+    if end > len(data):
+        raise MalformedProperties("a table is too long for its place")
+    table: dict[str, Any] = {}
+    while at < end:
+        name_end = at + 1 + data[at]
+        name = data[at + 1 : name_end].decode("utf-8", "replace")
+        kind, at = data[name_end], name_end + 1
+        if kind in b"AF":
+            table[name], at = None, at + 4 + _U32.unpack_from(data, at)[0]
+        else:
+            table[name], at = _read_value(data, at, kind, 0)
     if at != end:
         raise MalformedProperties("a value in a table is longer than the table")
     return table
@@ -285,7 +312,8 @@ def _read_value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
 
 def _read_array(data: bytes, at: int, end: int, depth: int) -> list[Any]:
     if depth > MAX_DEPTH:
-        raise MalformedProperties("an array is nested too deep")
+        msg = f"headers must be nested at most {MAX_DEPTH} deep"
+        raise NestedTooDeep(msg)
     items = []
     while at < end:
         value, at = _read_value(data, at + 1, data[at], depth)

@@ -8,8 +8,8 @@ from typing import Any, Final, Literal
 
 from rpcq.errors import InvalidReply
 from rpcq.wire import properties as amqp
-from rpcq.wire.bodies import JSON, is_json, loads, text
-from rpcq.wire.properties import LENGTHS, MalformedProperties, short
+from rpcq.wire.bodies import JSON, loads, text, why_not_json, why_not_read
+from rpcq.wire.properties import LENGTHS, MalformedProperties, NestedTooDeep, short
 from rpcq.wire.values import NotCarried
 
 RESULT: Final = b"result"
@@ -24,10 +24,10 @@ _F64: Final = struct.Struct(">d")
 # Numbers are big-endian. A short string is U8 length, bytes; an entry of the headers' table is short name, U8 type,
 # value.
 #
-#   U16    flags                                 _FLAGS
+#   U16    flags                                 _FLAGS, without HEADERS if there is no table
 #   short  content_type     "application/json"
-#   U32    bytes of the headers' table           _TIMES_SIZE, or _HANDLER_TIME_SIZE without the first entry
-#            short "rpcq-queue-ms", "d", F64     only if known; both entries are _TIMES
+#   U32    bytes of the headers' table           _TIMES_SIZE; no table if the request has no times: old clients do not
+#            short "rpcq-queue-ms", "d", F64     know the type "d"
 #            short "rpcq-handler-ms", "d", F64
 #   U8     delivery_mode    1
 #   short  correlation_id
@@ -47,13 +47,16 @@ class ReplyEncoder:
     def __init__(self) -> None:
         start = _U16.pack(_FLAGS) + short(JSON)
         self._start_full = start + _U32.pack(_TIMES_SIZE)
-        self._start_short = start + _U32.pack(_HANDLER_TIME_SIZE) + _HANDLER_MS
+        self._start_short = _U16.pack(_FLAGS & ~amqp.HEADERS) + short(JSON)
         self._ends = {kind: short(kind) for kind in (RESULT, ERROR)}
 
     def encode(self, kind: bytes, correlation_id: bytes | None, queue_ms: float | None, handler_ms: float) -> bytes:
-        """Encode the properties of one reply: `kind` is RESULT or ERROR; times are milliseconds, None if not known."""
+        """Encode the properties of one reply: `kind` is RESULT or ERROR; times are milliseconds.
+
+        Without `queue_ms`, that is for a request that does not say when it was sent, the reply has no headers.
+        """
         if queue_ms is None:
-            start = self._start_short + _F64.pack(handler_ms)
+            start = self._start_short
         else:
             start = self._start_full + _TIMES.pack(_QUEUE_MS, queue_ms, _HANDLER_MS, handler_ms)
         correlation_id = correlation_id or b""
@@ -82,6 +85,7 @@ class Reply:
     Attributes:
         kind: RESULT, ERROR or another `type`; a reply without a `type` counts as a result.
         body: None if it was over the client's `max_body`.
+        problem: why its body is not read as JSON, by its properties; empty if it is.
         properties: all properties, as bytes.
 
     """
@@ -89,7 +93,7 @@ class Reply:
     correlation_id: bytes
     kind: bytes
     body: bytes | None
-    content_type: bytes = JSON
+    problem: str = ""
     properties: bytes = field(default=b"", compare=False, repr=False)
 
 
@@ -116,13 +120,18 @@ def read_reply(data: bytes, body: bytes | None, own: bytes) -> Reply | Notice | 
             end = at + 1 + data[at]
             if end + 1 + data[end] != len(data):
                 raise MalformedProperties("the properties of a reply are malformed")
-            return Reply(data[at + 1 : end], data[end + 1 :] or RESULT, body, JSON, data)
+            return Reply(data[at + 1 : end], data[end + 1 :] or RESULT, body, "", data)
         except IndexError as error:
             raise MalformedProperties("the properties of a reply end early") from error
-    found = amqp.decode(data)
-    correlation_id = found.correlation_id or b""
+    try:
+        found = amqp.decode(data)
+    except NestedTooDeep:
+        found = amqp.decode(data, flat=True)  # no header of a reply is needed, and a notice does not have such headers
+    correlation_id, kind = found.correlation_id or b"", found.type or RESULT
     if not found.reply_to or found.reply_to != own:
-        return Reply(correlation_id, found.type or RESULT, body, found.content_type or JSON, data)
+        if body == b"" and kind == RESULT:
+            body = b"null"  # of a foreign server that returns nothing; workers of rpcq always write JSON
+        return Reply(correlation_id, kind, body, why_not_read(found.content_type, found.content_encoding), data)
     match (found.headers or {}).get("x-death"):
         case [{"reason": str(reason), "queue": str(queue)}, *_]:
             return Notice(correlation_id, reason, queue)
@@ -136,22 +145,32 @@ def read_times(reply: Reply) -> tuple[float | None, float] | None:
     if data.startswith(_QUEUE_MS, at) and data.startswith(_HANDLER_MS, at + _QUEUE_TIME_SIZE):
         _, queue_ms, _, handler_ms = _TIMES.unpack_from(data, at)
         return queue_ms, handler_ms
-    headers = amqp.decode(data).headers or {}
+    headers = amqp.decode(data, flat=True).headers or {}
     queue_ms, handler_ms = headers.get("rpcq-queue-ms"), headers.get("rpcq-handler-ms")
     return (queue_ms if isinstance(queue_ms, float) else None, handler_ms) if isinstance(handler_ms, float) else None
 
 
-def check_content_type(reply: Reply) -> None:
-    """Check that the body of a reply is JSON.
+_SHOWN: Final = 200
+"""Bytes of a body that is not JSON in the text of an error."""
+
+
+def check_readable(reply: Reply) -> None:
+    """Check that the body of a reply is JSON, by its properties.
 
     Raises:
         InvalidReply: it is something else.
 
     """
-    if reply.content_type != JSON and not is_json(reply.content_type):
+    if reply.problem:
         executed: Literal["yes", "maybe"] = "yes" if reply.kind == RESULT else "maybe"
-        msg = f"the reply's content type must be application/json; got {text(reply.content_type)!r}"
-        raise InvalidReply(msg, executed=executed)
+        raise InvalidReply(f"the reply cannot be read: {reply.problem}{_shown(reply.body)}", executed=executed)
+
+
+def _shown(body: bytes | None) -> str:
+    """The beginning of a body, for the text of an error."""
+    if not body:
+        return ""
+    return f"; its body is {text(body[:_SHOWN])!r}{'...' if len(body) > _SHOWN else ''}"
 
 
 def read_body(reply: Reply) -> Any:
@@ -167,10 +186,11 @@ def read_body(reply: Reply) -> Any:
         raise InvalidReply(msg, executed="maybe")
     if reply.body is None:
         raise InvalidReply("the reply's body is over the limit (max_body)", executed=executed)
-    check_content_type(reply)
+    check_readable(reply)
     try:
         return loads(reply.body)
     except NotCarried as error:
         raise InvalidReply(f"the reply's body cannot be read: {error}", executed=executed) from error
     except ValueError as error:
-        raise InvalidReply(f"the reply's body is not JSON: {error}", executed=executed) from error
+        why = why_not_json(reply.body, error)
+        raise InvalidReply(f"the reply's body is not JSON: {why}{_shown(reply.body)}", executed=executed) from error

@@ -11,9 +11,10 @@ from typing import Any, Final
 from rpcq.errors import TooLarge
 from rpcq.options import MAX_HEADERS, OWNED_HEADERS
 from rpcq.wire import properties as amqp
-from rpcq.wire.bodies import JSON, is_json, text
-from rpcq.wire.properties import LENGTHS, MalformedProperties, Properties, short
+from rpcq.wire.bodies import JSON, text, why_not_read
+from rpcq.wire.properties import LENGTHS, MalformedProperties, NestedTooDeep, Properties, short
 
+METHOD: Final = "rpcq-method"
 DEADLINE: Final = "rpcq-deadline"
 TIMEOUT: Final = "rpcq-timeout"
 KEY: Final = "rpcq-idempotency-key"
@@ -21,6 +22,8 @@ ATTEMPT: Final = "rpcq-attempt"
 
 _U16: Final = struct.Struct(">H")
 _U32: Final = struct.Struct(">I")
+_I32: Final = struct.Struct(">i")
+_MAX_I32: Final = (1 << 31) - 1
 
 # The properties of a client's request, as `RequestEncoder` packs them and `_read_fast` parses them by hand. Numbers are
 # big-endian. A short string is U8 length, bytes; an entry of the headers' table is short name, U8 type, value.
@@ -32,6 +35,9 @@ _U32: Final = struct.Struct(">I")
 #              "S", U32 length, reply_to
 #            short "rpcq-deadline", "l", I64            _TIMES: _TIMES_SIZE bytes
 #            short "rpcq-timeout", "l", I64
+#            or, to a queue that foreign programs may serve, in types that old clients know:
+#            short "rpcq-deadline", "S", U32 13, digits  _OLD_TIMES: _OLD_TIMES_SIZE bytes
+#            short "rpcq-timeout", "I", I32
 #            further entries                            from `encode_headers`; with any, `_read_fast` gives up
 #   U8     delivery_mode    1
 #   short  correlation_id
@@ -45,6 +51,11 @@ _DEADLINE_NAME: Final = short(DEADLINE.encode()) + b"l"
 _TIMEOUT_NAME: Final = short(TIMEOUT.encode()) + b"l"
 _TIMES: Final = struct.Struct(f">{len(_DEADLINE_NAME)}sq{len(_TIMEOUT_NAME)}sq")
 _TIMES_SIZE: Final = _TIMES.size
+_OLD_DEADLINE_NAME: Final = short(DEADLINE.encode()) + b"S" + _U32.pack(13)
+_OLD_TIMEOUT_NAME: Final = short(TIMEOUT.encode()) + b"I"
+_OLD_TIMES: Final = struct.Struct(f">{len(_OLD_DEADLINE_NAME)}s13s{len(_OLD_TIMEOUT_NAME)}si")
+_OLD_TIMES_SIZE: Final = _OLD_TIMES.size
+_ATTEMPT_NAME: Final = short(ATTEMPT.encode()) + b"I"
 
 
 def encode_headers(
@@ -52,7 +63,8 @@ def encode_headers(
 ) -> bytes:
     """Encode the headers of a request besides its times and its `CC`, as entries of a field table.
 
-    `trace` is left out if there is no room for it, because a call must not fail for that.
+    Their types are strings and int32, which old clients know, because foreign programs may serve the queue. `trace` is
+    left out if there is no room for it, because a call must not fail for that.
 
     Raises:
         TooLarge: the headers are over 8 KiB.
@@ -61,9 +73,9 @@ def encode_headers(
     headers: dict[str, Any] = dict(metadata)
     if key is not None:
         headers[KEY] = key
-    if attempt > 1:
-        headers[ATTEMPT] = attempt
     entries = amqp.encode_table(headers)[4:]  # without the table's length
+    if attempt > 1:
+        entries += _ATTEMPT_NAME + _I32.pack(attempt)
     if len(entries) > MAX_HEADERS:
         msg = f"the headers are {len(entries)} bytes; the limit is {MAX_HEADERS}"
         raise TooLarge(msg)
@@ -72,6 +84,14 @@ def encode_headers(
         if len(entries) + len(further) <= MAX_HEADERS:
             entries += further
     return entries
+
+
+def _old_times(deadline_ms: int, left_ms: int) -> bytes:
+    """Encode the times of a request in types that old clients know."""
+    digits = b"%013d" % deadline_ms
+    if len(digits) == 13 and left_ms <= _MAX_I32:
+        return _OLD_TIMES.pack(_OLD_DEADLINE_NAME, digits, _OLD_TIMEOUT_NAME, left_ms)
+    return amqp.encode_table({DEADLINE: digits.decode(), TIMEOUT: str(left_ms)})[4:]  # from the year 2286 on
 
 
 _REQUEST_FLAGS: Final = (
@@ -126,21 +146,26 @@ class RequestEncoder:
             deadline_ms: the deadline, in milliseconds since the epoch.
             headers: further headers, from `encode_headers`.
             notify: the broker is to send a notice if the request expires (`CC`). Only for the requests exchange: any
-                other exchange would route a copy of the request to the reply queue.
+                other exchange would route a copy of the request to the reply queue. Without it, foreign programs may
+                serve the queue, so the headers have types that old clients know.
 
         """
         # The request expires a little before the deadline, so that the notice arrives in time.
         expiration = b"%d" % (left_ms - (1000 if left_ms > 10_000 else left_ms // 10) or 1)
         if method and notify and not headers:
             start = self._usual
+            times = _TIMES.pack(_DEADLINE_NAME, deadline_ms, _TIMEOUT_NAME, left_ms)
         else:
-            cc = self._cc if notify else b""
-            size = _U32.pack(len(cc) + _TIMES_SIZE + len(headers))
+            if notify:
+                cc, times = self._cc, _TIMES.pack(_DEADLINE_NAME, deadline_ms, _TIMEOUT_NAME, left_ms)
+            else:
+                cc, times = b"", _old_times(deadline_ms, left_ms)
+            size = _U32.pack(len(cc) + len(times) + len(headers))
             start = (self._start_typed if method else self._start) + size + cc
         return b"".join(
             (
                 start,
-                _TIMES.pack(_DEADLINE_NAME, deadline_ms, _TIMEOUT_NAME, left_ms),
+                times,
                 headers,
                 b"\x01",
                 LENGTHS[len(correlation_id)],
@@ -159,7 +184,7 @@ class Request:
     """The content of a request's properties.
 
     Attributes:
-        correlation_id: the call's correlation ID; empty if the caller gave none.
+        correlation_id: the call's correlation ID, or its `message_id` if it has none; empty if the caller gave neither.
         reply_to: the queue for the reply; empty if no reply is wanted.
         method: the method's name, or None for the service's only or default method.
         deadline_ms: the deadline, in milliseconds since the epoch, or None.
@@ -217,14 +242,18 @@ def read_request(data: bytes) -> Request:
             raise MalformedProperties("the properties of a request are malformed") from error
         if fast is not None:
             return fast
-    found = amqp.decode(data)
+    problem = ""
+    try:
+        found = amqp.decode(data)
+    except NestedTooDeep as error:
+        found, problem = amqp.decode(data, flat=True), str(error)
     headers = found.headers or _NO_HEADERS
     request = Request(
-        correlation_id=found.correlation_id or b"",
+        correlation_id=found.correlation_id or found.message_id or b"",
         reply_to=found.reply_to or b"",
-        method=text(found.type) if found.type else None,
-        deadline_ms=headers.get(DEADLINE),
-        timeout_ms=headers.get(TIMEOUT),
+        method=headers.get(METHOD) or (text(found.type) if found.type else None),
+        deadline_ms=_number(headers.get(DEADLINE)),
+        timeout_ms=_number(headers.get(TIMEOUT)),
         app_id=text(found.app_id),
         attempt=headers.get(ATTEMPT, 1),
         idempotency_key=headers.get(KEY),
@@ -232,8 +261,16 @@ def read_request(data: bytes) -> Request:
         has_copy="CC" in headers,
         user=text(found.user_id),
     )
-    request.problem = _problem(found, request)
+    request.problem = problem or _problem(found, request)
+    if type(request.method) is not str:
+        request.method = None
     return request
+
+
+def _number(value: Any) -> Any:
+    """The number of a header whose value is digits; any other value as it is."""
+    is_digits = type(value) is str and value.isascii() and value.isdigit() and len(value) < 20  # about 64 bits
+    return int(value) if is_digits else value
 
 
 def _read_fast(data: bytes, at: int, is_named: bool) -> Request | None:
@@ -246,10 +283,16 @@ def _read_fast(data: bytes, at: int, is_named: bool) -> Request | None:
     has_copy = data.startswith(_CC_START, at)
     if has_copy:  # skip it: 4 bytes of `_CC_START`, 4 bytes of length, and the array
         at += 8 + _U32.unpack_from(data, at + 4)[0]
-    if at + _TIMES_SIZE != end:
-        return None
-    deadline_name, deadline, timeout_name, timeout = _TIMES.unpack_from(data, at)
-    if deadline_name != _DEADLINE_NAME or timeout_name != _TIMEOUT_NAME:
+    if at + _TIMES_SIZE == end:
+        deadline_name, deadline, timeout_name, timeout = _TIMES.unpack_from(data, at)
+        if deadline_name != _DEADLINE_NAME or timeout_name != _TIMEOUT_NAME:
+            return None
+    elif at + _OLD_TIMES_SIZE == end:
+        deadline_name, digits, timeout_name, timeout = _OLD_TIMES.unpack_from(data, at)
+        if deadline_name != _OLD_DEADLINE_NAME or timeout_name != _OLD_TIMEOUT_NAME or not digits.isdigit():
+            return None
+        deadline = int(digits)
+    else:
         return None
     at = end + 2 + data[end + 1]  # after the delivery mode
     correlation_id = data[end + 2 : at]
@@ -273,11 +316,10 @@ def _read_fast(data: bytes, at: int, is_named: bool) -> Request | None:
 
 def _problem(found: Properties, request: Request) -> str:
     """Why a request may not run, or an empty string."""
-    content_type = found.content_type
-    if content_type is not None and not is_json(content_type):
-        return f"the content type must be application/json; got {text(content_type)!r}"
-    if found.content_encoding:
-        return f"the body must have no content encoding; got {text(found.content_encoding)!r}"
+    if why := why_not_read(found.content_type, found.content_encoding):
+        return why
+    if request.method is not None and type(request.method) is not str:
+        return f"the header {METHOD} must be a string; got {request.method!r:.300}"
     if request.user and "\ufffd" in request.user:
         return f"the property user_id must be UTF-8; got {found.user_id!r:.300}"
     for name, value in ((DEADLINE, request.deadline_ms), (TIMEOUT, request.timeout_ms)):

@@ -69,6 +69,7 @@ class Queue:
         prefix: the start of the name that rpcq makes for each session; if it is empty, the broker makes the name.
         bindings: pairs of exchange and routing key.
         bound_by_name: exchanges to which it is bound under its own name.
+        as_it_is: somebody else declared it: it must exist, and is neither declared nor bound.
 
     """
 
@@ -80,6 +81,7 @@ class Queue:
     bindings: tuple[tuple[str, str], ...] = ()
     prefix: str = ""
     bound_by_name: tuple[str, ...] = ()
+    as_it_is: bool = False
 
     def for_session(self) -> Queue:
         """The queue with a name for a new session. It is new, because the last session's queue may still be locked."""
@@ -115,16 +117,19 @@ class Topology:
         """
         return Exchange(f"{self.namespace}.notices", "topic", internal=True)
 
-    def request_queue(self, service: str, queue_type: QueueType, name: str | None = None) -> Queue:
-        """The request queue of a service.
+    def request_queue(
+        self, service: str, queue_type: QueueType, name: str | None = None, *, declare: bool = True
+    ) -> Queue:
+        """The request queue of a service. Without `declare`, it is an existing one of this name, used as it is.
 
         A quorum queue has a delivery limit of 0: the broker delivers a request at most once, and gives it up with
         reason `delivery_limit` when the worker that holds it dies. It is also bound under its own name: a request with
         that routing key goes to this queue only.
 
         Raises:
-            ConfigurationError: a classic queue has a name for quorum queues: clients would conclude from the expiry of
-                a request that it never ran. Or the service has such a name, and would get requests for that queue.
+            ConfigurationError: a classic queue, or one that is used as it is, has a name for quorum queues: clients
+                would conclude from the expiry of a request that it never ran. Or the service has such a name, and would
+                get requests for that queue.
 
         """
         if self.delivers_once(service):
@@ -133,6 +138,11 @@ class Topology:
         if name and queue_type != "quorum" and self.delivers_once(name):
             msg = f"the name of a classic queue must not begin with {self._once!r}, as quorum queues do; got {name!r}"
             raise ConfigurationError(msg)
+        if name and not declare:
+            if self.delivers_once(name):
+                msg = f"a queue that is used as it is must not begin with {self._once!r}; got {name!r}"
+                raise ConfigurationError(msg)
+            return Queue(name, durable=True, arguments={"x-queue-type": queue_type}, as_it_is=True)
         arguments: dict[str, Any] = {
             "x-max-length": MAX_LENGTH,
             "x-overflow": "reject-publish",

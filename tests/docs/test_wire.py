@@ -112,13 +112,14 @@ def test_every_header_of_rpcq_in_the_contract_is_one_that_is_sent_and_the_other_
     request_part, reply_part = section("wire.md", "Request"), section("wire.md", "Reply")
     sent = decode(request()).headers or {}
     replied = decode(replies.ReplyEncoder().encode(replies.RESULT, b"id-1", 1.0, 2.0)).headers or {}
+    assert requests.METHOD not in sent  # for other clients
     assert {name for name in fields_of(request_part)[1] if name.startswith("rpcq-")} == {
-        name for name in sent if name.startswith("rpcq-")
+        name for name in {*sent, requests.METHOD} if name.startswith("rpcq-")
     }
     assert fields_of(reply_part)[1] == set(replied)
     of_jobs = set(re.findall(r"`(rpcq-[a-z-]+)`", section("wire.md", "Jobs")))
     everywhere = set(re.findall(r"`(rpcq-[a-z-]+)`", PAGE))
-    assert everywhere - of_jobs == {name for name in {*sent, *replied} if name.startswith("rpcq-")} - of_jobs
+    assert everywhere - of_jobs == {name for name in {*sent, *replied, requests.METHOD} if name.startswith("rpcq-")} - of_jobs
 
 
 def test_every_header_of_a_job_in_the_contract_is_one_that_is_sent_and_the_other_way_round() -> None:
@@ -152,6 +153,56 @@ def test_another_content_type_is_refused() -> None:
     assert "a worker refuses any other type, unless it has a codec for it" in PAGE
     assert not requests.read_request(encode(Properties(content_type=b"application/json"))).problem
     assert requests.read_request(encode(Properties(content_type=b"application/msgpack"))).problem
+    table = rows(section("wire.md", "Content types"), "property", "read as JSON", "sent by")
+    for name, read, _ in table:
+        for value in quoted(read):
+            kind = b"application/json; charset=" + value.encode() if name.startswith("its") else value.encode()
+            field = "content_encoding" if "encoding" in name else "content_type"
+            assert not requests.read_request(encode(Properties(**{field: kind}))).problem
+    assert {value for name, read, _ in table for value in quoted(read) if name == "`content_type`"} == {
+        kind.decode() for kind in bodies._READ_AS_JSON if kind
+    }
+    refused = section("wire.md", "Content types").partition("With any other type")[2]
+    assert quoted(refused)[:3] == ["application/x-python-serialize", "latin-1", "gzip"]
+    for properties in (
+        Properties(content_type=b"application/x-python-serialize"),
+        Properties(content_type=b"application/json; charset=latin-1"),
+        Properties(content_encoding=b"gzip"),
+    ):
+        assert requests.read_request(encode(properties)).problem
+
+
+def test_headers_have_the_types_of_the_contract() -> None:
+    said = {row[0]: row[1] for row in rows(section("wire.md", "Types of headers"), "where", "types")}
+    through, direct = (said[key] for key in said if key.startswith("request"))
+    for text, notify in ((through, True), (direct, False)):
+        kinds = types_of(request(notify=notify))
+        assert {*kinds.values()} == {quoted(part)[0] for part in re.split("; ", text)}
+        for part in re.split("; ", text):
+            kind, *names = quoted(part)
+            assert [kinds[name] for name in names if name in kinds] == [kind] * (
+                len(names) - (notify and kind == "A")  # its items are `S`
+            )
+    encoder = replies.ReplyEncoder()
+    assert {*types_of(encoder.encode(replies.RESULT, b"1", 1.0, 2.0)).values()} == {"d"}
+    assert said["any other reply"] == "no headers"
+    assert decode(encoder.encode(replies.ERROR, b"1", None, 2.0)).headers is None
+
+
+def types_of(data: bytes) -> dict[str, str]:
+    """The types of the headers, by name, read by hand."""
+    at = 3 + data[2]
+    end = at + 4 + int.from_bytes(data[at : at + 4], "big")
+    at += 4
+    found = {}
+    while at < end:
+        name_end = at + 1 + data[at]
+        kind = chr(data[name_end])
+        found[data[at + 1 : name_end].decode()] = kind
+        at = name_end + 1
+        at += {"I": 4, "l": 8, "d": 8}[kind] if kind not in "SA" else 4 + int.from_bytes(data[at : at + 4], "big")
+    assert at == end
+    return found
 
 
 def test_values_stand_in_json_as_the_contract_says() -> None:

@@ -8,6 +8,7 @@ what was sent to it, and nothing is left in the request queue or was given up by
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -40,6 +41,9 @@ from support.load import READY, Load, Scene, WorkerProcess, until
 MIB = 1024 * 1024
 HOUR = 3600
 DEPTH = 100_000
+DEEP: Any = "bottom"
+for _ in range(40):
+    DEEP = {"deeper": DEEP}
 THINK = 0.1
 """Seconds between two calls of one caller: what a stranger does takes several times as long as what rpcq does."""
 
@@ -329,7 +333,6 @@ REFUSED: dict[str, tuple[str, list[Sent]]] = {
             *(
                 (GOOD, {"content_type": name})
                 for name in (
-                    "text/plain",
                     "application/x-python-pickle",
                     "application/msgpack",
                     "application/json; charset=latin-1",
@@ -338,6 +341,8 @@ REFUSED: dict[str, tuple[str, list[Sent]]] = {
                 )
             ),
             (GOOD, {"content_type": "application/json", "content_encoding": "gzip"}),
+            (gzip.compress(GOOD), {}),
+            (b"\xef\xbb\xbf" + GOOD, {}),
         ],
     ),
     "27-headers-over-the-limit": (
@@ -347,6 +352,7 @@ REFUSED: dict[str, tuple[str, list[Sent]]] = {
             (GOOD, {"headers": {"x-large": "x" * 100_000}}),
             (GOOD, {"headers": {f"x-{number}": "small" for number in range(2_000)}}),
             (GOOD, {"headers": {"unknown": ["x" * 10_000, {"more": "x" * 10_000}]}}),
+            (GOOD, {"headers": {"deep": DEEP}}),
         ],
     ),
 }
@@ -414,12 +420,7 @@ async def test_a_reply_to_that_names_a_queue_of_the_namespace_or_a_business_queu
             for name in asked
             for body, kind in ((GOOD, "once"), (b"not json", "once"), (GOOD, "nothing"), (GOOD, "fail"))
         ]
-        # No less in vain: what names no call, and headers in which nobody can look something up.
-        deep: Any = "bottom"
-        for _ in range(40):
-            deep = {"deeper": deep}
-        strange.append((GOOD, {"reply_to": "amq.gen-mine"}))
-        strange.append((GOOD, {"reply_to": "amq.gen-mine", "correlation_id": "1", "headers": {"deep": deep}}))
+        strange.append((GOOD, {"reply_to": "amq.gen-mine"}))  # no less in vain: it names no call
         for body, properties in strange:
             await stage.stranger.send(body, **properties)
         await asyncio.sleep(1.5 * SELDOM)  # the next one is told with the number of those that were not
@@ -465,10 +466,12 @@ Told = tuple[bytes, dict[str, Any], Any, str]
 
 UNREADABLE: dict[str, list[Told]] = {
     "22-not-json-or-not-what-is-expected": [
-        *((body, {}, None, "yes") for body in (b"", b"not json", b"{", b"1 2", b"NaN", b'"\xff"', bytes(range(256)))),
+        *((body, {}, None, "yes") for body in (b" ", b"not json", b"{", b"1 2", b"NaN", b'"\xff"', bytes(range(256)))),
         *((body, {}, int, "yes") for body in (b"", b"not json", b'"text"', b"null", b"[1]", b"1.5", b"NaN")),
         (b"1", {}, Annotated[int, pydantic.AfterValidator(_broken)], "yes"),
-        *((b"1", {"content_type": "text/plain"}, kind, "yes") for kind in (None, int)),
+        *((b"1", {"content_type": "text/xml"}, kind, "yes") for kind in (None, int)),
+        *((b"hello", {"content_type": "text/plain"}, kind, "yes") for kind in (None, str)),
+        *((gzip.compress(b"1"), {"content_encoding": name}, int, "yes") for name in (None, "gzip")),
         (b"1", {"type": "postcard"}, None, "maybe"),
         *((body, {"type": "error"}, None, "maybe") for body in (b"", b"not json", b"[]", b"null", b'{"code": 5}')),
     ],
@@ -563,9 +566,6 @@ async def test_a_late_reply_is_dropped_and_counted_and_reaches_no_other_call_row
 
 async def test_replies_that_name_no_call_are_dropped_and_counted_row_19(scene: Scene) -> None:
     async with under_load(scene) as stage:
-        deep: Any = "bottom"
-        for _ in range(40):
-            deep = {"deeper": deep}
         held = asyncio.create_task(stage.client.with_options(queue=stage.stranger.counter, timeout=30).call("work"))
         request = await stage.stranger.next_request()
         known = request.correlation_id
@@ -595,7 +595,7 @@ async def test_replies_that_name_no_call_are_dropped_and_counted_row_19(scene: S
             (b"not json", {"correlation_id": "x", "type": "error"}),
             (b"1", {"correlation_id": "x", "headers": expired}),
             (b"1", {"headers": expired}),
-            (b"1", {"correlation_id": known, "headers": {"deep": deep}}),  # nobody can look something up in these
+            (b"1", {"correlation_id": "x", "headers": {"deep": DEEP}}),
             (b"1", {"correlation_id": "x", "headers": {"x-large": "x" * 100_000}}),
             (b"1".ljust(5 * MIB), {"correlation_id": "x"}),
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import pickle
 import re
 from typing import Any
@@ -330,6 +331,16 @@ def test_a_body_that_is_no_error_is_an_invalid_reply_that_may_have_run(body: Any
     got = from_wire(body)
     assert type(got) is InvalidReply
     assert got.executed == "maybe"
+    assert got.details == body
+    assert json.dumps(body) in str(got)
+
+
+def test_what_a_foreign_server_says_of_its_error_is_kept_up_to_a_limit() -> None:
+    said = {"error": {"type": "ValueError", "message": "ValueError('größer als 90')", "args": [91]}}
+    got = from_wire(said)
+    assert "größer als 90" in got.message
+    assert got.details == said
+    assert len(from_wire({"error": "x" * 10_000}).message) < 1100
 
 
 @dozens

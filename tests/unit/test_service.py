@@ -168,7 +168,6 @@ def test_a_method_without_parameters_takes_an_empty_object_or_array() -> None:
     "body",
     [
         *(
-            "",
             " ",
             "{",
             "[",
@@ -192,6 +191,58 @@ def test_what_is_no_json_is_refused_as_such(handler: Callable[..., Any], body: s
     with pytest.raises(InvalidParams, match=r"the parameters of s\.m are not JSON: ") as caught:
         called(handler, body)
     assert caught.value.executed == "no"
+
+
+def test_a_type_that_the_service_lists_stands_for_its_default_method() -> None:
+    service = Service("s", default_types=("call", "x"))
+    service.method(add)
+    service.check()
+    assert service.find("call") is service.find("x") is service.find(None) is service.methods["add"]
+    assert service.find("calls") is None
+    service.method(lambda: 5, name="other")
+    with pytest.raises(ConfigurationError, match="default_method of service 's' must be one of its methods with"):
+        service.check()
+    service.default_method = "other"
+    service.check()
+    assert service.find("call") is service.methods["other"]
+
+
+def test_a_type_that_stands_for_the_default_method_is_no_method() -> None:
+    service = Service("s", default_types=["add"])
+    service.method(add)
+    with pytest.raises(ConfigurationError, match="default_types of service 's' must not name its methods; got 'add'"):
+        service.check()
+
+
+@pytest.mark.parametrize("types", ["call", 5, None, [""], [5]])
+def test_types_that_are_no_names_are_refused(types: Any) -> None:
+    with pytest.raises(ConfigurationError, match="default_types of service 's' must be names, as in"):
+        Service("s", default_types=types)
+
+
+def test_a_queue_that_is_not_declared_has_a_name() -> None:
+    with pytest.raises(ConfigurationError, match="queue of service 's' must be a name with declare_queue=False"):
+        Service("s", declare_queue=False)
+
+
+def test_an_empty_body_is_no_parameters() -> None:
+    assert called(lambda: 5, "") == 5
+    assert called(lambda x=1: x, "") == 1
+    with pytest.raises(InvalidParams, match=r"the parameters do not fit s\.m: x: Missing required argument"):
+        called(add, "")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"\xef\xbb\xbf[1]", r"it begins with a byte order mark \(U\+FEFF\); send UTF-8 without it"),
+        (b"\xff\xfe1\0", "it begins with the byte order mark of UTF-16; send UTF-8"),
+        (b"\x1f\x8b\x08\0", "it is compressed with gzip; send it without compression"),
+    ],
+)
+def test_what_is_no_json_by_its_first_bytes_is_refused_with_the_cause(body: bytes, said: str) -> None:
+    with pytest.raises(InvalidParams, match=rf"the parameters of s\.m are not JSON: {said}"):
+        method(add).read_params(body)
 
 
 @pytest.mark.parametrize("body", [b"\xff", b'{"x": "\xff"}', b"\xef\xbb\xbf1"])

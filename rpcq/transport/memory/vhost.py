@@ -102,18 +102,22 @@ class Vhost:
 
         Raises:
             AccessRefused: the name is reserved for RabbitMQ, or a binding is to the default exchange.
-            NotFound: there is no exchange to bind it to.
+            NotFound: there is no exchange to bind it to; or it is to be used as it is, and does not exist.
             ResourceLocked: it is exclusive to another connection.
             PreconditionFailed: it exists with other arguments (`TopologyMismatch`), or its arguments are not allowed.
 
         """
         check_reserved("queue", queue.name)
         live = self.queues.get(queue.name)
+        if live is None and queue.as_it_is:
+            msg = f"the queue {queue.name!r} must exist, because its service has declare_queue=False: NOT_FOUND"
+            raise NotFound(msg)
         if live is None:
             live = self._create(queue, connection)
         else:
             _check_owner(live, connection)
-            check_equivalent(live.declared, queue)
+            if not queue.as_it_is:
+                check_equivalent(live.declared, queue)
         for exchange, key in (*queue.bindings, *((exchange, live.name) for exchange in queue.bound_by_name)):
             self._bind(live, exchange, key)
         return live.name

@@ -39,12 +39,22 @@ async def _never(_: AbstractIncomingMessage) -> None:
 
 
 async def declare(channel: AbstractChannel, queue: Queue) -> str:
-    """Declare and bind a queue; returns its name. If that fails, the broker closes the channel.
+    """Declare and bind a queue, or check that it exists; returns its name. If it fails, the broker closes the channel.
 
     Raises:
+        NotFound: it is to be used as it is, and does not exist.
         TopologyMismatch: it exists with other arguments.
 
     """
+    if queue.as_it_is:
+        try:
+            await channel.declare_queue(queue.name, passive=True)
+        except Exception as error:
+            if not isinstance(ours := translate(error, None), NotFound):
+                raise
+            msg = f"the queue {queue.name!r} must exist, because its service has declare_queue=False: {ours}"
+            raise NotFound(msg) from error
+        return queue.name
     with naming_mismatch(f"the queue {queue.name!r}"):
         declared = await channel.declare_queue(
             queue.name or None,

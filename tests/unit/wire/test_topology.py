@@ -41,6 +41,8 @@ def test_a_service_may_name_its_queue_and_has_the_same_binding(queue_type: str) 
 def test_a_classic_queue_may_not_be_named_like_one_that_delivers_once() -> None:
     with pytest.raises(ConfigurationError, match=r"must not begin with 'rpcq\.once\.', .*; got 'rpcq\.once\.mine'"):
         Topology().request_queue("orders", "classic", "rpcq.once.mine")
+    with pytest.raises(ConfigurationError, match=r"used as it is must not begin with 'rpcq\.once\.'"):
+        Topology().request_queue("orders", "quorum", "rpcq.once.mine", declare=False)
     assert Topology().request_queue("orders", "quorum", "rpcq.once.mine").name == "rpcq.once.mine"
     assert Topology("other").request_queue("orders", "classic", "rpcq.once.mine").name == "rpcq.once.mine"
 
