@@ -420,7 +420,6 @@ async def test_a_reply_to_that_names_a_queue_of_the_namespace_or_a_business_queu
             for name in asked
             for body, kind in ((GOOD, "once"), (b"not json", "once"), (GOOD, "nothing"), (GOOD, "fail"))
         ]
-        strange.append((GOOD, {"reply_to": "amq.gen-mine"}))  # no less in vain: it names no call
         for body, properties in strange:
             await stage.stranger.send(body, **properties)
         await asyncio.sleep(1.5 * SELDOM)  # the next one is told with the number of those that were not
