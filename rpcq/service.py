@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar, overload
 
 import pydantic
-from pydantic import PydanticUserError
 
 from rpcq.contracts import METHOD_NAME, result_adapter
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply
 from rpcq.options import JOB_RETRY, CallOptions, JobOptions, Retry, check_errors, check_name
 from rpcq.results import ResultStore
 from rpcq.runtime.deadline import Deadline
-from rpcq.validation.bounds import MOST_ERRORS, NotRead
-from rpcq.validation.schemas import Codec, make_codec, type_hints
+from rpcq.validation.bounds import NotRead
+from rpcq.validation.parameters import invalid_params, parameters_codec
+from rpcq.validation.schemas import type_hints
 from rpcq.wire import bodies
 from rpcq.wire.values import NotCarried, refuse_beyond_float, refuse_nan
 
@@ -114,7 +114,7 @@ class Method:
             raise ConfigurationError(f"{self.label} must return one value; got a generator")
         hints = type_hints(self.label, function)
         self.context_parameter, signature = _without_context(self.label, handler, hints)
-        parameters = _parameters_codec(self.label, signature)
+        parameters = parameters_codec(self.label, signature)
         self._read, self._floats = parameters.read, parameters.floats
         returns = hints.get("return", Any)
         self._result = None if returns is Any else result_adapter(self.label, returns, written=True)
@@ -138,7 +138,7 @@ class Method:
             if self._floats:
                 refuse_beyond_float(body, found, self._read)
         except pydantic.ValidationError as error:
-            raise _invalid_params(self.label, error) from error
+            raise invalid_params(self.label, error) from error
         except (NotCarried, NotRead) as error:
             raise InvalidParams(f"the parameters of {self.label} cannot be read: {error}") from error
         except ValueError as error:
@@ -488,49 +488,3 @@ def _without_context(
         else:
             parameters.append(parameter.replace(annotation=hint))
     return context_parameter, inspect.Signature(parameters)
-
-
-def _parameters_codec(label: str, signature: inspect.Signature) -> Codec:
-    """Make a codec that validates a JSON object or array as a function's arguments, and returns (args, kwargs)."""
-
-    def capture(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, kwargs
-
-    capture.__name__ = label.rpartition(".")[2]
-    capture.__signature__ = signature  # type: ignore[attr-defined]  # pydantic reads it
-    capture.__annotations__ = {it.name: it.annotation for it in signature.parameters.values()}
-    try:
-        return make_codec(capture, f"{label} takes", written=False)
-    except (PydanticUserError, NameError, TypeError) as error:
-        msg = f"{label} takes a parameter that pydantic cannot handle: {error}"
-        raise ConfigurationError(msg) from error
-
-
-_MOST_DETAILS: Final = 100
-_LONGEST_DETAIL: Final = 1000
-"""Characters of a message, and of the names that lead to a field: both may contain text from the body."""
-
-
-def _invalid_params(label: str, error: pydantic.ValidationError) -> InvalidParams:
-    count = error.error_count()
-    if count > MOST_ERRORS:
-        return InvalidParams(f"the parameters do not fit {label}: {count} errors, too many to list")
-    errors = error.errors(include_url=False, include_context=False, include_input=False)[:_MOST_DETAILS]
-    details = [{"loc": _in_short(it["loc"]), "msg": it["msg"][:_LONGEST_DETAIL], "type": it["type"]} for it in errors]
-    if details and details[0]["type"] == "json_invalid":
-        return InvalidParams(f"the parameters of {label} are not JSON: {details[0]['msg']}", details=details)
-    named = "; ".join(f"{'.'.join(str(part) for part in it['loc']) or 'parameters'}: {it['msg']}" for it in details[:5])
-    more = f"; and {count - 5} more" if count > 5 else ""
-    return InvalidParams(f"the parameters do not fit {label}: {named}{more}", details=details)
-
-
-def _in_short(loc: tuple[int | str, ...]) -> list[int | str]:
-    """The names that lead to a field, cut off with "..." where they are too long."""
-    found: list[int | str] = []
-    left = _LONGEST_DETAIL
-    for part in loc:
-        if len(str(part)) > left:
-            return [*found, f"{str(part)[:left]}..."]
-        found.append(part)
-        left -= len(str(part)) + 1
-    return found

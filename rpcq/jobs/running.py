@@ -19,7 +19,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -27,13 +27,13 @@ from rpcq import logs
 from rpcq.errors import GiveUp, InvalidParams, RetryLater
 from rpcq.execution import Executor, Run
 from rpcq.invocation import Interruption, Invocation
+from rpcq.jobs.invocation import JobInvocation, Served
 from rpcq.jobs.outcomes import Again, Dead, Suspect, of_delivery, of_error, of_interruption, of_refusal
 from rpcq.options import JobOptions
 from rpcq.runtime.backlog import Backlog
 from rpcq.runtime.backoff import full_jitter
-from rpcq.runtime.deadline import Deadline
 from rpcq.runtime.threads import Ended
-from rpcq.service import Context, Method, Service
+from rpcq.service import Service
 from rpcq.transport.base import Delivery, Outgoing, Published, Transport
 from rpcq.wire import jobs as wire
 from rpcq.wire.jobs import JobMessage, JobTopology, encode_job, read_job
@@ -43,58 +43,6 @@ log = logs.get_logger("rpcq.worker")
 
 MOVE_PAUSE: Final = 0.5
 """Seconds before a job is published again that the broker refused or returned."""
-
-
-@dataclass(eq=False, slots=True)
-class Served:
-    """A service whose jobs are done here.
-
-    Attributes:
-        service: the service.
-        state: what its lifespan yielded.
-
-    """
-
-    service: Service
-    state: Any
-
-
-class JobInvocation(Invocation):
-    """The handler of a job, with its message."""
-
-    __slots__ = ("job", "state")
-
-    def __init__(
-        self,
-        job: JobMessage,
-        method: Method,
-        arguments: tuple[tuple[Any, ...], dict[str, Any]],
-        deadline: float,
-        state: Any,
-    ) -> None:
-        super().__init__(method, arguments, deadline)
-        self.job = job
-        self.state = state
-
-    def names(self) -> dict[str, Any]:
-        """The fields that identify the job in logs."""
-        return {"job": self.method.label, "job_id": self.job.id, "attempt": self.job.attempt}
-
-    def context(self) -> Context:
-        """What the handler gets to know of the job."""
-        job = self.job
-        return Context(
-            service=self.method.service,
-            method=self.method.name,
-            correlation_id=job.id,
-            deadline=Deadline(self.deadline),
-            attempt=job.attempt,
-            idempotency_key=job.key,
-            caller=job.app_id or None,
-            user=job.user or None,
-            metadata=job.metadata,
-            state=self.state,
-        )
 
 
 class JobRun(Run):

@@ -119,7 +119,10 @@ def test_every_header_of_rpcq_in_the_contract_is_one_that_is_sent_and_the_other_
     assert fields_of(reply_part)[1] == set(replied)
     of_jobs = set(re.findall(r"`(rpcq-[a-z-]+)`", section("wire.md", "Jobs")))
     everywhere = set(re.findall(r"`(rpcq-[a-z-]+)`", PAGE))
-    assert everywhere - of_jobs == {name for name in {*sent, *replied, requests.METHOD} if name.startswith("rpcq-")} - of_jobs
+    assert (
+        everywhere - of_jobs
+        == {name for name in {*sent, *replied, requests.METHOD} if name.startswith("rpcq-")} - of_jobs
+    )
 
 
 def test_every_header_of_a_job_in_the_contract_is_one_that_is_sent_and_the_other_way_round() -> None:

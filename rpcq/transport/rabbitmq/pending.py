@@ -146,7 +146,8 @@ class Unsettled:
             self._accepted.add(tag)
         else:
             del self._tags[tag]
-            self._rejected.append(self._encoder.reject(tag, requeue=requeue))
+            # From RabbitMQ 4.3 on, what is given back by nack does not count as a delivery.
+            self._rejected.append(self._encoder.nack(tag) if requeue else self._encoder.reject(tag, requeue=False))
 
     def frames(self) -> bytes:
         """The frames to write for all that was settled since the last time."""
