@@ -1,7 +1,8 @@
 """Logs with structlog, on top of the standard library's logging: the application decides what is shown.
 
-rpcq only emits records. `configure` is for its own programs (the command line, the example services): lines for people
-on a terminal, and JSON elsewhere. No line contains a password, a body or a header of a user.
+rpcq only emits records; their messages have the fields as text, `event key='value'`. `configure` is for its own
+programs (the command line, the example services): lines for people on a terminal, and JSON elsewhere. No line contains
+a password, a body or a header of a user.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, Final, Protocol
 
@@ -79,6 +81,32 @@ def add_call(_logger: Any, _method: str, event: structlog.typing.EventDict) -> s
     return event
 
 
+class Said:
+    """The message of a record: the event and its fields, as text for formatters that show the message only.
+
+    It is rendered only if it is shown. The record has the fields, and the event alone as `event`, as attributes too.
+    """
+
+    __slots__ = ("_event", "_fields")
+
+    def __init__(self, event: str, fields: Mapping[str, Any]) -> None:
+        self._event = event
+        self._fields = fields
+
+    def __str__(self) -> str:
+        return " ".join((self._event, *(f"{key}={value!r}" for key, value in self._fields.items())))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (str(self),)
+
+
+def _to_record(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """The arguments of the standard library's logger, as `structlog.stdlib.render_to_log_kwargs` makes them."""
+    said = structlog.stdlib.render_to_log_kwargs(_logger, _method, event)
+    fields = said["extra"]
+    return {**said, "msg": Said(said["msg"], fields), "extra": {**fields, "event": said["msg"]}}
+
+
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     """A structlog logger that feeds the standard library's logger `name`."""
     logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
@@ -88,7 +116,7 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
             structlog.contextvars.merge_contextvars,
             _mask_urls,
             _rename_reserved,
-            structlog.stdlib.render_to_log_kwargs,
+            _to_record,
         ],
         wrapper_class=structlog.stdlib.BoundLogger,
         context_class=dict,

@@ -42,7 +42,7 @@ class Context:
     Attributes:
         service: the service's name.
         method: the method's name.
-        correlation_id: the call's correlation ID; empty if the caller wants no reply.
+        correlation_id: the call's correlation ID, empty if the caller wants no reply; the ID of a job.
         deadline: when the call ends; calls that the handler makes inherit it.
         attempt: 1 + the number of earlier attempts that may have run.
         idempotency_key: the call's key, the same for all its attempts; or None.

@@ -36,7 +36,7 @@ from rpcq.runtime.threads import Ended
 from rpcq.service import Service
 from rpcq.transport.base import Delivery, Outgoing, Published, Transport
 from rpcq.wire import jobs as wire
-from rpcq.wire.jobs import JobMessage, JobTopology, encode_job, read_job
+from rpcq.wire.jobs import JobMessage, JobTopology, encode_dead, encode_job, read_job
 from rpcq.wire.properties import MalformedProperties
 
 log = logs.get_logger("rpcq.worker")
@@ -207,15 +207,15 @@ class JobRunner:
 
     def _take(self, arrived: tuple[Served, Delivery, bool]) -> None:
         served, delivery, is_suspects = arrived
-        try:
-            job = read_job(delivery.properties, delivery.body or b"", redelivered=delivery.redelivered)
-        except MalformedProperties as error:
-            job = JobMessage(id=secrets.token_urlsafe(16), name="", body=delivery.body or b"", problem=str(error))
         if delivery.body is None:
-            job.problem = f"the body is {delivery.body_size} bytes; the worker's limit is lower (max_body)"
-        known = self._in_hand.get(job.id)
-        if known is not None and delivery.redelivered and known.delivery.source is not delivery.source:
-            known.delivery = delivery  # its first delivery came over a session that was lost, and it is still in hand
+            self._bury_as_it_is(served, delivery, f"its body is {delivery.body_size} bytes, over the limit (max_body)")
+            return
+        try:
+            job = read_job(delivery.properties, delivery.body, redelivered=delivery.redelivered)
+        except MalformedProperties as error:
+            self._bury_as_it_is(served, delivery, str(error))
+            return
+        if delivery.redelivered and self._adopt(job.id, delivery, is_suspects):
             return
         run = JobRun(self, served, delivery, job, is_suspect=is_suspects)
         if self._in_hand.setdefault(job.id, run) is not run:
@@ -242,6 +242,22 @@ class JobRunner:
             self._held.append(run)
         else:
             self._begin(run)
+
+    def _adopt(self, job_id: str, delivery: Delivery, is_suspects: bool) -> bool:
+        """Let a job that is still in hand take over its redelivery: the session of its first delivery was lost."""
+        for run in (self._in_hand.get(job_id), *self._twins):
+            if run is not None and run.job.id == job_id and run.is_suspect == is_suspects:
+                if run.delivery.source is delivery.source:
+                    continue  # this session delivered both: they are two messages with one ID
+                run.delivery = delivery
+                return True
+        return False
+
+    def _bury_as_it_is(self, served: Served, delivery: Delivery, why: str) -> None:
+        """Let the broker make a dead letter of what cannot be read here: nothing of it is lost so."""
+        self.dead += 1
+        self._seldom.warning("a job that cannot be read is dead", service=served.service.name, cause=why)
+        delivery.reject()
 
     def _begin(self, run: JobRun) -> None:
         method = run.served.service.jobs[run.job.name]
@@ -379,7 +395,8 @@ class JobRunner:
                 if incident is not None:
                     headers[wire.INCIDENT] = incident
                 key = self._topology.address(service)
-                self._move(run, self._topology.dead.name.encode(), key.encode(), encode_job(job, now_ms, headers))
+                letter = encode_dead(run.delivery.properties, headers)
+                self._move(run, self._topology.dead.name.encode(), key.encode(), letter)
 
     def _move(self, run: JobRun, exchange: bytes, routing_key: bytes, properties: bytes) -> None:
         self._publish(_Moved(run, exchange, routing_key, properties))

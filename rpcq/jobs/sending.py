@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from rpcq import logs
 from rpcq.contracts import METHOD_NAME
-from rpcq.errors import ConfigurationError, SendError, UsageError
+from rpcq.errors import BrokerError, ClosedError, ConfigurationError, SendError, UsageError
 from rpcq.options import CallOptions, check_name
 from rpcq.runtime.backlog import Backlog
 from rpcq.service import Method, jobs_of
@@ -70,6 +70,7 @@ class JobSender:
         self._waiting: Backlog[_Sending] = Backlog(lambda: transport.can_publish, transport.writable, transport.publish)
         self._declaring: asyncio.Task[None] | None = None
         self._under_way: set[_Sending] = set()
+        self._closed = False
         self.exchange = topology.jobs.name.encode()
         self.loop: asyncio.AbstractEventLoop
 
@@ -79,6 +80,7 @@ class JobSender:
 
     async def close(self) -> None:
         """End every send that is under way."""
+        self._closed = True
         if self._declaring is not None:
             self._declaring.cancel()
         await self._waiting.close()
@@ -173,10 +175,15 @@ class JobSender:
 
     async def _declared(self) -> None:
         """Wait until the exchange for jobs is declared: publishing to one that does not exist ends the session."""
-        if self._declaring is None or (self._declaring.done() and not _succeeded(self._declaring)):
-            self._declaring = self.loop.create_task(self._transport.declare(self._exchanges))
-        if not self._declaring.done():
-            await asyncio.shield(self._declaring)
+        while self._declaring is None or not self._declaring.done() or not _succeeded(self._declaring):
+            if self._closed:
+                raise ClosedError("this client is closed")
+            if self._declaring is None or self._declaring.done():
+                self._declaring = self.loop.create_task(self._transport.declare(self._exchanges))
+            await asyncio.wait([self._declaring])
+            error = None if self._declaring.cancelled() else self._declaring.exception()
+            if error is not None and (not isinstance(error, BrokerError) or error.permanent):
+                raise error
 
     def _prepare(
         self,

@@ -188,7 +188,23 @@ def check_headers(headers: Mapping[str, Any]) -> None:
         raise TooLarge(f"the headers are {size} bytes; the limit is {MAX_HEADERS}")
 
 
-def encode_job(job: JobMessage, now_ms: int, further: Mapping[str, Any] | None = None) -> bytes:
+def encode_dead(data: bytes, further: Mapping[str, Any]) -> bytes:
+    """Encode the properties of a dead letter: those that the job came with, without the broker's headers.
+
+    Args:
+        data: the properties of the job, as `read_job` has read them.
+        further: the headers that say why it is dead.
+
+    """
+    found = amqp.decode(data)
+    kept = {name: value for name, value in (found.headers or {}).items() if not _is_brokers(name)}
+    found.headers = {**kept, **further}
+    found.delivery_mode = 2
+    found.expiration = found.user_id = None  # it would expire again; RabbitMQ refuses another user than the publisher
+    return amqp.encode(found)
+
+
+def encode_job(job: JobMessage, now_ms: int) -> bytes:
     """Encode the properties of a job.
 
     Headers of the broker, such as `x-death`, are not among `job.headers`: a message that is published with them counts
@@ -197,7 +213,6 @@ def encode_job(job: JobMessage, now_ms: int, further: Mapping[str, Any] | None =
     Args:
         job: the job. Its `user` is left out: RabbitMQ refuses a message that names another user than its publisher.
         now_ms: the time, in milliseconds since the epoch.
-        further: further headers.
 
     """
     headers: dict[str, Any] = dict(job.headers)
@@ -210,8 +225,6 @@ def encode_job(job: JobMessage, now_ms: int, further: Mapping[str, Any] | None =
         headers[EXPIRES] = job.expires_ms
     if job.unknown:
         headers[UNKNOWN] = job.unknown
-    if further:
-        headers |= further
     name = job.id.encode()
     return amqp.encode(
         Properties(
@@ -264,6 +277,10 @@ def _returns(headers: Mapping[str, Any]) -> int:
 
 def _is_senders(header: str) -> bool:
     return header in TRACE or (header.startswith("x-") and not OWNED_HEADERS.match(header))
+
+
+def _is_brokers(header: str) -> bool:
+    return header in ("CC", "BCC") or OWNED_HEADERS.match(header) is not None
 
 
 def _whole(value: Any) -> int | None:

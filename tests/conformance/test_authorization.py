@@ -10,6 +10,7 @@ import pytest
 from rpcq import CallTimeout, Context, OutcomeUnknown, PermissionDenied, RemoteError
 from rpcq.transport.base import Message
 from rpcq.wire.properties import Properties, encode
+from support.logged import event_of
 from support.places import Place, lose
 
 QUEUE_TYPE_MATTERS = False
@@ -295,7 +296,7 @@ async def test_a_function_that_fails_in_odd_ways_is_asked_once_and_named(
         with pytest.raises(RemoteError, match="could not check whether this call of") as caught:
             await client.with_options(idempotency_key="k").call("things.act")
         assert (caught.value.executed, asked) == ("no", 1)
-    assert any(record.message == "a call cannot be authorized" for record in caplog.records)
+    assert any(event_of(record) == "a call cannot be authorized" for record in caplog.records)
 
 
 async def test_a_tenant_that_is_called_like_a_user_shares_no_key_with_it(place: Place) -> None:
@@ -337,7 +338,7 @@ async def test_a_denial_is_logged_with_who_asked(place: Place, caplog: pytest.Lo
         for method in ("refund", "look"):
             with pytest.raises(PermissionDenied):
                 await client.call(f"things.{method}")
-    causes = [str(record.__dict__.get("cause")) for record in caplog.records if record.message == "call denied"]
+    causes = [str(record.__dict__.get("cause")) for record in caplog.records if event_of(record) == "call denied"]
     assert causes == [f"things.refund is not for the user {user_of(place)!r}", "no token"]
 
 

@@ -32,6 +32,7 @@ from rpcq import (
     TooLarge,
     contract,
 )
+from support.logged import event_of
 from support.places import Place, lose
 
 QUEUE_TYPE_MATTERS = False
@@ -158,7 +159,7 @@ async def test_an_undeclared_exception_keeps_its_text_and_gives_an_incident(
             await client.call("things.fail")
     assert "1234" not in str(caught.value)
     assert (caught.value.code, caught.value.executed, caught.value.retryable) == ("UNKNOWN", "yes", False)
-    logged = next(record for record in caplog.records if record.message == "handler failed")
+    logged = next(record for record in caplog.records if event_of(record) == "handler failed")
     assert logged.incident == caught.value.incident  # type: ignore[attr-defined]
     assert logged.correlation_id == caught.value.correlation_id  # type: ignore[attr-defined]
     assert "1234" in caplog.text

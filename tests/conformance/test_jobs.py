@@ -27,8 +27,9 @@ from rpcq import (
     UsageError,
 )
 from rpcq.jobs import outcomes
-from rpcq.transport.base import Published
+from rpcq.transport.base import Message, Published
 from rpcq.wire.jobs import JobTopology
+from rpcq.wire.properties import Properties, encode
 from support.letters import letters
 from support.places import Place, cut_memory, cut_rabbitmq, lose
 
@@ -541,3 +542,66 @@ async def test_what_cannot_be_sent_is_said(home: Place, service: Service) -> Non
         closed = client
     with pytest.raises(Exception, match="closed"):
         await closed.send(work)
+
+
+async def publish(client: Client, place: Place, service: Service, properties: Properties, body: bytes) -> None:
+    """Publish a message to the exchange for jobs, as any program may."""
+    confirmed = asyncio.get_running_loop().create_future()
+    exchange = JobTopology(place.namespace).jobs.name.encode()
+    message = Message(exchange, service.name.encode(), b"c", encode(properties), body, confirmed.set_result)
+    await client._transport.declare([JobTopology(place.namespace).jobs])
+    client._transport.publish(message)
+    assert await confirmed is Published.CONFIRMED
+
+
+async def test_what_cannot_be_read_is_dead_with_all_that_it_had(home: Place, service: Service) -> None:
+    @service.job
+    async def work() -> None: ...
+
+    text = Properties(content_type=b"text/html", message_id=b"7", type=b"work", headers={"x-mine": "kept"}, priority=3)
+    async with home.client() as client, home.worker(service):
+        await publish(client, home, service, text, b"<p>")
+        async with letters(home.url, dead_queue(home, service)) as dead:
+            (letter,) = await dead.wait_for(1)
+    assert (letter.properties.content_type, letter.body, letter.headers["x-mine"]) == (b"text/html", b"<p>", "kept")
+    assert letter.properties.priority == 3
+    assert (letter.headers["rpcq-dead-reason"], letter.headers["rpcq-executed"]) == ("invalid", "no")
+    assert letter.headers["rpcq-error"] == "the content type must be application/json; got 'text/html'"
+
+
+async def test_a_body_over_the_limit_of_the_worker_is_kept_in_the_dead_letter(home: Place, service: Service) -> None:
+    @service.job
+    async def work(text: str) -> None: ...
+
+    async with home.client() as client, home.worker(service, max_body=1000):
+        job = await client.send(work, text="x" * 2000)
+        async with letters(home.url, dead_queue(home, service)) as dead:
+            (letter,) = await dead.wait_for(1)
+    assert (letter.id, len(letter.body)) == (job.id, len('{"text":""}') + 2000)
+    assert letter.headers["x-first-death-reason"] == "rejected"
+
+
+async def test_the_first_send_waits_for_a_connection_that_is_cut(home: Place, service: Service, done: Done) -> None:
+    @service.job
+    async def work() -> None:
+        done.note("run")
+
+    async with home.client() as client, home.worker(service):
+        await home.cut(client)
+        await client.send(work)
+        await done.until(lambda counts: counts["run"] == 1)
+
+
+async def test_a_client_that_is_closed_ends_its_sends(home: Place, service: Service) -> None:
+    @service.job
+    async def work() -> None: ...
+
+    async with home.client() as client, home.worker(service):
+        await client.send(work)
+        client._transport.publish = lambda _: None  # type: ignore[method-assign]  # the confirmation never comes
+        sending = asyncio.create_task(client.send(work))
+        await asyncio.sleep(0.01)
+        await client.close()
+        with pytest.raises(SendError, match="the client was closed") as it:
+            await sending
+        assert it.value.queued == "maybe"

@@ -40,6 +40,7 @@ from rpcq.transport.rabbitmq.frames import Encoder
 from support.broker import Broker, CtlFailed, Setup, vhost_of, with_vhost
 from support.broker import broker as a_broker
 from support.load import Scene, WorkerProcess, until
+from support.logged import event_of
 from support.proxy import proxy
 
 ODD_TAG = 1_000_000
@@ -307,7 +308,7 @@ async def test_a_request_that_the_broker_takes_for_too_large_is_told_so_and_cost
         assert len(await it.client.call("target.once", nonce="z" * (MOST - 12))) == MOST - 12
     assert it.scene.ran("y") == []
     assert len(it.scene.ran("z")) == 1
-    lost = [record for record in caplog.records if record.getMessage() == "session down"]
+    lost = [record for record in caplog.records if event_of(record) == "session down"]
     assert len(lost) == 1
     assert "raise its max_message_size, or lower max_body" in lost[0].cause  # type: ignore[attr-defined]
 
@@ -344,7 +345,7 @@ async def test_headers_that_do_not_fit_into_a_frame_cost_their_call_alone(
             else:
                 await caller.call("target.once", nonce="z")
     assert (it.scene.ran("y"), len(it.scene.ran("z"))) == ([], 1)
-    assert [record for record in caplog.records if record.getMessage() == "session down"] == []
+    assert [record for record in caplog.records if event_of(record) == "session down"] == []
 
 
 async def test_a_broker_that_came_back_is_asked_again_how_much_it_takes(
@@ -548,7 +549,7 @@ async def test_what_is_revoked_under_load_is_named_and_heals_when_mended_and_nob
                     group.create_task(revoked(what, place))
             assert others.ledger.count("result") > 500
             assert others.ledger.failed == 0
-        told = {record.error for record in caplog.records if record.message == "cannot come back yet"}
+        told = {record.error for record in caplog.records if event_of(record) == "cannot come back yet"}
         assert told >= {name for *_, name in REVOKED.values()}  # by the clients
     finally:
         for place in places.values():

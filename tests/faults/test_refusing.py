@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rpcq.transport.base import Message, Published
+from support.logged import event_of
 from support.seam import SECONDS, End, Seam, taken, until
 
 
@@ -120,7 +121,7 @@ async def test_where_no_other_can_be_opened_it_goes_on(full: End, caplog: pytest
     hang(full)
     await refused(full)
     await until(lambda: not publishing._replacing)
-    assert "a channel refuses messages, but could not be replaced" in [record.getMessage() for record in caplog.records]
+    assert "a channel refuses messages, but could not be replaced" in [event_of(record) for record in caplog.records]
     assert publishing._channels == [first]
     assert await full.sent(full.names[1]) is Published.CONFIRMED
 

@@ -39,6 +39,7 @@ from rpcq.errors import AuthenticationFailed, BrokerUnreachable, ProtocolError
 from security.certificates import DAY, Authority, Certificate, behind_tls, server_context, with_tls
 from support.broker import VHOST, Broker, Setup, Unavailable
 from support.broker import broker as a_broker
+from support.logged import event_of
 from support.seam import until
 
 # The time of a test, and not that of the start of a broker, which has bounds of its own.
@@ -473,11 +474,11 @@ async def test_a_session_does_not_come_back_to_a_stranger_and_does_where_the_new
         other = stranger.issue("localhost", "127.0.0.1")
         context.load_cert_chain(other.certfile, other.keyfile)
         front.reset()
-        await until(lambda: [record.message for record in caplog.records].count("session down") == 4)
+        await until(lambda: [event_of(record) for record in caplog.records].count("session down") == 4)
         with pytest.raises(ServiceUnavailable):
             await client.with_options(timeout=1.0).call("things.echo", text="secret")
         assert len(front.handshakes) == 4, "something was said to a stranger"
-        tries = [record for record in caplog.records if record.message == "cannot come back yet"]
+        tries = [record for record in caplog.records if event_of(record) == "cannot come back yet"]
         (cause,) = {str(record.__dict__["cause"]) for record in tries}
         assert "was refused: unable to get local issuer certificate" in cause
         shutil.copy(stranger.cafile, cafile)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import pickle
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import structlog
 
 from rpcq import logs
+from support.logged import event_of
 
 SECRET = "s3cr3t"
 URL = f"amqp://user:{SECRET}@rabbit:5672/"
@@ -208,9 +210,24 @@ def test_the_library_only_emits_and_the_application_decides(caplog: pytest.LogCa
         logs.get_logger("rpcq.some").info("call sent again", correlation_id="ab-1", url=URL)
         logs.get_logger("rpcq.some").debug("not this")
     (record,) = caplog.records
-    assert (record.name, record.levelname, record.message) == ("rpcq.some", "INFO", "call sent again")
+    assert (record.name, record.levelname) == ("rpcq.some", "INFO")
+    assert record.message == "call sent again correlation_id='ab-1' url='amqp://user:***@rabbit:5672/'"
+    assert record.event == "call sent again"  # type: ignore[attr-defined]
     assert record.correlation_id == "ab-1"  # type: ignore[attr-defined]
     assert record.url == "amqp://user:***@rabbit:5672/"  # type: ignore[attr-defined]
+
+
+def test_a_plain_formatter_shows_the_fields_and_a_line_of_json_has_each_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "rpcq.some"):
+        logs.get_logger("rpcq.some").error("handler failed", incident="ab", text="two\nlines")
+    (record,) = caplog.records
+    stderr = configured()
+    logging.getLogger().handle(record)
+    plain = logging.Formatter("%(levelname)s %(message)s").format(record)
+    assert plain == "ERROR handler failed incident='ab' text='two\\nlines'"
+    (line,) = lines(stderr)
+    assert (line["event"], line["incident"], line["text"]) == ("handler failed", "ab", "two\nlines")
+    assert pickle.loads(pickle.dumps(record)).getMessage() == record.getMessage()  # as a queue to another process does
 
 
 def test_what_an_application_binds_is_never_in_the_way(caplog: pytest.LogCaptureFixture) -> None:
@@ -220,7 +237,7 @@ def test_what_an_application_binds_is_never_in_the_way(caplog: pytest.LogCapture
         logs.get_logger("rpcq.some").error("failed", exc_info=KeyError("x"), stack_info=True)
     first, second = caplog.records
     assert (first.name, first.name_, first.args_, first.lineno_) == ("rpcq.some", "ada", (1,), 7)  # type: ignore[attr-defined]
-    assert (first.message, first.message_, first.user) == ("fine", "m", "ada")  # type: ignore[attr-defined]
+    assert (first.event, first.message_, first.user) == ("fine", "m", "ada")  # type: ignore[attr-defined]
     assert second.exc_info
     assert isinstance(second.exc_info[1], KeyError)
     assert second.stack_info
@@ -248,5 +265,5 @@ def test_what_a_peer_can_cause_at_will_is_written_once_a_second_with_how_often_i
     now += logs.SELDOM
     seldom.warning("dropped", cause="last")
     seldom.warning("dropped", cause="after it")
-    told = [(it.message, getattr(it, "cause", None), getattr(it, "unsaid", 0)) for it in caplog.records]
+    told = [(event_of(it), getattr(it, "cause", None), getattr(it, "unsaid", 0)) for it in caplog.records]
     assert told == [("dropped", "odd", 0), ("refused", None, 0), ("dropped", "last", 499)]

@@ -20,6 +20,7 @@ import pytest
 
 from rpcq import Client, Service, Worker
 from rpcq.runtime.watchdog import Watchdog
+from support.logged import event_of
 
 LIMIT = 0.1
 BLOCK = 0.25
@@ -65,11 +66,11 @@ def logs(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]
 
 
 def said(logs: pytest.LogCaptureFixture) -> list[str]:
-    return [record.message for record in logs.records if record.message in (BLOCKED, GOES_ON, STOOD_STILL)]
+    return [event_of(record) for record in logs.records if event_of(record) in (BLOCKED, GOES_ON, STOOD_STILL)]
 
 
 def records(logs: pytest.LogCaptureFixture, message: str) -> list[dict[str, Any]]:
-    return [vars(record) for record in logs.records if record.message == message]
+    return [vars(record) for record in logs.records if event_of(record) == message]
 
 
 def name(task: asyncio.Task[Any]) -> dict[str, Any]:
@@ -325,7 +326,7 @@ STOPPED = """
 import asyncio, logging, sys, time
 from rpcq.runtime.watchdog import Watchdog
 
-logging.basicConfig(stream=sys.stdout, format="%(message)s")
+logging.basicConfig(stream=sys.stdout, format="%(event)s")
 
 async def work():
     while True:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rpcq.errors import TooLarge
-from rpcq.wire.jobs import JobMessage, check_headers, encode_job, read_job
+from rpcq.wire.jobs import JobMessage, check_headers, encode_dead, encode_job, read_job
 from rpcq.wire.properties import MalformedProperties, Properties, decode, encode
 
 NAMES = st.text("abcdefgh-_.0123456789", min_size=1, max_size=60)
@@ -112,6 +112,21 @@ def test_the_brokers_headers_are_never_published_again() -> None:
     }
     again = decode(encode_job(read(redelivered=True, headers=headers), 5000)).headers
     assert again == {"x-mine": "kept", "traceparent": "00-0-0-01", "rpcq-first-sent": 5000}
+
+
+def test_a_dead_letter_keeps_what_the_job_came_with() -> None:
+    came = Properties(
+        content_type=b"text/html",
+        headers={"x-mine": "kept", "rpcq-attempt": 2, "x-death": [], "x-delivery-count": 3, "CC": ["elsewhere"]},
+        reply_to=b"q",
+        expiration=b"5",
+        user_id=b"shop",
+        message_id=b"7",
+    )
+    letter = decode(encode_dead(encode(came), {"rpcq-dead-reason": "invalid"}))
+    assert letter.headers == {"x-mine": "kept", "rpcq-attempt": 2, "rpcq-dead-reason": "invalid"}
+    assert (letter.content_type, letter.reply_to, letter.message_id) == (b"text/html", b"q", b"7")
+    assert (letter.expiration, letter.user_id, letter.delivery_mode) == (None, None, 2)
 
 
 def test_a_user_is_not_published_again_because_the_worker_is_another_one() -> None:
