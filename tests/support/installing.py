@@ -22,15 +22,15 @@ def can_apt_install() -> bool:
     return os.geteuid() == 0 and shutil.which("apt-get") is not None and is_debian(Path("/etc/os-release"))
 
 
-def apt_install(package: str) -> None:
-    """apt-get install a package, without a service of it coming up; one at a time on this machine."""
+def apt_install(*packages: str) -> None:
+    """apt-get install packages, without a service of them coming up; one at a time on this machine."""
     environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     deadline = time.monotonic() + APT_SECONDS
     options = ("-q", "-o", "DPkg::Lock::Timeout=120")
     output = ""
     with locked(Path(tempfile.gettempdir(), "rpcq-apt.lock")), no_services_started(Path("/usr/sbin/policy-rc.d")):
         # A failed update (one dead third-party source is enough) need not keep the package from being installed.
-        for action in (("update",), ("install", "-y", "--no-install-recommends", package)):
+        for action in (("update",), ("install", "-y", "--no-install-recommends", *packages)):
             try:
                 done = subprocess.run(
                     ["apt-get", *options, *action],
@@ -45,7 +45,7 @@ def apt_install(package: str) -> None:
                 raise Unavailable(f"apt-get {action[0]} did not end within {APT_SECONDS:.0f} s") from error
             output += decoded(done.stdout)
     if done.returncode != 0:
-        raise Unavailable(f"apt-get install {package} failed:\n{tail(output)}")
+        raise Unavailable(f"apt-get install {' '.join(packages)} failed:\n{tail(output)}")
 
 
 @contextlib.contextmanager
