@@ -10,6 +10,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -43,6 +44,12 @@ def language(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Language([*command, "client"], [*command, "server"])
 
 
+@pytest.fixture
+def full_url(rabbitmq_url: str) -> str:
+    """The broker's URL with its vhost by name: clients disagree on what `/` alone means."""
+    return f"{rabbitmq_url}%2F" if urlsplit(rabbitmq_url).path == "/" else rabbitmq_url
+
+
 def fibonacci(n: int) -> int:
     before, last = 0, 1
     for _ in range(n):
@@ -62,17 +69,17 @@ def fib_service(queue: str, *, declare_queue: bool) -> tuple[Service, list[int]]
 
 
 async def test_a_service_takes_over_the_queue_of_a_tutorial_server(
-    rabbitmq_url: str, namespace: str, own_queue: str, language: Language
+    rabbitmq_url: str, full_url: str, namespace: str, own_queue: str, language: Language
 ) -> None:
     service, ran = fib_service(own_queue, declare_queue=False)
     async with Client(rabbitmq_url, namespace=namespace, timeout=20.0) as client:
         old = client.with_options(queue=own_queue, idempotent=True, metadata={"x-tenant": "ada"})
-        async with serving(*language.server, rabbitmq_url, own_queue) as server:
+        async with serving(*language.server, full_url, own_queue) as server:
             assert await old.call("fib", 30) == 832040
             assert (await server.next_line())["body"] == "30"
             assert await old.with_options(returns=int).call("fib", 7) == 13
         async with Worker(service, url=rabbitmq_url, namespace=namespace):
-            printed = await run(*language.client, rabbitmq_url, own_queue, "30", "0", "7")
+            printed = await run(*language.client, full_url, own_queue, "30", "0", "7")
             assert await old.call("fib", 8) == 21
     assert printed == [
         {"sent": "30", "reply": "832040"},
@@ -83,11 +90,11 @@ async def test_a_service_takes_over_the_queue_of_a_tutorial_server(
 
 
 async def test_a_tutorial_client_reads_results_and_errors_of_a_service_with_a_queue_of_its_own(
-    rabbitmq_url: str, namespace: str, own_queue: str, language: Language
+    rabbitmq_url: str, full_url: str, namespace: str, own_queue: str, language: Language
 ) -> None:
     service, ran = fib_service(own_queue, declare_queue=True)
     async with Worker(service, url=rabbitmq_url, namespace=namespace):
-        good, bad, again = await run(*language.client, rabbitmq_url, own_queue, "90", "thirty", "1")
+        good, bad, again = await run(*language.client, full_url, own_queue, "90", "thirty", "1")
     assert (good["reply"], again["reply"]) == ("2880067194370816120", "1")
     said = json.loads(bad["reply"])
     assert (said["code"], said["executed"]) == ("INVALID_ARGUMENT", "no")
