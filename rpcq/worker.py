@@ -290,7 +290,7 @@ class Worker:
         # RabbitMQ 4.3 refuses the argument for a classic queue.
         held = {"x-consumer-timeout": CONSUMER_TIMEOUT}
         found = []
-        if service.methods:
+        if service.methods or not service.jobs:  # a fake of a service may have no methods yet
             found.append(
                 Subscription(
                     self._topology.request_queue(

@@ -38,6 +38,14 @@ def worker(  # over 50 lines, because typer reads the options from the parameter
             envvar="RPCQ_PREFETCH", help="Calls of each service that run at once.", show_default=str(WORKER.prefetch)
         ),
     ] = None,
+    job_prefetch: Annotated[
+        int | None,
+        typer.Option(
+            envvar="RPCQ_JOB_PREFETCH",
+            help="Jobs of each service that run at once.",
+            show_default=str(WORKER.job_prefetch),
+        ),
+    ] = None,
     processes: Annotated[
         int,
         typer.Option(
@@ -96,7 +104,7 @@ def worker(  # over 50 lines, because typer reads the options from the parameter
     The exit code is 0 if all handlers ended, and 1 if a handler was cut off.
     """
     logs.configure(log_level.upper())
-    options = given(prefetch=prefetch, grace=grace, name=name, namespace=namespace)
+    options = given(prefetch=prefetch, job_prefetch=job_prefetch, grace=grace, name=name, namespace=namespace)
     if (processes > 1 or reload) and not os.environ.get(SUPERVISED):
         observing = given(http=http, log_calls=log_calls, trace_calls=trace_calls, log_level=log_level.value)
         _supervise(services, given(url=url) | options | observing, processes, reload=reload)

@@ -102,6 +102,7 @@ SET = {
     "RPCQ_REPLY_TO": ("orders\\..*  audit", ("orders\\..*", "audit")),
     "RPCQ_REMEMBER": ("0", 0),
     "RPCQ_BLOCKED_AFTER": ("0.25", 0.25),
+    "RPCQ_JOB_PREFETCH": ("3", 3),
 }
 
 
