@@ -35,7 +35,7 @@ OWNED_HEADERS: Final = re.compile(r"x-(death\Z|first-death-|last-death-|delivery
 """Names of headers that RabbitMQ owns: refused from users, and never shown as metadata."""
 
 
-def check_name(what: str, name: str) -> str:
+def check_name(what: str, name: str | None) -> str:
     """Check a name, and return it; `what` is the subject of the error's message, such as "the name of a service".
 
     Raises:

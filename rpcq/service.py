@@ -18,12 +18,13 @@ from typing import Any, Final, Literal, TypeVar, overload
 import pydantic
 from pydantic import PydanticUserError
 
-from rpcq.contracts import METHOD_NAME, result_adapter
+from rpcq.contracts import METHOD_NAME, Obligation, result_adapter
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply
 from rpcq.options import CallOptions, check_errors, check_name
 from rpcq.results import ResultStore
 from rpcq.runtime.deadline import Deadline
 from rpcq.validation.bounds import MOST_ERRORS, NotRead
+from rpcq.validation.definitions import check_handler, check_lifespan
 from rpcq.validation.schemas import Codec, make_codec, type_hints
 from rpcq.wire import bodies
 from rpcq.wire.values import NotCarried, refuse_beyond_float, refuse_nan
@@ -184,7 +185,10 @@ class Service:
     """A named set of methods behind one request queue.
 
     Args:
-        name: 1 to 100 of the characters `A-Za-z0-9_.-`.
+        name: 1 to 100 of the characters `A-Za-z0-9_.-`; None for the name in the contract of `api`.
+        api: the Protocol class that callers bind. The service takes its name, its errors and which methods are
+            idempotent from the class's `contract`, and must offer its methods, and no others: each must take what the
+            class says, and return it. None for a service without a contract.
         queue_type: "classic" is fast; "quorum" survives the loss of a node, and the broker itself delivers a request
             at most once.
         queue: the request queue's name, for clients that are not rpcq's; None for rpcq's own name.
@@ -208,8 +212,9 @@ class Service:
 
     def __init__(  # noqa: PLR0913 - all options of a service
         self,
-        name: str,
+        name: str | None = None,
         *,
+        api: type[Any] | None = None,
         queue_type: Literal["classic", "quorum"] = "classic",
         queue: str | None = None,
         timeout: float = 30.0,
@@ -220,7 +225,10 @@ class Service:
         allow: Mapping[str, Iterable[str]] | None = None,
         authorize: Authorize | None = None,
     ) -> None:
-        self.name = check_name("the name of a service", name)
+        self._obligation = obligation = None if api is None else Obligation(api, name)
+        if obligation is not None:
+            name = obligation.contract.service
+        self.name = name = check_name("the name of a service", name)
         if queue_type not in ("classic", "quorum"):
             raise ConfigurationError(
                 f"queue_type of service {name!r} must be 'classic' or 'quorum'; got {queue_type!r}"
@@ -231,6 +239,10 @@ class Service:
         self.timeout = options.timeout
         self.default_method = default_method
         self.errors = options.errors
+        if obligation is not None:
+            obligation.check_errors(f"service {name!r}", options.errors)
+            self.errors = obligation.contract.errors
+        check_lifespan(name, lifespan)
         self.lifespan = lifespan
         self.result_store = result_store
         self.allow = _check_allow(name, {} if allow is None else allow)
@@ -269,16 +281,19 @@ class Service:
         Args:
             handler: an `async def`, or a `def`, which runs in a thread.
             name: the name under which callers call it; None for the function's own name.
-            idempotent: running it twice does no harm, so it may run again after an attempt that may have run.
+            idempotent: running it twice does no harm, so it may run again after an attempt that may have run. A service
+                with an `api` takes this from there.
             errors: domain errors that are sent to callers, besides the service's.
             timeout: the most seconds that it may run, even if the caller's deadline is later.
 
         Raises:
-            ConfigurationError: the service already has a method of that name, or pydantic cannot handle an annotation.
+            ConfigurationError: the service already has a method of that name, pydantic cannot handle an annotation, or
+                the method does not fit the service's contract.
 
         """
 
         def add(handler: Handler) -> Handler:
+            check_handler(self.name, handler)
             called = name or str(getattr(handler, "__name__", ""))
             if not METHOD_NAME.match(called):
                 msg = f"the name of a method must be 1 to 100 of the characters A-Z a-z 0-9 _ -; got {called!r}"
@@ -288,15 +303,20 @@ class Service:
                 raise ConfigurationError(msg)
             if timeout is not None:
                 CallOptions(timeout=timeout)
-            self.methods[called] = Method(
+            own = check_errors(errors)
+            obligation = self._obligation
+            method = Method(
                 self.name,
                 called,
                 handler,
-                idempotent=idempotent,
-                errors=(*self.errors, *check_errors(errors)),
+                idempotent=idempotent or (obligation is not None and called in obligation.contract.idempotent),
+                errors=(*self.errors, *own),
                 timeout=timeout,
                 allow=self.allow.get(called, self.allow.get(EVERY_METHOD)),
             )
+            if obligation is not None:
+                obligation.check_method(called, method.signature, own, idempotent=idempotent)
+            self.methods[called] = method
             return handler
 
         return add if handler is None else add(handler)
@@ -313,9 +333,12 @@ class Service:
         """Check that the service can be served.
 
         Raises:
-            ConfigurationError: it has no methods, or `default_method` or `allow` names a method that it does not have.
+            ConfigurationError: it has no methods, it lacks a method of its contract, or `default_method` or `allow`
+                names a method that it does not have.
 
         """
+        if self._obligation is not None:
+            self._obligation.check_complete(self.methods)
         if not self.methods:
             raise ConfigurationError(f"service {self.name!r} has no methods; add one with @{self.name}.method")
         if self.default_method is not None and self.default_method not in self.methods:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, Unpack
 
-from rpcq.contracts import METHOD_NAME, Contract, result_adapter
+from rpcq.contracts import METHOD_NAME, Contract, contract_of, methods_of, result_adapter
 from rpcq.errors import ConfigurationError
 from rpcq.options import CallKwargs, CallOptions, check_name
 from rpcq.validation.schemas import type_hints
@@ -192,30 +192,19 @@ class CallMaker:
             service: its name; that of the class's `contract` if None.
 
         Raises:
-            ConfigurationError: no service is named, or the class has an attribute that is not a method.
+            ConfigurationError: no service is named, or the class has an attribute that is not an `async def`.
 
         """
-        declared: Contract | None = getattr(api, "__rpcq_contract__", None)
-        if service is None and declared is None:
-            msg = f"{api!r} names no service: decorate it with @contract('name'), or give the name"
-            raise ConfigurationError(msg)
-        declared = declared or Contract(check_name("the name of a service", service))  # type: ignore[arg-type]  # one of them is there
-        return typing.cast("T", _Bound(self._caller, api, service or declared.service, declared, self._options))
+        declared = contract_of(api, service)
+        return typing.cast("T", _Bound(self._caller, api, declared, self._options))
 
 
 class _Bound:
     """The methods of a Protocol class, as attributes."""
 
-    def __init__(
-        self, caller: Caller, api: Callable[..., Any], service: str, declared: Contract, options: CallOptions
-    ) -> None:
-        for name in dir(api):
-            if name.startswith("_"):
-                continue
-            function = inspect.getattr_static(api, name)
-            if not inspect.isfunction(function):
-                msg = f"a contract must have only methods; {api!r} has {name!r}"
-                raise ConfigurationError(msg)
+    def __init__(self, caller: Caller, api: Callable[..., Any], declared: Contract, options: CallOptions) -> None:
+        service = declared.service
+        for name, function in methods_of(api).items():
             returns = type_hints(f"{service}.{name}", function).get("return", Any)
             own = replace(
                 options,
