@@ -13,6 +13,7 @@ from pydantic import PydanticUserError
 
 from rpcq.errors import ConfigurationError, DomainError, InvalidReply
 from rpcq.options import check_errors, check_name
+from rpcq.validation.attributes import check_attributes
 from rpcq.validation.fitting import misfits
 from rpcq.validation.schemas import Codec, make_codec, type_hints
 from rpcq.wire import bodies
@@ -57,6 +58,7 @@ def contract(
 
     """
     declared = Contract(check_name("the name of a service", service), check_errors(errors), frozenset(idempotent))
+    check_attributes(declared.errors)
 
     def mark(api: C) -> C:
         if unknown := sorted(declared.idempotent - methods_of(api).keys()):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypedDict
 
@@ -150,7 +150,7 @@ class CallKwargs(TypedDict, total=False):
     idempotency_key: str | None
     retry: Retry | None
     queue: str | None
-    errors: tuple[type[DomainError], ...]
+    errors: Sequence[type[DomainError]]
     returns: Any
     metadata: Mapping[str, str]
 

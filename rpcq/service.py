@@ -13,16 +13,18 @@ import typing
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, TypeVar, overload
+from typing import Any, Final, Generic, Literal, cast, overload
 
 import pydantic
 from pydantic import PydanticUserError
+from typing_extensions import TypeVar
 
 from rpcq.contracts import METHOD_NAME, Obligation, result_adapter
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply
 from rpcq.options import CallOptions, check_errors, check_name
 from rpcq.results import ResultStore
 from rpcq.runtime.deadline import Deadline
+from rpcq.validation.attributes import check_attributes
 from rpcq.validation.bounds import MOST_ERRORS, NotRead
 from rpcq.validation.definitions import check_handler, check_lifespan
 from rpcq.validation.schemas import Codec, make_codec, type_hints
@@ -30,6 +32,7 @@ from rpcq.wire import bodies
 from rpcq.wire.values import NotCarried, refuse_beyond_float, refuse_nan
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
+State = TypeVar("State", default=Any)
 Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
 
 EVERY_METHOD: Final = "*"
@@ -37,8 +40,10 @@ EVERY_METHOD: Final = "*"
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
+class Context(Generic[State]):
     """What a handler can know of its request. It gets this in a parameter that is annotated `Context`.
+
+    `Context[StockApi]` says of which type `state` is, to type checkers alone; `Context` is `Context[Any]`.
 
     Attributes:
         service: the service's name.
@@ -64,7 +69,7 @@ class Context:
     caller: str | None = None
     user: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
-    state: Any = None
+    state: State = cast("State", None)  # noqa: RUF009 - None
 
 
 Authorize = Callable[[Context], Awaitable[str | None]]
@@ -106,6 +111,7 @@ class Method:
         self.is_async = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(function)
         self.idempotent = idempotent
         self.errors = errors
+        check_attributes(errors)
         self.timeout = timeout
         self.allow = allow
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
@@ -394,7 +400,7 @@ def _without_context(
         hint = hints.get(parameter.name, Any)
         if parameter.name in bound:
             continue  # the partial gives it, not the caller
-        if any(it is Context for it in (hint, *typing.get_args(hint))):
+        if any(it is Context or typing.get_origin(it) is Context for it in (hint, *typing.get_args(hint))):
             by_position = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
             if context_parameter is not None or not (by_position or parameter.kind is parameter.KEYWORD_ONLY):
                 msg = f"{label} must take its Context in one parameter that can be given by name"

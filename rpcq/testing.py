@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final, Literal, Self, TypedDict, Unpack
+from typing import Any, Final, Literal, Protocol, Self, TypedDict, Unpack
 
 from rpcq.client import Client
 from rpcq.contracts import METHOD_NAME, contract_of, methods_of
@@ -34,7 +34,7 @@ from rpcq.validation.schemas import type_hints
 from rpcq.wire.topology import Topology
 from rpcq.worker import Worker
 
-__all__ = ["FakeService", "Received", "running"]
+__all__ = ["FakeService", "Received", "Running", "running"]
 
 FAKES_GRACE: Final = 0.05
 """Seconds that a fake's handlers have to end when its worker stops or is lost: long enough to send their replies."""
@@ -57,6 +57,14 @@ class Settings(TypedDict, total=False):
     prefetch: int
     max_body: int
     grace: float
+
+
+class Running(Protocol):
+    """The type of the pytest fixture `rpcq_running`: `running`, in a namespace of the test."""
+
+    def __call__(self, *services: Service, **settings: Unpack[Settings]) -> AbstractAsyncContextManager[Client]:
+        """Serve the services, and yield a connected client; see `running`."""
+        ...
 
 
 def running(

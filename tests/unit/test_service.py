@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from decimal import Decimal
@@ -1104,6 +1105,19 @@ def test_a_service_shows_its_methods() -> None:
     service.method(add)
     service.method(name="other")(add)
     assert repr(service) == "<Service 's': add, other>"
+
+
+async def test_a_context_may_say_of_which_type_its_state_is() -> None:
+    async def take(sku: str, context: Ctx[Shelf]) -> str:
+        return await context.state.take(sku)
+
+    async def optional(sku: str, *, context: Ctx[Shelf] | None = None) -> str:
+        return sku
+
+    context: Ctx[Shelf] = Ctx(service="s", method="m", correlation_id="", deadline=Deadline(1.0), state=Shelf())
+    assert await method(take).call(("a",), {}, lambda: context) == "a"
+    assert method(optional).context_parameter == (sys.maxsize, "context")
+    assert CONTEXT.state is None
 
 
 # Contracts.
