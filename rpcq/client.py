@@ -32,7 +32,16 @@ from rpcq.errors import (
     UsageError,
 )
 from rpcq.observer import ObservedCall, Observer, Observers
-from rpcq.options import CallKwargs, CallOptions, ClientKwargs, ClientOptions, Retry, check_name, check_seconds
+from rpcq.options import (
+    CallKwargs,
+    CallOptions,
+    ClientKwargs,
+    ClientOptions,
+    Retry,
+    check_name,
+    check_seconds,
+    lists_options,
+)
 from rpcq.runtime.backoff import Backoff
 from rpcq.runtime.deadline import Deadline, inherit
 from rpcq.runtime.process import Place
@@ -61,6 +70,7 @@ class Phase(Enum):
     CLOSED = "closed"
 
 
+@lists_options(ClientOptions)
 class Client:
     """Calls methods of services; any number at once.
 
@@ -183,6 +193,14 @@ class Client:
     ) -> None:
         await self.close()
 
+    def __repr__(self) -> str:
+        state = "not open yet" if self._phase is Phase.NEW else self._phase.value
+        if self._phase is _OPEN:
+            down = self._sessions.down
+            state = f"the {' and the '.join(down)} session is down" if down else "connected"
+        where = f"{mask(self._url)} in namespace {self.topology.namespace!r}"
+        return f"<Client at {where}: {state}, {self.in_flight} calls in flight>"
+
     @property
     def in_flight(self) -> int:
         """Calls under way, including those that failed and wait to be made again."""
@@ -233,6 +251,7 @@ class Client:
         """A proxy of a Protocol's type; see `CallMaker.bind`."""
         return self._maker.bind(api, service)
 
+    @lists_options(CallOptions, changes=True)
     def with_options(self, **options: Unpack[CallKwargs]) -> CallMaker:
         """The same client, with other options for its calls; see `CallOptions`."""
         return self._maker.with_options(**options)

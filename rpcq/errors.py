@@ -39,6 +39,7 @@ classic queue refused the request, because it may have delivered it anyway.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self, get_args
 
 Executed = Literal["no", "maybe", "yes"]
@@ -350,7 +351,7 @@ def in_short(body: dict[str, Any]) -> dict[str, Any]:
     return body | {"details": None, "message": str(body["message"])[:1000]}
 
 
-def from_wire(body: Any, domain: tuple[type[DomainError], ...] = ()) -> CallError:
+def from_wire(body: Any, domain: Sequence[type[DomainError]] = ()) -> CallError:
     """Make the exception for an error reply; `domain` lists the domain errors that the caller declared.
 
     A body that is not an error by the wire contract gives `InvalidReply`. Unknown codes give

@@ -239,14 +239,14 @@ class Service:
             raise ConfigurationError(
                 f"queue_type of service {name!r} must be 'classic' or 'quorum'; got {queue_type!r}"
             )
-        options = CallOptions(timeout=timeout, queue=queue, errors=check_errors(errors))
+        options = CallOptions(timeout=timeout, queue=queue)
         self.queue_type: Literal["classic", "quorum"] = queue_type
         self.queue = queue
         self.timeout = options.timeout
         self.default_method = default_method
-        self.errors = options.errors
+        self.errors = check_errors(errors)
         if obligation is not None:
-            obligation.check_errors(f"service {name!r}", options.errors)
+            obligation.check_errors(f"service {name!r}", self.errors)
             self.errors = obligation.contract.errors
         check_lifespan(name, lifespan)
         self.lifespan = lifespan

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar, Unpack
 
 from rpcq.contracts import METHOD_NAME, Contract, contract_of, methods_of, result_adapter
 from rpcq.errors import ConfigurationError
-from rpcq.options import CallKwargs, CallOptions, check_name
+from rpcq.options import CallKwargs, CallOptions, check_name, lists_options
 from rpcq.validation.attributes import check_attributes
 from rpcq.validation.schemas import type_hints
 from rpcq.wire.topology import Topology
@@ -111,6 +111,7 @@ class ServiceProxy:
         self._service = service
         self._options = options
 
+    @lists_options(CallOptions, changes=True)
     def with_options(self, **options: Unpack[CallKwargs]) -> ServiceProxy:
         """The same service, with other options; see `CallOptions`."""
         return ServiceProxy(self._caller, self._service, _changed(self._options, options))
@@ -139,6 +140,7 @@ class CallMaker:
         self._options = options
         self._targets: dict[str, Target] = {}
 
+    @lists_options(CallOptions, changes=True)
     def with_options(self, **options: Unpack[CallKwargs]) -> CallMaker:
         """The same, with further options; see `CallOptions`."""
         return CallMaker(self._caller, _changed(self._options, options))
@@ -205,6 +207,7 @@ class CallMaker:
         return typing.cast("T", _Bound(self._caller, api, declared, self._options))
 
 
+@lists_options(CallOptions, changes=True)
 def with_options(bound: T, **options: Unpack[CallKwargs]) -> T:
     """What was bound, with other options, and of the same type: for one call, nothing has to be bound again.
 
@@ -227,7 +230,7 @@ def with_options(bound: T, **options: Unpack[CallKwargs]) -> T:
 
 
 def _changed(options: CallOptions, changes: CallKwargs) -> CallOptions:
-    changed: CallOptions = replace(options, **changes)  # type: ignore[arg-type]  # `errors` becomes a tuple
+    changed = replace(options, **changes)
     if "errors" in changes:
         check_attributes(changed.errors)
     return changed
@@ -238,6 +241,7 @@ class _Bound:
 
     def __init__(self, caller: Caller, api: Callable[..., Any], declared: Contract, options: CallOptions) -> None:
         service = declared.service
+        self._label = f"{getattr(api, '__name__', api)} of service {service!r}"
         for name, function in methods_of(api).items():
             returns = type_hints(f"{service}.{name}", function).get("return", Any)
             own = replace(
@@ -249,6 +253,9 @@ class _Bound:
             if own.returns is not None:
                 result_adapter(f"{service}.{name}", own.returns)  # raises now if the type cannot be used
             setattr(self, name, _BoundMethod(caller, service, name, own, function))
+
+    def __repr__(self) -> str:
+        return f"<{self._label}>"
 
 
 class _Rebound(_Bound):
@@ -267,6 +274,9 @@ class _Rebound(_Bound):
 
     def __dir__(self) -> list[str]:
         return dir(self._bound)
+
+    def __repr__(self) -> str:
+        return repr(self._bound)
 
 
 class _BoundMethod(RemoteMethod):

@@ -111,7 +111,7 @@ async def clients() -> None:
 
 def own(error: OutOfStock) -> None:
     error.sku + 1  # error: operator
-    print(error.skuu)  # error: attr-defined
+    error.skuu = 5  # error: attr-defined
 
 
 def errors(error: CallError) -> None:
