@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import typing
@@ -282,13 +283,12 @@ class _Rebound(_Bound):
 class _BoundMethod(RemoteMethod):
     """A method that knows the names of its parameters: those given by position are sent by name, if all have one."""
 
-    __slots__ = ("__dict__", "_function", "_parameters")  # the function's name, docstring and signature
+    __slots__ = ("__dict__", "_parameters")  # the function's name, docstring and signature
 
     def __init__(
         self, caller: Caller, service: str, method: str, options: CallOptions, function: Callable[..., Any]
     ) -> None:
         super().__init__(caller, service, method, options)
-        self._function = function
         functools.update_wrapper(self, function, updated=())
         del self.__dict__["__wrapped__"]  # it has a `self`
         kinds = inspect.Parameter
@@ -305,7 +305,9 @@ class _BoundMethod(RemoteMethod):
         changed = _changed(self._options, options)
         if "errors" in options:
             changed = replace(changed, errors=(*changed.errors, *self._options.errors))
-        return _BoundMethod(self._caller, self._service, self._target.method.decode(), changed, self._function)
+        made = copy.copy(self)  # its signature is known
+        RemoteMethod.__init__(made, self._caller, self._service, self._target.method.decode(), changed)
+        return made
 
     def __call__(self, /, *args: Any, **params: Any) -> Coroutine[Any, Any, Any]:
         if args and self._parameters is not None:
