@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from decimal import Decimal
 
-from consumer_service.contracts import DivisionByZero
+from consumer_service.contracts import CalculatorApi, DivisionByZero
 from rpcq import Service
 
-calculator = Service("calculator", errors=[DivisionByZero])
+calculator = Service(api=CalculatorApi)
 
 
-@calculator.method(idempotent=True)
+@calculator.method
 async def add(x: int, y: int) -> int:
     """Return the sum."""
     return x + y
 
 
-@calculator.method(idempotent=True)
+@calculator.method
 async def multiply(x: Decimal, y: Decimal) -> Decimal:
     """Return the product."""
     return x * y
 
 
-@calculator.method(idempotent=True)
+@calculator.method
 async def divide(x: Decimal, y: Decimal) -> Decimal:
     """Return the quotient."""
     if not y:

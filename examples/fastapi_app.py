@@ -13,8 +13,9 @@ from rpcq import RpcqError
 from rpcq.web import CancelOnDisconnect, Rpc, on_call_error
 
 rpc = Rpc()
-app = FastAPI(lifespan=rpc.lifespan)
-app.add_exception_handler(RpcqError, on_call_error(domain={DivisionByZero: 422}))
+errors = on_call_error(domain={DivisionByZero: 422})
+app = FastAPI(lifespan=rpc.lifespan, responses=errors.responses)
+app.add_exception_handler(RpcqError, errors)
 app.add_middleware(CancelOnDisconnect)
 
 Calculator = Annotated[CalculatorApi, Depends(rpc.api(CalculatorApi, timeout=5.0))]

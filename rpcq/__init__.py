@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from rpcq.calls.proxy import CallMaker, ServiceProxy
+from rpcq.calls.proxy import CallMaker, ServiceProxy, with_options
 from rpcq.client import Client
 from rpcq.contracts import contract
 from rpcq.control import MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
@@ -86,6 +86,7 @@ __all__ = [
     "WorkerOptions",
     "WorkerStats",
     "contract",
+    "with_options",
 ]
 
 

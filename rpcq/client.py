@@ -27,13 +27,21 @@ from rpcq.errors import (
     CallError,
     CallTimeout,
     ClosedError,
-    ConfigurationError,
     ServiceUnavailable,
     UsageError,
 )
 from rpcq.jobs.sending import JobSender
 from rpcq.observer import ObservedCall, Observer, Observers
-from rpcq.options import CallKwargs, CallOptions, ClientKwargs, ClientOptions, Retry, check_name, check_seconds
+from rpcq.options import (
+    CallKwargs,
+    CallOptions,
+    ClientKwargs,
+    ClientOptions,
+    Retry,
+    check_name,
+    check_seconds,
+    lists_options,
+)
 from rpcq.runtime.backoff import Backoff
 from rpcq.runtime.deadline import Deadline, inherit
 from rpcq.runtime.process import Place
@@ -42,7 +50,7 @@ from rpcq.service import Context
 from rpcq.transport.base import Subscription, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.transport.sessions import Sessions
-from rpcq.url import mask, parse
+from rpcq.url import checked_user, mask, parse
 from rpcq.wire import bodies, control
 from rpcq.wire.jobs import Job, JobTopology
 from rpcq.wire.replies import Reply
@@ -65,6 +73,7 @@ class Phase(Enum):
     CLOSED = "closed"
 
 
+@lists_options(ClientOptions)
 class Client:
     """Calls methods of services; any number at once.
 
@@ -98,7 +107,7 @@ class Client:
             self._sessions,
             self._calls,
             name=self.options.name,
-            user=_checked_user(self._url) if self.options.identify else "",
+            user=checked_user(self._url) if self.options.identify else "",
             unrun_within=self.options.unrun_within,
         )
         self._control = Control(self._transport, self.topology, self._sender.reply_queue, self._calls.next_id)
@@ -196,6 +205,14 @@ class Client:
     ) -> None:
         await self.close()
 
+    def __repr__(self) -> str:
+        state = "not open yet" if self._phase is Phase.NEW else self._phase.value
+        if self._phase is _OPEN:
+            down = self._sessions.down
+            state = f"the {' and the '.join(down)} session is down" if down else "connected"
+        where = f"{mask(self._url)} in namespace {self.topology.namespace!r}"
+        return f"<Client at {where}: {state}, {self.in_flight} calls in flight>"
+
     @property
     def in_flight(self) -> int:
         """Calls under way, including those that failed and wait to be made again."""
@@ -246,11 +263,10 @@ class Client:
         """A proxy of a Protocol's type; see `CallMaker.bind`."""
         return self._maker.bind(api, service)
 
+    @lists_options(CallOptions, changes=True)
     def with_options(self, **options: Unpack[CallKwargs]) -> CallMaker:
         """The same client, with other options for its calls; see `CallOptions`."""
         return self._maker.with_options(**options)
-
-    # Sending jobs.
 
     @overload
     def send(
@@ -472,8 +488,6 @@ class Client:
     def _on_blocked(self, reason: str) -> None:
         log.warning("the broker takes no messages", reason=reason)
 
-    # Checks.
-
     def _check_usable(self) -> None:
         if self._phase is not _OPEN:
             if self._phase is Phase.CLOSED:
@@ -483,16 +497,3 @@ class Client:
 
 
 _OPEN: Final = Phase.OPEN  # a name of its own: getting at an enum's member is slow in CPython 3.11
-
-
-def _checked_user(url: str) -> str:
-    """The broker's user of a client that identifies itself.
-
-    Raises:
-        ConfigurationError: its name is too long for the property.
-
-    """
-    user = parse(url).user
-    if len(user.encode()) > 255:
-        raise ConfigurationError(f"a user who identifies must have a name of at most 255 bytes; got {user!r:.50}")
-    return user

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 from pydantic import PydanticUserError
 
 from rpcq.errors import ConfigurationError, DomainError, InvalidReply
 from rpcq.options import check_errors, check_name
-from rpcq.validation.schemas import Codec, make_codec
+from rpcq.validation.attributes import check_attributes
+from rpcq.validation.fitting import misfits
+from rpcq.validation.schemas import Codec, make_codec, type_hints
 from rpcq.wire import bodies
 from rpcq.wire.values import (
     EXPONENT,
@@ -50,19 +53,138 @@ def contract(
         idempotent: names of methods that may be sent again after an attempt that may have run.
 
     Raises:
-        ConfigurationError: a name or an error is not valid, or the class has no such method.
+        ConfigurationError: a name or an error is not valid, the class has no such method, or it has an attribute that
+            is not an `async def` with a `self`.
 
     """
     declared = Contract(check_name("the name of a service", service), check_errors(errors), frozenset(idempotent))
+    check_attributes(declared.errors)
 
     def mark(api: C) -> C:
-        unknown = sorted(name for name in declared.idempotent if not callable(getattr(api, name, None)))
-        if unknown:
+        if unknown := sorted(declared.idempotent - methods_of(api).keys()):
             raise ConfigurationError(f"idempotent in the contract of {service!r} must name its methods; got {unknown}")
         api.__rpcq_contract__ = declared  # type: ignore[attr-defined]  # read by `Client.bind`
         return api
 
     return mark
+
+
+def contract_of(api: Any, service: str | None = None) -> Contract:
+    """The contract of a Protocol class, under the service's name if one is given.
+
+    Raises:
+        ConfigurationError: no service is named, or the name is not valid.
+
+    """
+    declared: Contract | None = getattr(api, "__rpcq_contract__", None)
+    if service is not None:
+        check_name("the name of a service", service)
+        return Contract(service) if declared is None else replace(declared, service=service)
+    if declared is None:
+        msg = f"{api!r} names no service: decorate it with @contract('name'), or give the name"
+        raise ConfigurationError(msg)
+    return declared
+
+
+def methods_of(api: Any) -> dict[str, Callable[..., Any]]:
+    """The functions of a Protocol class, by name.
+
+    Raises:
+        ConfigurationError: the class has an attribute that is not an `async def` with a `self`.
+
+    """
+    found = {name: inspect.getattr_static(api, name) for name in dir(api) if not name.startswith("_")}
+    for name, function in found.items():
+        if not inspect.isfunction(function):
+            raise ConfigurationError(f"a contract must have only methods; {api!r} has {name!r}")
+        label = f"{getattr(api, '__name__', api)}.{name}"
+        if not inspect.iscoroutinefunction(function):
+            msg = f"{label} must be an async def, because its callers await it; got a def: write 'async def {name}'"
+            raise ConfigurationError(msg)
+        first = next(iter(inspect.signature(function).parameters.values()), None)
+        if first is None or first.annotation is not first.empty or first.kind is first.KEYWORD_ONLY:
+            raise ConfigurationError(f"{label} must take self first; got {inspect.signature(function)}")
+    return found
+
+
+class Obligation:
+    """What a service has to offer by its contract.
+
+    Args:
+        api: the Protocol class.
+        service: the service's name; None for the one in the class's `contract`.
+
+    Attributes:
+        contract: the contract.
+
+    Raises:
+        ConfigurationError: as for `contract_of` and `methods_of`.
+
+    """
+
+    def __init__(self, api: Any, service: str | None) -> None:
+        self.contract = contract_of(api, service)
+        self._api = getattr(api, "__name__", repr(api))
+        self._signatures = {name: signature_of(f"{self._api}.{name}", it) for name, it in methods_of(api).items()}
+
+    def check_method(
+        self, name: str, signature: inspect.Signature, errors: Iterable[type[DomainError]], *, idempotent: bool
+    ) -> None:
+        """Check a method whose handler has this signature, without its `Context` and with resolved annotations.
+
+        Raises:
+            ConfigurationError: the contract does not have it, or it does not fit.
+
+        """
+        declared = self._signatures.get(name)
+        label = f"{self.contract.service}.{name}"
+        if declared is None:
+            has = ", ".join(self._signatures) or "none"
+            raise ConfigurationError(f"{label} must be a method of its contract {self._api}, which has {has}")
+        if found := list(misfits(declared, signature)):
+            raise ConfigurationError(f"{label} must fit its contract {self._api}: {'; '.join(found)}")
+        self.check_errors(label, errors)
+        if idempotent and name not in self.contract.idempotent:
+            msg = f"{label} must be idempotent in its contract, too: @contract(..., idempotent=[{name!r}])"
+            raise ConfigurationError(msg)
+
+    def check_errors(self, label: str, errors: Iterable[type[DomainError]]) -> None:
+        """Check that callers who bind the contract know these errors.
+
+        Raises:
+            ConfigurationError: the contract does not have one of them.
+
+        """
+        if unknown := [it.__name__ for it in errors if it not in self.contract.errors]:
+            msg = f"errors of {label} must be in its contract {self._api}, too: @contract(..., errors=[{unknown[0]}])"
+            raise ConfigurationError(msg)
+
+    def check_complete(self, methods: Collection[str]) -> None:
+        """Check that all methods are there.
+
+        Raises:
+            ConfigurationError: one is missing.
+
+        """
+        if missing := [name for name in self._signatures if name not in methods]:
+            msg = (
+                f"service {self.contract.service!r} must have all methods of its contract {self._api}; "
+                f"got none called {' or '.join(map(repr, missing))}"
+            )
+            raise ConfigurationError(msg)
+
+
+def signature_of(label: str, function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a contract's method without its `self`, with resolved annotations.
+
+    Raises:
+        ConfigurationError: an annotation cannot be resolved.
+
+    """
+    hints = type_hints(label, function)
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    known = [it.replace(annotation=hints.get(it.name, Any)) for it in parameters]
+    return inspect.Signature(known, return_annotation=hints.get("return", Any))
 
 
 class Result:

@@ -43,7 +43,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, ClassVar, Final, Literal, Self, get_args
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self, get_args
 
 Executed = Literal["no", "maybe", "yes"]
 
@@ -340,8 +341,11 @@ class DomainError(CallError):
     """The base of a service's own errors: subclass it, declare it in `errors=`, raise it in a handler.
 
     The code defaults to the class's name in snake_case: `class OutOfStock(DomainError)` has code "out_of_stock".
-    The message and `details` reach the caller, who gets the same class if it declares it too, else `RemoteError`
-    with the same code.
+    The message, `details` and the attributes that the class annotates in its body (`sku: str`) reach the caller, who
+    gets the same class if it declares it too, else `RemoteError` with the same code. Attributes travel in `details`. A
+    caller does not have those that the reply lacks, or whose value does not fit the annotation.
+
+    `str(error)` is the message, or the class's name if there is none.
     """
 
     code = "domain_error"
@@ -352,6 +356,15 @@ class DomainError(CallError):
         CallError.__init__(error)
         error.args = args
         return error
+
+    def __str__(self) -> str:
+        return str(self.message) or type(self).__name__
+
+    if not TYPE_CHECKING:  # to a type checker, it would have every name
+
+        def __getattr__(self, name: str) -> Any:
+            msg = f"{type(self).__name__} has no {name!r}; its details are {self.__dict__.get('details')!r}"
+            raise AttributeError(msg, name=name, obj=self)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -400,7 +413,7 @@ def in_short(body: dict[str, Any]) -> dict[str, Any]:
     return body | {"details": None, "message": str(body["message"])[:1000]}
 
 
-def from_wire(body: Any, domain: tuple[type[DomainError], ...] = ()) -> CallError:
+def from_wire(body: Any, domain: Sequence[type[DomainError]] = ()) -> CallError:
     """Make the exception for an error reply; `domain` lists the domain errors that the caller declared.
 
     A body that is not an error by the wire contract gives `InvalidReply` with the body as its text and `details`: it is
@@ -421,9 +434,12 @@ def from_wire(body: Any, domain: tuple[type[DomainError], ...] = ()) -> CallErro
     }
     for kind in domain:
         if kind.code == code:
-            error = kind.__new__(kind)  # a domain error may have an __init__ of its own
-            CallError.__init__(error, **fields)
-            return error
+            own = kind.__new__(kind)  # a domain error may have an __init__ of its own
+            CallError.__init__(own, **fields)
+            return own
     if known := BY_CODE.get(code):
         return known(**fields)
-    return RemoteError(code=code, **fields)
+    error = RemoteError(code=code, **fields)
+    if DOMAIN_CODE.match(code):
+        error.add_note(f"to catch {code!r} by its class, declare it in errors= of the contract or of with_options")
+    return error

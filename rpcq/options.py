@@ -7,14 +7,19 @@ Times are seconds, sizes are bytes.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypedDict
+from typing import Any, Final, TypedDict, TypeVar
 
 from rpcq.errors import DOMAIN_CODE, STATUS_CODES, ConfigurationError, DomainError
+
+Documented = TypeVar("Documented", bound=Callable[..., Any])
 
 NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,100}\Z")
 """Names that services and clients may have."""
@@ -35,7 +40,7 @@ OWNED_HEADERS: Final = re.compile(r"x-(death\Z|first-death-|last-death-|delivery
 """Names of headers that RabbitMQ owns: refused from users, and never shown as metadata."""
 
 
-def check_name(what: str, name: str) -> str:
+def check_name(what: str, name: str | None) -> str:
     """Check a name, and return it; `what` is the subject of the error's message, such as "the name of a service".
 
     Raises:
@@ -193,7 +198,7 @@ class CallKwargs(TypedDict, total=False):
     idempotency_key: str | None
     retry: Retry | None
     queue: str | None
-    errors: tuple[type[DomainError], ...]
+    errors: Sequence[type[DomainError]]
     returns: Any
     metadata: Mapping[str, str]
 
@@ -221,7 +226,7 @@ class CallOptions:
     idempotency_key: str | None = None
     retry: Retry | None = None
     queue: str | None = None
-    errors: tuple[type[DomainError], ...] = ()
+    errors: Sequence[type[DomainError]] = ()
     returns: Any = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -399,3 +404,53 @@ class WorkerOptions(ConnectionOptions):
             except (re.error, TypeError, UnicodeEncodeError) as error:
                 msg = f"reply_to must be regular expressions; got {pattern!r}: {error}"
                 raise ConfigurationError(msg) from error
+
+
+# For people at a prompt, who do not see what type checkers see.
+
+
+class _Unchanged:
+    """In a signature, the default of an option that stays as it is."""
+
+    def __repr__(self) -> str:
+        return "..."
+
+
+_UNCHANGED: Final = _Unchanged()
+
+
+def lists_options(kind: type[Any], *, changes: bool = False) -> Callable[[Documented], Documented]:
+    """Make a decorator for what takes `**options`: its signature and its docstring list them, for `help` and notebooks.
+
+    Args:
+        kind: the class of the options.
+        changes: an option that is not given stays as it is, so no default is shown.
+
+    """
+
+    def decorate(function: Documented) -> Documented:
+        target: Any = vars(function)["__init__"] if isinstance(function, type) else function
+        signature = inspect.signature(target)
+        kept = [it for it in signature.parameters.values() if it.kind is not it.VAR_KEYWORD]
+        hints = typing.get_type_hints(kind)
+        listed = [
+            inspect.Parameter(
+                it.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=_UNCHANGED if changes else it.default_factory() if callable(it.default_factory) else it.default,
+                annotation=hints[it.name],
+            )
+            for it in dataclasses.fields(kind)
+        ]
+        target.__signature__ = signature.replace(parameters=[*kept, *listed])
+        if function.__doc__:  # Python removes docstrings with -OO
+            function.__doc__ = f"{inspect.cleandoc(function.__doc__)}\n\nOptions:\n{_descriptions(kind)}\n"
+        return function
+
+    return decorate
+
+
+def _descriptions(kind: type[Any]) -> str:
+    """The descriptions of a class's options, those of its bases first."""
+    docs = [inspect.cleandoc(it.__doc__ or "") for it in reversed(kind.__mro__) if dataclasses.is_dataclass(it)]
+    return "\n".join(doc.partition("Attributes:\n")[2] for doc in docs)

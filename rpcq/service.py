@@ -13,22 +13,26 @@ import typing
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, TypeVar, overload
+from typing import Any, Final, Generic, Literal, cast, overload
 
 import pydantic
+from typing_extensions import TypeVar
 
-from rpcq.contracts import METHOD_NAME, result_adapter
+from rpcq.contracts import METHOD_NAME, Obligation, result_adapter
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply
 from rpcq.options import JOB_RETRY, CallOptions, JobOptions, Retry, check_errors, check_name
 from rpcq.results import ResultStore
 from rpcq.runtime.deadline import Deadline
+from rpcq.validation.attributes import check_attributes
 from rpcq.validation.bounds import NotRead
+from rpcq.validation.definitions import check_allow, check_handler, check_lifespan, check_types
 from rpcq.validation.parameters import invalid_params, parameters_codec
 from rpcq.validation.schemas import type_hints
 from rpcq.wire import bodies
 from rpcq.wire.values import NotCarried, refuse_beyond_float, refuse_nan
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
+State = TypeVar("State", default=Any)
 Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
 
 EVERY_METHOD: Final = "*"
@@ -36,8 +40,10 @@ EVERY_METHOD: Final = "*"
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
+class Context(Generic[State]):
     """What a handler can know of its request. It gets this in a parameter that is annotated `Context`.
+
+    `Context[StockApi]` says of which type `state` is, to type checkers alone; `Context` is `Context[Any]`.
 
     Attributes:
         service: the service's name.
@@ -63,7 +69,7 @@ class Context:
     caller: str | None = None
     user: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
-    state: Any = None
+    state: State = cast("State", None)  # noqa: RUF009 - None
 
 
 Authorize = Callable[[Context], Awaitable[str | None]]
@@ -107,6 +113,7 @@ class Method:
         self.is_async = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(function)
         self.idempotent = idempotent
         self.errors = errors
+        check_attributes(errors)
         self.timeout = timeout
         self.allow = allow
         self.job = job
@@ -191,7 +198,10 @@ class Service:
     """A named set of methods behind one request queue.
 
     Args:
-        name: 1 to 100 of the characters `A-Za-z0-9_.-`.
+        name: 1 to 100 of the characters `A-Za-z0-9_.-`; None for the name in the contract of `api`.
+        api: the Protocol class that callers bind. The service takes its name, its errors and which methods are
+            idempotent from the class's `contract`, and must offer its methods, and no others: each must take what the
+            class says, and return it. None for a service without a contract.
         queue_type: "classic" is fast; "quorum" survives the loss of a node, and the broker itself delivers a request
             at most once.
         queue: the request queue's name, for clients that are not rpcq's; None for rpcq's own name.
@@ -220,8 +230,9 @@ class Service:
 
     def __init__(  # noqa: PLR0913 - all options of a service
         self,
-        name: str,
+        name: str | None = None,
         *,
+        api: type[Any] | None = None,
         queue_type: Literal["classic", "quorum"] = "classic",
         queue: str | None = None,
         declare_queue: bool = True,
@@ -234,12 +245,15 @@ class Service:
         allow: Mapping[str, Iterable[str]] | None = None,
         authorize: Authorize | None = None,
     ) -> None:
-        self.name = check_name("the name of a service", name)
+        self._obligation = obligation = None if api is None else Obligation(api, name)
+        if obligation is not None:
+            name = obligation.contract.service
+        self.name = name = check_name("the name of a service", name)
         if queue_type not in ("classic", "quorum"):
             raise ConfigurationError(
                 f"queue_type of service {name!r} must be 'classic' or 'quorum'; got {queue_type!r}"
             )
-        options = CallOptions(timeout=timeout, queue=queue, errors=check_errors(errors))
+        options = CallOptions(timeout=timeout, queue=queue)
         self.queue_type: Literal["classic", "quorum"] = queue_type
         self.queue = queue
         self.declare_queue = declare_queue
@@ -247,11 +261,15 @@ class Service:
             raise ConfigurationError(f"queue of service {name!r} must be a name with declare_queue=False; got None")
         self.timeout = options.timeout
         self.default_method = default_method
-        self.default_types = _check_types(name, default_types)
-        self.errors = options.errors
+        self.default_types = check_types(name, default_types)
+        self.errors = check_errors(errors)
+        if obligation is not None:
+            obligation.check_errors(f"service {name!r}", self.errors)
+            self.errors = obligation.contract.errors
+        check_lifespan(name, lifespan)
         self.lifespan = lifespan
         self.result_store = result_store
-        self.allow = _check_allow(name, {} if allow is None else allow)
+        self.allow = check_allow(name, {} if allow is None else allow)
         if authorize is not None and not inspect.iscoroutinefunction(_function(authorize)):
             raise ConfigurationError(f"authorize of service {name!r} must be an async def or None; got {authorize!r}")
         self.authorize = authorize
@@ -288,28 +306,36 @@ class Service:
         Args:
             handler: an `async def`, or a `def`, which runs in a thread.
             name: the name under which callers call it; None for the function's own name.
-            idempotent: running it twice does no harm, so it may run again after an attempt that may have run.
+            idempotent: running it twice does no harm, so it may run again after an attempt that may have run. A service
+                with an `api` takes this from there.
             errors: domain errors that are sent to callers, besides the service's.
             timeout: the most seconds that it may run, even if the caller's deadline is later.
 
         Raises:
-            ConfigurationError: the service already has a method of that name, or pydantic cannot handle an annotation.
+            ConfigurationError: the service already has a method of that name, pydantic cannot handle an annotation, or
+                the method does not fit the service's contract.
 
         """
 
         def add(handler: Handler) -> Handler:
+            check_handler(self.name, handler)
             called = self._check_new("method", name or str(getattr(handler, "__name__", "")))
             if timeout is not None:
                 CallOptions(timeout=timeout)
-            self.methods[called] = Method(
+            own = check_errors(errors)
+            obligation = self._obligation
+            method = Method(
                 self.name,
                 called,
                 handler,
-                idempotent=idempotent,
-                errors=(*self.errors, *check_errors(errors)),
+                idempotent=idempotent or (obligation is not None and called in obligation.contract.idempotent),
+                errors=(*self.errors, *own),
                 timeout=timeout,
                 allow=self.allow.get(called, self.allow.get(EVERY_METHOD)),
             )
+            if obligation is not None:
+                obligation.check_method(called, method.signature, own, idempotent=idempotent)
+            self.methods[called] = method
             return handler
 
         return add if handler is None else add(handler)
@@ -392,10 +418,12 @@ class Service:
         """Check that the service can be served.
 
         Raises:
-            ConfigurationError: it has no methods, or `default_method` or `allow` names a method that it does not have,
-                or `default_types` names one that it has.
+            ConfigurationError: it has no methods, it lacks a method of its contract, or `default_method` or `allow`
+                names a method that it does not have, or `default_types` names one that it has.
 
         """
+        if self._obligation is not None:
+            self._obligation.check_complete(self.methods)
         if not self.methods and not self.jobs:
             raise ConfigurationError(
                 f"service {self.name!r} has no methods and no jobs; add one with @{self.name}.method or .job"
@@ -430,33 +458,6 @@ def _marked(handler: Callable[..., Any]) -> Any:
     return getattr(function, "__func__", function)  # a bound method is made anew each time
 
 
-def _check_types(service: str, types: Any) -> frozenset[str]:
-    found = None if isinstance(types, str) or not isinstance(types, Iterable) else [*types]
-    if found is None or not all(isinstance(it, str) and it for it in found):
-        raise ConfigurationError(f"default_types of service {service!r} must be names, as in ('call',); got {types!r}")
-    return frozenset(found)
-
-
-def _check_allow(service: str, allow: Any) -> dict[str, frozenset[str]]:
-    if not isinstance(allow, Mapping):
-        raise ConfigurationError(f"allow of service {service!r} must be {_ALLOW_FORM}; got {allow!r}")
-    found = {}
-    for method, users in allow.items():
-        if isinstance(users, str) or not isinstance(users, Iterable):
-            raise ConfigurationError(
-                f"allow of service {service!r} must be {_ALLOW_FORM}; got {users!r} for {method!r}"
-            )
-        found[method] = frozenset(users)
-        if not all(isinstance(user, str) and user for user in found[method]):
-            raise ConfigurationError(
-                f"allow of service {service!r} must have names of users for {method!r}; got {users!r}"
-            )
-    return found
-
-
-_ALLOW_FORM: Final = 'of the form {"method": ["user", ...]}'
-
-
 def _function(handler: Callable[..., Any]) -> Callable[..., Any]:
     """The function that a handler runs: the function of a partial, the `__call__` of an object, or the handler."""
     while isinstance(handler, functools.partial):
@@ -479,7 +480,7 @@ def _without_context(
         hint = hints.get(parameter.name, Any)
         if parameter.name in bound:
             continue  # the partial gives it, not the caller
-        if any(it is Context for it in (hint, *typing.get_args(hint))):
+        if any(it is Context or typing.get_origin(it) is Context for it in (hint, *typing.get_args(hint))):
             by_position = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
             if context_parameter is not None or not (by_position or parameter.kind is parameter.KEYWORD_ONLY):
                 msg = f"{label} must take its Context in one parameter that can be given by name"

@@ -20,10 +20,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final, Literal, Self, TypedDict, Unpack, cast
+from typing import Any, Final, Literal, Protocol, Self, TypedDict, Unpack
 
 from rpcq.client import Client
-from rpcq.contracts import METHOD_NAME, Contract
+from rpcq.contracts import METHOD_NAME, contract_of, methods_of
 from rpcq.errors import BrokerError, CallError, ConfigurationError, DomainError, InvalidReply, ServiceUnavailable
 from rpcq.invocation import Refused
 from rpcq.options import ConnectionOptions, check_name
@@ -34,7 +34,7 @@ from rpcq.validation.schemas import type_hints
 from rpcq.wire.topology import Topology
 from rpcq.worker import Worker
 
-__all__ = ["FakeService", "Received", "running"]
+__all__ = ["FakeService", "Received", "Running", "running"]
 
 FAKES_GRACE: Final = 0.05
 """Seconds that a fake's handlers have to end when its worker stops or is lost: long enough to send their replies."""
@@ -57,6 +57,14 @@ class Settings(TypedDict, total=False):
     prefetch: int
     max_body: int
     grace: float
+
+
+class Running(Protocol):
+    """The type of the pytest fixture `rpcq_running`: `running`, in a namespace of the test."""
+
+    def __call__(self, *services: Service, **settings: Unpack[Settings]) -> AbstractAsyncContextManager[Client]:
+        """Serve the services, and yield a connected client; see `running`."""
+        ...
 
 
 def running(
@@ -245,20 +253,13 @@ class FakeService(Service):
             queue_type: "classic" or "quorum", as for the real service.
 
         Raises:
-            ConfigurationError: no service is named, or the class has an attribute that is not a method.
+            ConfigurationError: no service is named, or the class has an attribute that is not an `async def`.
 
         """
-        declared: Contract | None = getattr(api, "__rpcq_contract__", None)
-        if service is None and declared is None:
-            msg = f"{api!r} names no service: decorate it with @contract('name'), or give the name"
-            raise ConfigurationError(msg)
-        fake = cls(service or cast("Contract", declared).service, queue_type=queue_type)
-        fake._contract = {name: inspect.getattr_static(api, name) for name in dir(api) if not name.startswith("_")}
-        for name, function in fake._contract.items():
-            if not inspect.isfunction(function):
-                raise ConfigurationError(f"a contract must have only methods; {api!r} has {name!r}")
-        if declared is not None:
-            fake._idempotent = declared.idempotent
+        declared = contract_of(api, service)
+        fake = cls(declared.service, queue_type=queue_type)
+        fake._contract = methods_of(api)
+        fake._idempotent = declared.idempotent
         return fake
 
     def answers(self, method: str, value: Any = None, *, after: float = 0.0) -> Self:

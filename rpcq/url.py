@@ -144,3 +144,16 @@ def _host(url: str, text: str, default_port: int) -> tuple[str, int]:
 
 def _invalid(url: str, must: str) -> ConfigurationError:
     return ConfigurationError(f"the broker's URL must {must}; got {mask(url)!r}")
+
+
+def checked_user(url: str) -> str:
+    """The broker's user of a client that identifies itself.
+
+    Raises:
+        ConfigurationError: its name is too long for the property.
+
+    """
+    user = parse(url).user
+    if len(user.encode()) > 255:
+        raise ConfigurationError(f"a user who identifies must have a name of at most 255 bytes; got {user!r:.50}")
+    return user

@@ -26,7 +26,7 @@ from rpcq.errors import BrokerError, ClosedError, ConfigurationError, UsageError
 from rpcq.execution import Executor
 from rpcq.jobs.running import JobRunner
 from rpcq.observer import Observer, Observers
-from rpcq.options import WorkerKwargs, WorkerOptions
+from rpcq.options import WorkerKwargs, WorkerOptions, lists_options
 from rpcq.results import MemoryResults
 from rpcq.runtime.watchdog import Watchdog
 from rpcq.service import Service
@@ -49,6 +49,7 @@ class Phase(Enum):
     STOPPED = "stopped"
 
 
+@lists_options(WorkerOptions)
 class Worker:
     """Serves one or more services from one process.
 
@@ -235,6 +236,12 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.stop()
+
+    def __repr__(self) -> str:
+        names = ", ".join(repr(service.name) for service in self.services)
+        where = f"{mask(self._url)} in namespace {self._topology.namespace!r}"
+        state = self.why_not_ready() or "connected"
+        return f"<Worker of {names} at {where}: {state}, {self.in_flight} requests in flight>"
 
     @property
     def in_flight(self) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, Unpack, overload
 
-from rpcq.contracts import METHOD_NAME, Contract, result_adapter
+from rpcq.contracts import METHOD_NAME, Contract, contract_of, methods_of, result_adapter
 from rpcq.errors import ConfigurationError, UsageError
-from rpcq.options import CallKwargs, CallOptions, check_name
+from rpcq.options import CallKwargs, CallOptions, check_name, lists_options
 from rpcq.service import Context
+from rpcq.validation.attributes import check_attributes
 from rpcq.validation.schemas import type_hints
 from rpcq.wire.jobs import Job
 from rpcq.wire.topology import Topology
@@ -88,12 +91,17 @@ class Caller(Protocol):
 class RemoteMethod:
     """A method of a service; calling it returns an awaitable."""
 
-    __slots__ = ("_caller", "_options", "_target")
+    __slots__ = ("_caller", "_options", "_service", "_target")
 
-    def __init__(self, caller: Caller, target: Target, options: CallOptions) -> None:
+    def __init__(self, caller: Caller, service: str, method: str, options: CallOptions) -> None:
         self._caller = caller
-        self._target = target
+        self._service = service
+        self._target = make_target(caller.topology, service, method, options.queue)
         self._options = options
+
+    def with_options(self, **options: Unpack[CallKwargs]) -> RemoteMethod:
+        """The same method, with other options; see `CallOptions`."""
+        return RemoteMethod(self._caller, self._service, self._target.method.decode(), _changed(self._options, options))
 
     def __call__(self, /, *args: Any, **params: Any) -> Coroutine[Any, Any, Any]:
         """Call it; parameters all by name or all by position. See `CallMaker.call`."""
@@ -115,13 +123,13 @@ class ServiceProxy:
         self._service = service
         self._options = options
 
+    @lists_options(CallOptions, changes=True)
     def with_options(self, **options: Unpack[CallKwargs]) -> ServiceProxy:
         """The same service, with other options; see `CallOptions`."""
-        return ServiceProxy(self._caller, self._service, replace(self._options, **options))
+        return ServiceProxy(self._caller, self._service, _changed(self._options, options))
 
     def __getitem__(self, method: str) -> RemoteMethod:
-        target = make_target(self._caller.topology, self._service, method, self._options.queue)
-        return RemoteMethod(self._caller, target, self._options)
+        return RemoteMethod(self._caller, self._service, method, self._options)
 
     def __getattr__(self, method: str) -> RemoteMethod:
         if method.startswith("_"):
@@ -144,9 +152,10 @@ class CallMaker:
         self._options = options
         self._targets: dict[str, Target] = {}
 
+    @lists_options(CallOptions, changes=True)
     def with_options(self, **options: Unpack[CallKwargs]) -> CallMaker:
         """The same, with further options; see `CallOptions`."""
-        return CallMaker(self._caller, replace(self._options, **options))
+        return CallMaker(self._caller, _changed(self._options, options))
 
     def call(self, target: str, /, *args: Any, **params: Any) -> Coroutine[Any, Any, Any]:
         """Call a method by its name.
@@ -262,30 +271,49 @@ class CallMaker:
             service: its name; that of the class's `contract` if None.
 
         Raises:
-            ConfigurationError: no service is named, or the class has an attribute that is not a method.
+            ConfigurationError: no service is named, or the class has an attribute that is not an `async def`.
 
         """
-        declared: Contract | None = getattr(api, "__rpcq_contract__", None)
-        if service is None and declared is None:
-            msg = f"{api!r} names no service: decorate it with @contract('name'), or give the name"
-            raise ConfigurationError(msg)
-        declared = declared or Contract(check_name("the name of a service", service))  # type: ignore[arg-type]  # one of them is there
-        return typing.cast("T", _Bound(self._caller, api, service or declared.service, declared, self._options))
+        declared = contract_of(api, service)
+        return typing.cast("T", _Bound(self._caller, api, declared, self._options))
+
+
+@lists_options(CallOptions, changes=True)
+def with_options(bound: T, **options: Unpack[CallKwargs]) -> T:
+    """What was bound, with other options, and of the same type: for one call, nothing has to be bound again.
+
+        await with_options(stock, timeout=2.0).take("tea")
+        await with_options(stock.take, timeout=2.0)("tea")
+
+    Args:
+        bound: what `bind` returned, one of its methods, a `ServiceProxy` or one of its methods.
+        options: as in `CallOptions`. `errors` are added to those of the contract.
+
+    Raises:
+        ConfigurationError: it was not bound, or an option is not valid.
+
+    """
+    if isinstance(bound, _Bound):
+        return typing.cast("T", _Rebound(bound, options))
+    if isinstance(bound, RemoteMethod | ServiceProxy):
+        return typing.cast("T", bound.with_options(**options))
+    raise ConfigurationError(f"bound must be what a client has bound, or one of its methods; got {bound!r}")
+
+
+def _changed(options: CallOptions, changes: CallKwargs) -> CallOptions:
+    changed = replace(options, **changes)
+    if "errors" in changes:
+        check_attributes(changed.errors)
+    return changed
 
 
 class _Bound:
     """The methods of a Protocol class, as attributes."""
 
-    def __init__(
-        self, caller: Caller, api: Callable[..., Any], service: str, declared: Contract, options: CallOptions
-    ) -> None:
-        for name in dir(api):
-            if name.startswith("_"):
-                continue
-            function = inspect.getattr_static(api, name)
-            if not inspect.isfunction(function):
-                msg = f"a contract must have only methods; {api!r} has {name!r}"
-                raise ConfigurationError(msg)
+    def __init__(self, caller: Caller, api: Callable[..., Any], declared: Contract, options: CallOptions) -> None:
+        service = declared.service
+        self._label = f"{getattr(api, '__name__', api)} of service {service!r}"
+        for name, function in methods_of(api).items():
             returns = type_hints(f"{service}.{name}", function).get("return", Any)
             own = replace(
                 options,
@@ -295,23 +323,61 @@ class _Bound:
             )
             if own.returns is not None:
                 result_adapter(f"{service}.{name}", own.returns)  # raises now if the type cannot be used
-            target = make_target(caller.topology, service, name, options.queue)
-            setattr(self, name, _BoundMethod(caller, target, own, function))
+            setattr(self, name, _BoundMethod(caller, service, name, own, function))
+
+    def __repr__(self) -> str:
+        return f"<{self._label}>"
+
+
+class _Rebound(_Bound):
+    """The methods of a bound Protocol class, with other options; each is made when it is first used."""
+
+    def __init__(self, bound: _Bound, options: CallKwargs) -> None:
+        self._bound = bound
+        self._given = options
+
+    def __getattr__(self, name: str) -> RemoteMethod:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        method: RemoteMethod = getattr(self._bound, name).with_options(**self._given)
+        self.__dict__[name] = method  # found at once from now on
+        return method
+
+    def __dir__(self) -> list[str]:
+        return dir(self._bound)
+
+    def __repr__(self) -> str:
+        return repr(self._bound)
 
 
 class _BoundMethod(RemoteMethod):
     """A method that knows the names of its parameters: those given by position are sent by name, if all have one."""
 
-    __slots__ = ("_parameters",)
+    __slots__ = ("__dict__", "_parameters")  # the function's name, docstring and signature
 
-    def __init__(self, caller: Caller, target: Target, options: CallOptions, function: Callable[..., Any]) -> None:
-        super().__init__(caller, target, options)
+    def __init__(
+        self, caller: Caller, service: str, method: str, options: CallOptions, function: Callable[..., Any]
+    ) -> None:
+        super().__init__(caller, service, method, options)
+        functools.update_wrapper(self, function, updated=())
+        del self.__dict__["__wrapped__"]  # it has a `self`
         kinds = inspect.Parameter
-        parameters = list(inspect.signature(function).parameters.values())[1:]
+        signature = inspect.signature(function)
+        parameters = list(signature.parameters.values())[1:]
+        self.__signature__ = signature.replace(parameters=parameters)
         nameless = any(it.kind in (kinds.VAR_POSITIONAL, kinds.POSITIONAL_ONLY) for it in parameters)
         self._parameters = (
             None if nameless else [it.name for it in parameters if it.kind is kinds.POSITIONAL_OR_KEYWORD]
         )
+
+    def with_options(self, **options: Unpack[CallKwargs]) -> RemoteMethod:
+        """The same method, with other options; `errors` are added to those of the contract."""
+        changed = _changed(self._options, options)
+        if "errors" in options:
+            changed = replace(changed, errors=(*changed.errors, *self._options.errors))
+        made = copy.copy(self)  # its signature is known
+        RemoteMethod.__init__(made, self._caller, self._service, self._target.method.decode(), changed)
+        return made
 
     def __call__(self, /, *args: Any, **params: Any) -> Coroutine[Any, Any, Any]:
         if args and self._parameters is not None:

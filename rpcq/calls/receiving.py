@@ -17,6 +17,7 @@ from rpcq.errors import InvalidReply, from_wire
 from rpcq.observer import Observers
 from rpcq.options import CallOptions
 from rpcq.transport.base import Delivery
+from rpcq.validation.attributes import read_attributes
 from rpcq.validation.bounds import NotRead, first_error
 from rpcq.wire import replies
 from rpcq.wire.properties import MalformedProperties
@@ -137,7 +138,9 @@ class ResultReader:
             raise for_call(call, InvalidReply(f"the result of {label} could not be read: {error!r}")) from error
         if reply.kind == replies.RESULT:
             return value
-        raise for_call(call, from_wire(value, options.errors))
+        failed = from_wire(value, options.errors)
+        read_attributes(failed)
+        raise for_call(call, failed)
 
     def _typed(self, returns: Any, label: str) -> Callable[[bytes], Any]:
         try:

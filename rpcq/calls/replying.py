@@ -25,6 +25,7 @@ from rpcq.calls.replaying import Replays
 from rpcq.errors import (
     CallError,
     CallTimeout,
+    DomainError,
     InvalidReply,
     OutcomeUnknown,
     RemoteError,
@@ -38,6 +39,7 @@ from rpcq.observer import CANCELLED, OK, Endings, ObservedRequest
 from rpcq.results import StoredResult
 from rpcq.runtime.backlog import Backlog
 from rpcq.transport.base import Delivery, Outgoing, Published, Transport
+from rpcq.validation.attributes import write_details
 from rpcq.wire import bodies, replies
 from rpcq.wire.topology import DIRECT_REPLY_TO
 
@@ -339,9 +341,14 @@ class Replier:
     def _fail(self, run: CallRun, invocation: Invocation, error: BaseException) -> None:
         """Reply to an exception that the service does not declare; its text stays in the log."""
         incident = secrets.token_hex(6)
+        name = type(error).__name__
+        hint = (
+            {"hint": f"declare it in errors=[{name}], and its callers get it"} if isinstance(error, DomainError) else {}
+        )
         log.error(
             "handler failed",
             **invocation.names(),
+            **hint,
             incident=incident,
             duration_ms=round(run.handler_ms, 3),
             exc_info=error,
@@ -362,6 +369,7 @@ class Replier:
         if raised:
             said |= {"executed": "yes", "retryable": False}
         try:
+            said["details"] = write_details(error)
             body = bodies.dumps(said)
         except Exception:  # noqa: BLE001 - raised by a serialiser of the user's type
             body = b""

@@ -72,13 +72,7 @@ def make_codec(kind: Any, label: str, *, written: bool) -> Codec:
         PydanticUserError, NameError, TypeError: pydantic has no schema for it.
 
     """
-    try:
-        adapter: TypeAdapter[Any] = TypeAdapter(kind, config=_CONFIG)
-    except PydanticUserError as error:
-        if error.code != "type-adapter-config-unused":
-            raise
-        # A model has its own config. A dataclass or TypedDict without one takes this one through an alias.
-        adapter = TypeAdapter(cast("Any", TypeAliasType("_Alias", kind)), config=_CONFIG)
+    adapter = make_adapter(kind)
     if not isinstance(adapter.core_schema, dict):  # pydantic has deferred building it
         adapter.rebuild()
     checker = _Checker(label)
@@ -89,6 +83,22 @@ def make_codec(kind: Any, label: str, *, written: bool) -> Codec:
         validator, serializer = SchemaValidator(schema, _CORE_CONFIG), SchemaSerializer(schema, _CORE_CONFIG)
     read = bounded(schema, _CORE_CONFIG, validator.validate_json)
     return Codec(read, validator.validate_python, serializer.to_json, serializer.to_python, checker.floats)
+
+
+def make_adapter(kind: Any) -> TypeAdapter[Any]:
+    """Make pydantic's adapter of a type, with rpcq's config where the type has none.
+
+    Raises:
+        PydanticUserError, NameError, TypeError: pydantic has no schema for it.
+
+    """
+    try:
+        return TypeAdapter(kind, config=_CONFIG)
+    except PydanticUserError as error:
+        if error.code != "type-adapter-config-unused":
+            raise
+        # A model has its own config. A dataclass or TypedDict without one takes this one through an alias.
+        return TypeAdapter(cast("Any", TypeAliasType("_Alias", kind)), config=_CONFIG)
 
 
 def type_hints(label: str, function: Callable[..., Any]) -> dict[str, Any]:

@@ -5,6 +5,6 @@ All of it is plain ASGI and imports no framework: it works with FastAPI, Starlet
 
 from rpcq.web.disconnect import CancelOnDisconnect
 from rpcq.web.lifespan import Rpc
-from rpcq.web.problems import Problem, on_call_error, problem
+from rpcq.web.problems import ErrorHandler, Problem, on_call_error, problem
 
-__all__ = ["CancelOnDisconnect", "Problem", "Rpc", "on_call_error", "problem"]
+__all__ = ["CancelOnDisconnect", "ErrorHandler", "Problem", "Rpc", "on_call_error", "problem"]

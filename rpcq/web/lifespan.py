@@ -19,9 +19,11 @@ from rpcq.options import (
     CallKwargs,
     CallOptions,
     ClientKwargs,
+    ClientOptions,
     ConnectionKwargs,
     ConnectionOptions,
     WorkerKwargs,
+    lists_options,
 )
 from rpcq.service import Service
 from rpcq.web.opening import Opener
@@ -39,6 +41,7 @@ LOOK_AGAIN: Final = 0.01
 log = logs.get_logger("rpcq.web")
 
 
+@lists_options(ClientOptions)
 class Rpc:
     """A client for the lifetime of an app; with `services`, also a worker in the same event loop.
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final
@@ -49,6 +49,7 @@ from rpcq.errors import (
     ServiceUnavailable,
     TooLarge,
 )
+from rpcq.web import openapi
 from rpcq.web.asgi import Receive, Scope, Send
 from rpcq.wire import bodies
 
@@ -170,14 +171,41 @@ def problem(error: BaseException, domain: Domain | None = None, *, retry_after: 
     return Problem(status=document["status"], document=document, headers=headers)
 
 
-def on_call_error(
-    domain: Domain | None = None, *, retry_after: float = RETRY_AFTER
-) -> Callable[[Any, Any], Awaitable[Any]]:
+class ErrorHandler:
+    """What `on_call_error` makes: a handler of exceptions for FastAPI, Starlette and similar frameworks.
+
+    Attributes:
+        responses: the responses that it makes, by status, for the OpenAPI of an app: `FastAPI(responses=...)`. A domain
+            error whose answer is a function is under "default".
+
+    """
+
+    def __init__(self, domain: Domain, retry_after: float) -> None:
+        self._domain = domain
+        self._retry_after = retry_after
+        self.responses = openapi.responses(
+            [(it.status, it.title, base is InvalidParams) for base, it in _KINDS.items() if base is not BaseException]
+            + [_described(kind, answer) for kind, answer in domain.items()]
+        )
+
+    async def __call__(self, _request: Any, error: Any, /) -> Any:
+        """The response for an error; for the framework."""
+        made = problem(error, self._domain, retry_after=self._retry_after)
+        if made.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            later = made.status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
+            write = log.warning if later else log.error
+            write("request failed", status=made.status, error=type(error).__name__, cause=str(error))
+        return made
+
+
+def on_call_error(domain: Domain | None = None, *, retry_after: float = RETRY_AFTER) -> ErrorHandler:
     """Make a handler for `app.add_exception_handler` of FastAPI, Starlette and similar frameworks.
 
     Register it for `RpcqError`, which is also the base of `BrokerError` and `ClosedError`, or for `CallError` alone. A
     status of 500 or more is logged with the error's own message, which the user does not see: 503 and 504 as warnings,
     others as errors, since somebody has to fix them.
+
+    Its attribute `responses` describes the responses for the app's OpenAPI: `FastAPI(responses=handler.responses)`.
 
     Args:
         domain: table of domain errors: `{OutOfStock: 409}`; see `Domain`.
@@ -191,16 +219,17 @@ def on_call_error(
     domain = dict(domain or {})
     for kind, answer in domain.items():
         _check(kind, answer)
+    return ErrorHandler(domain, retry_after)
 
-    async def handler(_request: Any, error: Any) -> Any:
-        made = problem(error, domain, retry_after=retry_after)
-        if made.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            later = made.status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
-            write = log.warning if later else log.error
-            write("request failed", status=made.status, error=type(error).__name__, cause=str(error))
-        return made
 
-    return handler
+def _described(kind: type[DomainError], answer: Answer | Callable[[Any], Answer]) -> tuple[int | None, str, bool]:
+    """The status of a domain error, None if it depends on the error; its title; and False, for it has no `errors`."""
+    if isinstance(answer, Problem):
+        return answer.status, str(answer.document.get("title", _title(kind.code))), False
+    if callable(answer):
+        return None, _title(kind.code), False
+    status, title = answer if isinstance(answer, tuple) else (answer, _title(kind.code))
+    return status, title, False
 
 
 def _extensions(error: CallError) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from rpcq import (
     ServiceUnavailable,
     TooLarge,
     contract,
+    with_options,
 )
 from support.logged import event_of
 from support.places import Place, lose
@@ -130,6 +131,89 @@ async def test_a_bound_protocol_takes_positions_and_gives_types(place: Place) ->
         )
         with pytest.raises(TypeError, match="2 parameters"):
             await shop.price("x", 1, 2)  # type: ignore[call-arg]
+
+
+class NotEnough(DomainError):
+    """With attributes of its own."""
+
+    sku: str
+    price: Decimal
+
+    def __init__(self, sku: str, price: Decimal) -> None:
+        super().__init__(f"{sku} costs {price}")
+        self.sku = sku
+        self.price = price
+
+
+async def test_the_attributes_of_a_domain_error_reach_its_caller_also_over_two_services(place: Place) -> None:
+    service = place.service(errors=[NotEnough])
+
+    @service.method
+    async def buy(sku: str) -> None:
+        raise NotEnough(sku, Decimal("1.50"))
+
+    async with place.worker(service), place.client() as client:
+        knowing = client.with_options(errors=[NotEnough])
+        other = place.service("agency", errors=[NotEnough])
+
+        @other.method
+        async def order(sku: str) -> None:
+            await knowing.call("things.buy", sku=sku)
+
+        async with place.worker(other):
+            for target in ("things.buy", "agency.order"):
+                with pytest.raises(NotEnough, match=r"^tea costs 1\.50$") as caught:
+                    await knowing.call(target, sku="tea")
+                assert (caught.value.sku, caught.value.price) == ("tea", Decimal("1.50"))
+                assert caught.value.details == {"sku": "tea", "price": "1.50"}
+
+
+async def test_an_attribute_that_cannot_be_sent_costs_the_details_and_not_the_error(place: Place) -> None:
+    service = place.service(errors=[NotEnough])
+
+    @service.method
+    async def buy(sku: str) -> None:
+        raise NotEnough(sku, "much")  # type: ignore[arg-type]
+
+    async with place.worker(service), place.client() as client:
+        with pytest.raises(NotEnough, match="tea costs much") as caught:
+            await client.with_options(errors=[NotEnough]).call("things.buy", sku="tea")
+        assert caught.value.details is None
+
+
+async def test_a_domain_error_that_its_service_does_not_declare_says_in_the_log_where_to_declare_it(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = place.service()
+
+    @service.method
+    async def buy(sku: str) -> None:
+        raise NotEnough(sku, Decimal(1))
+
+    async with place.worker(service), place.client() as client:
+        with pytest.raises(RemoteError) as caught:
+            await client.call("things.buy", sku="tea")
+    assert caught.value.code == "UNKNOWN"
+    assert "costs" not in str(caught.value)
+    hints = [vars(it).get("hint") for it in caplog.records if it.name == "rpcq.worker"]
+    assert "declare it in errors=[NotEnough], and its callers get it" in hints
+
+
+async def test_one_call_of_a_bound_contract_may_have_another_timeout(place: Place) -> None:
+    service = place.service()
+
+    @service.method
+    async def wait(context: Context[None]) -> float:
+        return context.deadline.remaining()
+
+    class Waits(Protocol):
+        async def wait(self) -> float: ...
+
+    async with place.worker(service), place.client() as client:
+        things = client.bind(Waits, "things")
+        assert await with_options(things, timeout=5).wait() <= 5
+        assert await with_options(things.wait, timeout=5)() <= 5
+        assert await things.wait() > 5
 
 
 async def test_a_domain_error_that_the_caller_does_not_declare_keeps_its_code(place: Place) -> None:

@@ -7,11 +7,14 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, assert_type
 
-from rpcq import CallError, Client, Context, DomainError, Service, Worker, contract
+from rpcq import CallError, Client, ClientOptions, Context, DomainError, Service, Worker, contract, with_options
+from rpcq.testing import Running
 
 
 class OutOfStock(DomainError):
     """No more."""
+
+    sku: str
 
 
 @asynccontextmanager
@@ -50,6 +53,28 @@ class Unmarked(Protocol):
     async def blocking(self, x: float) -> float: ...
 
 
+held = Service(api=Things, lifespan=lifespan)
+Service("elsewhere", api=Unmarked)
+
+
+@held.method
+async def stateful(context: Context[int], x: int) -> int:
+    assert_type(context.state, int)
+    return context.state + x
+
+
+def of_any_state(context: Context) -> int:
+    assert_type(context.state, Any)
+    assert_type(context.attempt, int)
+    return 1
+
+
+async def test_something(rpcq_running: Running) -> None:
+    async with rpcq_running(service, held, timeout=1.0) as client:
+        assert_type(client, Client)
+        assert_type(client.options, ClientOptions)
+
+
 async def handlers_keep_their_types() -> None:
     assert_type(await add(1, y=2), int)
     assert_type(blocking(1.5), float)
@@ -69,6 +94,10 @@ async def clients() -> None:
         assert_type(await things.other(sku="x"), str)
         assert_type(client.bind(Unmarked, "things"), Unmarked)
         assert_type(client.with_options(timeout=1.5).bind(Things), Things)
+        assert_type(with_options(things, timeout=2, errors=[OutOfStock]), Things)
+        assert_type(await with_options(things, timeout=2).add(1), int)
+        assert_type(await with_options(things.other, retry=None)(sku="x"), str)
+        assert_type(client.with_options(errors=[OutOfStock]).bind(Things), Things)
         options = client.with_options(
             timeout=1, idempotent=True, queue=None, errors=(OutOfStock,), returns=int, metadata={"x-a": "b"}
         )
@@ -83,6 +112,7 @@ async def clients() -> None:
             await client.call("things.add", x=1)
         except OutOfStock as error:
             assert_type(error.code, str)
+            assert_type(error.sku, str)
         except CallError as error:
             if error.executed == "no" and error.retryable:
                 assert_type(error.incident, str | None)

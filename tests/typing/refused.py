@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from rpcq import CallError, Client, Context, DomainError, Service, Worker, contract
+from rpcq import CallError, Client, Context, DomainError, Service, Worker, contract, with_options
+from rpcq.testing import Running
 
 
 class OutOfStock(DomainError):
     """No more."""
+
+    sku: str
 
 
 service = Service("things")
 Service("things", queue_type="fast")  # error: arg-type
 Service("things", timeout="5")  # error: arg-type
 Service("things", errors=[ValueError])  # error: list-item
-Service("things", "quorum")  # error: call-arg
+Service("things", int)  # error: call-arg
 Service(5)  # error: arg-type
 
 
@@ -42,6 +45,20 @@ class Things(Protocol):
 
 
 contract("things", errors=[ValueError])  # error: list-item
+Service(api="things")  # error: arg-type
+Service(name="things", apis=Things)  # error: call-arg
+
+
+@service.method
+async def stateful(context: Context[int]) -> str:
+    return context.state  # error: return-value
+
+
+async def test_something(rpcq_running: Running) -> None:
+    rpcq_running(service, timeut=1.0)  # error: call-arg
+    rpcq_running("things")  # error: arg-type
+
+
 contract(idempotent=["add"])  # error: call-arg
 
 
@@ -75,7 +92,11 @@ async def clients() -> None:
     client.with_options(timeout="1")  # error: arg-type
     client.with_options(idempotent="yes")  # error: arg-type
     client.with_options(errors=(ValueError,))  # error: arg-type
-    client.with_options(errors=[OutOfStock])  # error: arg-type
+    client.with_options(errors=[ValueError])  # error: list-item
+    client.with_options(errors=OutOfStock)  # error: arg-type
+    with_options(things, timeut=1)  # error: call-arg
+    with_options(things, timeout="1")  # error: arg-type
+    await with_options(things.add, timeout=1)("1")  # error: arg-type
     client.with_options(metadata={"x-a": 5})  # error: dict-item
     client.with_options(queue=5)  # error: arg-type
     client.with_options(5)  # error: call-arg
@@ -86,6 +107,11 @@ async def clients() -> None:
     await client.wait_for_service("things", 1.0)  # error: call-arg
     client.in_flight = 5  # error: misc
     del wrong
+
+
+def own(error: OutOfStock) -> None:
+    error.sku + 1  # error: operator
+    error.skuu = 5  # error: attr-defined
 
 
 def errors(error: CallError) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+SHOP = ROOT / "examples" / "shop"
 FOUND = re.compile(r"(?P<file>[^:]+):(?P<line>\d+): error: (?P<text>.*?)(?:  \[(?P<code>[a-z-]+)\])?\Z")
 EXPECTED = re.compile(r"# error: (?P<code>[a-z-]+)\Z")
 
@@ -103,3 +104,48 @@ def test_pyright_refuses_what_users_may_not_write(by_pyright: dict[str, dict[int
     refused = by_pyright["refused.py"]
     assert {line: refused[line] for line in refused.keys() - wanted} == {}
     assert wanted - refused.keys() == set(), "pyright accepts these lines"
+
+
+def test_mypy_strict_finds_nothing_in_the_sample_project(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [
+            *(sys.executable, "-m", "mypy", "--strict", "--config-file=", "--warn-unreachable"),
+            *("--python-version", "3.11", "--cache-dir", str(tmp_path), "-p", "examples.shop"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+        cwd=ROOT,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert f"no issues found in {len([*SHOP.glob('*.py')])} source files" in ran.stdout
+
+
+def test_pyright_strict_finds_nothing_in_the_sample_project(tmp_path: Path) -> None:
+    settings = {
+        "include": [str(SHOP)],
+        "typeCheckingMode": "strict",
+        "pythonVersion": "3.11",
+        "extraPaths": [str(ROOT)],
+    }
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    ran = subprocess.run(
+        [sys.executable, "-m", "basedpyright", "-p", str(tmp_path), "--pythonpath", sys.executable, "--outputjson"],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+        cwd=ROOT,
+    )
+    report = json.loads(ran.stdout)
+    assert report["summary"]["filesAnalyzed"] == len([*SHOP.glob("*.py")])
+    found = [it for it in report["generalDiagnostics"] if it["severity"] == "error"]
+    assert found == []
+
+
+def test_the_sample_project_uses_what_it_is_a_sample_of() -> None:
+    text = "".join(it.read_text() for it in SHOP.glob("*.py"))
+    assert len(text.splitlines()) > 300
+    for used in ("Service(api=", "Context[", "with_options(", "rpcq_running: Running", ".left", "errors.responses"):
+        assert used in text, used

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -26,6 +26,7 @@ from rpcq import (
     TooLarge,
     UsageError,
     Worker,
+    with_options,
 )
 
 SECONDS = 5.0
@@ -421,3 +422,48 @@ async def test_an_option_of_a_call_that_cannot_be_is_named_at_once(things: Thing
             client.service("things").with_options(**options)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="timeut"):
         client.with_options(timeut=1)  # type: ignore[call-arg]
+
+
+async def test_a_client_and_a_worker_show_where_they_are_connected_and_what_is_in_flight() -> None:
+    service = Service("things")
+    entered, release = asyncio.Event(), asyncio.Event()
+
+    @service.method
+    async def work() -> None:
+        entered.set()
+        await release.wait()
+
+    url = "memory://shown"
+    worker, client = Worker(service, url=url), Client(url, namespace="rpcq")
+    assert repr(client) == "<Client at memory://shown in namespace 'rpcq': not open yet, 0 calls in flight>"
+    assert repr(worker) == (
+        "<Worker of 'things' at memory://shown in namespace 'rpcq': the worker is new, 0 requests in flight>"
+    )
+    async with worker, client:
+        call = asyncio.create_task(client.call("things.work"))
+        await asyncio.wait_for(entered.wait(), SECONDS)
+        assert repr(client).endswith("'rpcq': connected, 1 calls in flight>")
+        assert repr(worker).endswith("'rpcq': connected, 1 requests in flight>")
+        release.set()
+        await call
+    assert repr(client).endswith("'rpcq': closed, 0 calls in flight>")
+    assert repr(worker).endswith("'rpcq': the worker is stopped, 0 requests in flight>")
+
+
+def test_a_client_and_a_worker_do_not_show_the_password() -> None:
+    service = Service("things")
+    service.method(name="work")(lambda: None)
+    url = "amqps://ada:s3cret@broker.example/orders"
+    for it in (Client(url), Worker(service, url=url)):
+        assert "amqps://ada:***@broker.example" in repr(it)
+        assert "s3cret" not in repr(it)
+
+
+def test_a_bound_contract_shows_its_class_and_its_service() -> None:
+    class Things(Protocol):
+        async def work(self) -> None: ...
+
+    client = Client("memory://shown")
+    bound = client.bind(Things, "things")
+    assert repr(bound) == repr(with_options(bound, timeout=1)) == "<Things of service 'things'>"
+    assert repr(bound.work) == "<RemoteMethod things.work>"

@@ -7,6 +7,7 @@ import inspect
 import json
 import pickle
 import re
+import traceback
 from typing import Any
 
 import pytest
@@ -277,7 +278,7 @@ def test_a_domain_error_that_the_caller_did_not_declare_keeps_its_code() -> None
 
 def test_a_domain_error_is_whole_even_if_its_constructor_does_not_call_the_one_above_it() -> None:
     error = Forgetful("sku-7", left=2)
-    assert str(error) == "Forgetful (executed=yes)"
+    assert str(error) == "Forgetful"
     assert error.args == ("sku-7",)
     assert to_wire(error) == {
         "code": "forgetful",
@@ -287,6 +288,26 @@ def test_a_domain_error_is_whole_even_if_its_constructor_does_not_call_the_one_a
         "details": None,
     }
     assert type(from_wire(to_wire(error), (Forgetful,))) is Forgetful
+
+
+def test_the_text_of_a_domain_error_is_its_message() -> None:
+    error = from_wire(to_wire(OutOfStock("only 2 are left")), (OutOfStock,))
+    assert str(error) == "only 2 are left"
+    assert str(OutOfStock(7)) == "7"  # type: ignore[arg-type]
+    assert str(CardDeclined("12", tries=1)) == "card 12 was declined"
+
+
+def test_an_attribute_that_a_domain_error_does_not_have_names_its_details() -> None:
+    error = from_wire(to_wire(CardDeclined("1234", tries=3)), (CardDeclined,))
+    with pytest.raises(AttributeError, match=r"CardDeclined has no 'card'; its details are {'tries': 3}"):
+        _ = error.card  # type: ignore[attr-defined]
+
+
+def test_an_undeclared_domain_error_says_how_to_catch_it() -> None:
+    error = from_wire(to_wire(OutOfStock("none left")))
+    text = "".join(traceback.format_exception_only(error))
+    assert "to catch 'out_of_stock' by its class, declare it in errors= of the contract or of with_options" in text
+    assert not hasattr(from_wire(to_wire(RemoteError("failed"))), "__notes__")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
+import pydoc
 import re
 import typing
 from collections.abc import Mapping
@@ -11,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import rpcq
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams
 from rpcq.options import (
     MAX_TIMEOUT,
@@ -24,6 +28,7 @@ from rpcq.options import (
     WorkerOptions,
     check_name,
 )
+from rpcq.web import Rpc
 
 NO_SECONDS = [0, -1, -0.0, math.nan, math.inf, -math.inf, True, False, "5", None, 1j, [1]]
 NO_COUNT = [0, -1, 1.0, 1.5, math.nan, math.inf, True, "5", None]
@@ -235,3 +240,32 @@ def test_metadata_are_copied_so_that_what_is_checked_is_what_is_sent() -> None:
     options = CallOptions(metadata=given)
     given["x-death"] = "forged"
     assert options.metadata == {"x-user": "ada"}
+
+
+# For people at a prompt.
+
+
+@pytest.mark.parametrize(
+    ("offered", "kind"),
+    [
+        (rpcq.Client, ClientOptions),
+        (rpcq.Worker, WorkerOptions),
+        (Rpc, ClientOptions),
+        (rpcq.Client.with_options, CallOptions),
+        (rpcq.CallMaker.with_options, CallOptions),
+        (rpcq.ServiceProxy.with_options, CallOptions),
+        (rpcq.with_options, CallOptions),
+    ],
+)
+def test_help_lists_all_options_with_their_types_and_descriptions(offered: Any, kind: type[Any]) -> None:
+    text = pydoc.render_doc(offered, renderer=pydoc.plaintext)  # type: ignore[attr-defined]
+    parameters = inspect.signature(offered).parameters
+    assert not any(it.kind is it.VAR_KEYWORD for it in parameters.values())
+    for it in dataclasses.fields(kind):
+        assert parameters[it.name].annotation == typing.get_type_hints(kind)[it.name]
+        assert re.search(rf"^[ |]+{it.name}: \w", text, re.MULTILINE), it.name
+        if kind is CallOptions:
+            assert f"{it.name}: " in text
+            assert str(parameters[it.name]).endswith(" = ...")
+        else:
+            assert parameters[it.name].default == getattr(kind(), it.name)

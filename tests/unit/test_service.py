@@ -7,7 +7,9 @@ import dataclasses
 import functools
 import inspect
 import math
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Protocol
 from uuid import UUID
@@ -737,7 +739,6 @@ def _no_schema_result() -> Shop: ...
         (_no_schema_deep, "takes a parameter that pydantic cannot handle"),
         (_no_schema_result, "returns .*Shop.*, which pydantic cannot handle"),
         (iter, "has no signature that can be read"),
-        (5, "has an annotation that cannot be resolved in its module"),
     ],
 )
 def test_a_handler_that_cannot_be_served_is_refused_when_it_is_defined(handler: Any, said: str) -> None:
@@ -1020,10 +1021,84 @@ def test_a_method_has_a_name_without_a_dot(name: str) -> None:
         Service("s").method(name=name)(add)
 
 
-@pytest.mark.parametrize("handler", [lambda: None, functools.partial(add), Adder(), 5, "add"])
+@pytest.mark.parametrize("handler", [lambda: None, functools.partial(add), Adder(), "add"])
 def test_a_method_without_a_name_of_its_own_has_to_be_given_one(handler: Any) -> None:
     with pytest.raises(ConfigurationError, match="the name of a method must be"):
         Service("s").method(handler)
+
+
+def test_a_name_that_is_given_alone_says_how_it_has_to_be_given() -> None:
+    with pytest.raises(ConfigurationError, match=r"must be given as @s\.method\(name='add'\)"):
+        Service("s").method("add")  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("handler", [5, Item, object()])
+def test_a_handler_that_is_no_function_is_refused(handler: Any) -> None:
+    with pytest.raises(ConfigurationError, match="must be an async def or a def; got "):
+        Service("s").method(name="m")(handler)
+
+
+class Shelf:
+    async def take(self, sku: str) -> str:
+        return sku
+
+    @classmethod
+    def make(cls, sku: str) -> str:
+        return sku
+
+
+def test_a_function_of_a_class_is_refused_and_an_objects_method_is_not() -> None:
+    service = Service("s")
+    with pytest.raises(ConfigurationError, match=r"got Shelf\.take, which takes 'self': .* s\.method\(thing\.take\)"):
+        service.method(Shelf.take)
+    service.method(Shelf().take)
+    service.method(Shelf.make)
+    assert [*service.methods] == ["take", "make"]
+
+
+@asynccontextmanager
+async def of_an_app(app: Any) -> AsyncIterator[None]:
+    yield
+
+
+@asynccontextmanager
+async def alone() -> AsyncIterator[None]:
+    yield
+
+
+async def undecorated() -> AsyncIterator[None]:
+    yield
+
+
+async def coroutine() -> None:
+    """No context manager."""
+
+
+@pytest.mark.parametrize(
+    ("lifespan", "said"),
+    [
+        (3, "got 3"),
+        (of_an_app, r"takes no parameters; got \(app: .*\).*: the lifespan of a service gets no app"),
+        (alone(), "got an open context manager: give the function"),
+        (undecorated, "got .*undecorated.*, which is not decorated"),
+        (coroutine, "with a yield; got .*coroutine.*, which is a coroutine function"),
+    ],
+)
+def test_a_lifespan_that_cannot_be_entered_says_why(lifespan: Any, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^lifespan of service 's' must be a function .*{said}"):
+        Service("s", lifespan=lifespan)
+
+
+def test_a_lifespan_may_be_anything_that_gives_a_context_manager() -> None:
+    class Opened:
+        async def __aenter__(self) -> int:
+            return 1
+
+        async def __aexit__(self, *_: object) -> None:
+            """Nothing is open."""
+
+    for lifespan in (alone, Opened, functools.partial(of_an_app, None), lambda app=None: of_an_app(app)):
+        assert Service("s", lifespan=lifespan).lifespan is lifespan  # type: ignore[arg-type]
 
 
 def test_two_methods_of_one_name_are_refused_and_the_first_stays() -> None:
@@ -1083,6 +1158,19 @@ def test_a_service_shows_its_methods() -> None:
     assert repr(service) == "<Service 's': add, other>"
 
 
+async def test_a_context_may_say_of_which_type_its_state_is() -> None:
+    async def take(sku: str, context: Ctx[Shelf]) -> str:
+        return await context.state.take(sku)
+
+    async def optional(sku: str, *, context: Ctx[Shelf] | None = None) -> str:
+        return sku
+
+    context: Ctx[Shelf] = Ctx(service="s", method="m", correlation_id="", deadline=Deadline(1.0), state=Shelf())
+    assert await method(take).call(("a",), {}, lambda: context) == "a"
+    assert method(optional).context_parameter == (sys.maxsize, "context")
+    assert CONTEXT.state is None
+
+
 # Contracts.
 
 
@@ -1102,6 +1190,111 @@ def test_a_contract_that_calls_what_is_no_method_idempotent_is_refused() -> None
 
     with pytest.raises(ConfigurationError, match=r"'orders' must name its methods; got \['limit', 'sum'\]"):
         contract("orders", idempotent=["sum", "total", "limit"])(Orders)
+
+
+def test_a_contract_must_have_async_methods_with_a_self() -> None:
+    class Plain(Protocol):
+        def total(self) -> int: ...
+
+    class Selfless(Protocol):
+        async def total(sku: str) -> int: ...  # type: ignore[misc]  # noqa: N805
+
+    class Bare(Protocol):
+        async def total() -> int: ...  # type: ignore[misc]
+
+    with pytest.raises(ConfigurationError, match=r"^Plain\.total must be an async def, .*: write 'async def total'"):
+        contract("orders")(Plain)
+    for api in (Selfless, Bare):
+        with pytest.raises(ConfigurationError, match=r"\.total must take self first; got \("):
+            contract("orders")(api)
+
+
+@contract("orders", errors=[OutOfStock], idempotent=["total"])
+class OrdersApi(Protocol):
+    async def total(self, sku: str, count: int = 1) -> int: ...
+
+    async def cancel(self, *, order: UUID) -> None: ...
+
+
+def held() -> Service:
+    return Service(api=OrdersApi)
+
+
+def test_a_service_takes_name_errors_and_idempotency_from_its_contract() -> None:
+    service = held()
+
+    @service.method
+    async def total(context: Ctx, sku: str, count: int = 1, *, rebate: int = 0) -> int:
+        return count
+
+    @service.method
+    def cancel(order: UUID | str) -> None:
+        """Forget it."""
+
+    service.check()
+    assert (service.name, service.errors) == ("orders", (OutOfStock,))
+    assert [(it.name, it.idempotent, it.errors) for it in service.methods.values()] == [
+        ("total", True, (OutOfStock,)),
+        ("cancel", False, (OutOfStock,)),
+    ]
+    assert Service("elsewhere", api=OrdersApi).name == "elsewhere"
+
+
+def test_a_service_without_a_name_or_a_contract_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="the name of a service must be"):
+        Service()
+
+    class Unmarked(Protocol):
+        async def total(self) -> int: ...
+
+    with pytest.raises(ConfigurationError, match="names no service"):
+        Service(api=Unmarked)
+    assert Service("s", api=Unmarked).name == "s"
+
+
+def test_a_method_that_the_contract_does_not_have_or_that_is_missing_is_named() -> None:
+    service = held()
+    with pytest.raises(ConfigurationError, match=r"orders\.add must be a method of its contract OrdersApi, .*cancel"):
+        service.method(add)
+    with pytest.raises(ConfigurationError, match="of its contract OrdersApi; got none called 'cancel' or 'total'"):
+        service.check()
+
+    @service.method
+    async def total(sku: str, count: int = 1) -> int:
+        return count
+
+    with pytest.raises(ConfigurationError, match=r"must have all methods .*; got none called 'cancel'"):
+        service.check()
+
+
+def test_a_method_that_does_not_fit_its_contract_is_refused_with_every_reason() -> None:
+    service = held()
+
+    async def total(sku: int, count: int, shop: str) -> str:
+        return shop
+
+    with pytest.raises(ConfigurationError) as caught:
+        service.method(total)
+    assert str(caught.value) == (
+        "orders.total must fit its contract OrdersApi: the parameter 'sku' must take str; got int; "
+        "the parameter 'count' must have a default, as in the contract; got none; "
+        "the parameter 'shop' must have a default, because the contract does not have it; got none; "
+        "its result must be int; got str"
+    )
+    assert not service.methods
+
+
+def test_what_callers_who_bind_the_contract_would_not_know_is_refused() -> None:
+    async def cancel(order: UUID) -> None:
+        """Forget it."""
+
+    with pytest.raises(ConfigurationError, match=r"errors of orders\.cancel .*too: .*errors=\[CardDeclined\]"):
+        held().method(errors=[CardDeclined])(cancel)
+    with pytest.raises(ConfigurationError, match=r"errors of service 'orders' .*errors=\[CardDeclined\]"):
+        Service(api=OrdersApi, errors=[OutOfStock, CardDeclined])
+    with pytest.raises(ConfigurationError, match=r"orders\.cancel must be idempotent in its contract, too"):
+        held().method(idempotent=True)(cancel)
+    held().method(errors=[OutOfStock])(cancel)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -332,3 +333,43 @@ async def test_a_web_socket_is_closed_with_a_code(namespace: str) -> None:
     async with rpc.lifespan():
         await app({"type": "websocket", "path": "/", "headers": [], "query_string": b""}, receive, send)
     assert sent[-1] == {"type": "websocket.close", "code": 1013, "reason": "Service unavailable"}
+
+
+def the_openapi(**table: Any) -> dict[str, Any]:
+    """The OpenAPI of an app whose handler has this table."""
+    handler = on_call_error(**table)
+    app = FastAPI(responses=handler.responses)
+    app.add_exception_handler(RpcqError, handler)
+
+    @app.get("/things/{x}")
+    async def things(x: int) -> int:
+        return x
+
+    found: dict[str, Any] = app.openapi()["paths"]["/things/{x}"]["get"]["responses"]
+    return found
+
+
+def test_the_openapi_of_an_app_has_every_response_that_the_handler_can_make() -> None:
+    class Gone(DomainError):
+        pass
+
+    class Odd(DomainError):
+        pass
+
+    found = the_openapi(domain={OutOfStock: (409, "Sold out"), Gone: 503, Odd: lambda error: 400 + len(error.message)})
+    assert {*found} == {"200", "403", "409", "413", "422", "500", "502", "503", "504", "default"}
+    assert found["409"]["description"] == "Sold out"
+    assert found["default"]["description"] == "Odd"
+    assert found["503"]["description"] == "Service unavailable; Overloaded; Gone"
+    assert "Retry-After" in found["503"]["headers"]
+    assert {*found["422"]["content"]} == {"application/problem+json", "application/json"}
+    errors = [InvalidParams("x", details=[]), RemoteError("x"), CallTimeout("x"), BrokerError("x"), OutOfStock("x")]
+    for error in errors:
+        made = problem(error, {OutOfStock: 409})
+        schema = found[str(made.status)]["content"][made.headers["content-type"]]["schema"]
+        assert made.document.keys() <= schema["properties"].keys()
+        assert made.document.keys() >= {*schema["required"]}
+
+
+def test_the_openapi_of_an_app_without_a_table_has_no_default() -> None:
+    assert {*the_openapi()} == {"200", "403", "413", "422", "500", "502", "503", "504"}

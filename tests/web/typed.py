@@ -45,7 +45,9 @@ app.add_middleware(CancelOnDisconnect)
 app.add_exception_handler(RpcqError, on_call_error(domain={OutOfStock: 409}))
 app.add_exception_handler(CallError, on_call_error({OutOfStock: (409, "Sold out")}, retry_after=2))
 on_call_error({OutOfStock: lambda error: (410, error.sku)})
-FastAPI(lifespan=rpc.around(plain))
+FastAPI(
+    lifespan=rpc.around(plain), responses=on_call_error().responses, exception_handlers={CallError: on_call_error()}
+)
 Starlette(
     lifespan=rpc.around(with_state),
     middleware=[Middleware(CancelOnDisconnect)],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import pydoc
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,7 +12,7 @@ from typing import Any, Protocol
 import pytest
 from pydantic import BaseModel
 
-from rpcq.calls.proxy import CallMaker, RemoteMethod, ServiceProxy, Target, make_target
+from rpcq.calls.proxy import CallMaker, RemoteMethod, ServiceProxy, Target, make_target, with_options
 from rpcq.contracts import contract
 from rpcq.errors import ConfigurationError, DomainError
 from rpcq.options import CallOptions
@@ -325,6 +327,62 @@ async def test_the_methods_of_a_base_class_belong_to_the_contract(maker: CallMak
 
     assert (await made(maker.bind(More).total(1))).target == target("orders", "total")
     assert (await made(maker.bind(More).more())).options.returns is type(None)
+
+
+def test_a_bound_method_has_the_name_the_docstring_and_the_signature_of_the_contracts(maker: CallMaker) -> None:
+    class Documented(Protocol):
+        async def total(self, day: int, *, zone: str = "eu") -> int:
+            """Return the total."""
+            raise NotImplementedError
+
+    method: Any = maker.bind(Documented, "s").total
+    assert (method.__name__, method.__doc__) == ("total", "Return the total.")
+    assert str(inspect.signature(method)) in (
+        "(day: int, *, zone: str = 'eu') -> int",
+        "(day: 'int', *, zone: 'str' = 'eu') -> 'int'",
+    )
+    assert "Return the total." in pydoc.render_doc(method)
+
+
+async def test_one_call_of_a_bound_contract_may_have_other_options(maker: CallMaker) -> None:
+    orders = maker.bind(Orders)
+    hurried = with_options(orders, timeout=1, errors=[CardDeclined])
+    options = (await made(hurried.total(1))).options
+    assert options == CallOptions(timeout=1, idempotent=True, errors=(CardDeclined, OutOfStock), returns=int)
+    assert (await made(hurried.total(1, "us"))).params == {"day": 1, "zone": "us"}
+    assert hurried.total is hurried.total
+    assert dir(hurried) == dir(orders)
+    assert not hasattr(hurried, "other")
+    twice = with_options(hurried, idempotency_key="k")
+    assert (await made(twice.item("a"))).options.idempotency_key == "k"
+    assert (await made(twice.item("a"))).options.timeout == 1
+    assert (await made(orders.total(1))).options.timeout == 7
+    assert (await made(with_options(orders.total, timeout=2)(1))).options.timeout == 2
+    queued = with_options(with_options(orders, queue="q"), queue=None)
+    assert (await made(queued.total(1))).target == target("orders", "total")
+    assert (await made(with_options(orders, queue="q").total(1))).target.routing_key == b"q"
+
+
+async def test_one_call_of_a_proxy_may_have_other_options(maker: CallMaker) -> None:
+    proxy = maker.service("orders")
+    assert (await made(with_options(proxy, timeout=2).total(day=1))).options.timeout == 2
+    assert (await made(with_options(proxy.total, timeout=3)(day=1))).options.timeout == 3
+    assert (await made(proxy.total.with_options(timeout=3)(day=1))).target == target("orders", "total")
+
+
+def test_options_of_what_is_not_bound_or_that_cannot_be_are_refused(maker: CallMaker) -> None:
+    with pytest.raises(ConfigurationError, match=r"bound must be what a client has bound, .*; got 5"):
+        with_options(5, timeout=1)
+    with pytest.raises(ConfigurationError, match="timeout must be"):
+        with_options(maker.bind(Orders), timeout=-1).total(1)
+
+
+def test_an_error_whose_attributes_cannot_be_is_refused_with_the_options(maker: CallMaker) -> None:
+    class Odd(DomainError):
+        caller: CallMaker
+
+    with pytest.raises(ConfigurationError, match=r"Odd\.caller must have a type that pydantic can handle"):
+        maker.with_options(errors=[Odd])
 
 
 def test_a_contract_without_a_service_says_what_to_do(maker: CallMaker) -> None:
