@@ -63,7 +63,7 @@ BACKGROUND: Final = re.compile(r"(?P<command>.+) &(?: *#.*)?\Z")
 CLONE: Final = "/path/to/rpcq"
 """Where the pages say that a reader's clone is."""
 
-OUTSIDE: Final = ("rpc_queue", "upper_queue", "multiply_rpc")
+OUTSIDE: Final = ("rpc_queue", "upper_queue", "multiply_rpc", "old_queue")
 """Queues of the pages that are in no namespace."""
 
 STAND_INS: Final = {
