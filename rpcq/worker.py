@@ -73,7 +73,7 @@ class Worker:
         observers: Iterable[Observer] = (),
         **options: Unpack[WorkerKwargs],
     ) -> None:
-        _check(services)
+        check_services(services)
         self.options = options_from(WorkerOptions, options)
         self.services = services
         self._url = broker_url(url)
@@ -343,7 +343,13 @@ class Worker:
         )
 
 
-def _check(services: tuple[Service, ...]) -> None:
+def check_services(services: tuple[Service, ...]) -> None:
+    """Check that one worker can serve these.
+
+    Raises:
+        ConfigurationError: it cannot; the message says why.
+
+    """
     if not services:
         raise ConfigurationError("services must be one or more; got none")
     for service in services:

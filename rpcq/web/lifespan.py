@@ -7,12 +7,14 @@ import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import fields
+from functools import partial
 from typing import Any, Final, TypeVar, Unpack, cast
 
 from rpcq import logs
+from rpcq.calls import late
 from rpcq.calls.proxy import CallMaker, Target
 from rpcq.client import Client
-from rpcq.environment import broker_url
+from rpcq.environment import broker_url, options_from
 from rpcq.errors import ClosedError, ConfigurationError, ServiceUnavailable, UsageError
 from rpcq.observer import Observer
 from rpcq.options import (
@@ -23,13 +25,14 @@ from rpcq.options import (
     ConnectionKwargs,
     ConnectionOptions,
     WorkerKwargs,
+    WorkerOptions,
     lists_options,
 )
 from rpcq.service import Service
+from rpcq.transport.opening import open_transport
 from rpcq.web.opening import Opener
 from rpcq.wire.jobs import Job
-from rpcq.wire.topology import Topology
-from rpcq.worker import Worker
+from rpcq.worker import Worker, check_services
 
 T = TypeVar("T")
 AppType = TypeVar("AppType")
@@ -45,8 +48,9 @@ log = logs.get_logger("rpcq.web")
 class Rpc:
     """A client for the lifetime of an app; with `services`, also a worker in the same event loop.
 
-    Give `rpc.lifespan` to the app: `FastAPI(lifespan=rpc.lifespan)`. Making an `Rpc` opens nothing, so it can be made
-    in the same module as the app; each process that serves the app opens its own connections.
+    Give `rpc.lifespan` to the app: `FastAPI(lifespan=rpc.lifespan)`. Making an `Rpc` opens nothing and reads no
+    environment, so it can be made in the same module as the app: the environment is read each time the lifespan is
+    entered, so a test can set it after the import. Each process that serves the app opens its own connections.
 
     The app starts even if the broker is not there: a client or worker that is not open after `first_wait` is opened in
     the background. Until then, calls raise `ServiceUnavailable`, and `ready` is False. An error that is not a
@@ -64,7 +68,7 @@ class Rpc:
         client_options: as in `ClientOptions`; options that are not given come from the environment, if set there.
 
     Raises:
-        ConfigurationError: a service, the URL or an option cannot be used; raised at once.
+        ConfigurationError: a service, the URL or an option that is given here cannot be used; raised at once.
 
     """
 
@@ -81,20 +85,22 @@ class Rpc:
     ) -> None:
         _check_seconds("grace", grace)
         _check_seconds("first_wait", first_wait)
-        self._url = broker_url(url)
+        options = ClientOptions(**client_options)
+        if url:
+            open_transport(url, options)  # it is not started: this checks the URL
+        shared = {name: value for name, value in client_options.items() if name in ConnectionKwargs.__annotations__}
+        self._url = url
         self._services = tuple(services)
         self._client_options = client_options
-        shared = {name: value for name, value in client_options.items() if name in ConnectionKwargs.__annotations__}
         self._worker_options = cast("WorkerKwargs", {**shared, **(worker_options or {})})
+        if self._services:
+            check_services(self._services)
+            WorkerOptions(**self._worker_options)
         self._grace = grace
         self._first_wait = first_wait
         self._observers = tuple(observers)
-        # Check all options and read the environment now: each run of the app gets the same options.
-        client = self._make_client()
-        self._client_options = cast("ClientKwargs", _all(client.options))
-        if self._services:
-            self._worker_options = cast("WorkerKwargs", _all(self._make_worker().options))
-        self._maker = CallMaker(_Late(self, client.topology), CallOptions(timeout=client.options.timeout))
+        self._maker = CallMaker(_Caller(self), late.OPTIONS)
+        self._late: late.Late  # of this run of the app
         self._running: _Running | None = None
 
     # The app's life.
@@ -109,12 +115,13 @@ class Rpc:
 
         Raises:
             UsageError: it is entered already; two apps need two `Rpc` objects.
+            ConfigurationError: there is no URL, or a variable of the environment has an invalid value.
             Exception: an error that trying again does not fix; see the class.
 
         """
         if self._running is not None:
             raise UsageError("this Rpc is in use by an app already; give each app its own")
-        running = self._running = _Running(self._make_client, self._make_worker if self._services else None)
+        running = self._running = self._begin()
         try:
             await running.start(self._first_wait)
             yield
@@ -197,24 +204,35 @@ class Rpc:
 
         return bound_api
 
-    def _make_client(self) -> Client:
-        return Client(self._url, observers=self._observers, **self._client_options)
+    def _begin(self) -> _Running:
+        """Read the environment, and open a client and a worker that keep what it says, however often they are made."""
+        url, observers = broker_url(self._url), self._observers
+        client_options = cast("ClientKwargs", _all(options_from(ClientOptions, self._client_options)))
+        make_client = partial(Client, url, observers=observers, **client_options)
+        client = make_client()  # raises here, and not in a task, if it cannot be made
+        self._late = late.Late(client.topology, client.options.timeout)
+        if not self._services:
+            return _Running(make_client, None)
+        worker_options = cast("WorkerKwargs", _all(options_from(WorkerOptions, self._worker_options)))
+        make_worker = partial(Worker, *self._services, url=url, observers=observers, **worker_options)
+        make_worker()
+        return _Running(make_client, make_worker)
 
-    def _make_worker(self) -> Worker:
-        return Worker(*self._services, url=self._url, observers=self._observers, **self._worker_options)
 
+class _Caller:
+    """Makes each call with the client that is open at that time, in its namespace and with its timeout."""
 
-class _Late:
-    """Makes each call with the client that is open at that time."""
+    topology = late.TOPOLOGY
 
-    def __init__(self, rpc: Rpc, topology: Topology) -> None:
-        self.topology = topology
+    def __init__(self, rpc: Rpc) -> None:
         self._rpc = rpc
 
     def invoke(
         self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
     ) -> Coroutine[Any, Any, Any]:
-        return self._rpc.client.invoke(target, options, args, params)
+        client = self._rpc.client
+        target, options = self._rpc._late.resolve(target, options)  # noqa: SLF001 - a part of it
+        return client.invoke(target, options, args, params)
 
     def send_jobs(
         self,
@@ -222,7 +240,8 @@ class _Late:
         options: CallOptions,
         several: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]],
     ) -> Coroutine[Any, Any, list[Job]]:
-        return self._rpc.client.send_jobs(job, options, several)
+        client = self._rpc.client
+        return client.send_jobs(job, self._rpc._late.options(options), several)  # noqa: SLF001 - a part of it
 
 
 class _Running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
 import textwrap
@@ -330,6 +331,71 @@ def test_the_fixture_works_with_any_plugin_for_async_tests_and_code_that_opens_i
     pages.makepyfile(shop=SHOP)
     pages.makepyfile(TEST.format(marks="".join(f"@pytest.mark.{mark}\n    " for mark in marks)))
     pages.runpytest_subprocess("-W", "error", *arguments).assert_outcomes(passed=1)
+
+
+APP = """
+from typing import Annotated, Protocol
+
+from fastapi import Depends, FastAPI
+from rpcq import contract
+from rpcq.web import Rpc
+
+@contract("stock")
+class Stock(Protocol):
+    async def price(self, sku: str) -> int: ...
+
+rpc = Rpc()
+app = FastAPI(lifespan=rpc.lifespan)
+bound = rpc.bind(Stock)
+
+@app.get("/price/{sku}")
+async def price(sku: str, stock: Annotated[Stock, Depends(rpc.api(Stock))]) -> list[int]:
+    return [await stock.price(sku), await bound.price(sku)]
+"""
+
+TEST_OF_THE_APP = """
+import asyncio
+import httpx
+from rpcq.testing import FakeService
+from shop_app import app, rpc
+
+def test_the_app(rpcq_running):
+    async def main():
+        fake = FakeService("stock").answers("price", 4)
+        async with (
+            rpcq_running(fake),
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shop") as user,
+        ):
+            assert (await user.get("/price/bolts")).json() == [4, 4]
+        assert len(fake.calls) == 2
+
+    asyncio.run(main())
+
+def test_the_app_without_the_fixture():
+    async def main():
+        async with rpc.lifespan():
+            pass
+
+    asyncio.run(main())
+"""
+
+
+def test_an_app_that_was_imported_before_calls_the_services_of_the_fixture_and_not_the_live_broker(
+    pages: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as live:
+        live.setblocking(False)
+        monkeypatch.setenv("RPCQ_URL", f"amqp://127.0.0.1:{live.getsockname()[1]}/")
+        monkeypatch.setenv("RPCQ_NAMESPACE", "live")
+        monkeypatch.setenv("RPCQ_CONNECT_TIMEOUT", "5")
+        pages.makepyfile(shop_app=APP)
+        pages.makepyfile(TEST_OF_THE_APP)
+        pages.runpytest_subprocess(*ASYNCIO, "-W", "error", "-k", "not without").assert_outcomes(passed=1, deselected=1)
+        with pytest.raises(BlockingIOError):
+            live.accept()
+        pages.runpytest_subprocess(*ASYNCIO, "-W", "error", "-k", "without").assert_outcomes(passed=1, deselected=1)
+        live.accept()[0].close()  # the address would have been used
 
 
 def test_the_fixture_works_without_a_plugin_for_async_tests_and_the_environment_is_as_before_afterwards(

@@ -77,11 +77,10 @@ async def under_uvicorn(name: str, url: str, namespace: str) -> AsyncIterator[ht
 
 @asynccontextmanager
 async def under_aiohttp(url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
-    with monkeypatch.context() as patch:
-        patch.setenv("RPCQ_URL", url)
-        patch.setenv("RPCQ_NAMESPACE", namespace)
-        sys.modules.pop("examples.aiohttp_app", None)
-        app = importlib.import_module("examples.aiohttp_app").app
+    monkeypatch.setenv("RPCQ_URL", url)
+    monkeypatch.setenv("RPCQ_NAMESPACE", namespace)
+    sys.modules.pop("examples.aiohttp_app", None)
+    app = importlib.import_module("examples.aiohttp_app").app
     runner = web.AppRunner(app, handler_cancellation=True)
     await runner.setup()
     try:

@@ -165,25 +165,77 @@ def test_what_cannot_be_is_told_when_it_is_made(options: dict[str, Any], says: s
         Rpc(**options)
 
 
-def test_the_url_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RPCQ_URL", raising=False)
-    with pytest.raises(ConfigurationError, match="RPCQ_URL"):
-        Rpc()
-    monkeypatch.setenv("RPCQ_URL", "memory://")
-    Rpc()
-
-
-async def test_the_environment_counts_as_it_was_when_it_is_made(
+async def test_the_environment_is_read_when_the_lifespan_is_entered(
     namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        for name, value in {"URL": "memory://", "NAMESPACE": namespace, "PREFETCH": "7", "TIMEOUT": "3"}.items():
-            patch.setenv(f"RPCQ_{name}", value)
-        rpc = Rpc(services=[things()])
+    for name in ("URL", "NAMESPACE", "PREFETCH", "TIMEOUT"):
+        monkeypatch.setenv(f"RPCQ_{name}", "cannot be used")
+    rpc = Rpc(services=[things()])
+    bound = rpc.bind(Things)
+    for name, value in {"URL": "memory://", "NAMESPACE": namespace, "PREFETCH": "7", "TIMEOUT": "3"}.items():
+        monkeypatch.setenv(f"RPCQ_{name}", value)
     async with rpc.lifespan():
         assert (rpc.client.options.namespace, rpc.client.options.timeout) == (namespace, 3)
         assert [it.prefetch async for it in rpc.client.workers()] == [7]
+        assert await bound.double(1) == 2
+        assert await rpc.bind(Things).double(2) == 4
+    monkeypatch.setenv("RPCQ_NAMESPACE", f"{namespace}-next")
+    async with rpc.lifespan():
+        assert rpc.client.options.namespace == f"{namespace}-next"
+        assert await bound.double(1) == 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("URL", "", "set RPCQ_URL"),
+        ("URL", "http://localhost/", "http"),
+        ("TIMEOUT", "-1", "RPCQ_TIMEOUT"),
+        ("PREFETCH", "many", "RPCQ_PREFETCH"),
+    ],
+)
+async def test_an_environment_that_cannot_be_used_fails_the_start_and_not_the_import(
+    variable: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RPCQ_URL", "memory://")
+    monkeypatch.setenv(f"RPCQ_{variable}", value)
+    rpc = Rpc(services=[things()])
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match=says):
+            async with rpc.lifespan():
+                pass
+        assert rpc.why_not_ready == "the app has not started, or has ended"
+
+
+async def test_an_environment_that_changes_while_the_broker_is_away_changes_nothing(
+    between: Proxy, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RPCQ_URL", between.url)
+    monkeypatch.setenv("RPCQ_NAMESPACE", namespace)
+    between.refuse()
+    rpc = Rpc(services=[things()], first_wait=0.0)
+    async with rpc.lifespan():
+        monkeypatch.setenv("RPCQ_URL", "amqp://127.0.0.1:1/")
+        monkeypatch.setenv("RPCQ_NAMESPACE", "another")
+        between.allow()
+        await until(lambda: rpc.ready)
+        assert rpc.client.options.namespace == namespace
         assert await rpc.bind(Things).double(1) == 2
+
+
+async def test_a_proxy_that_was_made_at_import_has_the_timeout_of_the_client_unless_it_has_its_own(
+    namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rpc = Rpc(f"memory://{namespace}", services=[waiting(asyncio.Event(), asyncio.Event())])
+    bound, own = rpc.bind(Waiting), rpc.bind(Waiting, timeout=1000)
+    monkeypatch.setenv("RPCQ_TIMEOUT", "0.05")
+    async with rpc.lifespan():
+        waits = asyncio.create_task(own.wait())
+        for _ in range(3):
+            with pytest.raises(CallTimeout):
+                await asyncio.wait_for(bound.wait(), SECONDS)
+        assert not waits.done()
+        waits.cancel()
 
 
 # A broker that is not.

@@ -11,8 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
-import structlog
-
+from rpcq import logs
 from rpcq.errors import BrokerError, ClosedError, ProtocolError, UsageError
 from rpcq.options import ConnectionOptions
 from rpcq.transport.base import Delivery, Listener, Outgoing, Published, Subscription
@@ -21,7 +20,7 @@ from rpcq.transport.memory.queues import Connection, Handed
 from rpcq.wire.properties import MalformedProperties
 from rpcq.wire.topology import Exchange, Queue
 
-log = structlog.get_logger("rpcq.transport")
+log = logs.get_logger("rpcq.transport")
 
 HIGH_WATER: Final = 1024
 """Messages in a transport's inbox; above it, `can_publish` is false until the next iteration of the loop."""
