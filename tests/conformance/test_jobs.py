@@ -412,6 +412,8 @@ async def test_a_job_that_is_cut_off_comes_back_and_one_that_runs_at_most_once_i
     assert (letter.headers["rpcq-dead-reason"], letter.headers["rpcq-executed"]) == ("interrupted", "maybe")
 
 
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("home", ["memory", pytest.param("rabbitmq", marks=pytest.mark.long)], indirect=True)
 async def test_a_job_that_kills_its_workers_is_dead_and_its_neighbours_are_done(
     home: Place, service: Service, done: Done
 ) -> None:

@@ -33,6 +33,7 @@ from rpcq import (
 from rpcq.errors import BrokerUnreachable
 from rpcq.testing import FakeService, running
 from rpcq.wire.topology import Topology
+from support.logged import event_of
 from support.places import Place
 
 QUEUE_TYPE_MATTERS = False
@@ -207,7 +208,7 @@ async def test_calls_that_vanish_together_are_lost_with_one_worker(
         outcomes = await asyncio.gather(*(client.call("stock.take") for _ in range(5)), return_exceptions=True)
         assert all(isinstance(it, OutcomeUnknown) for it in outcomes)
         assert await client.call("stock.take") == 1
-    assert [it.message for it in caplog.records].count("calls cut off") == 1
+    assert [event_of(it) for it in caplog.records].count("calls cut off") == 1
 
 
 async def test_a_test_may_end_at_any_time_and_waits_no_longer_than_the_grace(place: Place) -> None:

@@ -97,12 +97,12 @@ def home(rabbitmq_url: str, tmp_path: Path) -> Home:
 @pytest.mark.parametrize(
     ("job", "point", "most"),
     [
-        ("work", "before the effect", 1),
+        pytest.param("work", "before the effect", 1, marks=pytest.mark.long),
         ("work", "after the effect", 2),
-        ("work", "after the move is confirmed, done", 2),
-        ("fail_once", "before the move", 3),
+        pytest.param("work", "after the move is confirmed, done", 2, marks=pytest.mark.long),
+        pytest.param("fail_once", "before the move", 3, marks=pytest.mark.long),
         ("fail_once", "after the move is confirmed", 4),
-        ("give_up", "before the move", 2),
+        pytest.param("give_up", "before the move", 2, marks=pytest.mark.long),
         ("give_up", "after the move is confirmed", 2),
     ],
 )
