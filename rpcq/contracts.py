@@ -64,6 +64,9 @@ def contract(
         if unknown := sorted(declared.idempotent - methods_of(api).keys()):
             raise ConfigurationError(f"idempotent in the contract of {service!r} must name its methods; got {unknown}")
         api.__rpcq_contract__ = declared  # type: ignore[attr-defined]  # read by `Client.bind`
+        for function in vars(api).values():
+            if inspect.isfunction(function):
+                function.__rpcq_api__ = api  # type: ignore[attr-defined]  # read by `rpcq.sync`
         return api
 
     return mark

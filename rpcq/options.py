@@ -190,8 +190,8 @@ class JobOptions:
         return 1 if self.retry is None or self.at_most_once else self.retry.max_attempts
 
 
-class CallKwargs(TypedDict, total=False):
-    """The keyword arguments of `with_options`; see `CallOptions`."""
+class UntypedCallKwargs(TypedDict, total=False):
+    """The keyword arguments of `with_options` that do not say the type of results; see `CallOptions`."""
 
     timeout: float
     idempotent: bool
@@ -199,8 +199,13 @@ class CallKwargs(TypedDict, total=False):
     retry: Retry | None
     queue: str | None
     errors: Sequence[type[DomainError]]
-    returns: Any
     metadata: Mapping[str, str]
+
+
+class CallKwargs(UntypedCallKwargs, total=False):
+    """The keyword arguments of `with_options`; see `CallOptions`."""
+
+    returns: Any
 
 
 @dataclass(frozen=True)

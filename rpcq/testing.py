@@ -16,17 +16,25 @@ import os
 import secrets
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Final, Literal, Protocol, Self, TypedDict, Unpack
 
+from rpcq import sync
 from rpcq.client import Client
 from rpcq.contracts import METHOD_NAME, contract_of, methods_of
 from rpcq.errors import BrokerError, CallError, ConfigurationError, DomainError, InvalidReply, ServiceUnavailable
 from rpcq.invocation import Refused
-from rpcq.options import ConnectionOptions, check_name
+from rpcq.options import ClientKwargs, ConnectionOptions, check_name
+from rpcq.runtime import blocking
 from rpcq.service import Context, Method, Service
 from rpcq.transport.opening import open_admin
 from rpcq.url import parse
@@ -34,7 +42,7 @@ from rpcq.validation.schemas import type_hints
 from rpcq.wire.topology import Topology
 from rpcq.worker import Worker
 
-__all__ = ["FakeService", "Received", "Running", "running"]
+__all__ = ["FakeService", "Received", "Running", "running", "running_sync"]
 
 FAKES_GRACE: Final = 0.05
 """Seconds that a fake's handlers have to end when its worker stops or is lost: long enough to send their replies."""
@@ -94,6 +102,16 @@ def running(
     return Place(url).running(*services, **settings)
 
 
+def running_sync(
+    *services: Service, url: str | None = None, **settings: Unpack[Settings]
+) -> AbstractContextManager[sync.Client]:
+    """Serve as `running` does, and yield an `rpcq.sync.Client`, for code that blocks.
+
+    The services run in the thread that blocking clients share.
+    """
+    return Place(url).running_sync(*services, **settings)
+
+
 class Place:
     """A broker, and a namespace on it that is not used elsewhere.
 
@@ -142,6 +160,19 @@ class Place:
             for fake in fakes:  # each has a worker of its own, which `vanishes` may cut off
                 await workers.enter_async_context(_served(fake, partial(worker, grace=FAKES_GRACE)))
             yield client
+
+    @contextmanager
+    def running_sync(self, *services: Service, **settings: Unpack[Settings]) -> Iterator[sync.Client]:
+        """See `rpcq.testing.running_sync`."""
+        loop, around = blocking.shared_loop(), self.running(*services, **settings)
+        inner = blocking.run(loop, around.__aenter__)
+        try:
+            with sync.Client(self.url, **cast("ClientKwargs", asdict(inner.options))) as client:
+                yield client
+        except BaseException as error:
+            blocking.run(loop, around.__aexit__, type(error), error, error.__traceback__)
+            raise
+        blocking.run(loop, around.__aexit__, None, None, None)
 
     @asynccontextmanager
     async def _cleared(self, services: Sequence[Service]) -> AsyncIterator[None]:

@@ -11,6 +11,8 @@ from rpcq.transport.base import Transport
 from rpcq.url import BrokerURL, parse
 
 if TYPE_CHECKING:
+    import asyncio
+
     from rpcq.transport.rabbitmq.admin import Admin
 
 
@@ -47,3 +49,10 @@ def open_admin(
     from rpcq.transport.rabbitmq import admin  # noqa: PLC0415
 
     return admin.open_admin(broker, options, host, port)
+
+
+def loops_of_memory(name: str) -> list[asyncio.AbstractEventLoop]:
+    """The event loops that run, in any thread, and have an in-process broker of this name."""
+    from rpcq.transport.memory.broker import loops  # noqa: PLC0415
+
+    return loops(name)

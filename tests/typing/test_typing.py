@@ -1,4 +1,4 @@
-"""What type checkers make of the public names: mypy --strict and pyright over `accepted.py` and `refused.py`."""
+"""What type checkers make of the public names: mypy --strict and pyright over files that they accept and refuse."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SHOP = ROOT / "examples" / "shop"
+ACCEPTED = ("accepted.py", "accepted_sync.py")
+REFUSED = ("refused.py", "refused_sync.py")
 FOUND = re.compile(r"(?P<file>[^:]+):(?P<line>\d+): error: (?P<text>.*?)(?:  \[(?P<code>[a-z-]+)\])?\Z")
 EXPECTED = re.compile(r"# error: (?P<code>[a-z-]+)\Z")
 
@@ -26,7 +28,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int,
         [
             *(sys.executable, "-m", "mypy", "--strict", "--config-file=", "--no-error-summary", "--no-pretty"),
             *("--python-version", "3.11", "--cache-dir", str(cache)),
-            *(str(HERE / name) for name in ("accepted.py", "refused.py")),
+            *(str(HERE / name) for name in (*ACCEPTED, *REFUSED)),
         ],
         capture_output=True,
         text=True,
@@ -48,16 +50,18 @@ def expected(file: Path) -> Iterator[tuple[int, str]]:
             yield number, match["code"]
 
 
-def test_mypy_accepts_what_users_may_write(found: dict[str, list[tuple[int, str, str]]]) -> None:
-    assert found.get("accepted.py", []) == []
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_mypy_accepts_what_users_may_write(name: str, found: dict[str, list[tuple[int, str, str]]]) -> None:
+    assert found.get(name, []) == []
 
 
+@pytest.mark.parametrize(("name", "least"), [*zip(REFUSED, (40, 20), strict=True)])
 def test_mypy_refuses_what_users_may_not_write_each_line_for_its_own_reason(
-    found: dict[str, list[tuple[int, str, str]]],
+    name: str, least: int, found: dict[str, list[tuple[int, str, str]]]
 ) -> None:
-    refused = found.get("refused.py", [])
-    wanted = set(expected(HERE / "refused.py"))
-    assert len(wanted) > 40
+    refused = found.get(name, [])
+    wanted = set(expected(HERE / name))
+    assert len(wanted) > least
     said = {(line, code) for line, code, _ in refused}
     assert said - wanted == set(), [it for it in refused if it[:2] not in wanted]
     assert wanted - said == set(), "mypy accepts these lines"
@@ -66,14 +70,14 @@ def test_mypy_refuses_what_users_may_not_write_each_line_for_its_own_reason(
 def test_mypy_finds_nothing_in_the_package_itself_that_users_would_see(
     found: dict[str, list[tuple[int, str, str]]],
 ) -> None:
-    assert found.keys() <= {"accepted.py", "refused.py"}
+    assert found.keys() <= {*ACCEPTED, *REFUSED}
 
 
 @pytest.fixture(scope="module")
 def by_pyright(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, str]]:
     """What pyright says: file -> line -> message. basedpyright is pyright with its Node.js in the package."""
     folder = tmp_path_factory.mktemp("pyright")
-    files = [str(HERE / name) for name in ("accepted.py", "refused.py")]
+    files = [str(HERE / name) for name in (*ACCEPTED, *REFUSED)]
     settings = {"include": files, "typeCheckingMode": "standard", "pythonVersion": "3.11", "extraPaths": [str(ROOT)]}
     (folder / "pyrightconfig.json").write_text(json.dumps(settings))
     ran = subprocess.run(
@@ -85,23 +89,25 @@ def by_pyright(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, 
         cwd=ROOT,
     )
     assert ran.returncode in (0, 1), ran.stdout + ran.stderr
-    said: dict[str, dict[int, str]] = {"accepted.py": {}, "refused.py": {}}
+    said: dict[str, dict[int, str]] = {name: {} for name in (*ACCEPTED, *REFUSED)}
     report = json.loads(ran.stdout)
-    assert report["summary"]["filesAnalyzed"] == 2
+    assert report["summary"]["filesAnalyzed"] == 4
     for it in report["generalDiagnostics"]:
         if it["severity"] == "error":
             said[Path(it["file"]).name][it["range"]["start"]["line"] + 1] = it["message"]
     return said
 
 
-def test_pyright_accepts_what_users_may_write(by_pyright: dict[str, dict[int, str]]) -> None:
-    assert by_pyright["accepted.py"] == {}
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_pyright_accepts_what_users_may_write(name: str, by_pyright: dict[str, dict[int, str]]) -> None:
+    assert by_pyright[name] == {}
 
 
-def test_pyright_refuses_what_users_may_not_write(by_pyright: dict[str, dict[int, str]]) -> None:
+@pytest.mark.parametrize("name", REFUSED)
+def test_pyright_refuses_what_users_may_not_write(name: str, by_pyright: dict[str, dict[int, str]]) -> None:
     # Comparisons that are never true are for linters to tell, by pyright's lights.
-    wanted = {line for line, code in expected(HERE / "refused.py") if code != "comparison-overlap"}
-    refused = by_pyright["refused.py"]
+    wanted = {line for line, code in expected(HERE / name) if code != "comparison-overlap"}
+    refused = by_pyright[name]
     assert {line: refused[line] for line in refused.keys() - wanted} == {}
     assert wanted - refused.keys() == set(), "pyright accepts these lines"
 

@@ -225,6 +225,12 @@ def shared(name: str) -> MemoryBroker:
     return broker
 
 
+def loops(name: str) -> list[asyncio.AbstractEventLoop]:
+    """The event loops that run, in any thread, and have a broker of this name."""
+    known = [reference() for reference in _shared.keyrefs()]  # a copy: other threads may add to it
+    return [loop for loop in known if loop is not None and loop.is_running() and name in _shared.get(loop, ())]
+
+
 def forget(loop: asyncio.AbstractEventLoop, name: str) -> None:
     """Share this broker no longer: its last transport has closed."""
     del _shared[loop][name]
