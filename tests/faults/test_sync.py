@@ -78,7 +78,7 @@ async def program(code: str, url: str, namespace: str) -> AsyncIterator[asyncio.
     """A program that shows every warning and every complaint about what was not closed."""
     outer = {name: value for name, value in os.environ.items() if not name.startswith("RPCQ_")}
     environment = {**outer, "RPCQ_URL": url, "RPCQ_NAMESPACE": namespace, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-X", "dev", "-c", code]
+    command = [sys.executable, "-W", "default", "-c", code]  # not "-X dev": asyncio would tell of slow steps
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe)
     try:
