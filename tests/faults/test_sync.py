@@ -28,7 +28,7 @@ sys.modules["uvloop"] = None  # as if it were not installed
 """
 
 START = """
-import atexit, multiprocessing, os, sys, threading, warnings
+import atexit, gc, multiprocessing, os, sys, threading, warnings
 from rpcq.sync import Client
 
 warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
@@ -131,7 +131,7 @@ async def test_a_process_ends_quietly_though_nobody_closed_the_client(
 async def test_a_client_that_was_collected_before_is_warned_of_once(
     things: Things, start: str, rabbitmq_url: str, namespace: str
 ) -> None:
-    status, printed, err = await ran(start + "import gc; del client; gc.collect()", rabbitmq_url, namespace)
+    status, printed, err = await ran(start + "del client; gc.collect()", rabbitmq_url, namespace)
     assert (status, printed) == (0, "")
     assert err.count("ResourceWarning") == 1
     assert "a client of rpcq.sync was not closed" in err
@@ -187,7 +187,9 @@ def fork(run):
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     sys.stdin.close()
+    globals().pop("before", None)
     run()
+    gc.collect()  # nothing of the parent is collected with complaints
     sys.exit(7)  # and so through the end of a process, with the parent's objects
 
 before = client._connection.client
