@@ -26,7 +26,7 @@ from contextlib import (
 )
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Final, Literal, Protocol, Self, TypedDict, Unpack
+from typing import Any, Final, Literal, Protocol, Self, TypedDict, Unpack, cast
 
 from rpcq import sync
 from rpcq.client import Client

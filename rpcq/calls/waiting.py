@@ -42,6 +42,11 @@ class RemoteMethod(proxy.RemoteMethod, Generic[R]):
 
     __slots__ = ()
 
+    def with_options(self, **options: Unpack[CallKwargs]) -> RemoteMethod[R]:
+        """The same method, with other options; see `rpcq.CallOptions`."""
+        changed = replace(self._options, **options)
+        return RemoteMethod(self._caller, self._service, self._target.method.decode(), changed)
+
     def __call__(self, /, *args: Any, **params: Any) -> R:  # type: ignore[override]  # it waits
         """Call it; parameters all by name or all by position. See `CallMaker.call`."""
         return cast("R", self._caller.invoke(self._target, self._options, args, params))
@@ -65,8 +70,7 @@ class ServiceProxy(proxy.ServiceProxy, Generic[R]):
         return ServiceProxy(self._caller, self._service, replace(self._options, **options))
 
     def __getitem__(self, method: str) -> RemoteMethod[R]:
-        target = proxy.make_target(self._caller.topology, self._service, method, self._options.queue)
-        return RemoteMethod(self._caller, target, self._options)
+        return RemoteMethod(self._caller, self._service, method, self._options)
 
     def __getattr__(self, method: str) -> RemoteMethod[R]:
         return cast("RemoteMethod[R]", super().__getattr__(method))
