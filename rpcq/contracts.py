@@ -35,11 +35,20 @@ C = TypeVar("C")
 
 @dataclass(frozen=True, slots=True)
 class Contract:
-    """What `contract` attaches to a Protocol class."""
+    """What `contract` attaches to a Protocol class.
+
+    Attributes:
+        service: the service's name.
+        errors: domain errors that callers want to catch by their class.
+        idempotent: names of methods that may be sent again after an attempt that may have run.
+        blocking: its methods are `def`, because the callers of `rpcq.sync` do not await them.
+
+    """
 
     service: str
     errors: tuple[type[DomainError], ...] = ()
     idempotent: frozenset[str] = frozenset()
+    blocking: bool = False
 
 
 def contract(
@@ -57,12 +66,41 @@ def contract(
             is not an `async def` with a `self`.
 
     """
-    declared = Contract(check_name("the name of a service", service), check_errors(errors), frozenset(idempotent))
-    check_attributes(declared.errors)
+    return _mark(Contract(check_name("the name of a service", service), check_errors(errors), frozenset(idempotent)))
+
+
+def blocking_contract(
+    service: str, *, errors: Iterable[type[DomainError]] = (), idempotent: Iterable[str] = ()
+) -> Callable[[C], C]:
+    """Mark a Protocol class whose methods are `def` as the contract of a service, for `rpcq.sync.Client.bind`.
+
+    It is `rpcq.sync.contract`. Its arguments are those of `rpcq.contract`.
+
+    Raises:
+        ConfigurationError: a name or an error is not valid, the class has no such method, or a method is not a `def`.
+
+    """
+    declared = Contract(check_name("the name of a service", service), check_errors(errors), frozenset(idempotent), True)
 
     def mark(api: C) -> C:
-        if unknown := sorted(declared.idempotent - methods_of(api).keys()):
-            raise ConfigurationError(f"idempotent in the contract of {service!r} must name its methods; got {unknown}")
+        for name, function in vars(api).items():
+            if not name.startswith("_") and inspect.iscoroutinefunction(function):
+                label = f"{getattr(api, '__name__', api)}.{name}"
+                raise ConfigurationError(
+                    f"{label} must be a def, because callers of rpcq.sync do not await it; got an async def: write "
+                    f"'def {name}', or use rpcq.contract, and client.call({label}, ...)"
+                )
+        return _mark(declared)(api)
+
+    return mark
+
+
+def _mark(declared: Contract) -> Callable[[C], C]:
+    def mark(api: C) -> C:
+        check_attributes(declared.errors)
+        if unknown := sorted(declared.idempotent - methods_of(api, is_awaited=not declared.blocking).keys()):
+            msg = f"idempotent in the contract of {declared.service!r} must name its methods; got {unknown}"
+            raise ConfigurationError(msg)
         api.__rpcq_contract__ = declared  # type: ignore[attr-defined]  # read by `Client.bind`
         for function in vars(api).values():
             if inspect.isfunction(function):
@@ -89,11 +127,15 @@ def contract_of(api: Any, service: str | None = None) -> Contract:
     return declared
 
 
-def methods_of(api: Any) -> dict[str, Callable[..., Any]]:
+def methods_of(api: Any, *, is_awaited: bool = True) -> dict[str, Callable[..., Any]]:
     """The functions of a Protocol class, by name.
 
+    Args:
+        api: the class.
+        is_awaited: whether callers await its methods, as those of `rpcq.sync` do not.
+
     Raises:
-        ConfigurationError: the class has an attribute that is not an `async def` with a `self`.
+        ConfigurationError: the class has an attribute that is not an `async def` with a `self`; or not awaited, a function with one.
 
     """
     found = {name: inspect.getattr_static(api, name) for name in dir(api) if not name.startswith("_")}
@@ -101,7 +143,7 @@ def methods_of(api: Any) -> dict[str, Callable[..., Any]]:
         if not inspect.isfunction(function):
             raise ConfigurationError(f"a contract must have only methods; {api!r} has {name!r}")
         label = f"{getattr(api, '__name__', api)}.{name}"
-        if not inspect.iscoroutinefunction(function):
+        if is_awaited and not inspect.iscoroutinefunction(function):
             msg = f"{label} must be an async def, because its callers await it; got a def: write 'async def {name}'"
             raise ConfigurationError(msg)
         first = next(iter(inspect.signature(function).parameters.values()), None)
@@ -128,7 +170,8 @@ class Obligation:
     def __init__(self, api: Any, service: str | None) -> None:
         self.contract = contract_of(api, service)
         self._api = getattr(api, "__name__", repr(api))
-        self._signatures = {name: signature_of(f"{self._api}.{name}", it) for name, it in methods_of(api).items()}
+        methods = methods_of(api, is_awaited=not self.contract.blocking)
+        self._signatures = {name: signature_of(f"{self._api}.{name}", it) for name, it in methods.items()}
 
     def check_method(
         self, name: str, signature: inspect.Signature, errors: Iterable[type[DomainError]], *, idempotent: bool

@@ -289,7 +289,7 @@ class FakeService(Service):
         """
         declared = contract_of(api, service)
         fake = cls(declared.service, queue_type=queue_type)
-        fake._contract = methods_of(api)
+        fake._contract = methods_of(api, is_awaited=not declared.blocking)
         fake._idempotent = declared.idempotent
         return fake
 

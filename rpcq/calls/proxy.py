@@ -271,11 +271,22 @@ class CallMaker:
             service: its name; that of the class's `contract` if None.
 
         Raises:
-            ConfigurationError: no service is named, or the class has an attribute that is not an `async def`.
+            ConfigurationError: no service is named, the class has an attribute that is not an `async def`, or it is a
+                contract of `rpcq.sync`, whose methods nobody awaits.
 
         """
         declared = contract_of(api, service)
+        if declared.blocking:
+            msg = (
+                f"{api!r} is a contract of rpcq.sync: bind it with rpcq.sync.Client, or decorate it with rpcq.contract"
+            )
+            raise ConfigurationError(msg)
         return typing.cast("T", _Bound(self._caller, api, declared, self._options))
+
+    def bind_any(self, api: Callable[..., T], service: str | None) -> T:
+        """As `bind`, whether callers await the methods or not. `rpcq.sync` uses it."""
+        declared = contract_of(api, service)
+        return typing.cast("T", _Bound(self._caller, api, declared, self._options, is_awaited=False))
 
 
 @lists_options(CallOptions, changes=True)
@@ -310,10 +321,18 @@ def _changed(options: CallOptions, changes: CallKwargs) -> CallOptions:
 class _Bound:
     """The methods of a Protocol class, as attributes."""
 
-    def __init__(self, caller: Caller, api: Callable[..., Any], declared: Contract, options: CallOptions) -> None:
+    def __init__(
+        self,
+        caller: Caller,
+        api: Callable[..., Any],
+        declared: Contract,
+        options: CallOptions,
+        *,
+        is_awaited: bool = True,
+    ) -> None:
         service = declared.service
         self._label = f"{getattr(api, '__name__', api)} of service {service!r}"
-        for name, function in methods_of(api).items():
+        for name, function in methods_of(api, is_awaited=is_awaited).items():
             returns = type_hints(f"{service}.{name}", function).get("return", Any)
             own = replace(
                 options,

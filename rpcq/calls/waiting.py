@@ -152,8 +152,8 @@ class CallMaker(Generic[R]):
         """A proxy with the methods of a Protocol class: `client.bind(Orders).create(sku="tea")`.
 
         Its results have the types that the class says. Type checkers take the class as it is written: they know that a
-        method waits only where it is a `def`. For a contract that has `async def` methods, because asynchronous callers
-        use it too, type checkers understand `call(OrdersApi.create, sku="tea")`.
+        method waits only where it is a `def`, as in the classes of `rpcq.sync.contract`. For a contract whose methods
+        are `async def`, because asynchronous callers use it too, they understand `call(OrdersApi.create, sku="tea")`.
 
         Args:
             api: a Protocol class whose methods describe the service's; results are validated as annotated.
@@ -163,7 +163,7 @@ class CallMaker(Generic[R]):
             ConfigurationError: no service is named, or the class has an attribute that is not a method.
 
         """
-        return self._maker.bind(api, service)
+        return self._maker.bind_any(api, service)
 
     # Sending jobs.
 

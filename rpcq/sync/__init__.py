@@ -9,6 +9,7 @@ Calls have the same options, the same outcomes and the same errors. All threads 
 """
 
 from rpcq.calls.waiting import CallMaker, RemoteMethod, ServiceProxy
+from rpcq.contracts import blocking_contract as contract
 from rpcq.sync.client import Client, disconnect_all
 
-__all__ = ["CallMaker", "Client", "RemoteMethod", "ServiceProxy", "disconnect_all"]
+__all__ = ["CallMaker", "Client", "RemoteMethod", "ServiceProxy", "contract", "disconnect_all"]

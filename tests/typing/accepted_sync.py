@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, assert_type
 
-from rpcq import Context, Job, Service, WorkerInfo, contract
+from rpcq import Context, Job, Service, WorkerInfo, contract, sync
 from rpcq.sync import CallMaker, Client, ServiceProxy
 
 emails = Service("emails")
@@ -19,7 +19,7 @@ class Things(Protocol):
     async def add(self, x: int, y: int = 1) -> int: ...
 
 
-@contract("things", idempotent=["add"])
+@sync.contract("things", idempotent=["add"])
 class BlockingThings(Protocol):
     def add(self, x: int, y: int = 1) -> int: ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from rpcq import Context, Service, contract
+from rpcq import Context, Service, contract, sync
 from rpcq.sync import Client
 
 emails = Service("emails")
@@ -19,7 +19,7 @@ class Things(Protocol):
     async def add(self, x: int, y: int = 1) -> int: ...
 
 
-@contract("things")
+@sync.contract("things")
 class BlockingThings(Protocol):
     def add(self, x: int, y: int = 1) -> int: ...
 

@@ -37,6 +37,7 @@ from rpcq import (
     UsageError,
     Worker,
     contract,
+    sync,
 )
 from rpcq.observer import Observer
 from rpcq.runtime import blocking
@@ -191,7 +192,7 @@ def inner_url(client: Client) -> str:
     return url
 
 
-@contract("stock", errors=[OutOfStock], idempotent=["count"])
+@sync.contract("stock", errors=[OutOfStock], idempotent=["count"])
 class BlockingStockApi(Protocol):
     def take(self, sku: str, count: int = 1) -> set[int]: ...
 
@@ -206,6 +207,19 @@ def test_a_contract_of_blocking_methods_can_be_bound(client: Client) -> None:
         bound.take("nuts")
     with pytest.raises(TypeError, match="3 given"):
         bound.take("nuts", 2, 3)  # type: ignore[call-arg]
+
+
+def test_a_contract_of_blocking_methods_is_checked_and_not_for_clients_that_await(client: Client) -> None:
+    with pytest.raises(ConfigurationError, match=r"Mixed\.take must be a def, .*; got an async def: write 'def take'"):
+
+        @sync.contract("stock")
+        class Mixed(Protocol):
+            async def take(self, sku: str) -> int: ...
+
+    with pytest.raises(ConfigurationError, match="must name its methods"):
+        sync.contract("stock", idempotent=["none"])(BlockingStockApi)
+    with pytest.raises(ConfigurationError, match=r"bind it with rpcq\.sync\.Client"):
+        rpcq.Client("memory://").bind(BlockingStockApi)
 
 
 # Jobs.
