@@ -135,7 +135,8 @@ def methods_of(api: Any, *, is_awaited: bool = True) -> dict[str, Callable[..., 
         is_awaited: whether callers await its methods, as those of `rpcq.sync` do not.
 
     Raises:
-        ConfigurationError: the class has an attribute that is not an `async def` with a `self`; or not awaited, a function with one.
+        ConfigurationError: the class has an attribute that is not an `async def` with a `self`, or a `def` where nobody
+            awaits.
 
     """
     found = {name: inspect.getattr_static(api, name) for name in dir(api) if not name.startswith("_")}

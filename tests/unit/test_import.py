@@ -66,7 +66,16 @@ def test_what_watches_and_the_web_load_no_framework() -> None:
     assert "prometheus_client" in loaded_after("import rpcq.observability.metrics")
 
 
-PUBLIC = ("rpcq", "rpcq.errors", "rpcq.logs", "rpcq.testing", "rpcq.web", "rpcq.web.problems", "rpcq_pytest")
+PUBLIC = (
+    "rpcq",
+    "rpcq.errors",
+    "rpcq.logs",
+    "rpcq.sync",
+    "rpcq.testing",
+    "rpcq.web",
+    "rpcq.web.problems",
+    "rpcq_pytest",
+)
 """Modules that users import from, beside `rpcq.observability`, whose modules each need an extra."""
 
 
