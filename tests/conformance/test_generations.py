@@ -19,6 +19,8 @@ from rpcq.calls.outcomes import MAX_ATTEMPTS
 from support.generations import FailingStore, Generations, SlowStore
 from support.places import Place
 
+QUEUE_TYPE_MATTERS = False
+
 NEVER = 30.0
 TIMEOUT = 1.5
 

@@ -34,6 +34,8 @@ from rpcq.wire import replies, requests
 from rpcq.wire.topology import Topology
 from support.places import Place
 
+QUEUE_TYPE_MATTERS = False
+
 
 class Odd(BaseException):
     """No Exception, and yet a handler's."""

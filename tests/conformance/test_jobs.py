@@ -10,6 +10,7 @@ import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -186,20 +187,20 @@ async def test_a_job_that_never_succeeds_becomes_a_dead_letter_that_says_why(
 @pytest.mark.parametrize(
     ("error", "reason", "runs"),
     [
-        (GiveUp("bounced"), "gave_up", 1),
-        (KeyError("k"), "gave_up", 1),
-        (OSError("net"), "attempts", 3),
-        (RetryLater(0.01), "attempts", 3),
+        (partial(GiveUp, "bounced"), "gave_up", 1),
+        (partial(KeyError, "k"), "gave_up", 1),
+        (partial(OSError, "net"), "attempts", 3),
+        (partial(RetryLater, 0.01), "attempts", 3),
     ],
-    ids=lambda it: type(it).__name__ if isinstance(it, Exception) else "",
+    ids=lambda it: it.func.__name__ if isinstance(it, partial) else "",
 )
 async def test_the_handler_and_its_options_say_what_is_retried(
-    home: Place, service: Service, done: Done, error: Exception, reason: str, runs: int
+    home: Place, service: Service, done: Done, error: Callable[[], Exception], reason: str, runs: int
 ) -> None:
     @service.job(retry=SOON, retry_on=[OSError, LookupError], give_up_on=[KeyError])
     async def work() -> None:
         done.note("run")
-        raise error
+        raise error()
 
     async with home.client() as client, home.worker(service):
         await client.send(work)

@@ -29,6 +29,8 @@ from rpcq.transport.base import Message, Published
 from rpcq.wire import replies, requests
 from support.places import Place
 
+QUEUE_TYPE_MATTERS = False
+
 
 class Busy(DomainError):
     pass

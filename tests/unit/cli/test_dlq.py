@@ -371,6 +371,7 @@ def test_a_rate_holds_replays_back(bureau: Bureau) -> None:
     assert (datetime.now(UTC) - began).total_seconds() > 9 / 5
 
 
+@pytest.mark.long
 def test_thousands_of_letters_are_gone_through_once_and_none_is_left_or_lost(bureau: Bureau) -> None:
     bureau.bury()
     headers = {"rpcq-dead-reason": "gave_up", "rpcq-executed": "yes"}
