@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
+import aio_pika
 import pytest
+from aio_pika.exceptions import ChannelClosed
 
 from rpcq.errors import BrokerError, ResourceLocked, TopologyMismatch
 from rpcq.transport.base import Delivery, Message, Published
@@ -325,6 +329,106 @@ async def test_a_session_that_is_lost_after_stop_consuming_does_not_consume_agai
             taken_over = await next_one.inbox.next()
             assert (taken_over.body, taken_over.redelivered) == (b"x", False)
         assert not stopping.inbox.all
+
+
+# A single active consumer.
+
+
+@pytest.fixture(params=["classic", "quorum"])
+def single(request: pytest.FixtureRequest, seam: Seam) -> Queue:
+    more = {"x_queue_type": "quorum", "x_delivery_limit": 20} if request.param == "quorum" else {}
+    return seam.queue(lasts=True, x_single_active_consumer=True, **more)
+
+
+async def test_only_the_first_consumer_gets_messages_and_the_others_follow_in_the_order_in_which_they_came(
+    seam: Seam, single: Queue
+) -> None:
+    async with seam.opened() as sender, contextlib.AsyncExitStack() as stack:
+        ends = [await stack.enter_async_context(seam.opened(taken(single, prefetch=2))) for _ in range(3)]
+        for at in range(3):
+            for number in range(2):
+                assert await sender.sent(single.name, b"%d%d" % (at, number)) is Published.CONFIRMED
+            for end in ends[at:]:
+                await end.barrier()
+            assert [len(end.inbox.all) for end in ends] == [2] * (at + 1) + [0] * (2 - at)
+            for _ in range(2):
+                (await ends[at].inbox.next()).ack()
+            await ends[at].transport.stop_consuming()
+    assert [end.inbox.bodies for end in ends] == [[b"00", b"01"], [b"10", b"11"], [b"20", b"21"]]
+
+
+async def test_the_single_active_consumer_holds_up_the_queue_at_its_prefetch(seam: Seam, single: Queue) -> None:
+    async with seam.opened(taken(single, prefetch=1)) as active, seam.opened(taken(single, prefetch=10)) as waiting:
+        for body in (b"a", b"b"):
+            assert await active.sent(single.name, body) is Published.CONFIRMED
+        (await active.inbox.next()).ack()
+        (await active.inbox.next()).ack()
+        await waiting.barrier()
+        assert not waiting.inbox.all
+
+
+async def test_a_consumer_that_is_cancelled_with_messages_in_hand_is_followed_at_once(
+    seam: Seam, single: Queue
+) -> None:
+    """This is why a worker has to finish what it holds before it cancels, where the order matters."""
+    async with seam.opened(taken(single, prefetch=1)) as active, seam.opened(taken(single, prefetch=1)) as waiting:
+        assert await active.sent(single.name, b"held") is Published.CONFIRMED
+        held = await active.inbox.next()
+        await active.transport.stop_consuming()
+        # A classic queue of RabbitMQ 3.10 gives the follower what is ready only when something else happens to it.
+        assert await active.sent(single.name, b"next") is Published.CONFIRMED
+        assert (await waiting.inbox.next()).body == b"next"
+        held.reject(requeue=True)
+        waiting.inbox.all[0].ack()
+        copy = await waiting.inbox.next()
+        assert (copy.body, copy.redelivered) == (b"held", True)
+
+
+async def test_the_follower_of_a_lost_consumer_gets_first_what_that_one_held(seam: Seam, single: Queue) -> None:
+    async with seam.opened(taken(single, prefetch=2)) as active, seam.opened(taken(single, prefetch=10)) as waiting:
+        for at in range(4):
+            assert await waiting.sent(single.name, b"%d" % at) is Published.CONFIRMED
+        for _ in range(2):
+            await active.inbox.next()
+        active.cut_one("consuming")
+        got = [await waiting.inbox.next() for _ in range(4)]
+        assert [(it.body, it.redelivered) for it in got] == [
+            (b"0", True),
+            (b"1", True),
+            (b"2", False),
+            (b"3", False),
+        ]
+        await until(lambda: active.of("consuming") == ["up", "lost", "up"])
+        assert await waiting.sent(single.name, b"4") is Published.CONFIRMED
+        assert (await waiting.inbox.next()).body == b"4"
+        await active.barrier()
+        assert len(active.inbox.all) == 2, "who came back is the last in the order"
+
+
+async def test_a_queue_with_a_single_active_consumer_is_another_queue_than_one_without(
+    seam: Seam, single: Queue
+) -> None:
+    arguments = {name: value for name, value in single.arguments.items() if name != "x-single-active-consumer"}
+    async with seam.opened(single):
+        other = seam.end(replace(single, arguments=arguments))
+        with pytest.raises(TopologyMismatch, match="x-single-active-consumer"):
+            await other.start()
+        await other.transport.close()
+
+
+async def test_rabbitmq_refuses_to_get_from_a_queue_with_a_single_active_consumer(
+    rabbitmq_url: str, namespace: str
+) -> None:
+    """The in-process broker cannot get at all: what looks at such a queue has to consume it."""
+    seam = Seam(rabbitmq_url, namespace)
+    arguments = {"x_queue_type": "quorum", "x_delivery_limit": 20, "x_single_active_consumer": True}
+    single = seam.queue(lasts=True, **arguments)
+    async with seam.opened(single), await aio_pika.connect(rabbitmq_url) as connection:
+        channel = await connection.channel()
+        queue = await channel.get_queue(single.name)
+        with pytest.raises(ChannelClosed, match="RESOURCE_LOCKED"):
+            await queue.get()
+        await (await connection.channel()).queue_delete(single.name)
 
 
 # Dead letters.

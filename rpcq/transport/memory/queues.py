@@ -104,14 +104,32 @@ class LiveQueue:
         self.dead_letter_key: bytes | None = None if key is None else key.encode()
         self.quorum = arguments.get("x-queue-type") == "quorum"
         self.delivery_limit: int | None = arguments.get("x-delivery-limit")
+        self.is_single: bool = arguments.get("x-single-active-consumer", False)
         self.ready: deque[Entry] = deque()
         self.consumers: list[Consumer] = []
-        self.available: deque[Consumer] = deque()  # consumers below their prefetch; the first one is next
+        # Consumers that may get a message: below their prefetch, and active if only one is. The first one is next.
+        self.available: deque[Consumer] = deque()
         self.positions = count()
         self.returns = count(HELD_BACK)
         self.wake: float | None = None
         self.bound = [(DEFAULT_EXCHANGE, name.encode())]
         self.deleted = False
+
+    def add_consumer(self, consumer: Consumer) -> None:
+        """Add a consumer. With a single active consumer, that is the one that has been here longest."""
+        self.consumers.append(consumer)
+        if not self.is_single or len(self.consumers) == 1:
+            self.available.append(consumer)
+
+    def remove_consumer(self, consumer: Consumer) -> None:
+        """Remove a consumer; if it was the single active one, the next one becomes active."""
+        consumer.cancelled = True
+        was_active = consumer is self.consumers[0]
+        self.consumers.remove(consumer)
+        if consumer in self.available:
+            self.available.remove(consumer)
+        if self.is_single and was_active and self.consumers:
+            self.available.append(self.consumers[0])  # it never held anything
 
     def put_back(self, entries: list[Entry]) -> None:
         """Put back messages that were handed out, in the order of their delivery tags.

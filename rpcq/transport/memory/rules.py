@@ -29,6 +29,7 @@ _ARGUMENTS: Final = frozenset(
         "x-message-ttl",
         "x-queue-type",
         "x-delivery-limit",
+        "x-single-active-consumer",
     )
 )
 
@@ -165,6 +166,8 @@ def check_arguments(queue: Queue) -> None:
         for name in ("x-max-length", "x-delivery-limit", "x-message-ttl")
         if name in arguments and not _is_count(arguments[name])
     ]
+    if not isinstance(arguments.get("x-single-active-consumer", False), bool):
+        wrong.append("x-single-active-consumer")
     strategy = arguments.get("x-dead-letter-strategy", "at-most-once")
     if strategy not in {"at-most-once", "at-least-once"} or ("x-dead-letter-strategy" in arguments and not quorum):
         wrong.append("x-dead-letter-strategy")

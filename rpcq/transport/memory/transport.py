@@ -236,8 +236,9 @@ class MemoryTransport:
         if self.consuming is None:
             return
         for consumer in [*self.consuming.connection.consumers]:
-            self._broker.vhost.cancel(consumer)
+            self._broker.vhost.cancel(consumer, self._broker.loop.time())
         self._broker.deliver()  # what was handed to the consumers before
+        self._broker.schedule()  # another consumer may have become the single active one
 
     async def close(self) -> None:
         """Work off what is pending, then close; see `Transport.close`. The listener is not called."""

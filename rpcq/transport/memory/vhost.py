@@ -10,6 +10,7 @@ what it finds in `Vhost.outbox`. The rules are RabbitMQ's, from these pages; wha
     https://www.rabbitmq.com/docs/dlx         dead-lettering: reasons, headers, cycles
     https://www.rabbitmq.com/docs/maxlength   only messages that are ready count; reject-publish
     https://www.rabbitmq.com/docs/quorum-queues   delivery limit; x-delivery-count
+    https://www.rabbitmq.com/docs/consumers#single-active-consumer   one consumer gets everything while it is there
     https://www.rabbitmq.com/docs/sender-selected CC
     https://www.rabbitmq.com/tutorials/amqp-concepts#exchange-topic   wildcards of topic exchanges
 
@@ -145,22 +146,18 @@ class Vhost:
             raise NotFound(msg)
         _check_owner(live, connection)
         consumer = Consumer(live, connection, deliver, prefetch, no_ack)
-        live.consumers.append(consumer)
-        live.available.append(consumer)
+        live.add_consumer(consumer)
         connection.consumers.append(consumer)
         self._serve(live, now)
         return consumer
 
-    def cancel(self, consumer: Consumer) -> None:
-        """Remove a consumer from its queue. Its deliveries can still be settled."""
-        queue = consumer.queue
-        consumer.cancelled = True
-        consumer.connection.consumers.remove(consumer)
-        queue.consumers.remove(consumer)
-        if consumer in queue.available:
-            queue.available.remove(consumer)
-        if queue.declared.auto_delete and not queue.consumers:
-            self._delete(queue)
+    def cancel(self, consumer: Consumer, now: float) -> None:
+        """Remove a consumer from its queue. Its deliveries can still be settled.
+
+        If it was the single active one, the next one becomes active at once, whatever the first one still holds.
+        """
+        self._remove(consumer)
+        self._serve(consumer.queue, now)
 
     def disconnect(self, connections: Iterable[Connection], now: float) -> None:
         """End connections, all at once: remove their consumers and exclusive queues, and put back what they hold."""
@@ -168,7 +165,9 @@ class Vhost:
         touched: dict[LiveQueue, Any] = {}
         for connection in ended:
             for consumer in connection.consumers[:]:
-                self.cancel(consumer)
+                self._remove(consumer)
+                if consumer.queue.is_single:
+                    touched[consumer.queue] = None
             for queue in connection.exclusive:
                 self._delete(queue)
         for connection in ended:
@@ -269,6 +268,13 @@ class Vhost:
             queue = heappop(self._wakes)[2]
             queue.wake = None
             self._serve(queue, now)
+
+    def _remove(self, consumer: Consumer) -> None:
+        consumer.connection.consumers.remove(consumer)
+        queue = consumer.queue
+        queue.remove_consumer(consumer)
+        if queue.declared.auto_delete and not queue.consumers:
+            self._delete(queue)
 
     def _create(self, queue: Queue, connection: Connection) -> LiveQueue:
         check_arguments(queue)

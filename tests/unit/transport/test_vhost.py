@@ -254,6 +254,7 @@ def test_redeclaring_an_exchange_keeps_its_bindings(world: World) -> None:
         ({"x-max-length": 5}, "x-overflow"),
         ({"x-overflow": "drop-head"}, "x-overflow"),
         ({"x-delivery-limit": 5}, "x-delivery-limit"),
+        ({"x-single-active-consumer": 1}, "x-single-active-consumer"),
         ({"x-delivery-limit": "5", "x-queue-type": "quorum"}, "x-delivery-limit"),
     ],
 )
@@ -333,9 +334,9 @@ def test_an_exclusive_queue_is_deleted_with_its_connection_and_other_bindings_st
 def test_an_auto_delete_queue_is_deleted_with_its_last_consumer(world: World) -> None:
     world.vhost.declare_queue(Queue("q", auto_delete=True), world.mine)
     first, second = world.consume("q"), world.consume("q")
-    world.vhost.cancel(first)
+    world.vhost.cancel(first, world.now)
     assert "q" in world.vhost.queues
-    world.vhost.cancel(second)
+    world.vhost.cancel(second, world.now)
     assert "q" not in world.vhost.queues
 
 
@@ -421,7 +422,7 @@ def test_a_cancelled_consumer_gets_nothing_more_and_can_settle_its_deliveries(wo
     consumer = world.consume("q", prefetch=1)
     world.publish("q", b"a")
     world.publish("q", b"b")
-    world.vhost.cancel(consumer)
+    world.vhost.cancel(consumer, world.now)
     world.take()
     world.settle(1, accept=True)
     assert world.bodies() == []
@@ -435,10 +436,33 @@ def test_deliveries_of_a_deleted_queue_can_still_be_settled(world: World, requeu
     world.vhost.declare_queue(declared, world.mine)
     consumer = world.consume("q", prefetch=1)
     world.publish("q", headers={"CC": ["nobody"]})
-    world.vhost.cancel(consumer)
+    world.vhost.cancel(consumer, world.now)
     world.settle(1, requeue=requeue)
     assert world.mine.unacked == {}
     assert list(world.vhost.queues) == ["dead"]
+
+
+def test_a_single_active_consumer_that_is_lost_with_the_next_one_is_followed_by_the_one_after(world: World) -> None:
+    world.queue("q", single_active_consumer=True)
+    first, second, third = Connection(), Connection(), Connection()
+    for connection in (first, second, third):
+        world.consume("q", connection, prefetch=1)
+    world.publish("q", b"a")
+    assert [consumer.connection for consumer, _, _ in world.take()] == [first]
+    world.disconnect(second, first)
+    assert [(consumer.connection, entry.body) for consumer, _, entry in world.take()] == [(third, b"a")]
+
+
+def test_a_consumer_that_was_not_the_active_one_leaves_without_effect(world: World) -> None:
+    world.queue("q", single_active_consumer=True)
+    active = world.consume("q")
+    waiting = world.consume("q")
+    world.vhost.cancel(waiting, world.now)
+    world.publish("q", b"a")
+    assert [consumer for consumer, _, _ in world.take()] == [active]
+    world.vhost.cancel(active, world.now)
+    world.publish("q", b"b")
+    assert world.ready("q") == [b"b"]
 
 
 def test_a_requeued_message_returns_to_its_place_and_is_flagged(world: World) -> None:
@@ -446,7 +470,7 @@ def test_a_requeued_message_returns_to_its_place_and_is_flagged(world: World) ->
     holder = world.consume("q", prefetch=3)
     for body in (b"a", b"b", b"c", b"d"):
         world.publish("q", body)
-    world.vhost.cancel(holder)
+    world.vhost.cancel(holder, world.now)
     world.take()
     world.settle(3, requeue=True)
     world.settle(1, requeue=True)
@@ -590,7 +614,7 @@ def test_a_head_that_came_back_expires_at_its_own_time(world: World) -> None:
     world.publish("q", b"a", ttl="1000")
     world.publish("q", b"b", ttl="5000")
     assert world.vhost.next_expiry == 105.0
-    world.vhost.cancel(holder)
+    world.vhost.cancel(holder, world.now)
     world.settle(1, requeue=True)
     assert world.vhost.next_expiry == 101.0
     world.vhost.expire(101.0)
