@@ -40,10 +40,10 @@ demo: $(VENV)/.installed-bench $(VENV)/.installed-uvloop
 web: $(VENV)/.installed-web $(VENV)/.installed-bench $(VENV)/.installed-uvloop
 	$(BIN)/python -m producer_service serve $(ARGS)
 
-test: $(VENV)/.installed-test $(VENV)/.installed-uvloop
+test: $(VENV)/.installed-test $(VENV)/.installed-uvloop $(VENV)/.installed-docs
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-test-faults: $(VENV)/.installed-test $(VENV)/.installed-uvloop
+test-faults: $(VENV)/.installed-test $(VENV)/.installed-uvloop $(VENV)/.installed-docs
 	$(BIN)/python -m pytest tests/faults tests/security tests/conformance tests/unit/cli/test_bench.py tests/unit/cli/test_dlq.py tests/unit/observability/test_operations.py tests/docs -m '' $(ARGS)
 
 soak: $(VENV)/.installed-test $(VENV)/.installed-uvloop

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import secrets
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,12 @@ HANGING = 60.0
 
 PROGRAMS = {"chromium": "CHROMIUM", "promtool": "PROMTOOL"}
 """Fixture -> what it gives, in `support.programs`."""
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C end what tests start: a shell starts what runs in the background with SIGINT ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _broker_of(config: pytest.Config) -> Broker | str:

@@ -97,7 +97,10 @@ def make_adapter(kind: Any) -> TypeAdapter[Any]:
     except PydanticUserError as error:
         if error.code != "type-adapter-config-unused":
             raise
-        # A model has its own config. A dataclass or TypedDict without one takes this one through an alias.
+        if hasattr(kind, "__pydantic_core_schema__"):  # a model, with its own config
+            return TypeAdapter(kind)
+        # A dataclass or TypedDict without a config takes this one through an alias. Not so a model: pydantic keeps its
+        # schema, and writes the alias into it; a later alias at the same address would then count as a circle.
         return TypeAdapter(cast("Any", TypeAliasType("_Alias", kind)), config=_CONFIG)
 
 

@@ -38,7 +38,7 @@ from pydantic import (
 from typing_extensions import TypeAliasType, TypedDict
 
 from rpcq.errors import ConfigurationError
-from rpcq.validation.schemas import Codec, make_codec
+from rpcq.validation.schemas import Codec, make_adapter, make_codec
 
 ALL = bytes(range(256))
 STANDARD = base64.b64encode(ALL)
@@ -503,3 +503,14 @@ def test_a_class_that_is_made_when_it_is_first_used_is_looked_at_as_well() -> No
     Deferred.model_rebuild(_types_namespace={"Later": SecretStr})
     with pytest.raises(ConfigurationError, match="data, a secret"):
         codec(Deferred)
+
+
+class Link(BaseModel):
+    value: int
+    next: Link | None = None
+
+
+def test_a_recursive_model_can_be_used_any_number_of_times() -> None:
+    """Pydantic keeps a model's schema: what was written into it once made every thousandth use fail."""
+    for _ in range(5000):
+        make_adapter(Link)
