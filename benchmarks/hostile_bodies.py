@@ -220,7 +220,7 @@ def measure(name: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.thread_time()
     try:
-        service.methods["take"].read_params(body)
+        service.methods["take"].parameters.read(body)
         said = "taken"
     except InvalidParams as error:
         said = error.message

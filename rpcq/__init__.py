@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from rpcq.calls.proxy import CallMaker, ServiceProxy, with_options
 from rpcq.client import Client
 from rpcq.contracts import contract
-from rpcq.control import MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
+from rpcq.control import JobInfo, MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
 from rpcq.errors import (
     BrokerError,
     CallError,
@@ -57,6 +57,7 @@ __all__ = [
     "InvalidParams",
     "InvalidReply",
     "Job",
+    "JobInfo",
     "JobOptions",
     "MethodInfo",
     "MethodNotFound",

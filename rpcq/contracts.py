@@ -1,20 +1,24 @@
-"""What callers know of a service: a contract, which is a Protocol class, and the types of results. Pure."""
+"""What callers know of a service: a contract, which is a Protocol class; types of parameters and results. Pure."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
+import pydantic
 from pydantic import PydanticUserError
 
-from rpcq.errors import ConfigurationError, DomainError, InvalidReply
+from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply, UsageError
 from rpcq.options import check_errors, check_name
 from rpcq.validation.attributes import check_attributes
+from rpcq.validation.bounds import NotRead
 from rpcq.validation.fitting import misfits
+from rpcq.validation.parameters import invalid_params, parameters_codec
 from rpcq.validation.schemas import Codec, make_codec, type_hints
 from rpcq.wire import bodies
 from rpcq.wire.values import (
@@ -22,6 +26,7 @@ from rpcq.wire.values import (
     MARKS,
     MAX_DIGITS,
     OWN_SECRETS,
+    NotCarried,
     refuse_beyond_float,
     refuse_changed,
     refuse_nan,
@@ -41,6 +46,7 @@ class Contract:
         service: the service's name.
         errors: domain errors that callers want to catch by their class.
         idempotent: names of methods that may be sent again after an attempt that may have run.
+        jobs: names of those functions of the class that are jobs.
         blocking: its methods are `def`, because the callers of `rpcq.sync` do not await them.
 
     """
@@ -48,11 +54,16 @@ class Contract:
     service: str
     errors: tuple[type[DomainError], ...] = ()
     idempotent: frozenset[str] = frozenset()
+    jobs: frozenset[str] = frozenset()
     blocking: bool = False
 
 
 def contract(
-    service: str, *, errors: Iterable[type[DomainError]] = (), idempotent: Iterable[str] = ()
+    service: str,
+    *,
+    errors: Iterable[type[DomainError]] = (),
+    idempotent: Iterable[str] = (),
+    jobs: Iterable[str] = (),
 ) -> Callable[[C], C]:
     """Mark a Protocol class as the contract of a service, for `Client.bind`.
 
@@ -60,27 +71,33 @@ def contract(
         service: the service's name.
         errors: domain errors that callers want to catch by their class.
         idempotent: names of methods that may be sent again after an attempt that may have run.
+        jobs: names of those functions of the class that are jobs: they are sent, and nobody waits for them. All others
+            are methods, which are called.
 
     Raises:
-        ConfigurationError: a name or an error is not valid, the class has no such method, or it has an attribute that
-            is not an `async def` with a `self`.
+        ConfigurationError: a name or an error is not valid, the class has no such method or job, a job is declared
+            idempotent, or the class has an attribute that is not an `async def` with a `self`.
 
     """
-    return _mark(Contract(check_name("the name of a service", service), check_errors(errors), frozenset(idempotent)))
+    return _mark(_declare(service, errors, idempotent, jobs))
 
 
 def blocking_contract(
-    service: str, *, errors: Iterable[type[DomainError]] = (), idempotent: Iterable[str] = ()
+    service: str,
+    *,
+    errors: Iterable[type[DomainError]] = (),
+    idempotent: Iterable[str] = (),
+    jobs: Iterable[str] = (),
 ) -> Callable[[C], C]:
-    """Mark a Protocol class whose methods are `def` as the contract of a service, for `rpcq.sync.Client.bind`.
+    """Mark a Protocol class whose functions are `def` as the contract of a service, for `rpcq.sync.Client.bind`.
 
     It is `rpcq.sync.contract`. Its arguments are those of `rpcq.contract`.
 
     Raises:
-        ConfigurationError: a name or an error is not valid, the class has no such method, or a method is not a `def`.
+        ConfigurationError: as for `rpcq.contract`, but each function of the class must be a `def`.
 
     """
-    declared = Contract(check_name("the name of a service", service), check_errors(errors), frozenset(idempotent), True)
+    declared = replace(_declare(service, errors, idempotent, jobs), blocking=True)
 
     def mark(api: C) -> C:
         for name, function in vars(api).items():
@@ -95,16 +112,47 @@ def blocking_contract(
     return mark
 
 
+def _declare(
+    service: str, errors: Iterable[type[DomainError]], idempotent: Iterable[str], jobs: Iterable[str]
+) -> Contract:
+    """Check the arguments of a contract."""
+    check_name("the name of a service", service)
+    declared = Contract(
+        service, check_errors(errors), _check_names("idempotent", idempotent), _check_names("jobs", jobs)
+    )
+    if both := sorted(declared.idempotent & declared.jobs):
+        raise ConfigurationError(
+            f"idempotent in the contract of {service!r} must not name jobs, each of which may run twice in any case; "
+            f"got {both}"
+        )
+    return declared
+
+
+def _check_names(what: str, names: Any) -> frozenset[str]:
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ConfigurationError(f"{what} of a contract must be names, as in {what}=['name']; got {names!r}")
+    found = [*names]
+    if wrong := [name for name in found if not isinstance(name, str)]:
+        raise ConfigurationError(
+            f"{what} of a contract must be names, as in {what}=['name']; got {wrong[0]!r} among them"
+        )
+    return frozenset(found)
+
+
 def _mark(declared: Contract) -> Callable[[C], C]:
     def mark(api: C) -> C:
         check_attributes(declared.errors)
-        if unknown := sorted(declared.idempotent - methods_of(api, is_awaited=not declared.blocking).keys()):
-            msg = f"idempotent in the contract of {declared.service!r} must name its methods; got {unknown}"
-            raise ConfigurationError(msg)
+        has = methods_of(api, is_awaited=not declared.blocking).keys()
+        for what, names in (("idempotent", declared.idempotent), ("jobs", declared.jobs)):
+            if unknown := sorted(names - has):
+                raise ConfigurationError(
+                    f"{what} in the contract of {declared.service!r} must name functions of its class, which has "
+                    f"{', '.join(has) or 'none'}; got {unknown}"
+                )
         api.__rpcq_contract__ = declared  # type: ignore[attr-defined]  # read by `Client.bind`
         for function in vars(api).values():
             if inspect.isfunction(function):
-                function.__rpcq_api__ = api  # type: ignore[attr-defined]  # read by `rpcq.sync`
+                function.__rpcq_api__ = api  # type: ignore[attr-defined]  # read by `rpcq.sync`, and by `send`
         return api
 
     return mark
@@ -128,7 +176,7 @@ def contract_of(api: Any, service: str | None = None) -> Contract:
 
 
 def methods_of(api: Any, *, is_awaited: bool = True) -> dict[str, Callable[..., Any]]:
-    """The functions of a Protocol class, by name.
+    """The functions of a Protocol class, by name: its methods and its jobs.
 
     Args:
         api: the class.
@@ -183,17 +231,40 @@ class Obligation:
             ConfigurationError: the contract does not have it, or it does not fit.
 
         """
-        declared = self._signatures.get(name)
         label = f"{self.contract.service}.{name}"
-        if declared is None:
-            has = ", ".join(self._signatures) or "none"
+        if name not in self._signatures:
+            has = ", ".join(it for it in self._signatures if it not in self.contract.jobs) or "none"
             raise ConfigurationError(f"{label} must be a method of its contract {self._api}, which has {has}")
-        if found := list(misfits(declared, signature)):
-            raise ConfigurationError(f"{label} must fit its contract {self._api}: {'; '.join(found)}")
+        if name in self.contract.jobs:
+            raise ConfigurationError(
+                f"{label} must be a job, as in its contract {self._api}: decorate it with .job instead of .method"
+            )
+        self._check_fits(label, name, signature)
         self.check_errors(label, errors)
         if idempotent and name not in self.contract.idempotent:
             msg = f"{label} must be idempotent in its contract, too: @contract(..., idempotent=[{name!r}])"
             raise ConfigurationError(msg)
+
+    def check_job(self, name: str, signature: inspect.Signature) -> None:
+        """Check a job whose handler has this signature. One that the contract does not have is the service's own.
+
+        Raises:
+            ConfigurationError: it is a method of the contract, or it does not fit.
+
+        """
+        if name not in self._signatures:
+            return
+        label = f"{self.contract.service}.{name}"
+        if name not in self.contract.jobs:
+            raise ConfigurationError(
+                f"{label} must be a method, as in its contract {self._api}: decorate it with .method instead of .job, "
+                f"or make it a job there: @contract(..., jobs=[{name!r}])"
+            )
+        self._check_fits(label, name, signature)
+
+    def _check_fits(self, label: str, name: str, signature: inspect.Signature) -> None:
+        if found := list(misfits(self._signatures[name], signature)):
+            raise ConfigurationError(f"{label} must fit its contract {self._api}: {'; '.join(found)}")
 
     def check_errors(self, label: str, errors: Iterable[type[DomainError]]) -> None:
         """Check that callers who bind the contract know these errors.
@@ -206,19 +277,27 @@ class Obligation:
             msg = f"errors of {label} must be in its contract {self._api}, too: @contract(..., errors=[{unknown[0]}])"
             raise ConfigurationError(msg)
 
-    def check_complete(self, methods: Collection[str]) -> None:
-        """Check that all methods are there.
+    def check_complete(self, offered: Collection[str]) -> None:
+        """Check that all methods and jobs are there.
+
+        Args:
+            offered: the names of the service's methods and jobs.
 
         Raises:
             ConfigurationError: one is missing.
 
         """
-        if missing := [name for name in self._signatures if name not in methods]:
-            msg = (
-                f"service {self.contract.service!r} must have all methods of its contract {self._api}; "
-                f"got none called {' or '.join(map(repr, missing))}"
-            )
-            raise ConfigurationError(msg)
+        missing = [name for name in self._signatures if name not in offered]
+        for what, names in (
+            ("methods", [name for name in missing if name not in self.contract.jobs]),
+            ("jobs", [name for name in missing if name in self.contract.jobs]),
+        ):
+            if names:
+                msg = (
+                    f"service {self.contract.service!r} must have all {what} of its contract {self._api}; "
+                    f"got none called {' or '.join(map(repr, names))}"
+                )
+                raise ConfigurationError(msg)
 
 
 def signature_of(label: str, function: Callable[..., Any]) -> inspect.Signature:
@@ -232,6 +311,137 @@ def signature_of(label: str, function: Callable[..., Any]) -> inspect.Signature:
     parameters = list(inspect.signature(function).parameters.values())[1:]
     known = [it.replace(annotation=hints.get(it.name, Any)) for it in parameters]
     return inspect.Signature(known, return_annotation=hints.get("return", Any))
+
+
+class Parameters:
+    """Reads the parameters of a method or a job.
+
+    Args:
+        label: its name in texts of errors, `service.name`.
+        signature: its parameters, with resolved annotations.
+
+    Raises:
+        ConfigurationError: pydantic has no schema for a parameter.
+
+    """
+
+    def __init__(self, label: str, signature: inspect.Signature) -> None:
+        self._label = label
+        self._names = positional_names(signature)
+        codec = parameters_codec(label, signature)
+        self._read, self._floats = codec.read, codec.floats
+
+    def by_name(self, args: tuple[Any, ...], params: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """Put arguments given by position under their names; see `by_name`."""
+        return by_name(self._label, self._names, args, params)
+
+    def read(self, body: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Read the arguments from a request's body: an object by name, an array by position, a scalar as the only one.
+
+        An empty body is no arguments.
+
+        Raises:
+            InvalidParams: the body is not JSON, or does not fit; `details` lists the errors.
+
+        """
+        try:
+            if body[:1] not in (b"{", b"[") and body.lstrip()[:1] not in (b"{", b"["):
+                if body:
+                    bodies.loads(body)  # validate first: `1, 2` must not become `[1, 2]`
+                body = b"[%b]" % body
+            found: tuple[tuple[Any, ...], dict[str, Any]] = self._read(refuse_nan(body))
+            if self._floats:
+                refuse_beyond_float(body, found, self._read)
+        except pydantic.ValidationError as error:
+            raise invalid_params(self._label, error) from error
+        except (NotCarried, NotRead) as error:
+            raise InvalidParams(f"the parameters of {self._label} cannot be read: {error}") from error
+        except ValueError as error:
+            why = bodies.why_not_json(body, error)
+            raise InvalidParams(f"the parameters of {self._label} are not JSON: {why}") from error
+        except Exception as error:
+            msg = f"the parameters of {self._label} could not be validated: a validator raised {type(error).__name__}"
+            raise InvalidParams(msg) from error
+        return found
+
+
+def positional_names(signature: inspect.Signature) -> list[str] | None:
+    """The names of the parameters that may be given by position; None if one of these has no name for callers."""
+    kinds = inspect.Parameter
+    parameters = signature.parameters.values()
+    if any(it.kind in (kinds.VAR_POSITIONAL, kinds.POSITIONAL_ONLY) for it in parameters):
+        return None
+    return [it.name for it in parameters if it.kind is kinds.POSITIONAL_OR_KEYWORD]
+
+
+def by_name(
+    label: str, names: list[str] | None, args: tuple[Any, ...], params: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Put arguments given by position under their names, since a message has all by name or all by position.
+
+    Args:
+        label: the method's or job's name in texts of errors.
+        names: what `positional_names` found; with None, nothing is changed.
+        args: arguments by position.
+        params: arguments by name.
+
+    Raises:
+        TypeError: there are more than names, or one is given twice.
+
+    """
+    if not args or names is None:
+        return args, params
+    if len(args) > len(names):
+        raise TypeError(f"{label} takes {len(names)} parameters by position, {len(args)} given")
+    named = dict(zip(names, args, strict=False))
+    if twice := named.keys() & params.keys():
+        raise TypeError(f"{label} got {sorted(twice)} twice, by position and by name")
+    return (), {**named, **params}
+
+
+class RemoteJob:
+    """A job of a bound contract, for `Client.send`. It belongs to no client; its parameters are checked before sending.
+
+    Args:
+        service: the service's name.
+        name: the job's name.
+        function: the contract's function.
+
+    Raises:
+        ConfigurationError: an annotation cannot be resolved, or pydantic has no schema for it.
+
+    """
+
+    def __init__(self, service: str, name: str, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function, updated=())
+        del self.__dict__["__wrapped__"]  # it has a `self`
+        self.service = service
+        self.name = name
+        self.label = f"{service}.{name}"
+        signature = signature_of(self.label, function)
+        self.__signature__ = signature
+        # To pydantic, a parameter with the default `...` is required; to a contract, it has some default.
+        given = [it.replace(default=None) if it.default is ... else it for it in signature.parameters.values()]
+        self.parameters = Parameters(self.label, signature.replace(parameters=given))
+
+    def with_options(self, **_: Any) -> NoReturn:
+        """Refuse: the options of a job are those of the client that sends it."""
+        raise UsageError(
+            f"{self.label} is a job: give the options to what sends it, client.with_options(...).send(...)"
+        )
+
+    def __call__(self, /, *_: Any, **__: Any) -> NoReturn:
+        """Refuse: a job is sent."""
+        raise UsageError(f"{self.label} is a job: send it, client.send(bound.{self.name}, ...); it cannot be called")
+
+    def __repr__(self) -> str:
+        return f"<RemoteJob {self.label}>"
+
+
+class RemoteCallable:
+    """A method of a service that a client has bound: it is called, and cannot be sent."""
+
+    __slots__ = ()
 
 
 class Result:

@@ -20,12 +20,14 @@ from typing import Annotated, Any, Final, TypeVar
 from pydantic import Field, FiniteFloat, ValidationError
 
 from rpcq import logs
+from rpcq.options import JobOptions, WorkerOptions
 from rpcq.runtime.process import own_version
 from rpcq.service import Method, Service
 from rpcq.transport.base import Delivery, Message, Published, Transport
 from rpcq.validation.bounds import NotRead, first_error
 from rpcq.validation.schemas import Codec, make_codec
 from rpcq.wire import bodies, control, replies
+from rpcq.wire.jobs import JobTopology
 from rpcq.wire.properties import MalformedProperties, Properties, decode
 from rpcq.wire.topology import EVERY_SERVICE, Topology
 
@@ -66,6 +68,28 @@ class MethodInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class JobInfo:
+    """A job, as its worker describes it.
+
+    Attributes:
+        name: the name under which it is sent.
+        signature: its parameters and its result, with their types: "(to: str) -> None".
+        timeout: the most seconds that one attempt may run.
+        max_attempts: the most attempts, including the first one.
+        doc: its handler's docstring, or an empty string.
+        at_most_once: whether it is never run again after it may have run.
+
+    """
+
+    name: str
+    signature: str
+    timeout: FiniteFloat
+    max_attempts: Count
+    doc: str = ""
+    at_most_once: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceInfo:
     """A service, as one of its workers describes it.
 
@@ -74,6 +98,8 @@ class ServiceInfo:
         queue: the name of its request queue.
         queue_type: "classic" or "quorum".
         methods: its methods.
+        jobs: its jobs; none from a worker of a version that does not describe them.
+        job_queue: the name of the queue of its jobs; empty if it has none.
 
     """
 
@@ -81,6 +107,8 @@ class ServiceInfo:
     queue: str
     queue_type: str
     methods: tuple[MethodInfo, ...] = ()
+    jobs: tuple[JobInfo, ...] = ()
+    job_queue: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +122,7 @@ class WorkerInfo:
         version: its version of rpcq.
         prefetch: calls of each service that it runs at once.
         services: the services that it runs.
+        job_prefetch: jobs of each service that it runs at once; 0 from a version that does not say so.
 
     """
 
@@ -103,6 +132,7 @@ class WorkerInfo:
     version: str
     prefetch: Count
     services: tuple[ServiceInfo, ...]
+    job_prefetch: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,20 +167,24 @@ class WorkerStats:
     replayed: Count = 0
 
 
-def describe(name: str, prefetch: int, services: Sequence[Service], topology: Topology) -> WorkerInfo:
+def describe(options: WorkerOptions, services: Sequence[Service]) -> WorkerInfo:
     """Describe this process as a worker of `services`."""
+    topology, jobs = Topology(options.namespace), JobTopology(options.namespace)
     return WorkerInfo(
-        name=name,
+        name=options.name,
         host=socket.gethostname(),
         pid=os.getpid(),
         version=own_version(),
-        prefetch=prefetch,
+        prefetch=options.prefetch,
+        job_prefetch=options.job_prefetch,
         services=tuple(
             ServiceInfo(
                 name=service.name,
                 queue=topology.request_queue(service.name, service.queue_type, service.queue).name,
                 queue_type=service.queue_type,
                 methods=tuple(_describe_method(method) for method in service.methods.values()),
+                jobs=tuple(_describe_job(job, job.job) for job in service.jobs.values() if job.job is not None),
+                job_queue=jobs.queue(service.name).name if service.jobs else "",
             )
             for service in services
         ),
@@ -165,6 +199,17 @@ def _describe_method(method: Method) -> MethodInfo:
         idempotent=method.idempotent,
         timeout=method.timeout,
         errors=tuple(sorted({error.code for error in method.errors})),
+    )
+
+
+def _describe_job(job: Method, options: JobOptions) -> JobInfo:
+    return JobInfo(
+        name=job.name,
+        signature=str(job.signature),
+        doc=inspect.getdoc(job.handler) or "",
+        timeout=options.timeout,
+        max_attempts=options.max_attempts,
+        at_most_once=options.at_most_once,
     )
 
 
@@ -275,7 +320,7 @@ class Answerer:
 
 
 def _fitting(info: WorkerInfo, max_body: int) -> bytes:
-    """Write a description; if it is too large, without docs, then without signatures, then without methods."""
+    """Write a description; if it is too large, without docs, then without signatures, then without methods and jobs."""
     described = asdict(info)
     body = bodies.dumps(described)
     for left_out in ("doc", "signature"):
@@ -283,12 +328,12 @@ def _fitting(info: WorkerInfo, max_body: int) -> bytes:
             return body
         log.warning("this worker's description is larger than max_body: part of it is left out", part=left_out)
         for service in described["services"]:
-            for method in service["methods"]:
-                method[left_out] = ""
+            for each in (*service["methods"], *service["jobs"]):
+                each[left_out] = ""
         body = bodies.dumps(described)
     if len(body) > max_body:
         for service in described["services"]:
-            service["methods"] = []
+            service["methods"] = service["jobs"] = []
         body = bodies.dumps(described)
     return body
 

@@ -181,9 +181,20 @@ class RetryLater(RpcqError):
 
 
 class GiveUp(RpcqError):
-    """Raised by the handler of a job: never run it again. It becomes a dead letter with this reason as its error."""
+    """Raised by the handler of a job: never run it again. It becomes a dead letter with this reason as its error.
+
+    Attributes:
+        reason: why, for the people who read the dead letter.
+
+    Raises:
+        ConfigurationError: the reason is empty, or not a string. The job then fails with this error instead.
+
+    """
 
     def __init__(self, reason: str) -> None:
+        if not isinstance(reason, str) or not reason.strip():
+            msg = f"GiveUp must have a reason for the people who read the dead letter, a string; got {reason!r}"
+            raise ConfigurationError(msg)
         super().__init__(reason)
         self.reason = reason
 

@@ -18,18 +18,16 @@ from typing import Any, Final, Generic, Literal, cast, overload
 import pydantic
 from typing_extensions import TypeVar
 
-from rpcq.contracts import METHOD_NAME, Obligation, result_adapter
-from rpcq.errors import ConfigurationError, DomainError, InvalidParams, InvalidReply
+from rpcq.contracts import METHOD_NAME, Obligation, Parameters, result_adapter
+from rpcq.errors import ConfigurationError, DomainError, InvalidReply
 from rpcq.options import JOB_RETRY, CallOptions, JobOptions, Retry, check_errors, check_name
 from rpcq.results import ResultStore
 from rpcq.runtime.deadline import Deadline
 from rpcq.validation.attributes import check_attributes
-from rpcq.validation.bounds import NotRead
 from rpcq.validation.definitions import check_allow, check_handler, check_lifespan, check_types
-from rpcq.validation.parameters import invalid_params, parameters_codec
 from rpcq.validation.schemas import type_hints
 from rpcq.wire import bodies
-from rpcq.wire.values import NotCarried, refuse_beyond_float, refuse_nan
+from rpcq.wire.values import NotCarried
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 State = TypeVar("State", default=Any)
@@ -88,6 +86,7 @@ class Method:
         timeout: the most seconds that it may run; None for the caller's deadline alone.
         allow: the broker's users that may call it; None for all users.
         job: how it is run if it is a job; None for a method that is called.
+        parameters: reads its parameters.
         context_parameter: the position and the name of the parameter that takes a `Context`, or None; a keyword-only
             parameter has the position `sys.maxsize`.
 
@@ -121,40 +120,10 @@ class Method:
             raise ConfigurationError(f"{self.label} must return one value; got a generator")
         hints = type_hints(self.label, function)
         self.context_parameter, signature = _without_context(self.label, handler, hints)
-        parameters = parameters_codec(self.label, signature)
-        self._read, self._floats = parameters.read, parameters.floats
+        self.parameters = Parameters(self.label, signature)
         returns = hints.get("return", Any)
         self._result = None if returns is Any else result_adapter(self.label, returns, written=True)
         self.signature = signature.replace(return_annotation=returns)
-
-    def read_params(self, body: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Read the arguments from a request's body: an object by name, an array by position, a scalar as the only one.
-
-        An empty body is no arguments.
-
-        Raises:
-            InvalidParams: the body is not JSON, or does not fit the method; `details` lists the errors.
-
-        """
-        try:
-            if body[:1] not in (b"{", b"[") and body.lstrip()[:1] not in (b"{", b"["):
-                if body:
-                    bodies.loads(body)  # validate first: `1, 2` must not become `[1, 2]`
-                body = b"[%b]" % body
-            found: tuple[tuple[Any, ...], dict[str, Any]] = self._read(refuse_nan(body))
-            if self._floats:
-                refuse_beyond_float(body, found, self._read)
-        except pydantic.ValidationError as error:
-            raise invalid_params(self.label, error) from error
-        except (NotCarried, NotRead) as error:
-            raise InvalidParams(f"the parameters of {self.label} cannot be read: {error}") from error
-        except ValueError as error:
-            why = bodies.why_not_json(body, error)
-            raise InvalidParams(f"the parameters of {self.label} are not JSON: {why}") from error
-        except Exception as error:
-            msg = f"the parameters of {self.label} could not be validated: a validator raised {type(error).__name__}"
-            raise InvalidParams(msg) from error
-        return found
 
     def call(self, args: tuple[Any, ...], params: dict[str, Any], context: Callable[[], Context]) -> Any:
         """Call the handler; an `async def` returns a coroutine.
@@ -200,8 +169,8 @@ class Service:
     Args:
         name: 1 to 100 of the characters `A-Za-z0-9_.-`; None for the name in the contract of `api`.
         api: the Protocol class that callers bind. The service takes its name, its errors and which methods are
-            idempotent from the class's `contract`, and must offer its methods, and no others: each must take what the
-            class says, and return it. None for a service without a contract.
+            idempotent from the class's `contract`, and must offer its methods, and no others, and its jobs: each must
+            take what the class says, and return it. None for a service without a contract.
         queue_type: "classic" is fast; "quorum" survives the loss of a node, and the broker itself delivers a request
             at most once.
         queue: the request queue's name, for clients that are not rpcq's; None for rpcq's own name.
@@ -318,7 +287,7 @@ class Service:
         """
 
         def add(handler: Handler) -> Handler:
-            check_handler(self.name, handler)
+            check_handler(self.name, handler, "method")
             called = self._check_new("method", name or str(getattr(handler, "__name__", "")))
             if timeout is not None:
                 CallOptions(timeout=timeout)
@@ -369,13 +338,14 @@ class Service:
             options: as in `rpcq.JobOptions`.
 
         Raises:
-            ConfigurationError: the service already has a job or method of that name, an option is not valid, or
-                pydantic cannot handle an annotation.
+            ConfigurationError: the service already has a job or method of that name, an option is not valid, pydantic
+                cannot handle an annotation, or the job does not fit the service's contract.
 
         """
         declared = JobOptions(**options)
 
         def add(handler: Handler) -> Handler:
+            check_handler(self.name, handler, "job")
             called = self._check_new("job", name or str(getattr(handler, "__name__", "")))
             job = Method(
                 self.name,
@@ -387,6 +357,8 @@ class Service:
                 allow=None,
                 job=declared,
             )
+            if self._obligation is not None:
+                self._obligation.check_job(called, job.signature)
             self.jobs[called] = job
             with suppress(AttributeError):  # a function of C: it is sent by its name only
                 _marked(handler).__rpcq_jobs__ = (*jobs_of(handler), job)  # read by `jobs_of`
@@ -418,12 +390,12 @@ class Service:
         """Check that the service can be served.
 
         Raises:
-            ConfigurationError: it has no methods, it lacks a method of its contract, or `default_method` or `allow`
-                names a method that it does not have, or `default_types` names one that it has.
+            ConfigurationError: it has no methods, it lacks a method or a job of its contract, or `default_method` or
+                `allow` names a method that it does not have, or `default_types` names one that it has.
 
         """
         if self._obligation is not None:
-            self._obligation.check_complete(self.methods)
+            self._obligation.check_complete({*self.methods, *self.jobs})
         if not self.methods and not self.jobs:
             raise ConfigurationError(
                 f"service {self.name!r} has no methods and no jobs; add one with @{self.name}.method or .job"

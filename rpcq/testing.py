@@ -289,7 +289,8 @@ class FakeService(Service):
         """
         declared = contract_of(api, service)
         fake = cls(declared.service, queue_type=queue_type)
-        fake._contract = methods_of(api, is_awaited=not declared.blocking)
+        functions = methods_of(api, is_awaited=not declared.blocking)
+        fake._contract = {name: it for name, it in functions.items() if name not in declared.jobs}
         fake._idempotent = declared.idempotent
         return fake
 

@@ -103,7 +103,7 @@ class Worker:
             observers=self._observers.requests,
         )
         self._intake = Intake(self._replier, self._sessions, self._topology, self.options, self._observers)
-        info = describe(self.options.name, self.options.prefetch, services, self._topology)
+        info = describe(self.options, services)
         self._answerer = Answerer(
             self._transport,
             info,

@@ -203,6 +203,9 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
     left, queue_ms = _time_left(service, request, wall_ms)
     method = service.find(request.method)
     if method is None:
+        if request.method in service.jobs:
+            label = f"{service.name}.{request.method}"
+            raise MethodNotFound(f"{label} is a job: send it, client.send({label!r}, ...); it cannot be called")
         asked = f"no method {request.method!r}" if request.method else "several methods, and the request names none"
         raise MethodNotFound(f"service {service.name!r} has {asked}; it has {', '.join(sorted(service.methods))}")
     if request.attempt > 1 and not method.idempotent and barred is None:
@@ -214,7 +217,7 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
         raise PermissionDenied(f"{method.label} is not for {who}")
     if body is None or body_size > max_body:
         raise TooLarge(f"the parameters are {body_size} bytes of JSON; the worker's limit is {max_body} (max_body)")
-    arguments = method.read_params(body)
+    arguments = method.parameters.read(body)
     limit = left - min(MARGIN, left / 20)
     if method.timeout is not None and method.timeout < limit:
         limit = method.timeout

@@ -10,7 +10,17 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, Unpack, overload
 
-from rpcq.contracts import METHOD_NAME, Contract, contract_of, methods_of, result_adapter
+from rpcq.contracts import (
+    METHOD_NAME,
+    Contract,
+    RemoteCallable,
+    RemoteJob,
+    by_name,
+    contract_of,
+    methods_of,
+    positional_names,
+    result_adapter,
+)
 from rpcq.errors import ConfigurationError, UsageError
 from rpcq.options import CallKwargs, CallOptions, check_name, lists_options
 from rpcq.service import Context
@@ -88,7 +98,7 @@ class Caller(Protocol):
         """Send jobs of one name."""
 
 
-class RemoteMethod:
+class RemoteMethod(RemoteCallable):
     """A method of a service; calling it returns an awaitable."""
 
     __slots__ = ("_caller", "_options", "_service", "_target")
@@ -212,10 +222,11 @@ class CallMaker:
         Of the options, `timeout`, `idempotency_key` and `metadata` are used.
 
         Args:
-            job: a function with `@service.job`, whose parameters are checked before anything is sent; or its name,
-                `service.job`.
-            args: parameters by position.
-            params: parameters by name, instead.
+            job: a function with `@service.job`, or a job of a bound contract, such as `client.bind(EmailsApi).welcome`:
+                the parameters are checked before anything is sent. Or its name, `service.job`: only the worker checks
+                them.
+            args: parameters by position; with a name as the job, all are by position or all by name.
+            params: parameters by name.
 
         Returns:
             The job's ID and key.
@@ -225,8 +236,11 @@ class CallMaker:
         Raises:
             SendError: the job is not queued, or may not be; `queued` says which, and the message what to do.
             ConfigurationError: the name is not valid.
-            UsageError: the function is not a job; or the client belongs to another event loop or process.
-            InvalidParams: the parameters do not fit the function, or JSON cannot carry them. Nothing was sent.
+            UsageError: it is not a job, such as a method; or the client belongs to another event loop or process.
+            InvalidParams: the parameters do not fit the function or the contract. Nothing was sent.
+            NotSerializable: JSON cannot carry a parameter. Nothing was sent.
+            TooLarge: parameters or headers are over the limit. Nothing was sent.
+            TypeError: there are too many parameters by position, or one is given twice. Nothing was sent.
             ClosedError: the client is not open.
 
         """
@@ -264,7 +278,10 @@ class CallMaker:
         return ServiceProxy(self._caller, check_name("the name of a service", name), self._options)
 
     def bind(self, api: Callable[..., T], service: str | None = None) -> T:
-        """A proxy with the type of a Protocol class: type checkers know its methods.
+        """A proxy with the type of a Protocol class: type checkers know its methods and its jobs.
+
+        Its methods are called, `await emails.count()`. Its jobs are given to `send`, `await client.send(emails.welcome,
+        to="ada@example.org")`, with the options of the client that sends them.
 
         Args:
             api: a class whose methods describe the service's, as `async def`; results are validated as annotated.
@@ -302,11 +319,12 @@ def with_options(bound: T, **options: Unpack[CallKwargs]) -> T:
 
     Raises:
         ConfigurationError: it was not bound, or an option is not valid.
+        UsageError: it is a job, whose options are those of the client that sends it.
 
     """
     if isinstance(bound, _Bound):
         return typing.cast("T", _Rebound(bound, options))
-    if isinstance(bound, RemoteMethod | ServiceProxy):
+    if isinstance(bound, RemoteMethod | ServiceProxy | RemoteJob):
         return typing.cast("T", bound.with_options(**options))
     raise ConfigurationError(f"bound must be what a client has bound, or one of its methods; got {bound!r}")
 
@@ -319,7 +337,7 @@ def _changed(options: CallOptions, changes: CallKwargs) -> CallOptions:
 
 
 class _Bound:
-    """The methods of a Protocol class, as attributes."""
+    """The methods and jobs of a Protocol class, as attributes."""
 
     def __init__(
         self,
@@ -333,6 +351,9 @@ class _Bound:
         service = declared.service
         self._label = f"{getattr(api, '__name__', api)} of service {service!r}"
         for name, function in methods_of(api, is_awaited=is_awaited).items():
+            if name in declared.jobs:
+                setattr(self, name, RemoteJob(service, name, function))
+                continue
             returns = type_hints(f"{service}.{name}", function).get("return", Any)
             own = replace(
                 options,
@@ -372,7 +393,7 @@ class _Rebound(_Bound):
 class _BoundMethod(RemoteMethod):
     """A method that knows the names of its parameters: those given by position are sent by name, if all have one."""
 
-    __slots__ = ("__dict__", "_parameters")  # the function's name, docstring and signature
+    __slots__ = ("__dict__", "_names")  # the function's name, docstring and signature
 
     def __init__(
         self, caller: Caller, service: str, method: str, options: CallOptions, function: Callable[..., Any]
@@ -380,14 +401,9 @@ class _BoundMethod(RemoteMethod):
         super().__init__(caller, service, method, options)
         functools.update_wrapper(self, function, updated=())
         del self.__dict__["__wrapped__"]  # it has a `self`
-        kinds = inspect.Parameter
         signature = inspect.signature(function)
-        parameters = list(signature.parameters.values())[1:]
-        self.__signature__ = signature.replace(parameters=parameters)
-        nameless = any(it.kind in (kinds.VAR_POSITIONAL, kinds.POSITIONAL_ONLY) for it in parameters)
-        self._parameters = (
-            None if nameless else [it.name for it in parameters if it.kind is kinds.POSITIONAL_OR_KEYWORD]
-        )
+        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+        self._names = positional_names(self.__signature__)
 
     def with_options(self, **options: Unpack[CallKwargs]) -> RemoteMethod:
         """The same method, with other options; `errors` are added to those of the contract."""
@@ -399,14 +415,8 @@ class _BoundMethod(RemoteMethod):
         return made
 
     def __call__(self, /, *args: Any, **params: Any) -> Coroutine[Any, Any, Any]:
-        if args and self._parameters is not None:
-            if len(args) > len(self._parameters):
-                msg = f"{self._target.label} takes {len(self._parameters)} parameters by position, {len(args)} given"
-                raise TypeError(msg)
-            named = dict(zip(self._parameters, args, strict=False))
-            if twice := named.keys() & params.keys():
-                msg = f"{self._target.label} got {sorted(twice)} twice, by position and by name"
-                raise TypeError(msg)
-            params = named | params
-            args = ()
+        if args:
+            return self._caller.invoke(
+                self._target, self._options, *by_name(self._target.label, self._names, args, params)
+            )
         return self._caller.invoke(self._target, self._options, args, params)

@@ -149,7 +149,7 @@ class CallMaker(Generic[R]):
         return ServiceProxy(cast("proxy.Caller", self._caller), name, self._options)
 
     def bind(self, api: Callable[..., T], service: str | None = None) -> T:
-        """A proxy with the methods of a Protocol class: `client.bind(Orders).create(sku="tea")`.
+        """A proxy with the methods and jobs of a Protocol class: `client.bind(Orders).create(sku="tea")`.
 
         Its results have the types that the class says. Type checkers take the class as it is written: they know that a
         method waits only where it is a `def`, as in the classes of `rpcq.sync.contract`. For a contract whose methods
@@ -182,10 +182,11 @@ class CallMaker(Generic[R]):
         Of the options, `timeout`, `idempotency_key` and `metadata` are used.
 
         Args:
-            job: a function with `@service.job`, whose parameters are checked before anything is sent; or its name,
-                `service.job`.
-            args: parameters by position.
-            params: parameters by name, instead.
+            job: a function with `@service.job`, or a job of a bound contract, such as `client.bind(EmailsApi).welcome`:
+                the parameters are checked before anything is sent. Or its name, `service.job`: only the worker checks
+                them.
+            args: parameters by position; with a name as the job, all are by position or all by name.
+            params: parameters by name.
 
         Returns:
             The job's ID and key.

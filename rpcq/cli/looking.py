@@ -18,7 +18,7 @@ from rpcq import logs
 from rpcq.cli.options import Json, Level, LogLevel, Namespace, Url, Wait, default_name, given
 from rpcq.cli.text import plain, print_json
 from rpcq.client import Client
-from rpcq.control import MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
+from rpcq.control import JobInfo, MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
 from rpcq.errors import ServiceUnavailable
 from rpcq.options import check_seconds
 from rpcq.runtime.process import run
@@ -35,7 +35,7 @@ def list_services(
     as_json: Json = False,
     log_level: LogLevel = Level.WARNING,
 ) -> None:
-    """List the services whose workers answer, with their workers and methods."""
+    """List the services whose workers answer, with their workers, methods and jobs."""
     logs.configure(log_level.upper())
     check_seconds("--wait", wait)
 
@@ -64,16 +64,23 @@ def _services_table(workers: list[WorkerInfo], stats: list[WorkerStats]) -> Tabl
     for worker in workers:
         for service in worker.services:
             by_name[service.name].append((worker, service))
-    table = Table("service", "queue", "workers", "slots", "methods")
+    table = Table("service", "queue", "workers", "slots", "methods", "jobs")
     for name, found in sorted(by_name.items()):
         methods = sorted({method.name for _, service in found for method in service.methods})
-        queues = sorted({service.queue for _, service in found})
-        slots = sum(worker.prefetch for worker, _ in found)
-        cells = name, ", ".join(queues), len(found), slots, ", ".join(methods)
+        jobs = sorted({job.name for _, service in found for job in service.jobs})
+        queues = sorted({queue for _, service in found for queue in _queues(service)})
+        slots = sum(worker.prefetch for worker, service in found if service.queue in _queues(service))
+        cells = name, ", ".join(queues), len(found), slots, ", ".join(methods), ", ".join(jobs)
         table.add_row(*(plain(cell) for cell in cells))
     total = sum(in_flight.values())
     table.caption = f"{len(workers)} workers, {total} requests in hand"
     return table
+
+
+def _queues(service: ServiceInfo) -> list[str]:
+    """The queues that a worker of the service consumes: no request queue if the service has only jobs."""
+    requests = [service.queue] if service.methods or not service.jobs else []
+    return [*requests, service.job_queue] if service.job_queue else requests
 
 
 def describe(
@@ -84,7 +91,7 @@ def describe(
     as_json: Json = False,
     log_level: LogLevel = Level.WARNING,
 ) -> None:
-    """Describe a service: its methods with their types and docstrings, and its workers."""
+    """Describe a service: its methods and jobs with their types and docstrings, and its workers."""
     logs.configure(log_level.upper())
     check_seconds("--wait", wait)
 
@@ -110,22 +117,31 @@ def describe(
 
 
 def _print_service(service: ServiceInfo, workers: list[WorkerInfo]) -> None:
-    console.print(plain(service.name, "bold") + plain(f"  {service.queue_type} queue {service.queue}"))
-    for method in service.methods:
+    queues = _queues(service)
+    kinds = [f"{service.queue_type} queue {service.queue}"] if service.queue in queues else []
+    kinds += [f"jobs: queue {service.job_queue}"] if service.job_queue else []
+    console.print(plain(service.name, "bold") + plain(f"  {'; '.join(kinds)}"), soft_wrap=True)
+    functions: list[MethodInfo | JobInfo] = [*service.methods, *service.jobs]
+    for described in functions:
         console.print()
-        console.print(" ", plain(method.name, "bold") + plain(method.signature), soft_wrap=True)
-        for line in method.doc.splitlines():
+        console.print(" ", plain(described.name, "bold") + plain(described.signature), soft_wrap=True)
+        for line in described.doc.splitlines():
             console.print("     ", plain(line), soft_wrap=True)
-        for line in _marks(method):
+        for line in _marks(described):
             console.print("     ", plain(line, "dim"))
     console.print()
     for worker in workers:
         where = f"{worker.name} on {worker.host}, process {worker.pid}"
-        line = f"worker {where}: rpcq {worker.version}, prefetch {worker.prefetch}"
+        prefetch = [f"prefetch {worker.prefetch}"] if service.queue in queues else []
+        prefetch += [f"job prefetch {worker.job_prefetch}"] if service.job_queue else []
+        line = f"worker {where}: rpcq {worker.version}, {', '.join(prefetch)}"
         console.print(" ", plain(line), soft_wrap=True)
 
 
-def _marks(method: MethodInfo) -> list[str]:
+def _marks(method: MethodInfo | JobInfo) -> list[str]:
+    if isinstance(method, JobInfo):
+        attempts = "never run again" if method.at_most_once else f"at most {method.max_attempts} attempts"
+        return [f"job, {attempts}; runs at most {method.timeout:g} s each time"]
     marks = []
     if method.idempotent:
         marks.append("idempotent")

@@ -264,7 +264,7 @@ class JobRunner:
         options = method.job
         assert options is not None  # noqa: S101 - `Service.job` sets it
         try:
-            arguments = method.read_params(run.job.body)
+            arguments = method.parameters.read(run.job.body)
         except InvalidParams as error:
             self._settle(run, of_refusal(run.job, error))
             return

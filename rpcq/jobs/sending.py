@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from rpcq import logs
-from rpcq.contracts import METHOD_NAME
+from rpcq.contracts import METHOD_NAME, RemoteCallable, RemoteJob
 from rpcq.errors import BrokerError, ClosedError, ConfigurationError, SendError, UsageError
 from rpcq.options import CallOptions, check_name
 from rpcq.runtime.backlog import Backlog
@@ -108,7 +108,7 @@ class JobSender:
         except TimeoutError as error:
             msg = f"there was no connection to the broker within {options.timeout:g} s"
             raise SendError(msg, queued="no") from error
-        is_once = method is not None and method.job is not None and method.job.at_most_once
+        is_once = isinstance(method, Method) and method.job is not None and method.job.at_most_once
         sendings = [_Sending(self, *each, is_once=is_once) for each in prepared]
         self._under_way.update(sendings)
         timer = self.loop.call_at(until, _time_out, sendings, options.timeout)
@@ -189,14 +189,16 @@ class JobSender:
         self,
         service: str,
         name: str,
-        method: Method | None,
+        method: Method | RemoteJob | None,
         options: CallOptions,
         args: tuple[Any, ...],
         params: Mapping[str, Any],
     ) -> tuple[Job, bytes, bytes]:
+        if method is not None:
+            args, params = method.parameters.by_name(args, params)
         body = bodies.encode_params(args, params, self._max_body)
         if method is not None:
-            method.read_params(body)
+            method.parameters.read(body)
         job_id = self._next_id().decode()
         key = options.idempotency_key or job_id
         message = JobMessage(id=job_id, name=name, body=body, key=key, app_id=self._name, headers=options.metadata)
@@ -205,12 +207,12 @@ class JobSender:
         return Job(job_id, service, name, key), encode_job(message, round(time.time() * 1000)), body
 
 
-def find_job(target: str | Callable[..., Any]) -> tuple[str, str, Method | None]:
-    """The service and the name of a job, and the job itself if the target is its function.
+def find_job(target: str | Callable[..., Any]) -> tuple[str, str, Method | RemoteJob | None]:
+    """The service and the name of a job, and the job itself if the target is its function, or of a bound contract.
 
     Raises:
         ConfigurationError: the name is not valid.
-        UsageError: the function is not a job, or one of several services.
+        UsageError: the target is not a job, or one of several services.
 
     """
     if isinstance(target, str):
@@ -218,12 +220,25 @@ def find_job(target: str | Callable[..., Any]) -> tuple[str, str, Method | None]
         if not METHOD_NAME.match(name) or not service:
             raise ConfigurationError(f"a job must be named 'service.job'; got {target!r}")
         return check_name("the name of a service", service), name, None
+    if isinstance(target, RemoteJob):
+        return target.service, target.name, target
     found: Sequence[Method] = jobs_of(target) if callable(target) else ()
     if len(found) != 1:
-        labels = ", ".join(job.label for job in found)
-        why = f"it is a job of several services: send it by name, as one of {labels}" if found else "it is not a job"
-        raise UsageError(f"send takes 'service.job', or a function with @service.job; got {target!r}: {why}")
+        raise UsageError(
+            "send takes 'service.job', a function with @service.job, or a job of a bound contract; "
+            f"got {target!r}: {_why_not_job(target, found)}"
+        )
     return found[0].service, found[0].name, found[0]
+
+
+def _why_not_job(target: Any, found: Sequence[Method]) -> str:
+    if found:
+        return f"it is a job of several services: send it by name, as one of {', '.join(job.label for job in found)}"
+    if isinstance(target, RemoteCallable):
+        return "it is a method: call it, do not send it"
+    if (api := getattr(target, "__rpcq_api__", None)) is not None:
+        return f"bind the contract first: client.send(client.bind({api.__name__}).{target.__name__}, ...)"
+    return "it is not a job"
 
 
 def _succeeded(task: asyncio.Task[None]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from rpcq.errors import ConfigurationError
 
@@ -38,8 +38,8 @@ def check_lifespan(service: str, lifespan: Any) -> None:
         raise ConfigurationError(msg) from error
 
 
-def check_handler(service: str, handler: Any) -> None:
-    """Check that a handler is a function whose caller gives all its parameters.
+def check_handler(service: str, handler: Any, what: Literal["method", "job"]) -> None:
+    """Check that a handler is a function whose caller gives all its parameters; `what` it is to be.
 
     Raises:
         ConfigurationError: it cannot be called, or it is a function of a class, which needs a `self`.
@@ -47,15 +47,15 @@ def check_handler(service: str, handler: Any) -> None:
     """
     if isinstance(handler, str):
         raise ConfigurationError(
-            f"the name of a method must be given as @{service}.method(name={handler!r}); got it alone"
+            f"the name of a {what} must be given as @{service}.{what}(name={handler!r}); got it alone"
         )
     if not callable(handler) or isinstance(handler, type):
-        msg = f"the handler of a method of service {service!r} must be an async def or a def; got {handler!r}"
+        msg = f"the handler of a {what} of service {service!r} must be an async def or a def; got {handler!r}"
         raise ConfigurationError(msg)
     if inspect.isfunction(handler) and (own := _self(handler)):
         raise ConfigurationError(
             f"a handler must not be a function of a class; got {handler.__qualname__}, which takes {own!r}: make an "
-            f"object, and register its method: {service}.method(thing.{handler.__name__})"
+            f"object, and register its method: {service}.{what}(thing.{handler.__name__})"
         )
 
 

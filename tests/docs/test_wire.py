@@ -18,7 +18,7 @@ from rpcq import Client
 from rpcq.calls.outcomes import CallEvent, event_of_notice
 from rpcq.calls.proxy import make_target
 from rpcq.contracts import METHOD_NAME
-from rpcq.control import MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
+from rpcq.control import JobInfo, MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
 from rpcq.errors import (
     BY_CODE,
     CallError,
@@ -378,7 +378,8 @@ def test_control_messages_are_those_of_the_contract() -> None:
     assert [*kinds] == [kind.decode() for kind in known]
     assert f"under `{EVERY_SERVICE}`" in text
     words = {kind: set(re.findall(r'"(\w+)"', effect)) for kind, effect in kinds.items()}
-    assert words["describe"] == {it.name for kind in (WorkerInfo, ServiceInfo, MethodInfo) for it in fields(kind)}
+    described = (WorkerInfo, ServiceInfo, MethodInfo, JobInfo)
+    assert words["describe"] == {it.name for kind in described for it in fields(kind)}
     assert words["stats"] == {it.name for it in fields(WorkerStats)}
 
 

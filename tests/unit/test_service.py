@@ -122,7 +122,7 @@ def method(handler: Callable[..., Any], name: str = "m") -> Method:
 def called(handler: Callable[..., Any], body: bytes | str) -> Any:
     """What the handler returns for a request's body."""
     it = method(handler)
-    args, named = it.read_params(body.encode() if isinstance(body, str) else body)
+    args, named = it.parameters.read(body.encode() if isinstance(body, str) else body)
     value = it.call(args, named, lambda: CONTEXT)
     return asyncio.run(value) if inspect.iscoroutine(value) else value
 
@@ -244,13 +244,13 @@ def test_an_empty_body_is_no_parameters() -> None:
 )
 def test_what_is_no_json_by_its_first_bytes_is_refused_with_the_cause(body: bytes, said: str) -> None:
     with pytest.raises(InvalidParams, match=rf"the parameters of s\.m are not JSON: {said}"):
-        method(add).read_params(body)
+        method(add).parameters.read(body)
 
 
 @pytest.mark.parametrize("body", [b"\xff", b'{"x": "\xff"}', b"\xef\xbb\xbf1"])
 def test_what_is_no_utf_8_is_no_json(body: bytes) -> None:
     with pytest.raises(InvalidParams, match="not JSON"):
-        method(add).read_params(body)
+        method(add).parameters.read(body)
 
 
 @pytest.mark.parametrize(
@@ -1188,7 +1188,9 @@ def test_a_contract_that_calls_what_is_no_method_idempotent_is_refused() -> None
 
         async def total(self) -> int: ...
 
-    with pytest.raises(ConfigurationError, match=r"'orders' must name its methods; got \['limit', 'sum'\]"):
+    with pytest.raises(
+        ConfigurationError, match=r"'orders' must name functions of its class, which has total; got \['limit', 'sum'\]"
+    ):
         contract("orders", idempotent=["sum", "total", "limit"])(Orders)
 
 

@@ -216,7 +216,7 @@ def test_a_contract_of_blocking_methods_is_checked_and_not_for_clients_that_awai
         class Mixed(Protocol):
             async def take(self, sku: str) -> int: ...
 
-    with pytest.raises(ConfigurationError, match="must name its methods"):
+    with pytest.raises(ConfigurationError, match="must name functions of its class"):
         sync.contract("stock", idempotent=["none"])(BlockingStockApi)
     with pytest.raises(ConfigurationError, match=r"bind it with rpcq\.sync\.Client"):
         rpcq.Client("memory://").bind(BlockingStockApi)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rpcq import Client, DomainError, Service, Worker
-from rpcq.control import Answerer, MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
+from rpcq.control import Answerer, JobInfo, MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
 from support.command import Rpcq
 
 HOSTILE = "[/none][bold]x[/] :bomb: \\ \x1b]0;title\x07\x9b2J\x7f\u202e\U000e0041\r\nfaked line\u2028"
@@ -31,6 +31,8 @@ INFO = WorkerInfo(
             HOSTILE,
             HOSTILE,
             (MethodInfo(HOSTILE, HOSTILE, HOSTILE, idempotent=True, errors=(HOSTILE,)),),
+            (JobInfo(HOSTILE, HOSTILE, 60, 8, HOSTILE),),
+            HOSTILE,
         ),
         ServiceInfo(HOSTILE, HOSTILE, HOSTILE),
     ),
@@ -79,12 +81,13 @@ async def ran(rpcq: Rpcq, *arguments: str, code: int = 0) -> subprocess.Complete
 
 async def test_what_a_worker_says_of_itself_is_shown_as_it_is(rpcq: Rpcq, hostile: None) -> None:
     table = (await ran(rpcq, "list")).stdout
-    assert table.count(ESCAPED) == 4  # a service, two queues, a method
+    assert table.count(ESCAPED) == 5  # a service, two queues, a method, a job
     described = (await ran(rpcq, "describe", "things")).stdout
-    assert f"things  {ESCAPED} queue {ESCAPED}\n" in described
+    assert f"things  {ESCAPED} queue {ESCAPED}; jobs: queue {ESCAPED}\n" in described
     assert f"  {ESCAPED}{ESCAPED}\n      {SHOWN}\n      faked line\n      idempotent\n" in described
     assert f"      errors: {ESCAPED}\n" in described
-    assert f"  worker {ESCAPED} on {ESCAPED}, process 1: rpcq {ESCAPED}, prefetch 1\n" in described
+    assert f"  {ESCAPED}{ESCAPED}\n      {SHOWN}\n      faked line\n      job, at most 8 attempts; runs at most 60 s each time\n" in described
+    assert f"  worker {ESCAPED} on {ESCAPED}, process 1: rpcq {ESCAPED}, prefetch 1, job prefetch 0\n" in described
     assert (await ran(rpcq, "ping", "things")).stdout.startswith(f"{ESCAPED} on {ESCAPED}, process 1: ")
     told = (await ran(rpcq, "doctor", code=1)).stdout
     assert f"workers: 1, of {ESCAPED}, things\n" in told
