@@ -194,7 +194,7 @@ def describe(options: WorkerOptions, services: Sequence[Service]) -> WorkerInfo:
 def _describe_method(method: Method) -> MethodInfo:
     return MethodInfo(
         name=method.name,
-        signature=str(method.signature),
+        signature=_written(method.signature),
         doc=inspect.getdoc(method.handler) or "",
         idempotent=method.idempotent,
         timeout=method.timeout,
@@ -202,10 +202,16 @@ def _describe_method(method: Method) -> MethodInfo:
     )
 
 
+def _written(signature: inspect.Signature) -> str:
+    """Write a signature as people write it: its annotations are resolved, and `None` is `NoneType` then."""
+    is_none = signature.return_annotation is type(None)
+    return str(signature.replace(return_annotation=None) if is_none else signature)
+
+
 def _describe_job(job: Method, options: JobOptions) -> JobInfo:
     return JobInfo(
         name=job.name,
-        signature=str(job.signature),
+        signature=_written(job.signature),
         doc=inspect.getdoc(job.handler) or "",
         timeout=options.timeout,
         max_attempts=options.max_attempts,

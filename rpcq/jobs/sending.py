@@ -222,7 +222,8 @@ def find_job(target: str | Callable[..., Any]) -> tuple[str, str, Method | Remot
         return check_name("the name of a service", service), name, None
     if isinstance(target, RemoteJob):
         return target.service, target.name, target
-    found: Sequence[Method] = jobs_of(target) if callable(target) else ()
+    # By label: a program may make a service again, and the newest job of a name counts.
+    found = [*{job.label: job for job in jobs_of(target)}.values()] if callable(target) else []
     if len(found) != 1:
         raise UsageError(
             "send takes 'service.job', a function with @service.job, or a job of a bound contract; "

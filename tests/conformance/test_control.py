@@ -13,6 +13,8 @@ import pytest
 from rpcq import CallTimeout, ClosedError, ConfigurationError, Context, DomainError, Service
 from rpcq.control import MOST_ANSWERS, MOST_QUESTIONS, MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
 from rpcq.transport.base import Message, Outgoing
+from rpcq.wire import control
+from rpcq.wire.bodies import dumps
 from rpcq.wire.properties import Properties, encode
 from support.places import Place
 
@@ -72,6 +74,18 @@ async def test_a_worker_describes_itself_its_services_and_their_methods(place: P
         ),
     )
     assert (worker.name, worker.host, worker.pid, worker.prefetch) == ("one", socket.gethostname(), os.getpid(), 7)
+
+
+async def test_a_worker_of_a_version_that_does_not_describe_jobs_is_read(place: Place) -> None:
+    method = {"name": "price", "signature": "()", "doc": "", "idempotent": False, "timeout": None, "errors": []}
+    services = [{"name": "shop", "queue": "q", "queue_type": "classic", "methods": [method]}]
+    old = {"name": "old", "host": "h", "pid": 1, "version": "0.1", "prefetch": 5, "services": services}
+    async with place.worker(shop(place)) as worker, place.client() as client:
+        worker._answerer._answers[control.DESCRIBE] = lambda: dumps(old)
+        (found,) = await workers(client, "shop", wait=0.5)
+    assert (found.name, found.job_prefetch) == ("old", 0)
+    assert found.services == (ServiceInfo("shop", "q", "classic", (MethodInfo("price", "()"),)),)
+    assert (found.services[0].jobs, found.services[0].job_queue) == ((), "")
 
 
 async def test_every_worker_answers_for_itself_and_only_those_of_the_service_are_asked(place: Place) -> None:

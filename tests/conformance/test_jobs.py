@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -20,12 +20,14 @@ from rpcq import (
     Context,
     GiveUp,
     InvalidParams,
+    JobInfo,
     MethodNotFound,
     Retry,
     RetryLater,
     SendError,
     Service,
     UsageError,
+    contract,
 )
 from rpcq.jobs import outcomes
 from rpcq.transport.base import Message, Published
@@ -226,14 +228,86 @@ async def test_what_does_not_fit_is_refused_before_it_is_sent_or_dead_at_once(
             await client.send(add, x="no number")  # type: ignore[arg-type]  # that is the test
         await client.send(f"{service.name}.add", x="no number")
         await client.send(f"{service.name}.called")
-        with pytest.raises(MethodNotFound):
+        with pytest.raises(MethodNotFound, match=rf"{service.name}\.add is a job: send it, client\.send\('"):
             await client.call(f"{service.name}.add", x=1)
         async with letters(home.url, dead_queue(home, service)) as dead:
             found = await dead.wait_for(2)
     reasons = {letter.properties.type: letter.headers["rpcq-dead-reason"] for letter in found}
     assert reasons == {b"add": "invalid", b"called": "unknown_method"}
+    errors = {letter.properties.type: letter.headers["rpcq-error"] for letter in found}
+    assert errors[b"called"] == "'called' is a method: call it, do not send it"
+    assert errors[b"add"].startswith(f"the parameters do not fit {service.name}.add: x: ")
     assert {letter.headers["rpcq-executed"] for letter in found} == {"no"}
     assert not done.counts
+
+
+async def test_a_job_is_sent_by_a_contract_without_the_code_of_its_service(
+    home: Place, service: Service, done: Done
+) -> None:
+    @contract(service.name, jobs=["welcome"])
+    class EmailsApi(Protocol):
+        async def welcome(self, to: str, name: str = ..., copies: int = 1) -> None: ...
+
+        async def sent(self, to: str) -> int: ...
+
+    held = Service(api=EmailsApi)
+
+    @held.method
+    async def sent(to: str) -> int:
+        return done.counts[to]
+
+    @held.job
+    async def welcome(context: Context, to: str, name: str = "you", copies: int = 1) -> None:
+        done.note(to)
+        done.note((name, copies, context.idempotency_key))
+
+    async with home.client() as client, home.worker(held) as worker:
+        emails = client.bind(EmailsApi)
+        job = await client.send(emails.welcome, "ada", copies=2)
+        await client.with_options(idempotency_key="k-7").send(emails.welcome, to="bob", name="Bob")
+        with pytest.raises(InvalidParams, match=rf"do not fit {service.name}\.welcome: to: "):
+            await client.send(emails.welcome, to=5)  # type: ignore[arg-type]  # that is the test
+        with pytest.raises(InvalidParams, match="copies: "):
+            await client.send_many(emails.welcome, [{"to": "eve"}, {"to": "eve", "copies": "many"}])
+        await client.send_many(emails.welcome, [{"to": "cy"}, {"to": "dan"}])
+        await done.until(lambda counts: counts.total() == 8)
+        await settled(worker)
+        assert (await emails.sent("ada"), await emails.sent("eve")) == (1, 0)
+    assert (job.service, job.name) == (service.name, "welcome")
+    assert done.counts[("you", 2, job.key)] == done.counts[("Bob", 1, "k-7")] == 1
+
+
+async def test_a_job_that_returns_what_json_cannot_carry_is_done(home: Place, service: Service, done: Done) -> None:
+    @service.job
+    async def work():  # type: ignore[no-untyped-def]  # an annotation would be refused
+        done.note("run")
+        return object()
+
+    async with home.client() as client, home.worker(service) as worker:
+        await client.send(work)
+        await done.until(lambda counts: counts["run"] == 1)
+        await settled(worker)
+        assert worker._jobs is not None
+        assert (worker._jobs.finished, worker._jobs.retried, worker._jobs.dead) == (1, 0, 0)
+    assert done.counts["run"] == 1
+
+
+async def test_a_worker_describes_its_jobs(home: Place, service: Service) -> None:
+    @service.job(timeout=60)
+    async def welcome(to: str, name: str = "you") -> None:
+        """Greet somebody."""
+
+    @service.job(at_most_once=True)
+    def charge(context: Context, amount: int) -> None: ...
+
+    async with home.client() as client, home.worker(service, job_prefetch=7):
+        (worker,) = [it async for it in client.workers(service.name, wait=0.5)]
+    (found,) = worker.services
+    assert (found.methods, found.job_queue, worker.job_prefetch) == ((), f"{home.namespace}.job.{service.name}", 7)
+    assert found.jobs == (
+        JobInfo("welcome", "(to: str, name: str = 'you') -> None", 60, 8, "Greet somebody."),
+        JobInfo("charge", "(amount: int) -> None", 300, 1, at_most_once=True),
+    )
 
 
 async def test_a_job_that_a_worker_does_not_know_waits_for_one_that_does(

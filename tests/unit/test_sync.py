@@ -250,6 +250,78 @@ def test_jobs_are_sent_by_function_and_by_name_and_run() -> None:
             client.with_options(idempotency_key="k").send_many(welcome, [])
 
 
+@contract("emails", jobs=["welcome"])
+class EmailsApi(Protocol):
+    async def welcome(self, to: str, name: str = "you") -> None: ...
+
+    async def sent(self) -> int: ...
+
+
+@sync.contract("emails", jobs=["welcome"])
+class BlockingEmailsApi(Protocol):
+    def welcome(self, to: str, name: str = "you") -> None: ...
+
+    def sent(self) -> int: ...
+
+
+def test_jobs_are_sent_by_contract_and_run() -> None:
+    done: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+    service = Service(api=EmailsApi)
+
+    @service.job
+    def welcome(to: str, name: str = "you") -> None:
+        done.put((to, name))
+
+    @service.method
+    async def sent() -> int:
+        return 0
+
+    with running_sync(service) as client:
+        blocking, awaited = client.bind(BlockingEmailsApi), client.bind(EmailsApi)
+        sent_jobs = [
+            client.send(blocking.welcome, "ada", name="Ada"),
+            client.with_options(idempotency_key="k").send(blocking.welcome, to="bob"),
+            *client.send_many(blocking.welcome, [{"to": "kim"}]),
+            client.send(awaited.welcome, to="eve"),
+        ]
+        found = {done.get(timeout=SECONDS) for _ in sent_jobs}
+        assert found == {("ada", "Ada"), ("bob", "you"), ("kim", "you"), ("eve", "you")}
+        assert (sent_jobs[1].key, sent_jobs[1].name) == ("k", "welcome")
+        with pytest.raises(InvalidParams, match=r"do not fit emails\.welcome: to: "):
+            client.send(blocking.welcome, 5)  # type: ignore[arg-type]
+        assert blocking.sent() == 0
+
+
+def test_a_job_is_not_called_and_a_method_is_not_sent() -> None:
+    client = Client(UNREACHABLE)
+    for api in (BlockingEmailsApi, EmailsApi):
+        with pytest.raises(UsageError, match=r"emails\.welcome is a job: send it"):
+            client.bind(api).welcome("ada")
+        with pytest.raises(UsageError, match="it is a method: call it, do not send it"):
+            client.send(client.bind(api).sent)
+        with pytest.raises(UsageError, match=rf"bind the contract first: .*client\.bind\({api.__name__}\)\.welcome"):
+            client.send(api.welcome, "ada")
+    with pytest.raises(UsageError, match=r"emails\.welcome is a job: send it"):
+        client.call(EmailsApi.welcome, "ada")
+
+
+def test_a_service_is_held_to_the_jobs_of_a_contract_of_blocking_functions() -> None:
+    service = Service(api=BlockingEmailsApi)
+
+    @service.method
+    def sent() -> int:
+        return 0
+
+    with pytest.raises(ConfigurationError, match="must have all jobs of its contract BlockingEmailsApi"):
+        service.check()
+    with pytest.raises(
+        ConfigurationError, match=r"emails\.welcome must be a job, as in its contract BlockingEmailsApi"
+    ):
+
+        @service.method
+        def welcome(to: str, name: str = "you") -> None: ...
+
+
 def test_a_job_that_no_queue_takes_is_an_error() -> None:
     with running_sync(stock()) as client, pytest.raises(SendError, match="no queue takes jobs") as caught:
         client.send("stock.welcome")
