@@ -7,7 +7,19 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, assert_type
 
-from rpcq import CallError, Client, ClientOptions, Context, DomainError, Service, Worker, contract, with_options
+from rpcq import (
+    CallError,
+    Client,
+    ClientOptions,
+    Context,
+    DomainError,
+    Job,
+    JobInfo,
+    Service,
+    Worker,
+    contract,
+    with_options,
+)
 from rpcq.testing import Running
 
 
@@ -119,7 +131,44 @@ async def clients() -> None:
     assert_type(await Client().connect(), Client)
 
 
-async def workers() -> None:
+emails = Service("emails")
+
+
+@emails.job(timeout=60)
+async def welcome(context: Context, to: str, copies: int = 1) -> None: ...
+
+
+@emails.job
+def plain(to: str) -> str:
+    return to
+
+
+@contract("emails", jobs=["welcome", "tidy"])
+class EmailsApi(Protocol):
+    async def welcome(self, to: str, copies: int = ...) -> None: ...
+
+    async def tidy(self) -> None: ...
+
+    async def sent(self, to: str) -> int: ...
+
+
+async def jobs(client: Client) -> None:
+    assert_type(await client.send(welcome, "ada", copies=2), Job)
+    assert_type(await client.send(plain, to="ada"), Job)
+    assert_type(await client.send("emails.welcome", to="ada"), Job)
+    api = client.bind(EmailsApi)
+    assert_type(api, EmailsApi)
+    assert_type(await client.send(api.welcome, "ada", copies=2), Job)
+    assert_type(await client.send(api.welcome, to="ada"), Job)
+    assert_type(await client.send(api.tidy), Job)
+    assert_type(await client.with_options(idempotency_key="k").send(api.welcome, to="ada"), Job)
+    assert_type(await client.send_many(api.welcome, [{"to": "ada"}]), list[Job])
+    assert_type(await api.sent("ada"), int)
+
+
+async def workers(client: Client) -> None:
+    async for found in client.workers("emails"):
+        assert_type(found.services[0].jobs, tuple[JobInfo, ...])
     worker = Worker(service, url="memory://", prefetch=10, grace=1.5, reply_to=("q.*",), name="n", max_body=1)
     assert_type(await worker.run(), bool)
     async with worker as entered:

@@ -52,6 +52,23 @@ def options(client: Client) -> None:
     assert_type(client.service("things").with_options(returns=int)["with_options"](x=1), int)
 
 
+@sync.contract("emails", jobs=["welcome"])
+class BlockingEmails(Protocol):
+    def welcome(self, to: str, copies: int = 1) -> None: ...
+
+
+@contract("emails", jobs=["welcome"])
+class Emails(Protocol):
+    async def welcome(self, to: str, copies: int = 1) -> None: ...
+
+
+def jobs_by_contract(client: Client) -> None:
+    assert_type(client.send(client.bind(BlockingEmails).welcome, "ada", copies=2), Job)
+    assert_type(client.send(client.bind(Emails).welcome, to="ada"), Job)
+    assert_type(client.with_options(timeout=1.0).send(client.bind(BlockingEmails).welcome, "ada"), Job)
+    assert_type(client.send_many(client.bind(Emails).welcome, [{"to": "ada"}]), list[Job])
+
+
 def jobs(client: Client) -> None:
     assert_type(client.send(welcome, "ada"), Job)
     assert_type(client.send(welcome, to="ada", copies=2), Job)

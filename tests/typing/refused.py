@@ -109,6 +109,44 @@ async def clients() -> None:
     del wrong
 
 
+emails = Service("emails")
+
+
+@emails.job
+async def welcome(context: Context, to: str, copies: int = 1) -> None: ...
+
+
+emails.job(timeout="60")  # error: call-overload
+emails.job(retry=3)  # error: call-overload
+emails.job(retries=3)  # error: call-overload
+emails.job("welcome")  # error: call-overload
+
+
+@contract("emails", jobs=["welcome"])
+class EmailsApi(Protocol):
+    async def welcome(self, to: str, copies: int = 1) -> None: ...
+
+
+contract("emails", jobs=[5])  # error: list-item
+contract("emails", jobs=5)  # error: arg-type
+
+
+async def jobs(client: Client) -> None:
+    await client.send(welcome, 5)  # error: call-overload
+    await client.send(welcome)  # error: call-overload
+    await client.send(welcome, name="ada")  # error: call-overload
+    api = client.bind(EmailsApi)
+    await client.send(api.welcome, 5)  # error: call-overload
+    await client.send(api.welcome)  # error: call-overload
+    await client.send(api.welcome, to="ada", copies="2")  # error: call-overload
+    await client.send(api.welcome, name="ada")  # error: call-overload
+    await client.send(api.welcom, to="ada")  # error: attr-defined
+    await client.send(EmailsApi.welcome, to="ada")  # error: call-overload
+    await client.send_many(api.welcome, ["ada"])  # error: list-item
+    wrong: str = await client.send(api.welcome, to="ada")  # error: assignment
+    del wrong
+
+
 def own(error: OutOfStock) -> None:
     error.sku + 1  # error: operator
     error.skuu = 5  # error: attr-defined

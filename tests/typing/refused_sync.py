@@ -24,6 +24,26 @@ class BlockingThings(Protocol):
     def add(self, x: int, y: int = 1) -> int: ...
 
 
+@sync.contract("emails", jobs=["welcome"])
+class BlockingEmails(Protocol):
+    def welcome(self, to: str, copies: int = 1) -> None: ...
+
+
+@contract("emails", jobs=["welcome"])
+class Emails(Protocol):
+    async def welcome(self, to: str, copies: int = 1) -> None: ...
+
+
+sync.contract("emails", jobs=[5])  # error: list-item
+
+
+def jobs(client: Client) -> None:
+    client.send(client.bind(BlockingEmails).welcome, 5)  # error: call-overload
+    client.send(client.bind(BlockingEmails).welcome, name="ada")  # error: call-overload
+    client.send(client.bind(Emails).welcome)  # error: call-overload
+    client.send(Emails.welcome, to="ada")  # error: call-overload
+
+
 def clients() -> None:
     client = Client(5)  # error: arg-type
     Client(timeut=5)  # error: call-arg

@@ -246,6 +246,16 @@ async def test_jobs_can_be_sent_once_setup_has_declared_their_queues(rpcq: Rpcq)
             rpcq.worker, "mailing:mailing"
         )  # it would be refused a queue that is declared differently
         await asyncio.to_thread(rpcq.until_there_is, "welcomed-ada")
+    own = {"RPCQ_NAMESPACE": rpcq.namespace}
+    told = shown(await asyncio.to_thread(rpcq.run, "describe", "mailing", **own))
+    assert told.startswith(f"mailing  jobs: queue {rpcq.namespace}.job.mailing\n")
+    assert "welcome(to: str) -> None\n      job, at most 8 attempts; runs at most 300 s each time" in told
+    assert re.search(r"worker \S+ on \S+, process \d+: rpcq \S+, job prefetch 20\n", told), told
+    found = json.loads(shown(await asyncio.to_thread(rpcq.run, "describe", "mailing", "--json", **own)))
+    (job,) = found["workers"][0]["services"][0]["jobs"]
+    assert (job["name"], job["signature"], job["timeout"]) == ("welcome", "(to: str) -> None", 300)
+    table = shown(await asyncio.to_thread(rpcq.run, "list", **own, COLUMNS="200"))
+    assert re.search(rf"mailing\s+│ {rpcq.namespace}\.job\.mailing\s+│ 1\s+│ 0\s+│\s+│ welcome", table), table
 
 
 def test_on_the_in_process_broker_there_is_nothing_to_examine_or_to_set_up(rpcq: Rpcq) -> None:
