@@ -416,7 +416,7 @@ class Service:
             raise ConfigurationError(f"allow of service {self.name!r} must name its methods; got {unknown[0]!r}")
 
     def __repr__(self) -> str:
-        return f"<Service {self.name!r}: {', '.join(self.methods) or 'no methods'}>"
+        return f"<Service {self.name!r}: {', '.join((*self.methods, *self.jobs)) or 'no methods'}>"
 
 
 def jobs_of(function: Any) -> tuple[Method, ...]:

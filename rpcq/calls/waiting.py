@@ -216,6 +216,8 @@ class CallMaker(Generic[R]):
         Raises:
             SendError: of the first job that failed; others may be queued.
             UsageError: there is an `idempotency_key` in the options, which can name only one job.
+            InvalidParams: the parameters of a job are not a mapping, or do not fit. Nothing was sent.
+            Exception: what else `send` raises.
 
         """
         if self._options.idempotency_key is not None:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from rpcq import logs
 from rpcq.contracts import METHOD_NAME, RemoteCallable, RemoteJob
-from rpcq.errors import BrokerError, ClosedError, ConfigurationError, SendError, UsageError
+from rpcq.errors import BrokerError, ClosedError, ConfigurationError, InvalidParams, SendError, UsageError
 from rpcq.options import CallOptions, check_name
 from rpcq.runtime.backlog import Backlog
 from rpcq.service import Method, jobs_of
@@ -194,6 +194,9 @@ class JobSender:
         args: tuple[Any, ...],
         params: Mapping[str, Any],
     ) -> tuple[Job, bytes, bytes]:
+        if not isinstance(params, Mapping):
+            msg = f"send_many must have the parameters of each job by name, as in {{'to': 'ada'}}; got {params!r:.100}"
+            raise InvalidParams(msg)
         if method is not None:
             args, params = method.parameters.by_name(args, params)
         body = bodies.encode_params(args, params, self._max_body)

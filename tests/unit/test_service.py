@@ -1150,12 +1150,14 @@ def test_a_service_that_cannot_be_served_says_why() -> None:
     service.check()
 
 
-def test_a_service_shows_its_methods() -> None:
+def test_a_service_shows_its_methods_and_jobs() -> None:
     service = Service("s")
     assert repr(service) == "<Service 's': no methods>"
     service.method(add)
     service.method(name="other")(add)
     assert repr(service) == "<Service 's': add, other>"
+    service.job(name="later")(add)
+    assert repr(service) == "<Service 's': add, other, later>"
 
 
 async def test_a_context_may_say_of_which_type_its_state_is() -> None:

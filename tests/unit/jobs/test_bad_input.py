@@ -176,6 +176,15 @@ async def test_parameters_that_do_not_fit_are_refused_before_anything_is_sent(cl
         await client.send(job, 1, x=2)
 
 
+@pytest.mark.parametrize("several", [["ada"], {"x": 1}, [[1]], [None]])
+async def test_parameters_of_several_jobs_that_have_no_names_are_refused(
+    client: Client, job: Any, several: Any
+) -> None:
+    for target in (job, "emails.work"):
+        with pytest.raises(InvalidParams, match="send_many must have the parameters of each job by name"):
+            await client.send_many(target, several)
+
+
 async def test_a_body_or_headers_over_the_limit_are_refused_before_anything_is_sent(client: Client) -> None:
     with pytest.raises(TooLarge, match=r"the parameters are 1011 bytes of JSON; the limit is 1000 \(max_body\)"):
         await client.send("emails.work", text="x" * 1000)
