@@ -18,7 +18,7 @@ from rpcq.options import check_errors, check_name
 from rpcq.validation.attributes import check_attributes
 from rpcq.validation.bounds import NotRead
 from rpcq.validation.fitting import misfits
-from rpcq.validation.parameters import invalid_params, parameters_codec
+from rpcq.validation.parameters import by_name, invalid_params, parameters_codec, positional_names
 from rpcq.validation.schemas import Codec, make_codec, type_hints
 from rpcq.wire import bodies
 from rpcq.wire.values import (
@@ -363,40 +363,6 @@ class Parameters:
             msg = f"the parameters of {self._label} could not be validated: a validator raised {type(error).__name__}"
             raise InvalidParams(msg) from error
         return found
-
-
-def positional_names(signature: inspect.Signature) -> list[str] | None:
-    """The names of the parameters that may be given by position; None if one of these has no name for callers."""
-    kinds = inspect.Parameter
-    parameters = signature.parameters.values()
-    if any(it.kind in (kinds.VAR_POSITIONAL, kinds.POSITIONAL_ONLY) for it in parameters):
-        return None
-    return [it.name for it in parameters if it.kind is kinds.POSITIONAL_OR_KEYWORD]
-
-
-def by_name(
-    label: str, names: list[str] | None, args: tuple[Any, ...], params: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Put arguments given by position under their names, since a message has all by name or all by position.
-
-    Args:
-        label: the method's or job's name in texts of errors.
-        names: what `positional_names` found; with None, nothing is changed.
-        args: arguments by position.
-        params: arguments by name.
-
-    Raises:
-        TypeError: there are more than names, or one is given twice.
-
-    """
-    if not args or names is None:
-        return args, params
-    if len(args) > len(names):
-        raise TypeError(f"{label} takes {len(names)} parameters by position, {len(args)} given")
-    named = dict(zip(names, args, strict=False))
-    if twice := named.keys() & params.keys():
-        raise TypeError(f"{label} got {sorted(twice)} twice, by position and by name")
-    return (), {**named, **params}
 
 
 class RemoteJob:

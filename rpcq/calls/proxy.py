@@ -15,16 +15,15 @@ from rpcq.contracts import (
     Contract,
     RemoteCallable,
     RemoteJob,
-    by_name,
     contract_of,
     methods_of,
-    positional_names,
     result_adapter,
 )
 from rpcq.errors import ConfigurationError, UsageError
 from rpcq.options import CallKwargs, CallOptions, check_name, lists_options
 from rpcq.service import Context
 from rpcq.validation.attributes import check_attributes
+from rpcq.validation.parameters import by_name, positional_names
 from rpcq.validation.schemas import type_hints
 from rpcq.wire.jobs import Job
 from rpcq.wire.topology import Topology

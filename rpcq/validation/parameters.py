@@ -1,8 +1,9 @@
-"""The parameters of a function: JSON -> arguments, and what is wrong with those that do not fit. Pure."""
+"""The parameters of a function: by position -> by name, JSON -> arguments, and what is wrong with these. Pure."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, Final
 
 from pydantic import PydanticUserError, ValidationError
@@ -30,6 +31,40 @@ def parameters_codec(label: str, signature: inspect.Signature) -> Codec:
     except (PydanticUserError, NameError, TypeError) as error:
         msg = f"{label} takes a parameter that pydantic cannot handle: {error}"
         raise ConfigurationError(msg) from error
+
+
+def positional_names(signature: inspect.Signature) -> list[str] | None:
+    """The names of the parameters that may be given by position; None if one of these has no name for callers."""
+    kinds = inspect.Parameter
+    parameters = signature.parameters.values()
+    if any(it.kind in (kinds.VAR_POSITIONAL, kinds.POSITIONAL_ONLY) for it in parameters):
+        return None
+    return [it.name for it in parameters if it.kind is kinds.POSITIONAL_OR_KEYWORD]
+
+
+def by_name(
+    label: str, names: list[str] | None, args: tuple[Any, ...], params: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Put arguments given by position under their names, since a message has all by name or all by position.
+
+    Args:
+        label: the method's or job's name in texts of errors.
+        names: what `positional_names` found; with None, nothing is changed.
+        args: arguments by position.
+        params: arguments by name.
+
+    Raises:
+        TypeError: there are more than names, or one is given twice.
+
+    """
+    if not args or names is None:
+        return args, params
+    if len(args) > len(names):
+        raise TypeError(f"{label} takes {len(names)} parameters by position, {len(args)} given")
+    named = dict(zip(names, args, strict=False))
+    if twice := named.keys() & params.keys():
+        raise TypeError(f"{label} got {sorted(twice)} twice, by position and by name")
+    return (), {**named, **params}
 
 
 def invalid_params(label: str, error: ValidationError) -> InvalidParams:
