@@ -255,6 +255,16 @@ def test_a_page_for_newcomers_runs_in_a_fresh_environment(
     _check(path, request, tmp_path, PATH=":".join([programs, *outer]), PYTHONPATH="")
 
 
+@pytest.mark.long  # it installs packages from the package index
+@pytest.mark.timeout(300)
+def test_a_newcomer_gets_from_a_clone_to_a_typed_call(environment: dict[str, str]) -> None:
+    environment["PATH"] = os.environ["PATH"]  # no stand-ins: what the page installs is installed
+    script = Path(__file__).with_name("newcomer.py")
+    ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert re.search(r"^typed call after \d+ s$", ran.stdout, re.MULTILINE)
+
+
 def _check(path: Path, request: pytest.FixtureRequest, tmp_path: Path, **more: str) -> None:
     blocks = blocks_of(path.read_text())
     for block in blocks:
