@@ -35,6 +35,7 @@ from typing import Any, Final
 import pytest
 import yaml
 from proto_schema_parser import Parser
+from support.ports import free_ports
 
 ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -42,7 +43,10 @@ PAGES: Final = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob(
 DATABASE: Final = ("shared-results",)
 """Pages that have a PostgreSQL at DATABASE_URL."""
 
-PASTED: Final = ("README", "tutorial", "project")
+LONG: Final = ("load-testing", "tutorial-jobs", "replacing-jobs")
+"""Pages that take long."""
+
+PASTED: Final = ("README", "tutorial", "tutorial-jobs", "project")
 """Pages that a newcomer pastes line by line: no command of theirs may need that the one before it has got somewhere."""
 
 RUN: Final = ("python", "sh", "console")
@@ -62,6 +66,9 @@ BACKGROUND: Final = re.compile(r"(?P<command>.+) &(?: *#.*)?\Z")
 
 CLONE: Final = "/path/to/rpcq"
 """Where the pages say that a reader's clone is."""
+
+SMTP_PORT: Final = "8025"
+"""The port of the pages' mail server: another one, because tests run at once."""
 
 OUTSIDE: Final = ("rpc_queue", "upper_queue", "multiply_rpc", "old_queue")
 """Queues of the pages that are in no namespace."""
@@ -221,9 +228,7 @@ def environment(rabbitmq_url: str, namespace: str, tmp_path: Path) -> dict[str, 
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(
-            path, id=str(path.relative_to(ROOT)), marks=[pytest.mark.long] if path.stem == "load-testing" else []
-        )
+        pytest.param(path, id=str(path.relative_to(ROOT)), marks=[pytest.mark.long] if path.stem in LONG else [])
         for path in PAGES
         if path.stem not in DATABASE
     ],
@@ -279,9 +284,12 @@ def _check(path: Path, request: pytest.FixtureRequest, tmp_path: Path, **more: s
     here = {
         "amqp://localhost/": environment["RPCQ_URL"],
         CLONE: str(ROOT),
+        SMTP_PORT: str(free_ports(1)[0]),
         **{name: f"{namespace}.{name}" for name in OUTSIDE},
     }
-    here |= {f"rpcq.{name}": f"{namespace}.{name}" for name in ("requests", "control", "notices", "req.", "once.")}
+    here |= {
+        f"rpcq.{name}": f"{namespace}.{name}" for name in ("requests", "control", "notices", "req.", "once.", "dead.")
+    }
     for usual, ours in here.items():
         blocks = [replace(block, text=block.text.replace(usual, ours)) for block in blocks]
     folder = tmp_path / "page"
