@@ -30,6 +30,9 @@ from rpcq.wire.topology import CONSUMER_TIMEOUT
 AT_ONCE: Final = 500
 """Messages that one consumer may hold."""
 
+IN_ORDER: Final = 32
+"""Messages that are given back together: RabbitMQ 3.10 puts more than that back in any order."""
+
 QUIET: Final = 1.0
 """Seconds without a message after which the queue is asked whether it has more."""
 
@@ -145,8 +148,7 @@ class Browser:
                     for tag in self._consumers:  # first, or else what goes back would come again
                         await underlay.basic_cancel(tag)
                     self._flush()
-                    if self._held:
-                        self._link.protocol.write(self._encoder.nack(0, multiple=True))
+                    self._link.protocol.write(self._given_back())
                     await self._channel.close()
         except (Exception, asyncio.CancelledError) as error:
             if not is_foreign(error):
@@ -154,6 +156,11 @@ class Browser:
             log.debug("a channel did not close: the broker puts its messages back", cause=repr(error))
             self._link.protocol.fail(BrokerUnreachable(f"messages could not be given back in time: {error!r}"))
         self._link.protocol.unregister(self._number)
+
+    def _given_back(self) -> bytes:
+        tags = [*self._held]
+        ends = sorted({*tags[IN_ORDER - 1 :: IN_ORDER], *tags[-1:]})
+        return b"".join(self._encoder.nack(tag, multiple=True) for tag in ends)
 
     async def _consume(self, prefetch: int) -> None:
         try:

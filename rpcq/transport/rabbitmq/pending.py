@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from rpcq.errors import ProtocolError
@@ -135,6 +135,9 @@ class Unsettled:
 
     def __len__(self) -> int:
         return len(self._tags)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._tags)
 
     def delivered(self, tag: int) -> None:
         """Add a delivery."""
