@@ -19,7 +19,7 @@ from rpcq import logs
 from rpcq.cli.options import FAILED, Json, Level, LogLevel, Namespace, Url, default_name, errors, given
 from rpcq.cli.text import plain, print_json
 from rpcq.environment import broker_url, options_from
-from rpcq.errors import BrokerError, BrokerUnreachable, ConfigurationError
+from rpcq.errors import BrokerError, BrokerUnreachable, ConfigurationError, Executed
 from rpcq.jobs.letters import DeadLetter, Wanted, parse_since
 from rpcq.jobs.replaying import Letters, Replayer
 from rpcq.observability.management import UNANSWERED, Management
@@ -60,6 +60,11 @@ Ids = Annotated[
 ]
 Lines = Annotated[bool, typer.Option("--json", help="Print one JSON object for each letter, one on each line.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most this many letters.")]
+ListLimit = Annotated[
+    int | None,
+    typer.Option(min=1, help="At most this many letters.", show_default=f"{MOST_LISTED}; with --count, all"),
+]
+Count = Annotated[bool, typer.Option("--count", help="Print only how many letters of each job and reason there are.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list the letters that are meant.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 ManagementUrl = Annotated[
@@ -168,7 +173,8 @@ def list_letters(
     job: Jobs = None,
     since: Since = None,
     ids: Ids = None,
-    limit: Limit = MOST_LISTED,
+    limit: ListLimit = None,
+    count: Count = False,
     as_json: Lines = False,
     management: ManagementUrl = None,
     url: Url = None,
@@ -178,18 +184,30 @@ def list_letters(
     """List dead letters, the oldest first. They stay where they are."""
     desk = _desk(url, namespace, log_level)
     wanted = _wanted(reason, job, since, ids)
+    counts: Counter[tuple[str, str, Executed]] = Counter()
+
+    def show(letter: DeadLetter) -> None:
+        if count:
+            counts[letter.label, letter.reason, letter.executed] += 1
+        else:
+            _print(letter, as_json=as_json)
 
     async def look() -> None:
-        left = limit or MOST_LISTED
+        left = limit or (sys.maxsize if count else MOST_LISTED)
         queues = await desk.queues(service, management, lost=lost)
         if not queues:
             _note("there are no queues of dead letters: workers with jobs declare them")
         for queue in queues:
-            left -= await _list(desk, queue, wanted, left, lambda letter: _print(letter, as_json=as_json))
+            left -= await _list(desk, queue, wanted, left, show)
             if not left:
                 break
 
     run(look())
+    for (label, why, executed), number in counts.most_common():
+        if as_json:
+            print_json({"job": label, "reason": why, "executed": executed, "count": number})
+        else:
+            console.print(plain(f"{number:7}  {label}  {why}, executed: {executed}"), soft_wrap=True)
 
 
 async def _list(desk: Desk, queue: str, wanted: Wanted, most: int, show: Callable[[DeadLetter], None]) -> int:
@@ -205,7 +223,7 @@ async def _list(desk: Desk, queue: str, wanted: Wanted, most: int, show: Callabl
                     break
         _note_missed(letters)
         if not count:
-            _note(f"no letters in {queue!r}" if wanted.is_all else f"no such letters among the {bound} in {queue!r}")
+            _note(f"no letters in {queue!r}" if wanted.is_all else _none(queue, bound))
         elif letters.seen < bound and not letters.missed:
             _note(f"not looked at in {queue!r}: {_many(bound - letters.seen, 'letter')}; raise --limit")
         return count
@@ -285,9 +303,10 @@ def replay(
         finally:
             if not as_json:
                 console.print(plain(f"replayed {_count(replayer.done, lost=lost)}"))
-        return replayer.done
+        return replayer.done + replayer.stay
 
     where = f"to {to!r}" if to else "to their services" if lost else f"to {service!r}"
+    where += f", at most {rate:g} a second" if rate else ""
     _change(desk, queue, wanted, limit, f"replay {{}} {where}", act, lost=lost, dry_run=dry_run, yes=yes, json=as_json)
     for why, count in stay.items():
         errors.print(plain(f"{_count(count, lost=lost)} not replayed:", "red"), plain(why), soft_wrap=True)
@@ -366,7 +385,7 @@ def _change(
             acted = await act(letters, bound, most)
             _note_missed(letters)
             if not acted and not wanted.is_all:
-                _note(f"no such letters among the {bound} in {queue!r}")
+                _note(_none(queue, bound))
 
     bound, most = run(count())
     said = question.format(_count(most, lost=lost))
@@ -398,6 +417,10 @@ async def _bound(letters: Letters) -> int:
         holders = _many(state.consumers, "consumer")
         _note(f"{letters.queue!r} has {holders}, who may hold letters: these are not seen here")
     return state.messages
+
+
+def _none(queue: str, bound: int) -> str:
+    return f"no such letters among the {bound} in {queue!r}; `rpcq dlq list --count` shows what there is"
 
 
 def _note_missed(letters: Letters) -> None:

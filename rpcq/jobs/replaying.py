@@ -167,7 +167,7 @@ class Replayer:
         self.stay = 0
 
     async def run(self, wanted: Wanted, bound: int, most: int) -> None:
-        """Replay the wanted ones of at most `bound` letters, at most `most`.
+        """Replay the wanted ones of at most `bound` letters; try at most `most`.
 
         If it is cancelled, a letter whose confirm did not come stays where it is, and may be replayed nevertheless.
 
@@ -194,8 +194,8 @@ class Replayer:
                 async for tag, letter in letters.walk(browser, wanted, bound):
                     if letter.job.id in tried:
                         continue
-                    await self._until(lambda: self._in_flight < min(WINDOW, most - self.done) or self.done >= most)
-                    if self._is_lost or self.done >= most:
+                    await self._until(lambda: self._in_flight < WINDOW)
+                    if self._is_lost or self._in_flight + self.done + self.stay >= most:
                         return False
                     await self._replay(browser, tag, letter)
                     if loop.time() > until:

@@ -35,6 +35,7 @@ from typing import Any, Final
 import pytest
 import yaml
 from proto_schema_parser import Parser
+
 from support.ports import free_ports
 
 ROOT: Final = Path(__file__).parents[2]

@@ -206,6 +206,27 @@ def test_filters_choose_letters(bureau: Bureau) -> None:
     assert bureau.count() == 4
 
 
+def test_a_look_leaves_letters_in_their_order(bureau: Bureau) -> None:
+    bureau.bury()
+    sent = [f"j{number}" for number in range(100)]
+    for job_id in sent:
+        bureau.publish(TOPOLOGY.dead.name, f"job.{bureau.name}", message_id=job_id, type="bounced")
+    for _ in range(2):
+        assert [it["id"] for it in bureau.listed()] == sent
+
+
+def test_letters_are_counted_by_job_and_reason(bureau: Bureau) -> None:
+    bureau.bury(broken=1, bounced=2)
+    said = shown(bureau.run("list", bureau.name, "--count"))
+    assert said == (
+        f"      2  {bureau.name}.bounced  gave_up, executed: yes\n"
+        f"      1  {bureau.name}.broken  attempts, executed: yes\n"
+    )
+    (one,) = bureau.objects("list", bureau.name, "--count", "--reason", "attempts")
+    assert one == {"job": f"{bureau.name}.broken", "reason": "attempts", "executed": "yes", "count": 1}
+    assert bureau.count() == 3
+
+
 def test_one_letter_is_shown_with_all_that_it_has(bureau: Bureau) -> None:
     (job_id,) = bureau.bury(broken=1, metadata={"x-tenant": "t\x1b1"}, idempotency_key="k-7")
     text = shown(bureau.run("show", job_id, bureau.name))
@@ -343,6 +364,8 @@ def test_a_letter_that_no_queue_takes_stays_and_is_reported(bureau: Bureau) -> N
     said = bureau.objects("replay", bureau.name, "--to", f"{bureau.name}-none", "--yes", code=1)
     assert {(it["id"], it["replayed"]) for it in said} == {(each, False) for each in ids}
     assert all("no queue takes jobs" in it["why"] for it in said)
+    said = bureau.objects("replay", bureau.name, "--to", f"{bureau.name}-none", "--limit", "2", "--yes", code=1)
+    assert len(said) == 2
     assert bureau.count() == 3
 
 
@@ -379,6 +402,8 @@ def test_thousands_of_letters_are_gone_through_once_and_none_is_left_or_lost(bur
         name = ("broken", "bounced", "other")[number % 3]
         bureau.publish(TOPOLOGY.dead.name, f"job.{bureau.name}", message_id=f"j{number}", type=name, headers=headers)
     assert len(bureau.listed("--limit", "5000")) == 3000
+    assert len(bureau.listed()) == 1000
+    assert [it["count"] for it in bureau.listed("--count")] == [1000] * 3
     assert shown(bureau.run("replay", bureau.name, "--job", "bounced", "--yes")) == "replayed 1000 dead letters\n"
     assert bureau.count(TOPOLOGY.queue(bureau.name).name) == 1000
     assert shown(bureau.run("purge", bureau.name, "--job", "other", "--yes")) == "deleted 1000 dead letters\n"
