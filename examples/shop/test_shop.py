@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from decimal import Decimal
 
 import httpx
@@ -12,16 +14,23 @@ from examples.shop.orders import orders
 from examples.shop.report import report
 from examples.shop.stock import stock
 from rpcq import CallTimeout, with_options
+from rpcq.sync import Client
 from rpcq.testing import FakeService, Running
 
 
-async def test_an_order_takes_from_the_shelf_and_is_in_the_report(rpcq_running: Running) -> None:
+async def test_an_order_takes_from_the_shelf(rpcq_running: Running) -> None:
     async with rpcq_running(stock, orders) as client:
         shop = client.bind(OrdersApi)
         order = await shop.place("tea", 3)
         assert (order.sku, order.total) == ("tea", Decimal("13.50"))
         assert await shop.placed() == [order]
-        assert await report(client) == "   1 coffee at 7.90\n   7 tea at 4.50\n1 orders, 13.50 in all"
+        assert (await client.bind(StockApi).find("tea")).left == 7
+
+
+def test_an_order_is_in_the_report(rpcq_running_sync: Callable[..., AbstractContextManager[Client]]) -> None:
+    with rpcq_running_sync(stock, orders) as client:
+        client.call(OrdersApi.place, "tea", 3)
+        assert report(client) == "   1 coffee at 7.90\n   7 tea at 4.50\n1 orders, 13.50 in all"
 
 
 async def test_errors_keep_their_attributes_over_both_services(rpcq_running: Running) -> None:
