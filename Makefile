@@ -61,8 +61,17 @@ check: $(VENV)/.installed-uvloop $(VENV)/.installed-check $(VENV)/.installed-doc
 		$(BIN)/pip-audit --progress-spinner off --no-deps --disable-pip --requirement $(VENV)/lowest.txt; \
 	else echo 'pypi.org does not tell known holes here: the dependencies are NOT audited for known holes'; fi
 
+## With npm, the site has Mermaid itself, and can be read offline; without it, pages with diagrams load it from unpkg.com.
+MERMAID := mermaid-11.17.2
+$(VENV)/$(MERMAID).js:
+	@cd $(VENV) && npm pack --silent $(subst -,@,$(MERMAID)) >/dev/null && \
+		tar -xzOf $(MERMAID).tgz package/dist/mermaid.min.js >$(MERMAID).part && \
+		mv $(MERMAID).part $(MERMAID).js && rm $(MERMAID).tgz
+
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+	@$(MAKE) --no-print-directory $(VENV)/$(MERMAID).js || \
+		echo 'npm cannot get Mermaid here: diagrams are loaded from unpkg.com while a page is read' >&2
+	RPCQ_DOCS_MERMAID="$$(ls $(VENV)/$(MERMAID).js 2>/dev/null)" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve $(ARGS)
 
 fmt: $(VENV)/.installed-check
 	$(BIN)/ruff check --fix $(SOURCES)
