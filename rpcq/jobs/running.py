@@ -115,6 +115,7 @@ class JobRunner:
         finished: jobs that are settled.
         retried: jobs that run again later.
         dead: jobs that became dead letters here.
+        spread: makes the longest pause before a retry into the pause, in seconds.
 
     """
 
@@ -147,6 +148,7 @@ class JobRunner:
         self.finished = 0
         self.retried = 0
         self.dead = 0
+        self.spread: Callable[[float], float] = full_jitter
 
     def __len__(self) -> int:
         return len(self._in_hand) + len(self._twins) + len(self._arriving)
@@ -187,6 +189,14 @@ class JobRunner:
         if runs:
             log.error("jobs cut off", count=len(runs), job_ids=[run.id for run in runs[:20]])
         return runs
+
+    def vanish(self) -> None:
+        """Go on as if the process was killed: begin and publish nothing more, and cancel what runs."""
+        self._abandoned = True
+        self._suspects.clear()
+        self._held.clear()
+        for run in self:
+            self._executor.cancel(run)
 
     async def close(self) -> None:
         """Publish nothing more. What is not settled, the broker delivers again."""
@@ -231,7 +241,7 @@ class JobRunner:
             is_suspects=is_suspects,
             known=None if method is None else method.job,
             is_method=job.name in service.methods,
-            now_ms=round(time.time() * 1000),
+            now_ms=self._transport.now_ms(),
         )
         if fate is not None:
             self._settle(run, fate)
@@ -310,7 +320,7 @@ class JobRunner:
 
     def raised(self, run: JobRun, invocation: Invocation, error: BaseException) -> None:
         """The handler raised."""
-        fate = of_error(run.job, _options(invocation), error, full_jitter)
+        fate = of_error(run.job, _options(invocation), error, self.spread)
         if isinstance(error, RetryLater | GiveUp):  # its handler says what is to become of it
             self._settle(run, fate)
             self._ended(run)
@@ -348,7 +358,7 @@ class JobRunner:
             self._interrupted(run, invocation, why)
 
     def _interrupted(self, run: JobRun, invocation: Invocation, why: Interruption) -> None:
-        fate = of_interruption(run.job, _options(invocation), why, run.handler_ms / 1000, full_jitter)
+        fate = of_interruption(run.job, _options(invocation), why, run.handler_ms / 1000, self.spread)
         if fate is None:
             self._give_back(run)
         else:
@@ -366,8 +376,10 @@ class JobRunner:
     # Settling.
 
     def _settle(self, run: JobRun, fate: Again | Dead | Suspect, incident: str | None = None) -> None:
+        if self._abandoned:
+            return  # the broker delivers it again
         service = run.served.service.name
-        job, now_ms = run.job, round(time.time() * 1000)
+        job, now_ms = run.job, self._transport.now_ms()
         match fate:
             case Suspect():
                 key = self._topology.suspect_key(service)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -207,7 +206,7 @@ class JobSender:
         message = JobMessage(id=job_id, name=name, body=body, key=key, app_id=self._name, headers=options.metadata)
         if options.metadata:
             check_headers(options.metadata)
-        return Job(job_id, service, name, key), encode_job(message, round(time.time() * 1000)), body
+        return Job(job_id, service, name, key), encode_job(message, self._transport.now_ms()), body
 
 
 def find_job(target: str | Callable[..., Any]) -> tuple[str, str, Method | RemoteJob | None]:

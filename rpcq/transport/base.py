@@ -248,6 +248,12 @@ class Transport(Protocol):
     async def writable(self) -> None:
         """Wait until `can_publish`."""
 
+    def now_ms(self) -> int:
+        """The time for what messages say of times, in milliseconds since the epoch. Only while it is open.
+
+        It is the machine's time, except on an in-process broker whose clock a test moves.
+        """
+
     async def stop_consuming(self) -> None:
         """Make the broker deliver nothing more. Earlier deliveries can still be settled."""
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Protocol
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from rpcq.errors import BrokerError, BrokerUnreachable, UsageError
-from rpcq.transport.memory.queues import Connection
+from rpcq.transport.memory.clock import StoppedClock
+from rpcq.transport.memory.queues import Connection, Handed
 from rpcq.transport.memory.vhost import Vhost
 
 _shared: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[str, MemoryBroker]] = WeakKeyDictionary()
@@ -58,17 +59,20 @@ class Attached(Protocol):
 class MemoryBroker:
     """Exchanges and queues that live in this process, in one event loop, while a transport or other code holds them.
 
-    Besides the methods that transports use, it has hooks for tests: to look at queues, and to fail as a broker fails.
+    Besides the methods that transports use, it has hooks for tests: to look at queues, to fail as a broker fails, and
+    to move its clock.
     """
 
     def __init__(self) -> None:
-        self._vhost = Vhost(lambda: datetime.now(UTC))
+        self._vhost = Vhost(self.wall)
+        self._clock: StoppedClock | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._transports: dict[Attached, None] = {}
         self._inboxes: deque[Inbox] = deque()
         self._scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._reason: str | None = None
+        self._worked = asyncio.Event()
 
     @property
     def queues(self) -> tuple[str, ...]:
@@ -111,7 +115,57 @@ class MemoryBroker:
         for transport in [*self._transports]:
             transport.on_unblocked()
 
+    # ------------------------------------------------------------------------------------ a clock that is moved
+
+    def stop_clock(self) -> StoppedClock:
+        """From now on, time passes for this broker only when `move_clock` says so.
+
+        Raises:
+            UsageError: a transport uses this broker already.
+
+        """
+        if self._transports:
+            raise UsageError("the clock of an in-process broker can be stopped only before a client or worker opens it")
+        self._clock = StoppedClock(self.wall())
+        return self._clock
+
+    @property
+    def next_expiry(self) -> float | None:
+        """When the next message may expire, in seconds of the broker's clock; None if none can."""
+        return self._vhost.next_expiry
+
+    def move_clock(self, now: float) -> None:
+        """Move a stopped clock to `now`, and give up the messages that have expired by then."""
+        assert self._clock is not None  # noqa: S101 - the caller stopped it
+        self._clock.now = now
+        self._vhost.expire(now)
+        self.schedule()
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether it has something to work off: published, settled or handed to consumers."""
+        return self._scheduled
+
+    async def worked(self) -> None:
+        """Wait until it has worked off something."""
+        self._worked.clear()
+        await self._worked.wait()
+
+    def in_hand(self) -> Iterator[Handed]:
+        """What consumers hold: handed to them, and not settled."""
+        for transport in self._transports:
+            if transport.consuming is not None:
+                yield from transport.consuming.connection.unacked.values()
+
     # ------------------------------------------------------------------------------------------- for transports
+
+    def now(self) -> float:
+        """The monotonic time for expiry, in seconds."""
+        return self.loop.time() if self._clock is None else self._clock.now
+
+    def wall(self) -> datetime:
+        """The time of day, with a time zone."""
+        return datetime.now(UTC) if self._clock is None else self._clock.wall()
 
     @property
     def reason(self) -> str | None:
@@ -180,14 +234,14 @@ class MemoryBroker:
         open_sessions = [session for session in sessions if session is not None]
         for session in open_sessions:
             session.up = False
-        self._vhost.disconnect([session.connection for session in open_sessions], self.loop.time())
+        self._vhost.disconnect([session.connection for session in open_sessions], self.now())
         self.schedule()
 
     def _process(self) -> None:
         self._scheduled = False
         if self._loop is None:
             return
-        now = self._loop.time()
+        now = self.now()
         inboxes, count = self._inboxes, len(self._inboxes)
         try:
             while count and inboxes:
@@ -199,10 +253,11 @@ class MemoryBroker:
             if inboxes or self._vhost.outbox:
                 self.schedule()
             self._set_timer()
+            self._worked.set()
 
     def _set_timer(self) -> None:
         due = self._vhost.next_expiry
-        if due is None or self._loop is None:
+        if due is None or self._loop is None or self._clock is not None:
             return
         if self._timer is not None:
             if self._timer.when() <= due:

@@ -61,7 +61,7 @@ class _Consuming:
             deliver,
             prefetch=subscription.prefetch,
             no_ack=subscription.no_ack,
-            now=self._broker.loop.time(),
+            now=self._broker.now(),
         )
 
     def settle(self, tag: int, accept: bool, requeue: bool) -> None:
@@ -236,7 +236,7 @@ class MemoryTransport:
         if self.consuming is None:
             return
         for consumer in [*self.consuming.connection.consumers]:
-            self._broker.vhost.cancel(consumer, self._broker.loop.time())
+            self._broker.vhost.cancel(consumer, self._broker.now())
         self._broker.deliver()  # what was handed to the consumers before
         self._broker.schedule()  # another consumer may have become the single active one
 
@@ -250,7 +250,7 @@ class MemoryTransport:
         if not self._started:
             return
         await self.stop_consuming()
-        publishing, now = self._publishing, self._broker.loop.time()
+        publishing, now = self._publishing, self._broker.now()
         if publishing is not None:
             publishing.up = False
             publishing.work_off(now)
@@ -260,6 +260,27 @@ class MemoryTransport:
             publishing.end()
         self._publishing = None
         self._leave()
+
+    def vanish(self) -> None:
+        """End as if the process was killed: what the broker has not worked off yet never reaches it.
+
+        The listener is not called; `on_published` of every message has been called at the end. `close` does nothing
+        then.
+        """
+        if self._closed:
+            return
+        self._closed = self._stopped = True
+        self._forget(self._open_consuming)
+        self._forget(self._open_publishing)
+        publishing, self._publishing = self._publishing, None
+        if publishing is not None:
+            publishing.end()
+        if self._started:
+            self._leave()
+
+    def now_ms(self) -> int:
+        """The time of the broker; see `Transport.now_ms`."""
+        return round(self._broker.wall().timestamp() * 1000)
 
     def lose_consuming(self, cause: BrokerError) -> None:
         """End the consuming session; it is opened again."""

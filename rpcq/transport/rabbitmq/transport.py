@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 from rpcq.errors import ClosedError
@@ -66,6 +67,10 @@ class RabbitMQTransport:
         """Wait until a message may be published; see `Transport.writable`."""
         if self._publishing is not None:
             await self._publishing.writable()
+
+    def now_ms(self) -> int:
+        """The machine's time; see `Transport.now_ms`."""
+        return round(time.time() * 1000)
 
     async def stop_consuming(self) -> None:
         """Cancel the consumers; see `Transport.stop_consuming`."""
