@@ -19,6 +19,8 @@ from rpcq.wire.properties import Properties, decode, encode
 from rpcq.wire.replies import Notice, read_reply
 from rpcq.wire.requests import RequestEncoder
 from rpcq.wire.topology import Queue
+from support.broker import Setup
+from support.broker import broker as a_broker
 from support.seam import SECONDS, End, Seam, taken, until
 
 TTL_MS = 200
@@ -243,6 +245,24 @@ async def test_a_message_that_is_rejected_with_requeue_comes_again_flagged_as_re
         assert (second.body, second.redelivered, decode(second.properties).type) == (b"x", True, b"t")
         assert second.tag != first.tag
         second.ack()
+
+
+async def test_what_is_given_back_counts_as_a_return_up_to_rabbitmq_4_2(
+    seam: Seam, request: pytest.FixtureRequest
+) -> None:
+    """From 4.3 on, it counts as acquired only. The in-process broker counts as earlier versions do."""
+    version = "3.10" if seam.in_memory else request.getfixturevalue("broker").version
+    counts_less = tuple(int(part) for part in version.split(".")[:2]) >= (4, 3)
+    queue = seam.queue(lasts=True, x_queue_type="quorum", x_delivery_limit=20)
+    async with seam.opened(queue) as end:
+        assert await end.sent(queue.name, b"x") is Published.CONFIRMED
+        (await end.inbox.next()).reject(requeue=True)
+        copy = await end.inbox.next()
+        headers = decode(copy.properties).headers or {}
+        counts = tuple(headers.get(name, 0) for name in ("x-delivery-count", "x-acquired-count"))
+        assert counts == ((0, 1) if counts_less else (1, 0))
+        assert copy.redelivered
+        copy.ack()
 
 
 async def test_a_message_that_is_rejected_without_requeue_comes_back_as_a_dead_letter(seam: Seam) -> None:
@@ -512,6 +532,31 @@ async def test_a_classic_queue_gives_the_messages_of_a_lost_consumer_to_the_next
             copy = await second.inbox.next()
             assert (copy.body, copy.redelivered) == (b"x", True)
             copy.ack()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(240)
+async def test_rabbitmq_keeps_what_no_queue_takes_as_a_dead_letter_until_one_does(namespace: str) -> None:
+    """The in-process broker drops it. RabbitMQ tries again after 180 s, or what is set here."""
+    with a_broker(setup=Setup()) as own:
+        own.ctl("eval", "application:set_env(rabbit, dead_letter_worker_publisher_confirm_timeout, 2000).")
+        seam = Seam(own.url, namespace)
+        letters = seam.queue("letters")
+        arguments = {
+            "x_queue_type": "quorum",
+            "x_delivery_limit": 20,
+            "x_dead_letter_exchange": "",
+            "x_dead_letter_routing_key": letters.name,
+            "x_dead_letter_strategy": "at-least-once",
+            "x_overflow": "reject-publish",
+        }
+        queue = seam.queue(lasts=True, **arguments)
+        async with seam.opened(queue) as end:
+            assert await end.sent(queue.name, b"x") is Published.CONFIRMED
+            (await end.inbox.next()).reject()
+            await end.barrier()
+            async with seam.opened(letters) as reader:
+                assert (await reader.inbox.next()).body == b"x"
 
 
 # Queues.

@@ -187,3 +187,15 @@ def test_every_test_that_the_page_on_reliability_names_is_there() -> None:
     assert not {name for name in named if not any(f"def test_{name}(" in text for text in files)}
     numbers = {int(number) for row in rows for number in re.findall(r"\d+", row.split("|")[1])}
     assert numbers | set(range(23, 28)) == set(range(1, 52))
+
+
+def test_what_the_in_process_broker_does_not_keep_is_tested_on_rabbitmq() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+    section = page.partition("## What `memory://` does not keep\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 12
+    for *_, tests in rows:
+        suite, *names = re.findall(r"`(\w+)`", tests)
+        files = [path.read_text("utf-8") for path in (ROOT / "tests").glob(f"*/test_{suite}.py")]
+        assert names
+        assert not {name for name in names if not any(f"def test_{name}(" in text for text in files)}, suite
