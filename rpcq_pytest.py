@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from rpcq.testing import Running
+    from rpcq.testing import Running, Worlds
 
 
 @pytest.fixture
@@ -31,11 +31,22 @@ def rpcq_running_sync(_rpcq_place: Any) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def _rpcq_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    from rpcq.sync import disconnect_all  # noqa: PLC0415
-    from rpcq.testing import Place  # noqa: PLC0415
+def rpcq_world(_rpcq_place: Any) -> Worlds:
+    """`rpcq.testing.world` in a namespace of this test, on a new broker in this process; otherwise as `rpcq_running`.
 
-    place = Place()
+    Its type is `rpcq.testing.Worlds`.
+    """
+    world: Worlds = _rpcq_place.world
+    return world
+
+
+@pytest.fixture
+def _rpcq_place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    from rpcq.sync import disconnect_all  # noqa: PLC0415
+    from rpcq.testing import Place, memory_url  # noqa: PLC0415
+
+    # The clock of RabbitMQ cannot be moved.
+    place = Place(memory_url() if "rpcq_world" in request.fixturenames else None)
     with monkeypatch.context() as patch:
         patch.setenv("RPCQ_URL", place.url)
         patch.delenv("RPCQ_URL_FILE", raising=False)  # only one of both may be set

@@ -32,6 +32,7 @@ from rpcq import (
 )
 from rpcq.errors import BrokerUnreachable
 from rpcq.testing import FakeService, running
+from rpcq.wire.jobs import JobTopology
 from rpcq.wire.topology import Topology
 from support.logged import event_of
 from support.places import Place
@@ -301,6 +302,25 @@ async def test_on_rabbitmq_nothing_is_left_behind(rabbitmq_url: str, stock: Fake
         assert [await is_there(*it) for it in things] == [False] * 3
 
 
+async def test_on_rabbitmq_nothing_is_left_behind_of_jobs(rabbitmq_url: str) -> None:
+    real, done = Service("things"), asyncio.Event()
+
+    @real.job
+    async def work() -> None:
+        done.set()
+
+    async with looking(rabbitmq_url) as is_there:
+        async with running(real, FakeService("stock").takes("count"), url=rabbitmq_url) as client:
+            await client.send(work)
+            await done.wait()
+            topology = JobTopology(client.options.namespace)
+            queues = [make(name).name for name in ("things", "stock") for make in (topology.queue, topology.dead_queue)]
+            queues += [topology.suspects("stock").name, *(queue.name for queue in topology.shared_queues())]
+            things = [*(("queue", name) for name in queues), *(("exchange", it.name) for it in topology.exchanges())]
+            assert {await is_there(*it) for it in things} == {True}
+        assert {await is_there(*it) for it in things} == {False}
+
+
 async def test_on_rabbitmq_nothing_is_left_behind_by_a_test_that_fails_or_is_cancelled(
     rabbitmq_url: str, stock: FakeService
 ) -> None:
@@ -357,13 +377,13 @@ async def test_a_queue_that_a_service_names_itself_is_not_deleted(rabbitmq_url: 
 async def test_what_could_not_be_deleted_is_told_and_does_not_hide_why_the_test_failed(
     rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    delete, left = rpcq.testing._delete, []
+    delete, left = rpcq.testing.places._delete, []
 
     async def fail(*arguments: Any) -> None:
         left.append(arguments)
         raise BrokerUnreachable("gone")
 
-    monkeypatch.setattr(rpcq.testing, "_delete", fail)
+    monkeypatch.setattr(rpcq.testing.places, "_delete", fail)
     with pytest.raises(BrokerUnreachable, match="gone"):
         async with running(url=rabbitmq_url):
             pass

@@ -1,229 +1,38 @@
-"""Test a service, or code that calls a service, without a broker. With a URL, the same test runs on RabbitMQ.
-
-    async with running(calculator) as client:
-        assert await client.call("calculator.add", x=1, y=2) == 3
-
-Nothing is patched: a real worker serves, a real client calls, and their messages are the same as over RabbitMQ.
-`FakeService` replaces a service that the code under test calls.
-"""
+"""Fakes: services with scripted behaviour, for tests of code that calls them or sends them jobs."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
 import inspect
-import os
-import secrets
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import (
-    AbstractAsyncContextManager,
-    AbstractContextManager,
-    AsyncExitStack,
-    asynccontextmanager,
-    contextmanager,
-)
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Any, Final, Literal, Protocol, Self, TypedDict, Unpack, cast
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, Self
 
-from rpcq import sync
-from rpcq.client import Client
 from rpcq.contracts import METHOD_NAME, contract_of, methods_of
-from rpcq.errors import BrokerError, CallError, ConfigurationError, DomainError, InvalidReply, ServiceUnavailable
+from rpcq.errors import CallError, ConfigurationError, DomainError, InvalidReply, ServiceUnavailable
 from rpcq.invocation import Refused
-from rpcq.options import ClientKwargs, ConnectionOptions, check_name
-from rpcq.runtime import blocking
+from rpcq.options import check_name
 from rpcq.service import Context, Method, Service
-from rpcq.transport.opening import open_admin
-from rpcq.url import parse
 from rpcq.validation.schemas import type_hints
-from rpcq.wire.topology import Topology
 from rpcq.worker import Worker
-
-__all__ = ["FakeService", "Received", "Running", "running", "running_sync"]
 
 FAKES_GRACE: Final = 0.05
 """Seconds that a fake's handlers have to end when its worker stops or is lost: long enough to send their replies."""
 
 
-class Settings(TypedDict, total=False):
-    """The keyword arguments of `running` besides the URL: options of its client and of its workers.
-
-    Attributes:
-        name: name of the client and of the workers.
-        timeout: seconds that a call has, unless `with_options` sets another timeout.
-        prefetch: number of calls of each service that may run at the same time.
-        max_body: largest size of a message, bytes.
-        grace: seconds that running handlers have to end when the test ends; 1 by default.
-
-    """
-
-    name: str
-    timeout: float
-    prefetch: int
-    max_body: int
-    grace: float
-
-
-class Running(Protocol):
-    """The type of the pytest fixture `rpcq_running`: `running`, in a namespace of the test."""
-
-    def __call__(self, *services: Service, **settings: Unpack[Settings]) -> AbstractAsyncContextManager[Client]:
-        """Serve the services, and yield a connected client; see `running`."""
-        ...
-
-
-def running(
-    *services: Service, url: str | None = None, **settings: Unpack[Settings]
-) -> AbstractAsyncContextManager[Client]:
-    """Serve real and fake services, and yield a connected client, until the `async with` is left.
-
-    Services and client use a namespace of their own. On RabbitMQ, its queues and exchanges are deleted at the end. Not
-    deleted are queues that a service names itself (`queue=`), which are in no namespace, and everything else that the
-    code under test declares.
-
-    Code that opens its own client or worker reaches the same services with the same URL and
-    `namespace=client.options.namespace`, or through `RPCQ_URL` and `RPCQ_NAMESPACE`, which the pytest fixture
-    `rpcq_running` sets.
-
-    Args:
-        services: services to serve; none, to test what callers get when there is no worker.
-        url: URL of the broker; `RPCQ_TEST_URL` if None; if that is not set either, a new broker in this process.
-        settings: as in `Settings`; those that are not given are as in production.
-
-    Raises:
-        BrokerError: the broker cannot be used, or the queues could not be deleted. If the test has already failed, the
-            second is added to its error as a note.
-        ConfigurationError: a service, the URL or a setting cannot be used; or two services have the same name.
-
-    """
-    return Place(url).running(*services, **settings)
-
-
-def running_sync(
-    *services: Service, url: str | None = None, **settings: Unpack[Settings]
-) -> AbstractContextManager[sync.Client]:
-    """Serve as `running` does, and yield an `rpcq.sync.Client`, for code that blocks.
-
-    The services run in the thread that blocking clients share.
-    """
-    return Place(url).running_sync(*services, **settings)
-
-
-class Place:
-    """A broker, and a namespace on it that is not used elsewhere.
-
-    Args:
-        url: as for `running`.
-
-    """
-
-    def __init__(self, url: str | None = None) -> None:
-        self.url = url or os.environ.get("RPCQ_TEST_URL") or f"memory://{secrets.token_hex(8)}"
-        self.namespace = f"test-{secrets.token_hex(8)}"
-        self._topology = Topology(self.namespace)
-        self._queues: set[str] = set()
-        self._used = False
-        self._users = 0
-
-    @asynccontextmanager
-    async def running(
-        self,
-        *services: Service,
-        name: str | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - an option of the client
-        prefetch: int | None = None,
-        max_body: int | None = None,
-        grace: float = 1.0,
-    ) -> AsyncIterator[Client]:
-        """See `running`. If several overlap, the queues are deleted when the last one is left."""
-        for service in services:
-            if not isinstance(service, Service):
-                raise ConfigurationError(f"services must be instances of Service; got {service!r}")
-        names = [service.name for service in services]
-        if twice := sorted({it for it in names if names.count(it) > 1}):
-            raise ConfigurationError(f"services must have different names; got several called {', '.join(twice)}")
-        both = _given(namespace=self.namespace, name=name, max_body=max_body)
-
-        def worker(*served: Service, grace: float) -> Worker:
-            return Worker(*served, url=self.url, grace=grace, **both, **_given(prefetch=prefetch))
-
-        fakes = [service for service in services if isinstance(service, FakeService)]
-        real = [service for service in services if not isinstance(service, FakeService)]
-        client = Client(self.url, **both, **_given(timeout=timeout))
-        async with self._cleared(services), client, AsyncExitStack() as workers:
-            self._used = True
-            if real:
-                await workers.enter_async_context(worker(*real, grace=grace))
-            for fake in fakes:  # each has a worker of its own, which `vanishes` may cut off
-                await workers.enter_async_context(_served(fake, partial(worker, grace=FAKES_GRACE)))
-            yield client
-
-    @contextmanager
-    def running_sync(self, *services: Service, **settings: Unpack[Settings]) -> Iterator[sync.Client]:
-        """See `rpcq.testing.running_sync`."""
-        loop, around = blocking.shared_loop(), self.running(*services, **settings)
-        inner = blocking.run(loop, around.__aenter__)
-        try:
-            with sync.Client(self.url, **cast("ClientKwargs", asdict(inner.options))) as client:
-                yield client
-        except BaseException as error:
-            blocking.run(loop, around.__aexit__, type(error), error, error.__traceback__)
-            raise
-        blocking.run(loop, around.__aexit__, None, None, None)
-
-    @asynccontextmanager
-    async def _cleared(self, services: Sequence[Service]) -> AsyncIterator[None]:
-        """Delete the queues and exchanges of the namespace at the end."""
-        self._users += 1
-        self._queues |= {self._topology.request_queue(it.name, it.queue_type).name for it in services}
-        try:
-            yield
-        except BaseException as error:
-            try:
-                await self._leave()
-            except BrokerError as why:
-                error.add_note(f"rpcq.testing could not delete the queues of namespace {self.namespace!r}: {why}")
-            raise
-        await self._leave()
-
-    async def _leave(self) -> None:
-        self._users -= 1
-        if self._used and not self._users and not self.url.startswith("memory:"):
-            exchanges = [exchange.name for exchange in self._topology.exchanges()]
-            await _delete(self.url, exchanges, sorted(self._queues))
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-async def _delete(url: str, exchanges: Sequence[str], queues: Sequence[str]) -> None:
-    """Delete exchanges, and queues with their messages, from RabbitMQ; skip those that do not exist.
-
-    Raises:
-        BrokerError: they could not be deleted.
-
-    """
-    broker, options = parse(url), ConnectionOptions(name="rpcq.testing")
-    async with open_admin(broker, options, *broker.hosts[0]) as admin:
-        await admin.delete(queues, exchanges)
-
-
-# Fakes.
-
-
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A call that a fake service got.
+    """A call or a job that a fake service got.
 
     Attributes:
-        method: name of the method.
+        method: name of the method, or of the job.
         args: parameters by position.
         params: parameters by name; in a fake of a contract, they have the types of the contract.
-        context: everything else: `metadata`, `attempt`, `deadline`, `caller`, ...
+        context: everything else: `metadata`, `attempt`, `deadline`, `caller`, `idempotency_key`, ...
 
     """
 
@@ -246,6 +55,8 @@ class FakeService(Service):
     the last one is used again and again. Behaviours may be added while the fake is served. A call of a method without a
     behaviour ends with `MethodNotFound`.
 
+    `takes` names jobs: each job of such a name is done at once, and is in `received`.
+
     In `running`, a real worker of its own serves it, and callers get what they get in production: domain errors arrive
     as themselves if the caller declares them, a fake that is too slow makes the call time out, and so on.
 
@@ -255,6 +66,7 @@ class FakeService(Service):
 
     Attributes:
         calls: the calls that it got, in order, with each attempt; also those that failed or whose worker vanished.
+        received: the jobs that it got, in order.
 
     Raises:
         ConfigurationError: an argument is not valid; the message names it.
@@ -264,6 +76,7 @@ class FakeService(Service):
     def __init__(self, name: str, *, queue_type: Literal["classic", "quorum"] = "classic") -> None:
         super().__init__(name, queue_type=queue_type)
         self.calls: list[Received] = []
+        self.received: list[Received] = []
         self._contract: dict[str, Callable[..., Any]] | None = None
         self._idempotent: frozenset[str] = frozenset()
         self._next: dict[str, deque[_Act]] = {}
@@ -378,6 +191,24 @@ class FakeService(Service):
 
         return self._add(self._offered(method), vanish, after)
 
+    def takes(self, *jobs: str) -> Self:
+        """Take jobs of these names. A job is done at once, whatever its parameters are, and is in `received`.
+
+        A sender does not wait for its job, so there is nothing that a job could answer. In `world`, all jobs that were
+        sent are in `received` after `await w.settled()`.
+
+        Args:
+            jobs: names of jobs, without the service's. Call `takes` before the fake is served, because its worker
+                declares the queue for jobs when it starts.
+
+        Raises:
+            ConfigurationError: a name is not valid, or is that of a job or method that it already has.
+
+        """
+        for name in jobs:
+            self.job(name=name)(self._job_handler(name))
+        return self
+
     def check(self) -> None:
         """Do nothing: a fake can always be served, even without methods."""
 
@@ -438,8 +269,14 @@ class FakeService(Service):
             _take_types(handle, self._contract[name], f"{self.name}.{name}")
         return handle
 
+    def _job_handler(self, name: str) -> Callable[..., Any]:
+        async def handle(*args: Any, rpcq_context: Context, **params: Any) -> None:
+            self.received.append(Received(name, args, params, replace(rpcq_context, state=None)))
+
+        return handle
+
     def __repr__(self) -> str:
-        return f"<FakeService {self.name!r}: {', '.join(self.methods) or 'no methods'}>"
+        return f"<FakeService {self.name!r}: {', '.join((*self.methods, *self.jobs)) or 'no methods'}>"
 
 
 def _take_types(handle: Callable[..., Any], function: Callable[..., Any], label: str) -> None:
@@ -459,7 +296,7 @@ def _final(error: Exception) -> Exception:
 
 
 @asynccontextmanager
-async def _served(fake: FakeService, make: Callable[[Service], Worker]) -> AsyncIterator[None]:
+async def served(fake: FakeService, make: Callable[[Service], Worker]) -> AsyncIterator[None]:
     """Serve a fake: cut off each worker that has to be lost, and start another one in its place."""
     workers: list[Worker] = []
 
