@@ -309,10 +309,15 @@ async def test_on_rabbitmq_nothing_is_left_behind_of_jobs(rabbitmq_url: str) -> 
     async def work() -> None:
         done.set()
 
+    fake = FakeService("stock").takes("count")
     async with looking(rabbitmq_url) as is_there:
-        async with running(real, FakeService("stock").takes("count"), url=rabbitmq_url) as client:
+        async with running(real, fake, url=rabbitmq_url) as client:
             await client.send(work)
+            await client.send("stock.count", sku="bolts")
             await done.wait()
+            while not fake.received:  # noqa: ASYNC110 - no event tells
+                await asyncio.sleep(0.005)
+            assert fake.received[0].params == {"sku": "bolts"}
             topology = JobTopology(client.options.namespace)
             queues = [make(name).name for name in ("things", "stock") for make in (topology.queue, topology.dead_queue)]
             queues += [topology.suspects("stock").name, *(queue.name for queue in topology.shared_queues())]

@@ -25,7 +25,7 @@ from rpcq.transport.base import Delivery, Listener, Message, Published, Subscrip
 from rpcq.transport.memory import broker as brokers
 from rpcq.transport.memory import transport as memory
 from rpcq.transport.memory.broker import MemoryBroker
-from rpcq.transport.memory.transport import HIGH_WATER, MemoryTransport
+from rpcq.transport.memory.transport import HIGH_WATER, PAUSE, MemoryTransport
 from rpcq.wire.properties import Properties, decode, encode
 from rpcq.wire.topology import Exchange, Queue, Topology
 
@@ -387,6 +387,59 @@ async def test_closing_works_off_what_is_pending(broker: MemoryBroker, peer: Pee
     assert broker.depth("q") == 1  # b, and a is not back
     await turn(2)
     assert peer.bodies == [b"a"]
+
+
+async def test_who_vanishes_takes_along_what_was_not_worked_off(broker: MemoryBroker, peer: Peer, other: Peer) -> None:
+    await peer.start("q", prefetch=1)
+    await other.start()
+    peer.publish("q", b"a")
+    await turn()
+    peer.got[0].ack()
+    peer.publish("q", b"b")
+    peer.transport.vanish()
+    assert peer.published == [Published.CONFIRMED, Published.UNSENT]
+    await turn(2)
+    assert broker.depth("q") == 1  # a, and b never came
+    peer.transport.vanish()
+    await peer.transport.close()
+    peer.publish("q", b"c")
+    assert peer.published[-1] is Published.UNSENT
+    assert peer.log.events == ["publishing", "consuming"]
+
+
+async def test_who_vanishes_between_two_sessions_does_not_come_back(
+    broker: MemoryBroker, peer: Peer, other: Peer
+) -> None:
+    await peer.start("q")
+    await other.start()
+    broker.drop_connections()
+    peer.transport.vanish()
+    await other.log.until(lambda: other.log.events.count("consuming") == 2)
+    await asyncio.sleep(PAUSE[1])
+    assert broker.consumers("q") == 0
+
+
+# ------------------------------------------------------------------------------------------- a clock that is moved
+
+
+async def test_time_stands_still_until_it_is_moved(broker: MemoryBroker, peer: Peer) -> None:
+    clock = broker.stop_clock()
+    began = clock.wall()
+    await peer.start(Queue("q", arguments={"x-message-ttl": 1, "x-dead-letter-exchange": ""}), exchanges=[])
+    await peer.transport.stop_consuming()
+    peer.publish("q", properties=encode(Properties(headers={"CC": ["nobody"]})))
+    await turn()
+    await asyncio.sleep(0.01)
+    assert broker.depth("q") == 1
+    assert broker.next_expiry == 0.001
+    broker.move_clock(3600.0)
+    assert broker.is_at_work
+    await broker.worked()
+    assert (broker.depth("q"), broker.is_at_work) == (0, False)
+    assert (clock.wall() - began).total_seconds() == 3600
+    assert peer.transport.now_ms() == round(clock.wall().timestamp() * 1000)
+    with pytest.raises(UsageError, match="only before a client or worker opens it"):
+        broker.stop_clock()
 
 
 async def test_an_acknowledgement_when_the_reply_is_confirmed_while_closing_counts(
