@@ -88,8 +88,9 @@ class FakeService(Service):
     ) -> FakeService:
         """Make a fake of the service that a Protocol class describes; the fake must keep to that contract.
 
-        Only methods of the class can have a behaviour. Parameters are validated against the class (`InvalidParams`),
-        and so are results. A second attempt at a call is refused unless the contract declares the method idempotent.
+        Only methods of the class can have a behaviour; the jobs of the class are taken without `takes`. Parameters are
+        validated against the class (`InvalidParams`), and so are results. A second attempt at a call is refused unless
+        the contract declares the method idempotent.
 
         Args:
             api: the class, as for `Client.bind`.
@@ -105,6 +106,9 @@ class FakeService(Service):
         functions = methods_of(api, is_awaited=not declared.blocking)
         fake._contract = {name: it for name, it in functions.items() if name not in declared.jobs}
         fake._idempotent = declared.idempotent
+        for name, function in functions.items():
+            if name in declared.jobs:
+                fake.job(name=name)(fake._job_handler(name, function))
         return fake
 
     def answers(self, method: str, value: Any = None, *, after: float = 0.0) -> Self:
@@ -202,11 +206,18 @@ class FakeService(Service):
                 declares the queue for jobs when it starts.
 
         Raises:
-            ConfigurationError: a name is not valid, or is that of a job or method that it already has.
+            ConfigurationError: a name is not valid, or is that of a job or method that it already has; or this is a
+                fake of a contract, which takes the jobs of the contract, and no others.
 
         """
+        if self._contract is not None:
+            has = ", ".join(sorted(self.jobs)) or "none"
+            msg = (
+                f"takes must not be called for a fake of a contract, which takes its jobs by itself: {has}; got {jobs}"
+            )
+            raise ConfigurationError(msg)
         for name in jobs:
-            self.job(name=name)(self._job_handler(name))
+            self.job(name=name)(self._job_handler(name, None))
         return self
 
     def check(self) -> None:
@@ -269,10 +280,14 @@ class FakeService(Service):
             _take_types(handle, self._contract[name], f"{self.name}.{name}")
         return handle
 
-    def _job_handler(self, name: str) -> Callable[..., Any]:
+    def _job_handler(self, name: str, function: Callable[..., Any] | None) -> Callable[..., Any]:
+        """What a worker runs for a job; `function` is that of the contract."""
+
         async def handle(*args: Any, rpcq_context: Context, **params: Any) -> None:
             self.received.append(Received(name, args, params, replace(rpcq_context, state=None)))
 
+        if function is not None:
+            _take_types(handle, function, f"{self.name}.{name}")
         return handle
 
     def __repr__(self) -> str:
@@ -280,7 +295,7 @@ class FakeService(Service):
 
 
 def _take_types(handle: Callable[..., Any], function: Callable[..., Any], label: str) -> None:
-    """Give a handler the signature and the types of a contract's method."""
+    """Give a handler the signature and the types of a contract's method or job."""
     parameters = list(inspect.signature(function).parameters.values())[1:]
     context = inspect.Parameter("rpcq_context", inspect.Parameter.KEYWORD_ONLY)
     before = [it for it in parameters if it.kind is not it.VAR_KEYWORD]

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -21,6 +21,7 @@ from rpcq import (
     SendError,
     Service,
     UsageError,
+    contract,
 )
 from rpcq.testing import FakeService, WorkerKilled, World, running, world, worlds
 from rpcq.transport.base import Message
@@ -554,6 +555,28 @@ async def test_a_fake_takes_calls_and_jobs_and_no_jobs_that_it_was_not_told_of()
     async with running(FakeService("emails").answers("count", 3), url="memory://other") as client:
         with pytest.raises(SendError, match="no queue takes jobs of service 'emails'"):
             await client.send("emails.welcome")
+
+
+@contract("emails", jobs=["welcome"])
+class EmailsApi(Protocol):
+    async def welcome(self, to: str, after: timedelta = timedelta()) -> None: ...
+    async def count(self) -> int: ...
+
+
+async def test_a_fake_of_a_contract_takes_its_jobs_with_their_types() -> None:
+    fake = FakeService.of(EmailsApi).answers("count", 1)
+    async with world(fake) as w:
+        emails = w.client.bind(EmailsApi)
+        job = await w.client.send(emails.welcome, "ada", timedelta(hours=1))
+        assert await emails.count() == 1
+        await w.client.send("emails.welcome", to=5)
+        await w.settled()
+        (received,) = fake.received
+        assert (received.method, received.context.correlation_id) == ("welcome", job.id)
+        assert received.params == {"to": "ada", "after": timedelta(hours=1)}
+        assert [letter.reason for letter in w.dead(emails.welcome)] == ["invalid"]
+    with pytest.raises(ConfigurationError, match=r"takes its jobs by itself: welcome; got \('goodbye',\)"):
+        fake.takes("goodbye")
 
 
 def test_what_a_fake_cannot_take_is_refused() -> None:
