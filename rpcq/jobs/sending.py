@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ from rpcq.contracts import METHOD_NAME, RemoteCallable, RemoteJob
 from rpcq.errors import BrokerError, ClosedError, ConfigurationError, InvalidParams, SendError, UsageError
 from rpcq.options import CallOptions, check_name
 from rpcq.runtime.backlog import Backlog
+from rpcq.runtime.timeouts import Bucket, Timeouts
 from rpcq.service import Method, jobs_of
 from rpcq.transport.base import Outgoing, Published, Transport
 from rpcq.wire import bodies
@@ -46,6 +48,22 @@ class _Sending(Outgoing):
             self.sender.not_confirmed(self, published)
 
 
+class _Batch:
+    """The jobs of one `send`, which share its timeout."""
+
+    __slots__ = ("seconds", "sendings", "timeout")
+
+    def __init__(self, sendings: Sequence[_Sending], seconds: float) -> None:
+        self.sendings = sendings
+        self.seconds = seconds
+        self.timeout: Bucket | asyncio.TimerHandle | None = None
+
+    def end(self, why: str) -> None:
+        """End those that are not confirmed."""
+        for sending in self.sendings:
+            _end(sending, why)
+
+
 class JobSender:
     """Sends the jobs of a client.
 
@@ -68,7 +86,9 @@ class JobSender:
         self._max_body = max_body
         self._waiting: Backlog[_Sending] = Backlog(lambda: transport.can_publish, transport.writable, transport.publish)
         self._declaring: asyncio.Task[None] | None = None
-        self._under_way: set[_Sending] = set()
+        self._is_declared = False
+        self._under_way: set[_Batch] = set()
+        self._timeouts: Timeouts[_Batch]
         self._closed = False
         self.exchange = topology.jobs.name.encode()
         self.loop: asyncio.AbstractEventLoop
@@ -76,6 +96,7 @@ class JobSender:
     def open(self) -> None:
         """From now on, in this event loop."""
         self.loop = asyncio.get_running_loop()
+        self._timeouts = Timeouts(self.loop, _time_out)
 
     async def close(self) -> None:
         """End every send that is under way."""
@@ -83,8 +104,9 @@ class JobSender:
         if self._declaring is not None:
             self._declaring.cancel()
         await self._waiting.close()
-        for sending in [*self._under_way]:
-            _end(sending, "the client was closed")
+        self._timeouts.close()
+        for batch in self._under_way:
+            batch.end("the client was closed")
 
     async def send(
         self,
@@ -99,32 +121,35 @@ class JobSender:
 
         """
         service, name, method = find_job(target)
-        prepared = [self._prepare(service, name, method, options, args, params) for args, params in several]
-        until = self.loop.time() + options.timeout
-        try:
-            async with asyncio.timeout_at(until):
-                await self._declared()
-        except TimeoutError as error:
-            msg = f"there was no connection to the broker within {options.timeout:g} s"
-            raise SendError(msg, queued="no") from error
-        is_once = isinstance(method, Method) and method.job is not None and method.job.at_most_once
-        sendings = [_Sending(self, *each, is_once=is_once) for each in prepared]
-        self._under_way.update(sendings)
-        timer = self.loop.call_at(until, _time_out, sendings, options.timeout)
+        sendings = [self._prepare(service, name, method, options, args, params) for args, params in several]
+        del several  # while many wait, the collector has less to look at
+        until = time.monotonic() + options.timeout
+        if not self._is_declared:
+            try:
+                async with asyncio.timeout(options.timeout):
+                    await self._declare()
+            except TimeoutError as error:
+                msg = f"there was no connection to the broker within {options.timeout:g} s"
+                raise SendError(msg, queued="no") from error
+        batch = _Batch(sendings, options.timeout)
+        self._under_way.add(batch)
+        self._timeouts.set(batch, until, time.monotonic())
         try:
             for sending in sendings:
                 self._publish(sending)
             for sending in sendings:
                 await sending.done
-        finally:
-            timer.cancel()
-            self._under_way.difference_update(sendings)
+        except BaseException:
             for sending in sendings:
                 self._waiting.discard(sending)
                 if not sending.done.done():
                     sending.done.cancel()
                 elif not sending.done.cancelled():
                     sending.done.exception()  # the first one is raised; the others count as seen
+            raise
+        finally:
+            self._timeouts.cancel(batch)
+            self._under_way.discard(batch)
         return [sending.job for sending in sendings]
 
     def not_confirmed(self, sending: _Sending, published: Published) -> None:
@@ -172,7 +197,7 @@ class JobSender:
         job = sending.job
         sending.done.set_exception(SendError(message, queued=queued, job_id=job.id, key=job.key))  # type: ignore[arg-type]  # one of both
 
-    async def _declared(self) -> None:
+    async def _declare(self) -> None:
         """Wait until the exchange for jobs is declared: publishing to one that does not exist ends the session."""
         while self._declaring is None or not self._declaring.done() or not _succeeded(self._declaring):
             if self._closed:
@@ -183,6 +208,7 @@ class JobSender:
             error = None if self._declaring.cancelled() else self._declaring.exception()
             if error is not None and (not isinstance(error, BrokerError) or error.permanent):
                 raise error
+        self._is_declared = True
 
     def _prepare(
         self,
@@ -192,7 +218,7 @@ class JobSender:
         options: CallOptions,
         args: tuple[Any, ...],
         params: Mapping[str, Any],
-    ) -> tuple[Job, bytes, bytes]:
+    ) -> _Sending:
         if not isinstance(params, Mapping):
             msg = f"send_many must have the parameters of each job by name, as in {{'to': 'ada'}}; got {params!r:.100}"
             raise InvalidParams(msg)
@@ -206,7 +232,9 @@ class JobSender:
         message = JobMessage(id=job_id, name=name, body=body, key=key, app_id=self._name, headers=options.metadata)
         if options.metadata:
             check_headers(options.metadata)
-        return Job(job_id, service, name, key), encode_job(message, self._transport.now_ms()), body
+        properties = encode_job(message, self._transport.now_ms())
+        is_once = isinstance(method, Method) and method.job is not None and method.job.at_most_once
+        return _Sending(self, Job(job_id, service, name, key), properties, body, is_once=is_once)
 
 
 def find_job(target: str | Callable[..., Any]) -> tuple[str, str, Method | RemoteJob | None]:
@@ -257,6 +285,5 @@ def _end(sending: _Sending, why: str) -> None:
     sending.done.set_exception(SendError(f"{why}{fix}", queued=queued, job_id=job.id, key=job.key))  # type: ignore[arg-type]  # one of both
 
 
-def _time_out(sendings: Sequence[_Sending], timeout: float) -> None:
-    for sending in sendings:
-        _end(sending, f"the broker did not confirm it within {timeout:g} s")
+def _time_out(batch: _Batch) -> None:
+    batch.end(f"the broker did not confirm it within {batch.seconds:g} s")

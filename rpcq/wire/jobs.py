@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -11,7 +12,7 @@ from rpcq.options import MAX_HEADERS, OWNED_HEADERS
 from rpcq.wire import properties as amqp
 from rpcq.wire.bodies import JSON, is_json, text
 from rpcq.wire.delays import ANY_DELAY, Ladder
-from rpcq.wire.properties import Properties
+from rpcq.wire.properties import Properties, short
 from rpcq.wire.topology import Exchange, Queue
 
 KEY: Final = "rpcq-idempotency-key"
@@ -40,6 +41,20 @@ SUSPECT_FROM: Final = 2
 
 UNLIMITED: Final = 1_000_000_000
 """As a delivery limit: -1 means no limit for RabbitMQ 4, and 0 for RabbitMQ 3.10."""
+
+_U16: Final = struct.Struct(">H")
+_U32: Final = struct.Struct(">I")
+_U64: Final = struct.Struct(">Q")
+_I64: Final = struct.Struct(">q")
+
+# The properties of a job, as `encode_job` packs them by hand: U16 flags | content_type | headers | delivery_mode 2 |
+# correlation_id | message_id | timestamp | type | app_id. The last two are only there with their flags.
+_FLAGS: Final = (
+    amqp.CONTENT_TYPE | amqp.HEADERS | amqp.DELIVERY_MODE | amqp.CORRELATION_ID | amqp.MESSAGE_ID | amqp.TIMESTAMP
+)
+_CONTENT_TYPE: Final = short(JSON)
+# The table of headers where there is only this one: U32 bytes of the entry | short name | "l" | I64.
+_FIRST_SENT_START: Final = _U32.pack(len(FIRST_SENT) + 1 + 1 + 8) + short(FIRST_SENT.encode()) + b"l"
 
 
 class JobTopology:
@@ -220,24 +235,20 @@ def encode_job(job: JobMessage, now_ms: int) -> bytes:
         headers[KEY] = job.key
     if job.attempt > 1:
         headers[ATTEMPT] = job.attempt
-    headers[FIRST_SENT] = now_ms if job.first_sent_ms is None else job.first_sent_ms
+    first_sent = headers[FIRST_SENT] = now_ms if job.first_sent_ms is None else job.first_sent_ms
     if job.expires_ms is not None:
         headers[EXPIRES] = job.expires_ms
     if job.unknown:
         headers[UNKNOWN] = job.unknown
-    name = job.id.encode()
-    return amqp.encode(
-        Properties(
-            content_type=JSON,
-            headers=headers,
-            delivery_mode=2,
-            correlation_id=name,
-            message_id=name,
-            timestamp=now_ms // 1000,
-            type=job.name.encode() or None,
-            app_id=job.app_id.encode() or None,
-        )
-    )
+    name = short(job.id.encode())
+    flags, last = _FLAGS, b""
+    if job.name:
+        flags, last = flags | amqp.TYPE, short(job.name.encode())
+    if job.app_id:
+        flags, last = flags | amqp.APP_ID, last + short(job.app_id.encode())
+    table = _FIRST_SENT_START + _I64.pack(first_sent) if len(headers) == 1 else amqp.encode_table(headers)
+    sent = _U64.pack(now_ms // 1000)
+    return b"".join((_U16.pack(flags), _CONTENT_TYPE, table, b"\x02", name, name, sent, last))
 
 
 def read_job(data: bytes, body: bytes, *, redelivered: bool) -> JobMessage:
