@@ -15,13 +15,13 @@ import uvloop
 
 from benchmarks.job_participants import MODULES, Options, Participant, load
 from benchmarks.participants.__main__ import version
-from benchmarks.participants.load import percentile
 from benchmarks.processes import Line, broker_url, obey, say
 
 
 async def send(participant: Participant, options: Options) -> None:
     """Send, as the runner says: `at_once` jobs together, again and again, for `seconds`; or `count` jobs in all."""
     clock = time.perf_counter
+    warm: set[int] = set()
     async with participant.sender(options) as send_jobs:
 
         async def on_command(line: Line) -> None:
@@ -31,17 +31,18 @@ async def send(participant: Participant, options: Options) -> None:
                     await send_jobs(min(at_once, left))
                 say("filled")
                 return
-            await send_jobs(at_once)  # connections and caches are warm then
+            extra = 0
+            if at_once not in warm:
+                warm.add(at_once)
+                await send_jobs(at_once)
+                extra = at_once
             times: list[float] = []
             cpu, until = time.process_time(), clock() + line["seconds"]
             while not times or clock() < until:
                 began = clock()
                 await send_jobs(at_once)
                 times.append(clock() - began)
-            cpu = time.process_time() - cpu
-            sent, took = at_once * len(times), sum(times)
-            times.sort()
-            say("sent", sent=sent, extra=at_once, seconds=took, p50=percentile(times, 0.5), cpu=cpu)
+            say("sent", times=times, extra=extra, cpu=time.process_time() - cpu)
 
         names = {name: version(name) for name in participant.PACKAGES}
         say("ready", versions=names)
