@@ -13,6 +13,7 @@ import typing
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, Final, Generic, Literal, cast, overload
 
 import pydantic
@@ -426,6 +427,8 @@ def jobs_of(function: Any) -> tuple[Method, ...]:
 
 
 def _marked(handler: Callable[..., Any]) -> Any:
+    if type(handler) is FunctionType:  # nearly all are; `send` asks each time
+        return handler
     function = _function(handler)
     return getattr(function, "__func__", function)  # a bound method is made anew each time
 
