@@ -34,6 +34,7 @@ from rpcq.options import CallOptions, ClientOptions, ConnectionOptions, JobOptio
 from rpcq.results import Claim, ResultStore, StoredResult
 from rpcq.runtime.deadline import Deadline
 from rpcq.runtime.process import own_version
+from rpcq.schedules import Cron, Every
 from rpcq.service import Context, Service
 from rpcq.wire.jobs import Job
 from rpcq.worker import Worker
@@ -51,8 +52,10 @@ __all__ = [
     "ConfigurationError",
     "ConnectionOptions",
     "Context",
+    "Cron",
     "Deadline",
     "DomainError",
+    "Every",
     "GiveUp",
     "InvalidParams",
     "InvalidReply",

@@ -364,6 +364,18 @@ class Parameters:
             raise InvalidParams(msg) from error
         return found
 
+    def check_none_needed(self) -> None:
+        """Check that none has to be given.
+
+        Raises:
+            ConfigurationError: one has no default.
+
+        """
+        try:
+            self.read(b"")
+        except InvalidParams as error:
+            raise ConfigurationError(f"{self._label} must have a default for each parameter: {error}") from error
+
 
 class RemoteJob:
     """A job of a bound contract, for `Client.send`. It belongs to no client; its parameters are checked before sending.

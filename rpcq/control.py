@@ -12,8 +12,8 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Annotated, Any, Final, TypeVar
 
@@ -78,6 +78,8 @@ class JobInfo:
         max_attempts: the most attempts, including the first one.
         doc: its handler's docstring, or an empty string.
         at_most_once: whether it is never run again after it may have run.
+        schedule: when workers send it by themselves: "cron 0 6 * * mon-fri Europe/Berlin", "every 60 s", or empty.
+        missed: what becomes of the ticks of its schedule that nobody was there for; empty without a schedule.
 
     """
 
@@ -87,6 +89,8 @@ class JobInfo:
     max_attempts: Count
     doc: str = ""
     at_most_once: bool = False
+    schedule: str = ""
+    missed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +155,8 @@ class WorkerStats:
         expired_on_arrival: requests refused because their deadline had passed.
         unroutable_replies: replies whose caller was gone.
         replayed: requests for which it replayed a stored result.
+        ticks: of the jobs whose schedules it carries on, "service.job", the last tick that was sent, in milliseconds
+            since the epoch.
 
     """
 
@@ -165,6 +171,7 @@ class WorkerStats:
     expired_on_arrival: Count
     unroutable_replies: Count
     replayed: Count = 0
+    ticks: Mapping[str, Count] = field(default_factory=dict)
 
 
 def describe(options: WorkerOptions, services: Sequence[Service]) -> WorkerInfo:
@@ -216,6 +223,8 @@ def _describe_job(job: Method, options: JobOptions) -> JobInfo:
         timeout=options.timeout,
         max_attempts=options.max_attempts,
         at_most_once=options.at_most_once,
+        schedule="" if options.schedule is None else str(options.schedule),
+        missed="" if options.schedule is None else options.schedule.missed,
     )
 
 

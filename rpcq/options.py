@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypedDict, TypeVar
 
 from rpcq.errors import DOMAIN_CODE, STATUS_CODES, ConfigurationError, DomainError
+from rpcq.schedules import Schedule, check_schedule
 
 Documented = TypeVar("Documented", bound=Callable[..., Any])
 
@@ -161,6 +162,7 @@ class JobOptions:
         retry_on: only these exceptions, and timeouts, are retried.
         give_up_on: these exceptions are not retried.
         at_most_once: it is never run again: a job that may have run becomes a dead letter.
+        schedule: when workers send the job by themselves, without parameters; None for never.
 
     """
 
@@ -169,8 +171,12 @@ class JobOptions:
     retry_on: tuple[type[Exception], ...] = (Exception,)
     give_up_on: tuple[type[Exception], ...] = ()
     at_most_once: bool = False
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
+        check_schedule(self.schedule)
+        if self.schedule is not None and self.at_most_once:
+            raise ConfigurationError("at_most_once must be False with a schedule: after a crash, a tick is sent twice")
         if self.retry is not None and not isinstance(self.retry, Retry):
             raise ConfigurationError(f"retry must be a Retry(...) or None; got {self.retry!r}")
         if self.retry is not None and self.retry.codes != JOB_RETRY.codes:

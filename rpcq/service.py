@@ -13,6 +13,7 @@ import typing
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from types import FunctionType
 from typing import Any, Final, Generic, Literal, cast, overload
 
@@ -24,6 +25,7 @@ from rpcq.errors import ConfigurationError, DomainError, InvalidReply
 from rpcq.options import JOB_RETRY, CallOptions, JobOptions, Retry, check_errors, check_name
 from rpcq.results import ResultStore
 from rpcq.runtime.deadline import Deadline
+from rpcq.schedules import Schedule
 from rpcq.validation.attributes import check_attributes
 from rpcq.validation.definitions import check_allow, check_handler, check_lifespan, check_types
 from rpcq.validation.schemas import type_hints
@@ -56,6 +58,7 @@ class Context(Generic[State]):
             option `identify`).
         metadata: the caller's own headers, whose names begin with `x-`.
         state: what the service's `lifespan` yielded, or None.
+        due: when a job was to be done: the tick of its schedule, or the end of its delay, in UTC; None for at once.
 
     """
 
@@ -69,6 +72,7 @@ class Context(Generic[State]):
     user: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     state: State = cast("State", None)  # noqa: RUF009 - None
+    due: datetime | None = None
 
 
 Authorize = Callable[[Context], Awaitable[str | None]]
@@ -325,6 +329,7 @@ class Service:
         retry_on: Sequence[type[Exception]] = (Exception,),
         give_up_on: Sequence[type[Exception]] = (),
         at_most_once: bool = False,
+        schedule: Schedule | None = None,
     ) -> Callable[[Handler], Handler]: ...
 
     def job(self, handler: Any = None, /, *, name: str | None = None, **options: Any) -> Any:
@@ -360,6 +365,8 @@ class Service:
             )
             if self._obligation is not None:
                 self._obligation.check_job(called, job.signature)
+            if declared.schedule is not None:
+                job.parameters.check_none_needed()
             self.jobs[called] = job
             with suppress(AttributeError):  # a function of C: it is sent by its name only
                 _marked(handler).__rpcq_jobs__ = (*jobs_of(handler), job)  # read by `jobs_of`

@@ -25,6 +25,7 @@ from rpcq.environment import broker_url, options_from
 from rpcq.errors import BrokerError, ClosedError, ConfigurationError, UsageError
 from rpcq.execution import Executor
 from rpcq.jobs.running import JobRunner
+from rpcq.jobs.ticking import Ticker, schedules_of
 from rpcq.observer import Observer, Observers
 from rpcq.options import WorkerKwargs, WorkerOptions, lists_options
 from rpcq.results import MemoryResults
@@ -94,6 +95,11 @@ class Worker:
                 may_begin=lambda: self._sessions.can_exchange,
                 ready=self._sessions.ready,
             )
+        self._tickers = [
+            Ticker(self._transport, self._job_topology, service, app_id=self.options.name)
+            for service in services
+            if schedules_of(service)
+        ]
         self._replier = Replier(
             self._transport,
             executor,
@@ -139,6 +145,7 @@ class Worker:
         try:
             subscriptions = [each for service in self.services for each in await self._enter(service)]
             control = self._topology.control_queue(tuple(service.name for service in self.services))
+            subscriptions += [ticker.subscription() for ticker in self._tickers]
             subscriptions.append(Subscription(control, self._answerer.on_delivery, no_ack=True))
             listener = self._sessions.listener(
                 consuming=lambda _: None, consuming_lost=self._on_consuming_lost, blocked=self._on_blocked
@@ -155,6 +162,8 @@ class Worker:
             raise
         if self._closing is not None:
             raise ClosedError("the worker was stopped while it was being started")
+        for ticker in self._tickers:
+            ticker.start()
         log.info(
             "worker started",
             services=[service.name for service in self.services],
@@ -186,6 +195,8 @@ class Worker:
             async with asyncio.timeout(self.options.grace):
                 await self._intake.waiting.emptied()  # turned away, as soon as there is a way to say so
                 await self._replier.in_hand.none_left()
+                for ticker in self._tickers:
+                    await ticker.stop()
                 if self._jobs is not None:
                     await self._jobs.stop()
         except TimeoutError:
@@ -199,6 +210,8 @@ class Worker:
         self._phase, self._intake.taking = Phase.STOPPED, Taking.NOTHING
         await self._intake.waiting.close()
         await self._replier.abandon(() if self._jobs is None else self._jobs.cut_off())
+        for ticker in self._tickers:
+            await ticker.close()
         if self._jobs is not None:
             await self._jobs.close()
         try:
@@ -323,6 +336,8 @@ class Worker:
         self._intake.waiting.clear()  # the broker delivers them again
         if self._jobs is not None:
             self._jobs.lost()
+        for ticker in self._tickers:
+            ticker.lost()
 
     def _on_blocked(self, reason: str) -> None:
         log.warning("the broker takes no replies; nothing new is begun", reason=reason)
@@ -340,6 +355,7 @@ class Worker:
             expired_on_arrival=self.expired_on_arrival,
             unroutable_replies=self._replier.unroutable_replies,
             replayed=self._replier.replayed,
+            ticks={job: tick for ticker in self._tickers for job, tick in ticker.last_ticks()},
         )
 
 

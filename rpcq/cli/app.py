@@ -14,6 +14,7 @@ from rpcq.cli.dlq import dlq
 from rpcq.cli.doctor import doctor, setup
 from rpcq.cli.looking import describe, list_services, ping
 from rpcq.cli.options import EXIT_CODES, FAILED, USAGE, errors, exit_code
+from rpcq.cli.schedules import schedules
 from rpcq.cli.serving import worker
 from rpcq.cli.text import plain
 from rpcq.cli.tracebacks import users_place, users_traceback
@@ -51,6 +52,7 @@ app.command()(ping)
 app.command()(doctor)
 app.command()(setup)
 app.add_typer(dlq)
+app.command()(schedules)
 app.command()(bench)
 app.command()(demo)
 

@@ -30,6 +30,7 @@ from rpcq.errors import (
     TopologyMismatch,
     VhostNotFound,
 )
+from rpcq.jobs.ticking import schedules_of
 from rpcq.observability.management import UNANSWERED, Management, management_of
 from rpcq.options import ClientOptions
 from rpcq.runtime.process import run
@@ -327,6 +328,7 @@ def setup(
         exchanges += jobs.exchanges()
         queues += jobs.shared_queues()
         queues += [make(name) for name in names for make in (jobs.queue, jobs.suspects, jobs.dead_queue)]
+        queues += [jobs.tickets(service.name) for service in found if schedules_of(service)]
 
     async def declare() -> list[str]:
         host, port = broker.hosts[0]

@@ -41,7 +41,7 @@ def list_services(
 
     async def ask() -> tuple[list[WorkerInfo], list[WorkerStats]]:
         async with Client(url, **given(namespace=namespace, name=default_name("list"))) as client:
-            asked = asyncio.gather(_all(client.workers(wait=wait)), _all(client.stats(wait=wait)))
+            asked = asyncio.gather(all_of(client.workers(wait=wait)), all_of(client.stats(wait=wait)))
             workers, stats = await asked
             return workers, stats
 
@@ -54,7 +54,8 @@ def list_services(
         console.print(_services_table(workers, stats))
 
 
-async def _all(answers: AsyncIterator[T]) -> list[T]:
+async def all_of(answers: AsyncIterator[T]) -> list[T]:
+    """All that workers answer."""
     return [answer async for answer in answers]
 
 
@@ -97,7 +98,7 @@ def describe(
 
     async def ask() -> list[WorkerInfo]:
         async with Client(url, **given(namespace=namespace, name=default_name("describe"))) as client:
-            return await _all(client.workers(service, wait=wait))
+            return await all_of(client.workers(service, wait=wait))
 
     workers = run(ask())
     if not workers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from rpcq.invocation import Invocation
@@ -60,4 +61,5 @@ class JobInvocation(Invocation):
             user=job.user or None,
             metadata=job.metadata,
             state=self.state,
+            due=None if job.due_ms is None else datetime.fromtimestamp(job.due_ms / 1000, UTC),
         )

@@ -53,6 +53,11 @@ class MortalWorker(Worker):
         if self._jobs is not None:
             self._jobs.spread = _half
 
+    @property
+    def is_ticking(self) -> bool:
+        """Whether it is about to send the jobs of a schedule."""
+        return any(ticker.is_at_work for ticker in self._tickers)
+
     def runs(self, invocation: object) -> bool:
         """Whether this is an invocation of a job that runs here."""
         return self._jobs is not None and any(run.invocation is invocation for run in self._jobs)
@@ -136,7 +141,7 @@ class World:
             raise ConfigurationError(f"advance must be given more than 0 s and at most ten years; got {total:g} s")
         until = self._clock.now + total
         await self._until_quiet()
-        while (due := self._broker.next_expiry) is not None and due <= until:
+        while (due := self._broker.next_stop) is not None and due <= until:
             self._broker.move_clock(max(due, self._clock.now))
             await self._until_quiet()
         self._broker.move_clock(until)
@@ -159,11 +164,15 @@ class World:
         """Wait until nothing happens any more at this time of the world."""
         try:
             async with asyncio.timeout(PATIENCE):
-                while self._changing or self._broker.is_at_work or next(self._jobs.in_hand(), None):
+                while True:
                     if self._changing:
                         await self._changed()
-                    else:
+                    elif any(worker.is_ticking for worker in self._workers):
+                        await asyncio.sleep(0)
+                    elif self._broker.is_at_work or next(self._jobs.in_hand(), None):
                         await self._broker.worked()
+                    else:
+                        break
         except TimeoutError as error:
             run = ", ".join(sorted({*self._jobs.in_hand()})) or "no job"
             msg = f"after {PATIENCE:g} s of real time, still running: {run}. A world moves the delays of jobs, and not"

@@ -254,6 +254,12 @@ class Transport(Protocol):
         It is the machine's time, except on an in-process broker whose clock a test moves.
         """
 
+    async def sleep_until(self, ms: int) -> None:
+        """Wait until `now_ms` is at least this.
+
+        The machine's clock may be set meanwhile, or the machine may sleep: it is looked at every 30 seconds.
+        """
+
     async def stop_consuming(self) -> None:
         """Make the broker deliver nothing more. Earlier deliveries can still be settled."""
 

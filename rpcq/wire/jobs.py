@@ -19,6 +19,7 @@ KEY: Final = "rpcq-idempotency-key"
 ATTEMPT: Final = "rpcq-attempt"
 FIRST_SENT: Final = "rpcq-first-sent"
 EXPIRES: Final = "rpcq-expires"
+DUE: Final = "rpcq-due"
 UNKNOWN: Final = "rpcq-unknown"
 """How often a worker got the job that has no such job."""
 
@@ -110,6 +111,19 @@ class JobTopology:
             bindings=((self.dead.name, self.address(service)),),
         )
 
+    def tickets(self, service: str) -> Queue:
+        """The queue of the tickets of a service's schedules: one worker at a time consumes it."""
+        return Queue(
+            f"{self._namespace}.cron.{service}",
+            durable=True,
+            arguments={**self._arguments(service, UNLIMITED), "x-single-active-consumer": True},
+            bindings=((self.jobs.name, self.ticket_key(service)),),
+        )
+
+    def ticket_key(self, service: str) -> str:
+        """The routing key of the queue of tickets, at the exchange for jobs."""
+        return f"{service}:cron"
+
     def suspect_key(self, service: str) -> str:
         """The routing key of the queue for suspects, at the exchange for what is due."""
         return f"{service}:suspects"
@@ -162,6 +176,7 @@ class JobMessage:
         attempt: 1 + the number of attempts that ended with an error, or that the handler put off.
         first_sent_ms: when it was sent first, in milliseconds since the epoch; None if the message does not say.
         expires_ms: when it need not be done any more; None for never.
+        due_ms: when it is to be done: a tick of its schedule, or the end of its delay; None for at once.
         unknown: how often a worker got it that has no job of this name.
         app_id: the name of the program that sent it.
         user: the broker's user that sent it, checked by the broker; empty if the message does not carry it.
@@ -178,6 +193,7 @@ class JobMessage:
     attempt: int = 1
     first_sent_ms: int | None = None
     expires_ms: int | None = None
+    due_ms: int | None = None
     unknown: int = 0
     app_id: str = ""
     user: str = ""
@@ -238,6 +254,8 @@ def encode_job(job: JobMessage, now_ms: int) -> bytes:
     first_sent = headers[FIRST_SENT] = now_ms if job.first_sent_ms is None else job.first_sent_ms
     if job.expires_ms is not None:
         headers[EXPIRES] = job.expires_ms
+    if job.due_ms is not None:
+        headers[DUE] = job.due_ms
     if job.unknown:
         headers[UNKNOWN] = job.unknown
     name = short(job.id.encode())
@@ -270,6 +288,7 @@ def read_job(data: bytes, body: bytes, *, redelivered: bool) -> JobMessage:
         attempt=_count(headers.get(ATTEMPT, 1)),
         first_sent_ms=_whole(headers.get(FIRST_SENT)),
         expires_ms=_whole(headers.get(EXPIRES)),
+        due_ms=_whole(headers.get(DUE)),
         unknown=_count(headers.get(UNKNOWN, 0)),
         app_id=text(found.app_id),
         user=text(found.user_id),
@@ -314,7 +333,7 @@ def _problem(found: Properties, headers: Mapping[str, Any], job: JobMessage) -> 
         return f"the header {KEY} must be a string of 1 to 255 bytes; got {headers.get(KEY)!r:.50}"
     if job.attempt < 1:
         return f"the header {ATTEMPT} must be a whole number of at least 1; got {headers.get(ATTEMPT)!r:.50}"
-    for name in (FIRST_SENT, EXPIRES):
+    for name in (FIRST_SENT, EXPIRES, DUE):
         if name in headers and _whole(headers[name]) is None:
             return f"the header {name} must be a whole number of milliseconds; got {headers[name]!r:.50}"
     return ""

@@ -15,6 +15,7 @@ from typing import Protocol
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from rpcq.errors import BrokerError, BrokerUnreachable, UsageError
+from rpcq.runtime.clock import sleep_until
 from rpcq.transport.memory.clock import StoppedClock
 from rpcq.transport.memory.queues import Connection, Handed
 from rpcq.transport.memory.vhost import Vhost
@@ -73,6 +74,7 @@ class MemoryBroker:
         self._timer: asyncio.TimerHandle | None = None
         self._reason: str | None = None
         self._worked = asyncio.Event()
+        self._sleeping: list[tuple[float, asyncio.Future[None]]] = []  # who waits for a time of the stopped clock
 
     @property
     def queues(self) -> tuple[str, ...]:
@@ -130,15 +132,21 @@ class MemoryBroker:
         return self._clock
 
     @property
-    def next_expiry(self) -> float | None:
-        """When the next message may expire, in seconds of the broker's clock; None if none can."""
-        return self._vhost.next_expiry
+    def next_stop(self) -> float | None:
+        """When the next message may expire, or somebody wakes, in seconds of the broker's clock; None for never."""
+        stops = [when for when, _ in self._sleeping]
+        if self._vhost.next_expiry is not None:
+            stops.append(self._vhost.next_expiry)
+        return min(stops, default=None)
 
     def move_clock(self, now: float) -> None:
-        """Move a stopped clock to `now`, and give up the messages that have expired by then."""
+        """Move a stopped clock to `now`, give up the messages that have expired by then, and wake who waited for it."""
         assert self._clock is not None  # noqa: S101 - the caller stopped it
         self._clock.now = now
         self._vhost.expire(now)
+        for when, sleeper in self._sleeping:
+            if when <= now and not sleeper.done():
+                sleeper.set_result(None)
         self.schedule()
 
     @property
@@ -158,6 +166,19 @@ class MemoryBroker:
                 yield from transport.consuming.connection.unacked.values()
 
     # ------------------------------------------------------------------------------------------- for transports
+
+    async def sleep_until(self, ms: int) -> None:
+        """Wait until the time of day is at least this, in milliseconds since the epoch."""
+        if self._clock is None:
+            await sleep_until(ms)
+            return
+        sleeping = self._clock.at(ms), self.loop.create_future()
+        if sleeping[0] > self._clock.now:
+            self._sleeping.append(sleeping)
+            try:
+                await sleeping[1]
+            finally:
+                self._sleeping.remove(sleeping)
 
     def now(self) -> float:
         """The monotonic time for expiry, in seconds."""

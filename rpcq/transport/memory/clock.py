@@ -21,6 +21,10 @@ class StoppedClock:
         self._began = began.astimezone(UTC).replace(microsecond=began.microsecond // 1000 * 1000)
         self.now = 0.0
 
+    def at(self, ms: int) -> float:
+        """The seconds at which it shows a time of day, which is in milliseconds since the epoch."""
+        return ms / 1000 - self._began.timestamp()
+
     def wall(self) -> datetime:
         """The time of day that it shows."""
         return self._began + timedelta(seconds=self.now)

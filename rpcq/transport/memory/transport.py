@@ -282,6 +282,10 @@ class MemoryTransport:
         """The time of the broker; see `Transport.now_ms`."""
         return round(self._broker.wall().timestamp() * 1000)
 
+    async def sleep_until(self, ms: int) -> None:
+        """Wait until the broker's time is at least this; see `Transport.sleep_until`."""
+        await self._broker.sleep_until(ms)
+
     def lose_consuming(self, cause: BrokerError) -> None:
         """End the consuming session; it is opened again."""
         if self.consuming is None:

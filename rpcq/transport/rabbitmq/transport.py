@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 
 from rpcq.errors import ClosedError
 from rpcq.options import ConnectionOptions
+from rpcq.runtime import clock
 from rpcq.transport.base import Listener, Outgoing, Published, Subscription
 from rpcq.transport.rabbitmq.consuming import ConsumingSession
 from rpcq.transport.rabbitmq.publishing import PublishingSession
@@ -70,7 +70,11 @@ class RabbitMQTransport:
 
     def now_ms(self) -> int:
         """The machine's time; see `Transport.now_ms`."""
-        return round(time.time() * 1000)
+        return clock.now_ms()
+
+    async def sleep_until(self, ms: int) -> None:
+        """Wait until the machine's time is at least this; see `Transport.sleep_until`."""
+        await clock.sleep_until(ms)
 
     async def stop_consuming(self) -> None:
         """Cancel the consumers; see `Transport.stop_consuming`."""

@@ -297,3 +297,40 @@ def test_an_administrators_questions_leave_no_connection(rpcq: Rpcq, broker: Bro
     shown(rpcq.run("doctor", "--namespace", rpcq.namespace))
     if broker.can_ctl:
         assert "rpcq admin" not in broker.ctl("list_connections", "client_properties")
+
+
+# Schedules.
+
+
+SCHEDULES = """
+from rpcq import Cron, Every, Service
+
+reports = Service("reports")
+
+@reports.job(schedule=Cron("0 6 * * mon-fri", tz="Europe/Berlin", missed="all"))
+async def daily() -> None: ...
+
+@reports.job(schedule=Every(0.25))
+async def beat() -> None: ...
+"""
+
+
+async def test_schedules_are_listed_with_their_ticks(rpcq: Rpcq) -> None:
+    (rpcq.folder / "reporting.py").write_text(SCHEDULES)
+    rpcq.worker("reporting:reports")
+    own = {"RPCQ_NAMESPACE": rpcq.namespace}
+    while True:
+        found = json.loads(shown(await asyncio.to_thread(rpcq.run, "schedules", "--json", **own)))["schedules"]
+        if found and found[0]["last"]:
+            break
+    beat, daily = found
+    assert (beat["job"], beat["schedule"], beat["missed"]) == ("reports.beat", "every 0.25 s", "last")
+    assert beat["last"] < beat["next"]
+    assert (daily["job"], daily["schedule"]) == ("reports.daily", "cron 0 6 * * mon-fri Europe/Berlin")
+    assert (daily["missed"], daily["last"]) == ("all", None)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d 06:00:00\+0[12]:00", daily["next"])
+    table = shown(await asyncio.to_thread(rpcq.run, "schedules", "reports", **own))
+    assert "reports.daily" in table
+    assert "no worker answered" in shown(
+        await asyncio.to_thread(rpcq.run, "schedules", "others", "--wait", "0.1", **own)
+    )

@@ -14,6 +14,8 @@ from rpcq import (
     Client,
     ConfigurationError,
     Context,
+    Cron,
+    Every,
     GiveUp,
     InvalidParams,
     Retry,
@@ -655,3 +657,41 @@ def test_code_that_opens_its_own_client_finds_the_world_of_the_fixture(
     pytester.makepyfile(TEST)
     options = ["-p", "no:anyio", "-o", "asyncio_default_fixture_loop_scope=function", "-o", "asyncio_mode=auto"]
     pytester.runpytest_subprocess("-W", "error", *options).assert_outcomes(passed=1)
+
+
+# Schedules.
+
+
+async def test_a_schedule_follows_the_time_of_the_world() -> None:
+    reports = Service("reports")
+    seen: list[datetime | None] = []
+
+    @reports.job(schedule=Cron("0 6 * * *", tz="Europe/Berlin", missed="all"))
+    async def daily(context: Context) -> None:
+        seen.append(context.due)
+
+    async with world(reports) as w:
+        begun = w.now
+        await w.advance(days=3)
+        assert len(seen) == 3
+        assert all(due is not None and begun < due <= w.now for due in seen)
+        await w.kill_worker()
+        await w.advance(days=2)
+        assert len(seen) == 3
+        await w.start_worker()
+        await w.settled()
+        assert len(seen) == 5
+
+
+async def test_a_schedule_of_a_second_is_due_each_second_of_the_world() -> None:
+    reports = Service("reports")
+    seen: list[datetime | None] = []
+
+    @reports.job(schedule=Every(1, missed="all"))
+    async def beat(context: Context) -> None:
+        seen.append(context.due)
+
+    async with world(reports) as w:
+        await w.advance(minutes=15)
+        assert len(seen) == 900
+        assert len({*seen}) == 900

@@ -431,7 +431,7 @@ async def test_time_stands_still_until_it_is_moved(broker: MemoryBroker, peer: P
     await turn()
     await asyncio.sleep(0.01)
     assert broker.depth("q") == 1
-    assert broker.next_expiry == 0.001
+    assert broker.next_stop == 0.001
     broker.move_clock(3600.0)
     assert broker.is_at_work
     await broker.worked()
