@@ -139,6 +139,17 @@ class Executor:
         run.cancelled = True
         self._interrupt(run)
 
+    def write_off(self, run: Run) -> None:
+        """End a run now, although its handler goes on: none of the run's methods is called for it any more.
+
+        The handler is cancelled once more. One in a thread goes on, and its thread is free when it ends.
+        """
+        self._ended(run)
+        if run.thread is not None:
+            run.thread.cancel()
+        if run.task is not None:
+            run.task.cancel()
+
     async def abandon(self, runs: Collection[Run]) -> None:
         """Cancel all these runs, and start nothing more. Threads cannot be ended, and go on.
 

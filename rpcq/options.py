@@ -152,6 +152,10 @@ JOB_RETRY: Final = Retry(max_attempts=8, initial_backoff=1.0, max_backoff=3600.0
 """How a job is retried by default."""
 
 
+_RATE: Final = re.compile(r"([1-9][0-9]{0,8})/([smh])")
+_PERIODS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
 @dataclass(frozen=True, kw_only=True)
 class JobOptions:
     """How a job is run, and what becomes of it when it fails.
@@ -163,6 +167,9 @@ class JobOptions:
         give_up_on: these exceptions are not retried.
         at_most_once: it is never run again: a job that may have run becomes a dead letter.
         schedule: when workers send the job by themselves, without parameters; None for never.
+        max_concurrency: the most jobs of this name that one worker runs at once; None for no limit of its own.
+        rate: how many jobs of this name one worker begins at most in a second, a minute or an hour, such as "10/s",
+            "100/m" or "1000/h", evenly spaced: 0.1 s apart for "10/s". None for no limit.
 
     """
 
@@ -172,6 +179,8 @@ class JobOptions:
     give_up_on: tuple[type[Exception], ...] = ()
     at_most_once: bool = False
     schedule: Schedule | None = None
+    max_concurrency: int | None = None
+    rate: str | None = None
 
     def __post_init__(self) -> None:
         check_schedule(self.schedule)
@@ -189,6 +198,25 @@ class JobOptions:
                 if not (isinstance(kind, type) and issubclass(kind, Exception)):
                     raise ConfigurationError(f"{name} must be classes of exceptions; got {kind!r}")
             object.__setattr__(self, name, kinds)
+        if self.max_concurrency is not None:
+            _check_count("max_concurrency", self.max_concurrency, 1, 65_535)
+        if self.rate is not None and not (isinstance(self.rate, str) and _RATE.fullmatch(self.rate)):
+            msg = (
+                "rate must be a whole number of jobs in a second, minute or hour, such as '10/s', '100/m' or '1000/h'; "
+                f"got {self.rate!r}"
+            )
+            raise ConfigurationError(msg)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it has a limit of its own in each worker."""
+        return self.max_concurrency is not None or self.rate is not None
+
+    @property
+    def spacing(self) -> float:
+        """Seconds between the beginnings of two jobs, by `rate`; 0 without."""
+        found = None if self.rate is None else _RATE.fullmatch(self.rate)
+        return 0.0 if found is None else _PERIODS[found[2]] / int(found[1])
 
     @property
     def max_attempts(self) -> int:
@@ -389,6 +417,7 @@ class WorkerOptions(ConnectionOptions):
         reply_to: regular expressions of further queues that the worker may reply to; each matches a whole name.
             Server-named queues and direct reply-to are always allowed.
         remember: the approximate limit, in bytes, for stored results of calls with an idempotency key; 0 stores none.
+            Up to an eighth of it is used besides, for the keys of jobs that are done.
         blocked_after: seconds that a handler may block the event loop before a warning names it.
         job_prefetch: jobs of each service that run at once, besides its calls.
 

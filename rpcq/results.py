@@ -46,13 +46,15 @@ class Claim(Enum):
 class ResultStore(Protocol):
     """A store of results; `Service(result_store=...)` shares one among the workers of a service.
 
-    A key is the service's name, the scope of the idempotency key, and the idempotency key, joined by slashes. Before a
-    handler runs, its worker claims the key: of two requests with one key, on any workers, only one runs at a time.
-    `claim` must be atomic.
+    A key is the service's name, the scope of the idempotency key, and the idempotency key, joined by slashes. The scope
+    of a job begins with `job:` and its name, so that no call and no other job has its key. Before a handler runs, its
+    worker claims the key: of two requests with one key, on any workers, only one runs at a time. `claim` must be
+    atomic.
 
     If `get` or `claim` raises, the request does not run, and the client sends it again. If `put` or `release` raises,
     the exception is logged, and the caller still gets its reply. `get`, `claim` and `put` count toward the time of the
-    call, and are cancelled with it.
+    call, and are cancelled with it. For a job, each of them has 5 seconds. If `claim` raises or takes longer, the job
+    is put off, and tried again.
     """
 
     async def get(self, key: str) -> StoredResult | None:

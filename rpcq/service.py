@@ -330,6 +330,8 @@ class Service:
         give_up_on: Sequence[type[Exception]] = (),
         at_most_once: bool = False,
         schedule: Schedule | None = None,
+        max_concurrency: int | None = None,
+        rate: str | None = None,
     ) -> Callable[[Handler], Handler]: ...
 
     def job(self, handler: Any = None, /, *, name: str | None = None, **options: Any) -> Any:

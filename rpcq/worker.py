@@ -84,7 +84,8 @@ class Worker:
         self._observers = Observers(observers, self)
         self._sessions = Sessions(self._transport, self._observers)
         with_jobs = [service for service in services if service.jobs]
-        executor = Executor(self.options.prefetch * len(services) + self.options.job_prefetch * len(with_jobs))
+        # Twice for jobs: the thread of a job that is written off may never be free again.
+        executor = Executor(self.options.prefetch * len(services) + 2 * self.options.job_prefetch * len(with_jobs))
         self._job_topology = JobTopology(self.options.namespace)
         self._jobs: JobRunner | None = None
         if with_jobs:
@@ -94,6 +95,8 @@ class Worker:
                 self._job_topology,
                 may_begin=lambda: self._sessions.can_exchange,
                 ready=self._sessions.ready,
+                remember=self.options.remember // 8,
+                waiting=self.options.job_prefetch // 2,
             )
         self._tickers = [
             Ticker(self._transport, self._job_topology, service, app_id=self.options.name)

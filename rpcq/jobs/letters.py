@@ -246,7 +246,7 @@ def replay_of(letter: DeadLetter, to: str | None, now_ms: int) -> Replay | str:
     if not job.id:
         return f"it has no ID that a worker would take: {job.problem}"
     is_over = job.expires_ms is not None and job.expires_ms <= now_ms
-    again = replace(job, attempt=1, unknown=0, expires_ms=None if is_over else job.expires_ms)
+    again = replace(job, attempt=1, unknown=0, earlier=0, expires_ms=None if is_over else job.expires_ms)
     try:
         properties = encode_job(again, now_ms)
     except (ValueError, TypeError) as error:

@@ -13,11 +13,15 @@ from typing import Final
 from rpcq.errors import CallError, Executed, GiveUp, RetryLater
 from rpcq.invocation import Interruption, Refused
 from rpcq.options import JobOptions, Retry
+from rpcq.results import Claim, StoredResult
 from rpcq.wire.delays import coarse, steps_of
 from rpcq.wire.jobs import DELIVERY_LIMIT, SUSPECT_FROM, SUSPECT_LIMIT, JobMessage
 
 UNKNOWN_PAUSES: Final = (5.0, 30.0, 180.0, 600.0)
 """Seconds that a job waits whose name the worker does not know: while a deploy rolls, some workers are older."""
+
+HELD_PAUSE: Final = 5.0
+"""Seconds that a job waits while another one with its key runs."""
 
 MAX_ERROR: Final = 1000
 """Characters of an exception's text that a dead letter carries."""
@@ -62,11 +66,19 @@ class Suspect:
     """The job came back too often: it may be what kills its workers. It runs with no other job beside it."""
 
 
+class NotRun(Exception):
+    """The handler does not run; `fate` says what becomes of the job. None: it is done already."""
+
+    def __init__(self, fate: Again | Dead | None) -> None:
+        super().__init__(fate)
+        self.fate = fate
+
+
 def before(job: JobMessage) -> Executed:
     """Whether an attempt ran before this delivery."""
     if job.attempt > 1:
         return "yes"
-    return "maybe" if job.returns else "no"
+    return "maybe" if job.returns or job.earlier else "no"
 
 
 def of_delivery(
@@ -84,8 +96,8 @@ def of_delivery(
     """
     if job.problem:
         return Dead("invalid", before(job), job.problem)
-    if job.returns >= (SUSPECT_LIMIT if is_suspects else DELIVERY_LIMIT):
-        return Dead("delivery_limit", "maybe", f"its workers were lost {job.returns} times while they had it")
+    if (dead := of_returns(job, is_suspects=is_suspects)) is not None:
+        return dead
     if job.expires_ms is not None and now_ms >= job.expires_ms:
         return Dead("expired", before(job), f"it expired {(now_ms - job.expires_ms) / 1000:.3f} s ago")
     if known is None:
@@ -94,11 +106,53 @@ def of_delivery(
         if job.unknown >= len(UNKNOWN_PAUSES):
             return Dead("unknown_method", before(job), f"no worker that got it has a job {job.name!r}")
         return Again(steps_of(UNKNOWN_PAUSES[job.unknown]), f"this worker has no job {job.name!r}", unknown=1)
-    if known.at_most_once and job.returns:
+    if known.at_most_once and (job.returns or job.earlier):
         return Dead("interrupted", "maybe", "its worker was lost while it had it, and it runs at most once")
-    if job.returns >= SUSPECT_FROM and not is_suspects and not known.at_most_once:
+    if job.returns + job.earlier >= SUSPECT_FROM and not is_suspects and not known.at_most_once:
         return Suspect()
     return None
+
+
+def of_returns(job: JobMessage, *, is_suspects: bool) -> Dead | None:
+    """What becomes of a job that came back so often; None if it may come back again."""
+    if job.returns + job.earlier < DELIVERY_LIMIT and not (is_suspects and job.returns >= SUSPECT_LIMIT):
+        return None
+    times = job.returns + job.earlier
+    return Dead("delivery_limit", "maybe", f"its workers were lost, or held it too long, {times} times")
+
+
+def of_key(job: JobMessage, found: StoredResult | Claim, fingerprint: bytes) -> NotRun | None:
+    """What becomes of a job by what a store has for its key; None if it runs.
+
+    It runs if the key has lapsed: its earlier worker is lost, and a job runs at least once.
+    """
+    if isinstance(found, StoredResult):
+        return NotRun(of_done(job, same=found.fingerprint == fingerprint))
+    if found is Claim.HELD:
+        return NotRun(of_twin())
+    return None
+
+
+def of_twin() -> Again:
+    """What becomes of a job while another one has its key."""
+    return Again(steps_of(HELD_PAUSE), "another job with its key runs, or its worker was lost")
+
+
+def of_wait(seconds: float) -> Again:
+    """What becomes of a job whose turn is not near; `seconds` is the time until then, about."""
+    return Again(max(1, coarse(steps_of(seconds))), "its turn is not near: others run, or its limits hold it up")
+
+
+def of_done(job: JobMessage, *, same: bool) -> Dead | None:
+    """What becomes of a job whose key is that of one that is done; None if it is the same job, with its parameters."""
+    if same:
+        return None
+    return Dead("invalid", before(job), "its idempotency key is that of a job that is done, with other parameters")
+
+
+def of_store(seconds: float) -> Again:
+    """What becomes of a job whose store of results failed; `seconds` is the pause."""
+    return Again(max(1, coarse(steps_of(seconds))), "the store of results failed: it cannot say whether it is done")
 
 
 def of_error(
@@ -126,13 +180,19 @@ def of_interruption(
         case Interruption.TIMED_OUT:
             return _again(job, options, f"it timed out after {seconds:.3f} s", _pause(job, options.retry, spread))
         case Interruption.TIMED_OUT_UNBEGUN:
-            return Again(_pause(job, options.retry, spread), "it did not begin in time: no thread was free")
+            error = "it did not begin in time: no thread was free, or its store of results did not answer"
+            return Again(_pause(job, options.retry, spread), error)
         case Interruption.CUT_OFF | Interruption.CANCELLED if options.at_most_once:
             return Dead("interrupted", "maybe", f"its worker stopped, and cut it off after {seconds:.3f} s")
         case Interruption.CUT_OFF_UNBEGUN if options.at_most_once:
-            return Again(0, "its worker stopped before it began")  # if it came back, it would count as run
+            return of_stopping()
         case _:
             return None
+
+
+def of_stopping() -> Again:
+    """What becomes of a job that runs at most once and has not begun: if it came back, it would count as run."""
+    return Again(0, "its worker stopped before it began")
 
 
 def of_refusal(job: JobMessage, error: CallError) -> Dead:

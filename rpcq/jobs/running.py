@@ -1,8 +1,9 @@
 """Takes the jobs that are delivered to a worker, runs them, and settles their deliveries.
 
     delivery -> it is in hand here already                  -> the run takes it over
+             -> its key is that of a job that is done       -> acknowledged
              -> it may not run (`outcomes.of_delivery`)     -> moved: delayed, to the suspects, or to the dead letters
-             -> it may run                                  -> Executor.begin
+             -> it may run, within its own limits (`limits`) -> Executor.begin
     run ended -> done                                       -> acknowledged
               -> again, or dead (`outcomes.of_error`)       -> moved
               -> its worker stopped                         -> given back to its queue
@@ -17,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -25,80 +25,48 @@ from typing import Any, Final
 
 from rpcq import logs
 from rpcq.errors import GiveUp, InvalidParams, RetryLater
-from rpcq.execution import Executor, Run
+from rpcq.execution import Executor
 from rpcq.invocation import Interruption, Invocation
 from rpcq.jobs.invocation import JobInvocation, Served
-from rpcq.jobs.outcomes import Again, Dead, Suspect, of_delivery, of_error, of_interruption, of_refusal
-from rpcq.options import JobOptions
+from rpcq.jobs.keys import Keys, Remembered, key_of
+from rpcq.jobs.limits import Limits
+from rpcq.jobs.moving import Mover
+from rpcq.jobs.outcomes import (
+    Again,
+    Dead,
+    NotRun,
+    Suspect,
+    of_delivery,
+    of_done,
+    of_error,
+    of_interruption,
+    of_refusal,
+    of_returns,
+    of_stopping,
+    of_twin,
+    of_wait,
+)
+from rpcq.jobs.run import JobRun
+from rpcq.jobs.suspects import Suspects
 from rpcq.runtime.backlog import Backlog
 from rpcq.runtime.backoff import full_jitter
 from rpcq.runtime.threads import Ended
 from rpcq.service import Service
-from rpcq.transport.base import Delivery, Outgoing, Published, Transport
+from rpcq.transport.base import Delivery, Transport
 from rpcq.wire import jobs as wire
 from rpcq.wire.jobs import JobMessage, JobTopology, encode_dead, encode_job, read_job
 from rpcq.wire.properties import MalformedProperties
 
 log = logs.get_logger("rpcq.worker")
 
-MOVE_PAUSE: Final = 0.5
-"""Seconds before a job is published again that the broker refused or returned."""
+LOOK_PAUSE: Final = 5.0
+"""Seconds between two looks at how long the jobs in hand are held; RabbitMQ bounds that to 30 minutes."""
 
+LONGEST_WAIT: Final = 30.0
+"""Seconds that a job waits here for its turn, until it is put off."""
 
-class JobRun(Run):
-    """A job in hand, from its delivery until it is settled.
-
-    Attributes:
-        runner: what settles it.
-        served: its service.
-        delivery: its delivery.
-        job: its message.
-        is_suspect: whether it came from the queue for suspects.
-
-    """
-
-    __slots__ = ("delivery", "is_suspect", "job", "runner", "served")
-
-    def __init__(
-        self, runner: JobRunner, served: Served, delivery: Delivery, job: JobMessage, *, is_suspect: bool
-    ) -> None:
-        super().__init__()
-        self.runner = runner
-        self.served = served
-        self.delivery = delivery
-        self.job = job
-        self.is_suspect = is_suspect
-
-    @property
-    def id(self) -> str:
-        """The job's ID, for logs."""
-        return self.job.id
-
-    def returned(self, invocation: Invocation, value: Any) -> None:  # noqa: ARG002 - what a job returns is not used
-        """See `Run`."""
-        self.runner.returned(self)
-
-    def raised(self, invocation: Invocation, error: BaseException) -> None:
-        """See `Run`."""
-        self.runner.raised(self, invocation, error)
-
-    def interrupted(self, invocation: Invocation, why: Interruption) -> None:
-        """See `Run`."""
-        self.runner.interrupted(self, invocation, why)
-
-
-class _Moved(Outgoing):
-    """A job that is published to another queue; its delivery is acknowledged once the broker has it there."""
-
-    __slots__ = ("run",)
-
-    def __init__(self, run: JobRun, exchange: bytes, routing_key: bytes, properties: bytes) -> None:
-        super().__init__(exchange, routing_key, run.job.id.encode(), properties, run.job.body)
-        self.run = run
-
-    def on_published(self, published: Published) -> None:
-        """See `Outgoing`."""
-        self.run.runner.moved(self, published)
+LONGEST_RUN: Final = 28 * 60.0
+"""Seconds after which a job is settled although its handler does not end. It is longer than any timeout."""
 
 
 class JobRunner:
@@ -110,10 +78,14 @@ class JobRunner:
         topology: of the namespace.
         may_begin: whether a job may begin now: what becomes of it must be published.
         ready: waits for that.
+        remember: bytes for the keys of jobs that are done.
+        waiting: jobs of each service that may wait here for a turn by their own limits.
 
     Attributes:
         finished: jobs that are settled.
         retried: jobs that run again later.
+        put_off: jobs that come back later because they did not run: by their limits or their keys, for example.
+        suppressed: jobs that did not run because they were done, by their keys.
         dead: jobs that became dead letters here.
         spread: makes the longest pause before a retry into the pause, in seconds.
 
@@ -127,6 +99,8 @@ class JobRunner:
         *,
         may_begin: Callable[[], bool],
         ready: Callable[[], Any],
+        remember: int = 0,
+        waiting: int = 0,
     ) -> None:
         self._transport = transport
         self._executor = executor
@@ -135,11 +109,14 @@ class JobRunner:
         self._in_hand: dict[str, JobRun] = {}
         self._twins: set[JobRun] = set()  # jobs whose ID another job in hand has
         self._running: set[JobRun] = set()
-        self._suspects: deque[JobRun] = deque()  # each waits until nothing runs, and nothing begins before it
-        self._held: deque[JobRun] = deque()  # wait for the suspects
         self._arriving: Backlog[tuple[Served, Delivery, bool]] = Backlog(may_begin, ready, self._take)
-        self._unsent: Backlog[_Moved] = Backlog(lambda: transport.can_publish, transport.writable, transport.publish)
-        self._pauses: set[asyncio.TimerHandle] = set()
+        self._mover = Mover(transport, self._acknowledge, self._reject)
+        self._remembered = Remembered(remember) if remember else None
+        self._busy: set[str] = set()  # keys of jobs that run
+        self._keys = Keys()
+        self._limits = Limits(self._start, self._put_off, lambda: not self._suspects, waiting)
+        self._suspects = Suspects(self._running, self._begin, self._limits.go_on)
+        self._look: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopping = False
@@ -147,6 +124,8 @@ class JobRunner:
         self._seldom = logs.Seldom(log)
         self.finished = 0
         self.retried = 0
+        self.put_off = 0
+        self.suppressed = 0
         self.dead = 0
         self.spread: Callable[[float], float] = full_jitter
 
@@ -175,13 +154,13 @@ class JobRunner:
             self._take((served, delivery, is_suspects))
         self._arriving.clear()
         for run in self._take_waiting():
-            self._give_back(run)
+            self._turn_away(run)
         self._note_idle()
         await self._idle.wait()
 
     def name_of(self, task: asyncio.Task[Any]) -> dict[str, Any] | None:
         """What a task runs, as fields for a log; None if it is no job. May be called from another thread."""
-        return next((_names(run) for run in self if run.task is task), None)
+        return next((run.names for run in self if run.task is task), None)
 
     def cut_off(self) -> list[JobRun]:
         """The runs that are left when the worker closes; for `Executor.abandon`."""
@@ -193,18 +172,20 @@ class JobRunner:
     def vanish(self) -> None:
         """Go on as if the process was killed: begin and publish nothing more, and cancel what runs."""
         self._abandoned = True
-        self._suspects.clear()
-        self._held.clear()
+        self._mover.stop()
+        self._keys.vanish()
+        self._take_waiting()
         for run in self:
             self._executor.cancel(run)
 
     async def close(self) -> None:
         """Publish nothing more. What is not settled, the broker delivers again."""
         self._abandoned = True
-        for pause in self._pauses:
-            pause.cancel()
+        if self._look is not None:
+            self._look.cancel()
         await self._arriving.close()
-        await self._unsent.close()
+        await self._mover.close()
+        await self._keys.close()
 
     # Taking.
 
@@ -225,16 +206,22 @@ class JobRunner:
         except MalformedProperties as error:
             self._bury_as_it_is(served, delivery, str(error))
             return
-        if delivery.redelivered and self._adopt(job.id, delivery, is_suspects):
+        if delivery.redelivered and self._adopt(job, delivery, is_suspects):
             return
         run = JobRun(self, served, delivery, job, is_suspect=is_suspects)
         if self._in_hand.setdefault(job.id, run) is not run:
             self._twins.add(run)
         self._idle.clear()
         if self._stopping:
-            self._give_back(run)
+            self._turn_away(run)
             return
         service = served.service
+        if self._remembered is not None and service.result_store is None:
+            run.key = key_of(service.name, job)
+            same = self._remembered.get(run.key, job.body)
+            if same is not None:
+                self._not_run(run, of_done(job, same=same))
+                return
         method = service.jobs.get(job.name)
         fate = of_delivery(
             job,
@@ -246,20 +233,24 @@ class JobRunner:
         if fate is not None:
             self._settle(run, fate)
         elif is_suspects:
-            self._suspects.append(run)
-            self._go_on()
+            self._suspects.add(run)
         elif self._suspects:
-            self._held.append(run)
+            self._suspects.hold(run)
+            self._look_later()
         else:
             self._begin(run)
 
-    def _adopt(self, job_id: str, delivery: Delivery, is_suspects: bool) -> bool:
+    def _adopt(self, job: JobMessage, delivery: Delivery, is_suspects: bool) -> bool:
         """Let a job that is still in hand take over its redelivery: the session of its first delivery was lost."""
-        for run in (self._in_hand.get(job_id), *self._twins):
-            if run is not None and run.job.id == job_id and run.is_suspect == is_suspects:
+        for run in (self._in_hand.get(job.id), *self._twins):
+            if run is not None and run.job.id == job.id and run.is_suspect == is_suspects:
                 if run.delivery.source is delivery.source:
                     continue  # this session delivered both: they are two messages with one ID
                 run.delivery = delivery
+                # From RabbitMQ 4.3 on, a job that its worker held for too long comes back without a bound.
+                dead = of_returns(job, is_suspects=is_suspects)
+                if dead is not None and run in self._running:
+                    self._write_off(run, dead)
                 return True
         return False
 
@@ -270,57 +261,56 @@ class JobRunner:
         delivery.reject()
 
     def _begin(self, run: JobRun) -> None:
-        method = run.served.service.jobs[run.job.name]
-        options = method.job
-        assert options is not None  # noqa: S101 - `Service.job` sets it
+        if run.options.is_limited:
+            self._limits.enter(run)
+            self._look_later()
+        else:
+            self._start(run)
+
+    def _start(self, run: JobRun) -> None:
+        service = run.served.service
+        method = service.jobs[run.job.name]
+        fate: Again | Dead
         try:
             arguments = method.parameters.read(run.job.body)
         except InvalidParams as error:
-            self._settle(run, of_refusal(run.job, error))
-            return
-        now = time.monotonic()
-        invocation = JobInvocation(run.job, method, arguments, now + options.timeout, run.served.state)
-        self._running.add(run)
-        self._executor.begin(run, invocation, now)
-
-    def _go_on(self) -> None:
-        """Begin the next suspect if nothing runs; without suspects, begin what they held up."""
-        if self._suspects:
-            if not self._running:
-                run = self._suspects[0]
-                self._begin(run)
-                if run not in self._running:  # it was settled without a run, or has ended
-                    self._after_suspect(run)
-            return
-        while self._held and not self._suspects:
-            self._begin(self._held.popleft())
-
-    def _after_suspect(self, run: JobRun) -> None:
-        """Begin all that one suspect held up before the next one: RabbitMQ bounds how long a delivery may be held."""
-        if self._suspects and self._suspects[0] is run:
-            self._suspects.popleft()
-            held, self._held = self._held, deque()
-            for each in held:
-                self._begin(each)
-            self._go_on()
+            fate = of_refusal(run.job, error)
+        else:
+            if run.key not in self._busy:
+                run.since = now = time.monotonic()
+                invocation = JobInvocation(run.job, method, arguments, now + run.options.timeout, run.served.state)
+                self._running.add(run)
+                if run.key is not None:
+                    self._busy.add(run.key)
+                self._look_later()
+                store = service.result_store
+                around = None if store is None else partial(self._keys.run, run, invocation, store)
+                self._executor.begin(run, invocation, now, around)
+                return
+            fate = of_twin()
+        self._limits.leave(run, 0.0)
+        self._settle(run, fate)
 
     def _take_waiting(self) -> list[JobRun]:
         """Take out the jobs that wait to begin."""
-        waiting = [run for run in (*self._suspects, *self._held) if run not in self._running]
-        self._suspects = deque(run for run in self._suspects if run in self._running)
-        self._held.clear()
-        return waiting
+        return [*self._suspects.take_waiting(), *self._limits.take_waiting()]
 
     # Ends of a run.
 
     def returned(self, run: JobRun) -> None:
         """The handler returned: the job is done."""
+        if run.key is not None and self._remembered is not None:
+            self._remembered.put(run.key, run.job.body)
         self._acknowledge(run)
         self._ended(run)
 
     def raised(self, run: JobRun, invocation: Invocation, error: BaseException) -> None:
-        """The handler raised."""
-        fate = of_error(run.job, _options(invocation), error, self.spread)
+        """The handler raised, or did not run."""
+        if isinstance(error, NotRun):
+            self._not_run(run, error.fate)
+            self._ended(run)
+            return
+        fate = of_error(run.job, run.options, error, self.spread)
         if isinstance(error, RetryLater | GiveUp):  # its handler says what is to become of it
             self._settle(run, fate)
             self._ended(run)
@@ -342,7 +332,7 @@ class JobRunner:
 
         A thread cannot be interrupted: the fate of its job waits until it ends, so that no two attempts run at once.
         """
-        if run.outlasts and not self._abandoned:
+        if (run.outlasts or run.ran_on) and not self._abandoned:  # it goes on, or has just succeeded
             assert run.result is not None  # noqa: S101 - made with the thread
             log.warning("job goes on beyond its timeout, in a thread", **invocation.names())
             run.result.add_done_callback(lambda result: self._outlasted(run, invocation, why, result))
@@ -350,15 +340,18 @@ class JobRunner:
             self._interrupted(run, invocation, why)
 
     def _outlasted(self, run: JobRun, invocation: Invocation, why: Interruption, result: asyncio.Future[Ended]) -> None:
-        if self._abandoned:
-            return  # the broker delivers it again
-        if not result.cancelled() and result.result().error is None:
+        if self._abandoned or run not in self._running:
+            return  # the broker delivers it again; or it was written off
+        is_done = not result.cancelled() and result.result().error is None
+        if run.claimed is not None:
+            (self._keys.put if is_done else self._keys.release)(run.claimed)
+        if is_done:
             self.returned(run)
         else:
             self._interrupted(run, invocation, why)
 
     def _interrupted(self, run: JobRun, invocation: Invocation, why: Interruption) -> None:
-        fate = of_interruption(run.job, _options(invocation), why, run.handler_ms / 1000, self.spread)
+        fate = of_interruption(run.job, run.options, why, run.handler_ms / 1000, self.spread)
         if fate is None:
             self._give_back(run)
         else:
@@ -369,11 +362,55 @@ class JobRunner:
     def _ended(self, run: JobRun) -> None:
         """Its handler has ended: others may begin."""
         self._running.discard(run)
-        self._after_suspect(run)
-        self._go_on()
+        if run.key is not None:
+            self._busy.discard(run.key)
+        if run.limit is not None:
+            self._limits.leave(run, time.monotonic() - run.since)
+        self._suspects.ended(run)
+        self._suspects.go_on()
         self._note_idle()
 
+    # What is held for too long.
+
+    def _look_later(self) -> None:
+        if self._look is None and not self._abandoned:
+            self._look = asyncio.get_running_loop().call_later(LOOK_PAUSE, self._look_after)
+
+    def _look_after(self) -> None:
+        """Put off what has waited too long, and write off what has run too long: threads, for example."""
+        self._look = None
+        now = time.monotonic()
+        for run in [run for run in self._running if run.since <= now - LONGEST_RUN]:
+            log.error("handler does not end: its job is settled, and its thread may be lost", **run.names)
+            fate = of_interruption(run.job, run.options, Interruption.TIMED_OUT, now - run.since, self.spread)
+            assert fate is not None  # noqa: S101 - a timeout has one
+            self._write_off(run, fate)
+        for run in self._suspects.take_held(now - LONGEST_WAIT):
+            self._put_off(run, LONGEST_WAIT)
+        self._limits.put_off_since(now - LONGEST_WAIT)
+        if self._in_hand or self._twins:
+            self._look_later()
+
+    def _write_off(self, run: JobRun, fate: Again | Dead) -> None:
+        """Settle a job although its handler goes on."""
+        self._executor.write_off(run)
+        self._settle(run, fate)
+        self._ended(run)
+
     # Settling.
+
+    def _not_run(self, run: JobRun, fate: Again | Dead | None) -> None:
+        """Settle a job whose handler does not run, by its key."""
+        if fate is None:
+            self.suppressed += 1
+            log.info("job is done already, by its key", **run.names, key=run.job.key)
+            self._acknowledge(run)
+        else:
+            self._settle(run, fate)
+
+    def _put_off(self, run: JobRun, seconds: float) -> None:
+        """Have the broker hold a job whose turn is not near."""
+        self._settle(run, of_wait(seconds))
 
     def _settle(self, run: JobRun, fate: Again | Dead | Suspect, incident: str | None = None) -> None:
         if self._abandoned:
@@ -383,12 +420,23 @@ class JobRunner:
         match fate:
             case Suspect():
                 key = self._topology.suspect_key(service)
-                log.warning("job is a suspect: its workers were lost", **_names(run), returns=job.returns)
-                self._move(run, self._topology.due.name.encode(), key.encode(), encode_job(job, now_ms))
+                log.warning("job is a suspect: its workers were lost", **run.names, returns=job.returns)
+                moved = replace(job, earlier=job.earlier + job.returns)
+                self._move(run, self._topology.due.name.encode(), key.encode(), encode_job(moved, now_ms))
             case Again():
-                self.retried += 1
-                again = replace(job, attempt=job.attempt + fate.attempts, unknown=job.unknown + fate.unknown)
-                log.info("job runs again later", **_names(run), seconds=fate.steps / 4, cause=fate.error)
+                if fate.attempts or fate.unknown:
+                    self.retried += 1
+                    write = log.info
+                else:
+                    self.put_off += 1
+                    write = log.debug
+                again = replace(
+                    job,
+                    attempt=job.attempt + fate.attempts,
+                    unknown=job.unknown + fate.unknown,
+                    earlier=0 if fate.attempts else job.earlier + job.returns,
+                )
+                write("job runs again later", **run.names, seconds=fate.steps / 4, cause=fate.error)
                 if fate.steps:
                     exchange, address = self._topology.ladder.route(fate.steps, self._topology.address(service))
                 else:
@@ -396,7 +444,7 @@ class JobRunner:
                 self._move(run, exchange, address, encode_job(again, now_ms))
             case Dead():
                 self.dead += 1
-                log.error("job is dead", **_names(run), reason=fate.reason, executed=fate.executed, cause=fate.error)
+                log.error("job is dead", **run.names, reason=fate.reason, executed=fate.executed, cause=fate.error)
                 headers = {
                     wire.REASON: fate.reason,
                     wire.EXECUTED: fate.executed,
@@ -411,39 +459,22 @@ class JobRunner:
                 self._move(run, self._topology.dead.name.encode(), key.encode(), letter)
 
     def _move(self, run: JobRun, exchange: bytes, routing_key: bytes, properties: bytes) -> None:
-        self._publish(_Moved(run, exchange, routing_key, properties))
+        self._mover.move(run, exchange, routing_key, properties)
 
-    def _publish(self, moved: _Moved) -> None:
-        if self._unsent.items or not self._transport.can_publish:
-            self._unsent.add(moved)
+    def _reject(self, run: JobRun) -> None:
+        log.error("a job is larger than the broker takes: the broker itself makes it a dead letter", **run.names)
+        self._release(run)
+        run.delivery.reject()
+
+    def _turn_away(self, run: JobRun) -> None:
+        """Let another worker have a job that has not begun here.
+
+        One that runs at most once would count as run if it came back, so it is published again.
+        """
+        if run.job.name in run.served.service.jobs and run.options.at_most_once and not run.job.returns:
+            self._settle(run, of_stopping())
         else:
-            self._transport.publish(moved)
-
-    def moved(self, moved: _Moved, published: Published) -> None:
-        """What became of a job that was published elsewhere."""
-        run = moved.run
-        if published is Published.CONFIRMED:
-            self._acknowledge(run)
-        elif self._abandoned:
-            pass  # the broker delivers it again
-        elif published in (Published.UNSENT, Published.UNKNOWN):
-            self._unsent.add(moved)
-        elif published is Published.TOO_LARGE:
-            log.error("a job is larger than the broker takes: the broker itself makes it a dead letter", **_names(run))
-            self._release(run)
-            run.delivery.reject()
-        else:
-            self._seldom.warning(
-                "a job cannot be moved yet", **_names(run), to=moved.routing_key.decode(), cause=published.value
-            )
-            loop = asyncio.get_running_loop()
-            pause: asyncio.TimerHandle
-            pause = loop.call_later(MOVE_PAUSE, partial(self._move_again, moved, lambda: self._pauses.discard(pause)))
-            self._pauses.add(pause)
-
-    def _move_again(self, moved: _Moved, forget: Callable[[], None]) -> None:
-        forget()
-        self._publish(moved)
+            self._give_back(run)
 
     def _give_back(self, run: JobRun) -> None:
         self._release(run)
@@ -467,14 +498,3 @@ class JobRunner:
     def _note_idle(self) -> None:
         if not self._in_hand and not self._twins and not self._running and not self._arriving.items:
             self._idle.set()
-
-
-def _options(invocation: Invocation) -> JobOptions:
-    options = invocation.method.job
-    assert options is not None  # noqa: S101 - `Service.job` sets it
-    return options
-
-
-def _names(run: JobRun) -> dict[str, Any]:
-    job = run.job
-    return {"job": f"{run.served.service.name}.{job.name}", "job_id": job.id, "attempt": job.attempt}

@@ -22,6 +22,8 @@ EXPIRES: Final = "rpcq-expires"
 DUE: Final = "rpcq-due"
 UNKNOWN: Final = "rpcq-unknown"
 """How often a worker got the job that has no such job."""
+RETURNS: Final = "rpcq-returns"
+"""How often it came back to its queue before it was published again: the broker counts from 0 then."""
 
 REASON: Final = "rpcq-dead-reason"
 EXECUTED: Final = "rpcq-executed"
@@ -183,6 +185,7 @@ class JobMessage:
         headers: the sender's own headers `x-...`, and its trace context.
         problem: why it cannot be read; empty if it can.
         returns: how often it came back to its queue; 0 if it was not delivered before.
+        earlier: how often it came back to a queue, in the same attempt, before it was published again.
 
     """
 
@@ -200,6 +203,7 @@ class JobMessage:
     headers: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
     returns: int = 0
+    earlier: int = 0
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -258,6 +262,8 @@ def encode_job(job: JobMessage, now_ms: int) -> bytes:
         headers[DUE] = job.due_ms
     if job.unknown:
         headers[UNKNOWN] = job.unknown
+    if job.earlier:
+        headers[RETURNS] = job.earlier
     name = short(job.id.encode())
     flags, last = _FLAGS, b""
     if job.name:
@@ -295,6 +301,7 @@ def read_job(data: bytes, body: bytes, *, redelivered: bool) -> JobMessage:
         headers={each: value for each, value in headers.items() if _is_senders(each)},
         # A sender may write these headers itself: they are the broker's only where the message was delivered before.
         returns=_returns(headers) if redelivered else 0,
+        earlier=_count(headers.get(RETURNS, 0)),
     )
     job.problem = _problem(found, headers, job)
     return job

@@ -7,13 +7,19 @@ A module that sets `QUEUE_TYPE_MATTERS = False` runs on one kind for each transp
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator
 
 import aio_pika
 import pytest
 
+from rpcq import Service
+from support.jobs import Done
 from support.places import Place, cut_memory, cut_rabbitmq
 from support.seam import Seam
+
+SHARED = f"t{secrets.token_hex(8)}"
+"""The namespace of all tests of jobs on RabbitMQ: each has a ladder of 24 queues."""
 
 PLACES = ["memory-classic", "memory-quorum", "rabbitmq-classic", "rabbitmq-quorum"]
 ONE_OF_EACH = ["memory-classic", "rabbitmq-quorum"]
@@ -55,3 +61,24 @@ async def seam(seam_url: str, namespace: str) -> AsyncIterator[Seam]:
             await channel.exchange_delete(found.requests.name)
             for queue in found.lasting:
                 await channel.queue_delete(queue)
+
+
+# For tests of jobs.
+
+
+@pytest.fixture(params=["memory", "rabbitmq"])
+def home(request: pytest.FixtureRequest, namespace: str) -> Place:
+    if request.param == "memory":
+        return Place(f"memory://{namespace}", namespace, "quorum", cut_memory)
+    url = request.getfixturevalue("rabbitmq_url")
+    return Place(url, SHARED, "quorum", cut_rabbitmq(request.getfixturevalue("broker"), url))
+
+
+@pytest.fixture
+def service() -> Service:
+    return Service(f"s{secrets.token_hex(6)}")
+
+
+@pytest.fixture
+async def done() -> Done:
+    return Done()

@@ -11,6 +11,7 @@ import os
 import secrets
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,7 +20,9 @@ from pathlib import Path
 import aio_pika
 import pytest
 
-from rpcq import Client, SendError
+import rpcq.worker
+from rpcq import BrokerError, Client, SendError, Service, Worker
+from rpcq.jobs import outcomes
 from rpcq.wire.jobs import JobTopology
 from support.broker import Setup
 from support.broker import broker as a_broker
@@ -176,3 +179,75 @@ async def test_a_node_that_is_killed_loses_no_job_that_it_confirmed(tmp_path: Pa
             await home.until_done(confirmed)
         assert {error.queued for error in failed} <= {"maybe"}
         assert len(confirmed) + len(failed) == 1000
+
+
+CONSUMER_TIMEOUT = 2.0
+"""Seconds that the impatient broker lets a consumer hold a message."""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(180)
+async def test_a_thread_that_hangs_for_ever_is_dead_after_a_bounded_number_of_consumer_timeouts(
+    namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to RabbitMQ 4.2, a consumer timeout closes the channel, and the broker counts it.
+
+    From 4.3 on, it cancels the consumer, and counts it in `x-acquired-count` alone: no delivery limit ends it.
+    """
+    limit = 4
+    monkeypatch.setattr(rpcq.worker, "CONSUMER_TIMEOUT", round(CONSUMER_TIMEOUT * 1000))  # the consumer's own, for 4.3
+    monkeypatch.setattr(outcomes, "DELIVERY_LIMIT", limit)
+    service = Service(f"s{secrets.token_hex(6)}")
+    began: Counter[str] = Counter()
+    ended: Counter[str] = Counter()
+    end = threading.Event()
+
+    @service.job(timeout=0.5)
+    def hangs() -> None:
+        began["hangs"] += 1
+        end.wait(170)
+
+    @service.job
+    async def slow() -> None:
+        began["slow"] += 1
+        await asyncio.sleep(2 * CONSUMER_TIMEOUT)
+        ended["slow"] += 1
+
+    @service.job
+    async def quick(number: int) -> None:
+        ended[f"quick-{number}"] += 1
+
+    config = f"consumer_timeout = {CONSUMER_TIMEOUT * 1000:.0f}\nloopback_users.guest = false\n"
+    topology = JobTopology(namespace)
+    with a_broker(setup=Setup(config)) as own:
+        # How often it looks is no key of rabbitmq.conf.
+        await asyncio.to_thread(own.ctl, "eval", "application:set_env(rabbit, channel_tick_interval, 500).")
+        worker = Worker(service, url=own.url, namespace=namespace, grace=0.5)
+        async with Client(own.url, namespace=namespace) as client, worker:
+            sessions: list[str] = []
+            lost = worker._transport._consuming._on_down  # type: ignore[attr-defined]
+
+            def note(cause: BrokerError) -> None:
+                sessions.append(str(cause))
+                lost(cause)
+
+            monkeypatch.setattr(worker._transport._consuming, "_on_down", note)  # type: ignore[attr-defined]
+            await client.send(hangs)
+            await client.send(slow)
+            number = 0
+            async with letters(own.url, topology.dead_queue(service.name)) as dead:
+                while not dead.found:
+                    await client.send(quick, number=number)
+                    number += 1
+                    await asyncio.sleep(0.2)
+                (letter,) = dead.found
+            await client.send(quick, number=number)  # it still consumes
+            neighbours = {"slow", *(f"quick-{each}" for each in range(number + 1))}
+            while not neighbours <= ended.keys() or worker.in_flight:  # noqa: ASYNC110 - no event tells
+                await asyncio.sleep(0.02)
+            end.set()
+    assert (letter.headers["rpcq-dead-reason"], letter.headers["rpcq-executed"]) == ("delivery_limit", "maybe")
+    assert letter.properties.type == b"hangs"
+    assert len(sessions) >= limit
+    assert began == {"hangs": 1, "slow": 1}
+    assert ended == dict.fromkeys(neighbours, 1)

@@ -303,6 +303,31 @@ async def test_a_thread_runs_on_after_its_run_was_interrupted_and_its_result_is_
     assert len(run.ends) == 1
 
 
+async def test_a_run_that_is_written_off_has_no_end_and_its_handler_is_cancelled(begin: Begin) -> None:
+    run = begin(forever, seconds=SOON)
+    await until(lambda: run.began)
+    begin.executor.write_off(run)
+    assert run.task is not None
+    await asyncio.wait([run.task])
+    await asyncio.sleep(2 * SOON)  # its deadline passes
+    assert run.ends == []
+
+
+async def test_a_thread_that_is_written_off_goes_on_and_one_that_waits_never_begins(
+    begin: Begin, blocking: Blocking
+) -> None:
+    runs = begin(blocking.handler)
+    waits_for_thread = begin(blocking.handler)
+    await until(lambda: blocking.entered == 1 and waits_for_thread.thread is not None)
+    for run in (waits_for_thread, runs):
+        begin.executor.write_off(run)
+    assert runs.outlasts
+    assert not waits_for_thread.outlasts
+    blocking.goes_on.set()
+    await until(lambda: not runs.outlasts)
+    assert (runs.ends, waits_for_thread.ends, blocking.entered) == ([], [], 1)
+
+
 async def test_code_around_a_handler_that_swallows_the_cancellation_cannot_enter_it_any_more(begin: Begin) -> None:
     entered = asyncio.Event()
 

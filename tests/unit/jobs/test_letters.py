@@ -181,6 +181,7 @@ def test_a_replay_keeps_the_job_and_begins_anew() -> None:
         **BY_WORKER,
         "rpcq-attempt": 8,
         "rpcq-unknown": 3,
+        "rpcq-returns": 2,
         "rpcq-first-sent": 5,
         "rpcq-idempotency-key": "k",
         "rpcq-expires": NOW_MS + 1,

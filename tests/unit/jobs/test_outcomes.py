@@ -47,7 +47,11 @@ def longest(pause: float) -> float:
         ({"problem": "bad", "attempt": 2}, OPTIONS, {}, "invalid", "yes"),
         ({"returns": 20}, OPTIONS, {}, "delivery_limit", "maybe"),
         ({"returns": 5}, OPTIONS, {"is_suspects": True}, "delivery_limit", "maybe"),
+        ({"returns": 1, "earlier": 19}, OPTIONS, {}, "delivery_limit", "maybe"),
+        ({"earlier": 20}, OPTIONS, {"is_suspects": True}, "delivery_limit", "maybe"),
         ({"expires_ms": 1000}, OPTIONS, {}, "expired", "no"),
+        ({"expires_ms": 1000, "earlier": 1}, OPTIONS, {}, "expired", "maybe"),
+        ({"earlier": 1}, ONCE, {}, "interrupted", "maybe"),
         ({"expires_ms": 999, "returns": 1}, OPTIONS, {}, "expired", "maybe"),
         ({"expires_ms": 999, "attempt": 2}, OPTIONS, {}, "expired", "yes"),
         ({}, None, {"is_method": True}, "unknown_method", "no"),
@@ -74,6 +78,8 @@ def test_what_may_run_runs() -> None:
 def test_what_came_back_twice_is_a_suspect() -> None:
     assert delivered(job(returns=2)) == Suspect()
     assert delivered(job(returns=19)) == Suspect()
+    assert delivered(job(returns=1, earlier=1)) == Suspect()
+    assert delivered(job(earlier=2), is_suspects=True) is None
 
 
 def test_a_name_that_is_not_known_waits_longer_each_time() -> None:

@@ -37,6 +37,7 @@ def test_what_is_written_is_read(
         first_sent_ms=first,
         expires_ms=expires,
         unknown=unknown,
+        earlier=unknown // 2,
         app_id="shop",
         headers=headers,
     )

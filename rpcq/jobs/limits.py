@@ -1,0 +1,191 @@
+"""The limits of jobs in one worker: how many of one name run at once, and how often one begins.
+
+    may begin now                               -> begins
+    its turn is near, and few others wait       -> waits here
+    else                                        -> put off: the broker holds it for a while
+
+A job that waits here takes a place of `job_prefetch`. So only half of these places are for waiting: else a backlog of
+one slow job would hold up every other job of its service. A job that is put off comes back about when its turn may be;
+the turn is not reserved for it, so whichever job is there first has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from rpcq.jobs.run import JobRun
+    from rpcq.options import JobOptions
+
+NEAR: Final = 10.0
+"""Seconds until its turn for which a job waits in the worker."""
+
+FARTHEST: Final = 600.0
+"""Seconds that a job is put off at most: the turns that are foretold depend on how long jobs take, and on how many
+workers there are."""
+
+
+class Limit:
+    """The limit of one job. Times are seconds of the monotonic clock.
+
+    Attributes:
+        service: the name of its service.
+        waiting: jobs that wait here -> since when.
+        timer: wakes the first of them, if `rate` holds it up.
+
+    """
+
+    def __init__(self, service: str, options: JobOptions) -> None:
+        self.service = service
+        self.waiting: OrderedDict[JobRun, float] = OrderedDict()
+        self.timer: asyncio.TimerHandle | None = None
+        self._most = options.max_concurrency
+        self._spacing = options.spacing
+        self._running = 0
+        self._next = 0.0  # when the next one may begin, by `rate`
+        self._last = 0.0  # when the turn is of the job that was put off last
+        # Of a job, about. A first guess that is too long leaves turns unused; if it is too short, jobs come back early.
+        self._duration = 0.05
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many run as may."""
+        return self._most is not None and self._running >= self._most
+
+    def pause(self, now: float) -> float:
+        """Seconds until the next one may begin by `rate`."""
+        return max(0.0, self._next - now)
+
+    def begin(self, now: float) -> None:
+        """One begins."""
+        self._running += 1
+        self._next = now + self._spacing
+
+    def end(self, seconds: float) -> None:
+        """One has ended that took so long."""
+        self._running -= 1
+        self._duration += (seconds - self._duration) / 8
+
+    def turn(self, now: float) -> float:
+        """Seconds until the turn of a job that comes now, as far as can be foretold; 0 if it may begin."""
+        ahead = len(self.waiting) + self.is_full
+        return self.pause(now) + ahead * self._gap
+
+    def put_off(self, now: float) -> float:
+        """Seconds until a job that is put off shall come back: each one later than the one before."""
+        self._last = min(max(self._last, now + self.turn(now)) + self._gap, now + FARTHEST)
+        return self._last - now
+
+    @property
+    def _gap(self) -> float:
+        """Seconds from one turn to the next, about."""
+        return max(self._spacing, 0.0 if self._most is None else self._duration / self._most)
+
+
+class Limits:
+    """The limits of all jobs of a worker.
+
+    Args:
+        begin: begins a job.
+        put_off: has the broker hold a job for so many seconds.
+        may_begin: whether any job that waits may begin now.
+        room: how many jobs of one service may wait here.
+
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[JobRun], None],
+        put_off: Callable[[JobRun, float], None],
+        may_begin: Callable[[], bool],
+        room: int,
+    ) -> None:
+        self._begin = begin
+        self._put_off = put_off
+        self._may_begin = may_begin
+        self._room = room
+        self._limits: dict[str, Limit] = {}
+        self._waiting: Counter[str] = Counter()  # service -> jobs that wait here
+
+    def enter(self, run: JobRun) -> None:
+        """Have a job begin, now or later.
+
+        A suspect begins at once: nothing else runs, and each of its turns would hold up the whole worker.
+        """
+        service = run.served.service.name
+        label = f"{service}.{run.job.name}"
+        limit = self._limits.get(label)
+        if limit is None:
+            limit = self._limits[label] = Limit(service, run.options)
+        now = time.monotonic()
+        self._go_on(limit)
+        turn = limit.turn(now)
+        if turn <= 0 or run.is_suspect:
+            self._enter(limit, run, now)
+        elif turn <= NEAR and self._waiting[limit.service] < self._room:
+            limit.waiting[run] = now
+            self._waiting[limit.service] += 1
+            self._wake(limit, now)
+        else:
+            self._put_off(run, limit.put_off(now))
+
+    def leave(self, run: JobRun, seconds: float) -> None:
+        """A job that began has ended, after so many seconds."""
+        if run.limit is not None:
+            limit, run.limit = run.limit, None
+            limit.end(seconds)
+            self._go_on(limit)
+
+    def go_on(self) -> None:
+        """Jobs that wait may begin again."""
+        for limit in self._limits.values():
+            self._go_on(limit)
+
+    def put_off_since(self, since: float) -> None:
+        """Put off the jobs that have waited since then, or longer."""
+        for limit in self._limits.values():
+            for run in [run for run, began in limit.waiting.items() if began <= since]:
+                self._take(limit, run)
+                self._put_off(run, limit.put_off(time.monotonic()))
+
+    def take_waiting(self) -> Iterator[JobRun]:
+        """Take out the jobs that wait here."""
+        for limit in self._limits.values():
+            for run in [*limit.waiting]:
+                self._take(limit, run)
+                yield run
+
+    def _go_on(self, limit: Limit) -> None:
+        """Begin those that wait and may begin."""
+        while limit.waiting and not limit.is_full and self._may_begin():
+            now = time.monotonic()
+            if limit.pause(now) > 0:
+                self._wake(limit, now)
+                return
+            run = next(iter(limit.waiting))
+            self._take(limit, run)
+            self._enter(limit, run, now)
+
+    def _enter(self, limit: Limit, run: JobRun, now: float) -> None:
+        run.limit = limit
+        limit.begin(now)
+        self._begin(run)
+
+    def _take(self, limit: Limit, run: JobRun) -> None:
+        del limit.waiting[run]
+        self._waiting[limit.service] -= 1
+        if not limit.waiting and limit.timer is not None:
+            limit.timer.cancel()
+            limit.timer = None
+
+    def _wake(self, limit: Limit, now: float) -> None:
+        if limit.timer is None and (pause := limit.pause(now)) > 0:
+            limit.timer = asyncio.get_running_loop().call_later(pause, self._woken, limit)
+
+    def _woken(self, limit: Limit) -> None:
+        limit.timer = None
+        self._go_on(limit)

@@ -1,0 +1,80 @@
+"""A job in hand: from its delivery until it is settled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rpcq.execution import Run
+from rpcq.invocation import Interruption, Invocation
+from rpcq.jobs.invocation import Served
+from rpcq.options import JobOptions
+from rpcq.transport.base import Delivery
+from rpcq.wire.jobs import JobMessage
+
+if TYPE_CHECKING:
+    from rpcq.jobs.keys import Claimed
+    from rpcq.jobs.limits import Limit
+    from rpcq.jobs.running import JobRunner
+
+
+class JobRun(Run):
+    """A job in hand, from its delivery until it is settled.
+
+    Attributes:
+        runner: what settles it.
+        served: its service.
+        delivery: its delivery.
+        job: its message.
+        is_suspect: whether it came from the queue for suspects.
+        since: when it began, or began to wait for suspects, on time.monotonic().
+        limit: the limit that it counts towards while it runs.
+        key: its key in the worker's memory; None if the service has a store, or nothing is remembered.
+        claimed: its key in the store of its service.
+
+    """
+
+    __slots__ = ("claimed", "delivery", "is_suspect", "job", "key", "limit", "runner", "served", "since")
+
+    def __init__(
+        self, runner: JobRunner, served: Served, delivery: Delivery, job: JobMessage, *, is_suspect: bool
+    ) -> None:
+        super().__init__()
+        self.runner = runner
+        self.served = served
+        self.delivery = delivery
+        self.job = job
+        self.is_suspect = is_suspect
+        self.since = 0.0
+        self.limit: Limit | None = None
+        self.key: str | None = None
+        self.claimed: Claimed | None = None
+
+    @property
+    def id(self) -> str:
+        """The job's ID, for logs."""
+        return self.job.id
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """The fields that identify the job in logs."""
+        job = self.job
+        return {"job": f"{self.served.service.name}.{job.name}", "job_id": job.id, "attempt": job.attempt}
+
+    @property
+    def options(self) -> JobOptions:
+        """How it is run; its service has a job of this name."""
+        options = self.served.service.jobs[self.job.name].job
+        assert options is not None  # noqa: S101 - `Service.job` sets it
+        return options
+
+    def returned(self, invocation: Invocation, value: Any) -> None:  # noqa: ARG002 - what a job returns is not used
+        """See `Run`."""
+        self.runner.returned(self)
+
+    def raised(self, invocation: Invocation, error: BaseException) -> None:
+        """See `Run`."""
+        self.runner.raised(self, invocation, error)
+
+    def interrupted(self, invocation: Invocation, why: Interruption) -> None:
+        """See `Run`."""
+        self.runner.interrupted(self, invocation, why)
