@@ -40,7 +40,6 @@ from rpcq.options import (
     Retry,
     check_name,
     check_seconds,
-    lists_options,
 )
 from rpcq.runtime.backoff import Backoff
 from rpcq.runtime.deadline import Deadline, inherit
@@ -51,6 +50,7 @@ from rpcq.transport.base import Subscription, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.transport.sessions import Sessions
 from rpcq.url import checked_user, mask, parse
+from rpcq.validation.listing import lists_options
 from rpcq.wire import bodies, control
 from rpcq.wire.jobs import Job, JobTopology
 from rpcq.wire.replies import Reply
@@ -358,6 +358,8 @@ class Client:
         self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
     ) -> Coroutine[Any, Any, Any]:
         """Make one call, from its parameters to its result. `CallMaker` and the proxies use it."""
+        if options.is_for_jobs:
+            raise UsageError(f"delay, at and expires are for send; got them for a call of {target.label}")
         if self._observers.calls:
             return self._observed(target, options, args, params)
         if options.retry is None:

@@ -7,20 +7,16 @@ Times are seconds, sizes are bytes.
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import math
 import re
 import sys
-import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypedDict, TypeVar
+from datetime import datetime
+from typing import Any, Final, TypedDict
 
 from rpcq.errors import DOMAIN_CODE, STATUS_CODES, ConfigurationError, DomainError
 from rpcq.schedules import Schedule, check_schedule
-
-Documented = TypeVar("Documented", bound=Callable[..., Any])
 
 NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,100}\Z")
 """Names that services and clients may have."""
@@ -36,6 +32,9 @@ MAX_PROPERTIES: Final = MAX_HEADERS + 4 * 1024
 
 MAX_TIMEOUT: Final = 25 * 60.0
 """RabbitMQ closes a channel whose consumer holds a message for 30 minutes (`consumer_timeout`)."""
+
+MAX_DELAY: Final = (2**24 - 1) * 0.25
+"""Seconds of the longest delay of a job, 48 days and 13 hours: 24 bits of 250 ms; see `rpcq.wire.delays`."""
 
 OWNED_HEADERS: Final = re.compile(r"x-(death\Z|first-death-|last-death-|delivery-count\Z|opt-|acquired-count\Z)")
 """Names of headers that RabbitMQ owns: refused from users, and never shown as metadata."""
@@ -234,6 +233,9 @@ class UntypedCallKwargs(TypedDict, total=False):
     queue: str | None
     errors: Sequence[type[DomainError]]
     metadata: Mapping[str, str]
+    delay: float | None
+    at: datetime | None
+    expires: float | datetime | None
 
 
 class CallKwargs(UntypedCallKwargs, total=False):
@@ -244,7 +246,7 @@ class CallKwargs(UntypedCallKwargs, total=False):
 
 @dataclass(frozen=True)
 class CallOptions:
-    """How a call is made.
+    """How a call is made, or a job is sent.
 
     Attributes:
         timeout: seconds until the call has ended; calls that a handler makes also inherit the handler's deadline.
@@ -257,6 +259,10 @@ class CallOptions:
         errors: domain errors that the caller wants to catch by their class.
         returns: the type that results are validated as; None returns them as decoded from JSON.
         metadata: headers for the handler: names begin with `x-`, values are strings.
+        delay: seconds that the broker holds a job, at most 48 days, rounded up to the next 0.25 s; only for `send`.
+        at: when a job is to be done, with a time zone; instead of `delay`.
+        expires: when a job need not be begun any more: seconds from now, or a time with a time zone. It is a dead
+            letter then; only for `send`.
 
     """
 
@@ -268,9 +274,16 @@ class CallOptions:
     errors: Sequence[type[DomainError]] = ()
     returns: Any = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    delay: float | None = None
+    at: datetime | None = None
+    expires: float | datetime | None = None
+    is_for_jobs: bool = field(init=False, repr=False, compare=False, default=False)
 
     def __post_init__(self) -> None:
         check_seconds("timeout", self.timeout, MAX_TIMEOUT)
+        if (self.delay, self.at, self.expires) != (None, None, None):
+            self._check_times()
+            object.__setattr__(self, "is_for_jobs", True)
         object.__setattr__(self, "errors", check_errors(self.errors))
         _check_short("queue", self.queue)
         _check_short("idempotency_key", self.idempotency_key)
@@ -291,6 +304,32 @@ class CallOptions:
             if _size(value) < 0:
                 msg = f"metadata {name!r} must be a string; got {value!r}"
                 raise ConfigurationError(msg)
+
+    def _check_times(self) -> None:
+        if self.delay is not None and self.at is not None:
+            raise ConfigurationError("delay and at must not be given both: each says when the job is to be done")
+        if self.delay is not None:
+            check_delay("delay", self.delay)
+        for name, value in (("at", self.at), ("expires", self.expires)):
+            if isinstance(value, datetime):
+                if value.utcoffset() is None:
+                    msg = f"{name} must have a time zone, as datetime.now(UTC) has; got {value!r}"
+                    raise ConfigurationError(msg)
+            elif name == "at" and value is not None:
+                raise ConfigurationError(f"at must be a datetime with a time zone, and delay seconds; got {value!r}")
+            elif value is not None:
+                check_seconds(name, value)
+
+
+def check_delay(name: str, seconds: float) -> None:
+    """Check a delay, in seconds.
+
+    Raises:
+        ConfigurationError: it is not a number from 0 to `MAX_DELAY`.
+
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= MAX_DELAY:
+        raise ConfigurationError(f"{name} must be a number of seconds from 0 to {MAX_DELAY} (48 days); got {seconds!r}")
 
 
 class ConnectionKwargs(TypedDict, total=False):
@@ -447,50 +486,3 @@ class WorkerOptions(ConnectionOptions):
 
 
 # For people at a prompt, who do not see what type checkers see.
-
-
-class _Unchanged:
-    """In a signature, the default of an option that stays as it is."""
-
-    def __repr__(self) -> str:
-        return "..."
-
-
-_UNCHANGED: Final = _Unchanged()
-
-
-def lists_options(kind: type[Any], *, changes: bool = False) -> Callable[[Documented], Documented]:
-    """Make a decorator for what takes `**options`: its signature and its docstring list them, for `help` and notebooks.
-
-    Args:
-        kind: the class of the options.
-        changes: an option that is not given stays as it is, so no default is shown.
-
-    """
-
-    def decorate(function: Documented) -> Documented:
-        target: Any = vars(function)["__init__"] if isinstance(function, type) else function
-        signature = inspect.signature(target)
-        kept = [it for it in signature.parameters.values() if it.kind is not it.VAR_KEYWORD]
-        hints = typing.get_type_hints(kind)
-        listed = [
-            inspect.Parameter(
-                it.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=_UNCHANGED if changes else it.default_factory() if callable(it.default_factory) else it.default,
-                annotation=hints[it.name],
-            )
-            for it in dataclasses.fields(kind)
-        ]
-        target.__signature__ = signature.replace(parameters=[*kept, *listed])
-        if function.__doc__:  # Python removes docstrings with -OO
-            function.__doc__ = f"{inspect.cleandoc(function.__doc__)}\n\nOptions:\n{_descriptions(kind)}\n"
-        return function
-
-    return decorate
-
-
-def _descriptions(kind: type[Any]) -> str:
-    """The descriptions of a class's options, those of its bases first."""
-    docs = [inspect.cleandoc(it.__doc__ or "") for it in reversed(kind.__mro__) if dataclasses.is_dataclass(it)]
-    return "\n".join(doc.partition("Attributes:\n")[2] for doc in docs)

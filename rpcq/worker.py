@@ -27,7 +27,7 @@ from rpcq.execution import Executor
 from rpcq.jobs.running import JobRunner
 from rpcq.jobs.ticking import Ticker, schedules_of
 from rpcq.observer import Observer, Observers
-from rpcq.options import WorkerKwargs, WorkerOptions, lists_options
+from rpcq.options import WorkerKwargs, WorkerOptions
 from rpcq.results import MemoryResults
 from rpcq.runtime.watchdog import Watchdog
 from rpcq.service import Service
@@ -35,6 +35,7 @@ from rpcq.transport.base import Subscription, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.transport.sessions import Sessions
 from rpcq.url import mask
+from rpcq.validation.listing import lists_options
 from rpcq.wire.jobs import JobTopology
 from rpcq.wire.topology import CONSUMER_TIMEOUT, Queue, Topology
 

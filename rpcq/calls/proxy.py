@@ -20,9 +20,10 @@ from rpcq.contracts import (
     result_adapter,
 )
 from rpcq.errors import ConfigurationError, UsageError
-from rpcq.options import CallKwargs, CallOptions, check_name, lists_options
+from rpcq.options import CallKwargs, CallOptions, check_name
 from rpcq.service import Context
 from rpcq.validation.attributes import check_attributes
+from rpcq.validation.listing import lists_options
 from rpcq.validation.parameters import by_name, positional_names
 from rpcq.validation.schemas import type_hints
 from rpcq.wire.jobs import Job

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from rpcq import logs
 from rpcq.contracts import METHOD_NAME, RemoteCallable, RemoteJob
 from rpcq.errors import BrokerError, ClosedError, ConfigurationError, InvalidParams, SendError, UsageError
-from rpcq.options import CallOptions, check_name
+from rpcq.options import MAX_DELAY, CallOptions, check_name
 from rpcq.runtime.backlog import Backlog
 from rpcq.runtime.timeouts import Bucket, Timeouts
 from rpcq.service import Method, jobs_of
 from rpcq.transport.base import Outgoing, Published, Transport
 from rpcq.wire import bodies
+from rpcq.wire.delays import STEP, steps_of
 from rpcq.wire.jobs import Job, JobMessage, JobTopology, check_headers, encode_job
+from rpcq.wire.topology import Exchange
 
 log = logs.get_logger("rpcq.client")
 
@@ -31,8 +35,10 @@ class _Sending(Outgoing):
 
     __slots__ = ("done", "is_once", "job", "may_be_queued", "sender")
 
-    def __init__(self, sender: JobSender, job: Job, properties: bytes, body: bytes, *, is_once: bool) -> None:
-        super().__init__(sender.exchange, job.service.encode(), job.id.encode(), properties, body)
+    def __init__(
+        self, sender: JobSender, job: Job, route: tuple[bytes, bytes], properties: bytes, body: bytes, *, is_once: bool
+    ) -> None:
+        super().__init__(*route, job.id.encode(), properties, body)
         self.sender = sender
         self.job = job
         self.done: asyncio.Future[None] = sender.loop.create_future()
@@ -64,6 +70,36 @@ class _Batch:
             _end(sending, why)
 
 
+class _Declared:
+    """Exchanges that have to be there before something is published to them."""
+
+    __slots__ = ("exchanges", "is_there", "task")
+
+    def __init__(self, exchanges: Sequence[Exchange]) -> None:
+        self.exchanges = exchanges
+        self.task: asyncio.Task[None] | None = None
+        self.is_there = False
+
+
+@dataclass(frozen=True, slots=True)
+class _When:
+    """When a job is to be done.
+
+    Attributes:
+        steps: of 250 ms that the broker holds it; 0 for at once.
+        due_ms: the end of that time, in milliseconds since the epoch; None for at once.
+        expires_ms: when it need not be begun any more; None for never.
+
+    """
+
+    steps: int = 0
+    due_ms: int | None = None
+    expires_ms: int | None = None
+
+
+_AT_ONCE: Final = _When()
+
+
 class JobSender:
     """Sends the jobs of a client.
 
@@ -80,13 +116,13 @@ class JobSender:
         self, transport: Transport, topology: JobTopology, next_id: Callable[[], bytes], *, name: str, max_body: int
     ) -> None:
         self._transport = transport
-        self._exchanges = [topology.jobs]
+        self._topology = topology
         self._next_id = next_id
         self._name = name
         self._max_body = max_body
         self._waiting: Backlog[_Sending] = Backlog(lambda: transport.can_publish, transport.writable, transport.publish)
-        self._declaring: asyncio.Task[None] | None = None
-        self._is_declared = False
+        self._now = _Declared([topology.jobs])
+        self._later = _Declared([*topology.ladder.exchanges(), topology.due])
         self._under_way: set[_Batch] = set()
         self._timeouts: Timeouts[_Batch]
         self._closed = False
@@ -101,8 +137,9 @@ class JobSender:
     async def close(self) -> None:
         """End every send that is under way."""
         self._closed = True
-        if self._declaring is not None:
-            self._declaring.cancel()
+        for declared in (self._now, self._later):
+            if declared.task is not None:
+                declared.task.cancel()
         await self._waiting.close()
         self._timeouts.close()
         for batch in self._under_way:
@@ -121,13 +158,15 @@ class JobSender:
 
         """
         service, name, method = find_job(target)
-        sendings = [self._prepare(service, name, method, options, args, params) for args, params in several]
+        when = self._when(options) if options.is_for_jobs else _AT_ONCE
+        sendings = [self._prepare(service, name, method, options, when, args, params) for args, params in several]
         del several  # while many wait, the collector has less to look at
         until = time.monotonic() + options.timeout
-        if not self._is_declared:
+        declared = self._later if when.steps else self._now
+        if not declared.is_there:
             try:
                 async with asyncio.timeout(options.timeout):
-                    await self._declare()
+                    await self._declare(declared)
             except TimeoutError as error:
                 msg = f"there was no connection to the broker within {options.timeout:g} s"
                 raise SendError(msg, queued="no") from error
@@ -159,9 +198,8 @@ class JobSender:
         service = sending.job.service
         match published:
             case Published.RETURNED:
-                msg = (
-                    f"no queue takes jobs of service {service!r}: run `rpcq setup`, or start one of its workers, first"
-                )
+                what = f"jobs of service {service!r}" if sending.job.due is None else "jobs that are delayed"
+                msg = f"no queue takes {what}: run `rpcq setup`, or start one of its workers, first"
                 self._fail(sending, msg, is_certain=True)
             case Published.TOO_LARGE:
                 msg = f"the parameters are {len(sending.body)} bytes of JSON, more than the broker takes"
@@ -197,18 +235,45 @@ class JobSender:
         job = sending.job
         sending.done.set_exception(SendError(message, queued=queued, job_id=job.id, key=job.key))  # type: ignore[arg-type]  # one of both
 
-    async def _declare(self) -> None:
-        """Wait until the exchange for jobs is declared: publishing to one that does not exist ends the session."""
-        while self._declaring is None or not self._declaring.done() or not _succeeded(self._declaring):
+    async def _declare(self, declared: _Declared) -> None:
+        """Wait until exchanges are declared: publishing to one that does not exist ends the session."""
+        while declared.task is None or not declared.task.done() or not _succeeded(declared.task):
             if self._closed:
                 raise ClosedError("this client is closed")
-            if self._declaring is None or self._declaring.done():
-                self._declaring = self.loop.create_task(self._transport.declare(self._exchanges))
-            await asyncio.wait([self._declaring])
-            error = None if self._declaring.cancelled() else self._declaring.exception()
+            if declared.task is None or declared.task.done():
+                declared.task = self.loop.create_task(self._transport.declare(declared.exchanges))
+            await asyncio.wait([declared.task])
+            error = None if declared.task.cancelled() else declared.task.exception()
             if error is not None and (not isinstance(error, BrokerError) or error.permanent):
                 raise error
-        self._is_declared = True
+        declared.is_there = True
+
+    def _when(self, options: CallOptions) -> _When:
+        """When a job is to be done, and when it need not be done any more.
+
+        Raises:
+            ConfigurationError: that is in the past, or too far away; or it expires before it is due.
+
+        """
+        now = self._transport.now_ms()
+        seconds = 0.0 if options.delay is None else options.delay
+        if options.at is not None:
+            seconds = options.at.timestamp() - now / 1000
+            if seconds < 0:
+                raise ConfigurationError(f"at must be in the future; got {options.at}, {-seconds:.3f} s ago")
+            if seconds > MAX_DELAY:
+                raise ConfigurationError(f"at must be at most 48 days away; got {options.at}")
+        steps = steps_of(seconds)
+        due = now + round(steps * STEP * 1000) if steps else None
+        expires = options.expires
+        if isinstance(expires, datetime):
+            expires_ms: int | None = round(expires.timestamp() * 1000)
+        else:
+            expires_ms = None if expires is None else now + round(expires * 1000)
+        if expires_ms is not None and expires_ms <= (due or now):
+            msg = f"expires must be after the job is due, and in the future; got {options.expires}"
+            raise ConfigurationError(msg)
+        return _When(steps, due, expires_ms)
 
     def _prepare(
         self,
@@ -216,6 +281,7 @@ class JobSender:
         name: str,
         method: Method | RemoteJob | None,
         options: CallOptions,
+        when: _When,
         args: tuple[Any, ...],
         params: Mapping[str, Any],
     ) -> _Sending:
@@ -232,9 +298,18 @@ class JobSender:
         message = JobMessage(id=job_id, name=name, body=body, key=key, app_id=self._name, headers=options.metadata)
         if options.metadata:
             check_headers(options.metadata)
+        due, route = None, (self.exchange, service.encode())
+        if when is not _AT_ONCE:
+            message.due_ms, message.expires_ms = when.due_ms, when.expires_ms
+            if when.due_ms is not None:
+                due = datetime.fromtimestamp(when.due_ms / 1000, UTC)
+                route = self._topology.ladder.route(when.steps, self._topology.address(service))
         properties = encode_job(message, self._transport.now_ms())
         is_once = isinstance(method, Method) and method.job is not None and method.job.at_most_once
-        return _Sending(self, Job(job_id, service, name, key), properties, body, is_once=is_once)
+        if is_once and due is not None:
+            msg = f"{service}.{name} runs at most once, and what is delayed may come twice after a crash of the broker"
+            raise UsageError(f"{msg}: send it without delay and at")
+        return _Sending(self, Job(job_id, service, name, key, due), route, properties, body, is_once=is_once)
 
 
 def find_job(target: str | Callable[..., Any]) -> tuple[str, str, Method | RemoteJob | None]:

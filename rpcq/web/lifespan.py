@@ -26,10 +26,10 @@ from rpcq.options import (
     ConnectionOptions,
     WorkerKwargs,
     WorkerOptions,
-    lists_options,
 )
 from rpcq.service import Service
 from rpcq.transport.opening import open_transport
+from rpcq.validation.listing import lists_options
 from rpcq.web.opening import Opener
 from rpcq.wire.jobs import Job
 from rpcq.worker import Worker, check_services

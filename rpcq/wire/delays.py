@@ -17,16 +17,13 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
-from rpcq.errors import ConfigurationError
+from rpcq.options import check_delay
 from rpcq.wire.topology import Exchange, Queue
 
 LEVELS: Final = 24
 
 STEP: Final = 0.25
 """Seconds of one step."""
-
-MAX_DELAY: Final = (2**LEVELS - 1) * STEP
-"""Seconds of the longest delay: 48 days and 13 hours."""
 
 ANY_DELAY: Final = "*." * LEVELS
 """The start of the binding key for what was delayed: one `*` for each bit."""
@@ -39,10 +36,7 @@ def steps_of(seconds: float) -> int:
         ConfigurationError: it is not a number from 0 to `MAX_DELAY`.
 
     """
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= MAX_DELAY:
-        raise ConfigurationError(
-            f"a delay must be a number of seconds from 0 to {MAX_DELAY} (48 days); got {seconds!r}"
-        )
+    check_delay("a delay", seconds)
     return math.ceil(seconds / STEP)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Final
 
 from rpcq.errors import TooLarge
@@ -157,6 +158,7 @@ class Job:
         service: the service that does it.
         name: its name within the service.
         key: its idempotency key.
+        due: when it is to be done, in UTC: at the end of its delay; None for at once.
 
     """
 
@@ -164,6 +166,7 @@ class Job:
     service: str
     name: str
     key: str
+    due: datetime | None = None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rpcq.errors import ConfigurationError
+from rpcq.options import MAX_DELAY
 from rpcq.transport.base import Published
 from rpcq.transport.memory.queues import Connection
 from rpcq.transport.memory.vhost import Vhost
-from rpcq.wire.delays import LEVELS, MAX_DELAY, STEP, Ladder, coarse, steps_of
+from rpcq.wire.delays import LEVELS, STEP, Ladder, coarse, steps_of
 from rpcq.wire.jobs import JobTopology
 from rpcq.wire.properties import Properties, decode, encode
 from rpcq.wire.topology import Queue
