@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Final, TypedDict
 
 from rpcq.errors import DOMAIN_CODE, STATUS_CODES, ConfigurationError, DomainError
@@ -277,13 +278,11 @@ class CallOptions:
     delay: float | None = None
     at: datetime | None = None
     expires: float | datetime | None = None
-    is_for_jobs: bool = field(init=False, repr=False, compare=False, default=False)
 
     def __post_init__(self) -> None:
         check_seconds("timeout", self.timeout, MAX_TIMEOUT)
-        if (self.delay, self.at, self.expires) != (None, None, None):
+        if self.is_for_jobs:
             self._check_times()
-            object.__setattr__(self, "is_for_jobs", True)
         object.__setattr__(self, "errors", check_errors(self.errors))
         _check_short("queue", self.queue)
         _check_short("idempotency_key", self.idempotency_key)
@@ -304,6 +303,11 @@ class CallOptions:
             if _size(value) < 0:
                 msg = f"metadata {name!r} must be a string; got {value!r}"
                 raise ConfigurationError(msg)
+
+    @cached_property
+    def is_for_jobs(self) -> bool:
+        """Whether they say when something is to be done, which only a job can be told."""
+        return (self.delay, self.at, self.expires) != (None, None, None)
 
     def _check_times(self) -> None:
         if self.delay is not None and self.at is not None:
