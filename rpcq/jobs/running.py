@@ -437,10 +437,7 @@ class JobRunner:
                     earlier=0 if fate.attempts else job.earlier + job.returns,
                 )
                 write("job runs again later", **run.names, seconds=fate.steps / 4, cause=fate.error)
-                if fate.steps:
-                    exchange, address = self._topology.ladder.route(fate.steps, self._topology.address(service))
-                else:
-                    exchange, address = self._topology.jobs.name.encode(), service.encode()
+                exchange, address = self._topology.ladder.route(fate.steps, self._topology.address(service))
                 self._move(run, exchange, address, encode_job(again, now_ms))
             case Dead():
                 self.dead += 1

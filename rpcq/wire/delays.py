@@ -10,6 +10,10 @@ steps. The exchange routes a message whose bit is 1 to the queue, and one whose 
 expires goes to the next lower level too, and below level 0 is the exchange for what is due.
 
 The queues are the same for every service and every delay, so no setting of a user becomes an argument of a queue.
+
+What a level has no way out for, such as a message that somebody put into a queue by hand, goes to the alternate
+exchange. Without one it would stay in its queue, and 32 such messages hold up all others (the prefetch of RabbitMQ's
+dead-lettering).
 """
 
 from __future__ import annotations
@@ -51,12 +55,14 @@ class Ladder:
     Args:
         namespace: the namespace.
         due: the name of the exchange for what is due.
+        lost: the name of the exchange for what has no way out.
 
     """
 
-    def __init__(self, namespace: str, due: str) -> None:
+    def __init__(self, namespace: str, due: str, lost: str) -> None:
         self._namespace = namespace
         self._due = due
+        self._lost = lost
 
     def name(self, level: int) -> str:
         """The name of the exchange and of the queue of a level; below level 0, of the exchange for what is due."""
@@ -68,7 +74,10 @@ class Ladder:
 
     def exchanges(self) -> list[Exchange]:
         """The exchanges, the highest level first: each is bound to the one before."""
-        return [Exchange(self.name(level), "topic", bindings=self.bindings(level)) for level in reversed(range(LEVELS))]
+        return [
+            Exchange(self.name(level), "topic", alternate=self._lost, bindings=self.bindings(level))
+            for level in reversed(range(LEVELS))
+        ]
 
     def queues(self) -> list[Queue]:
         """The queues."""
@@ -86,7 +95,11 @@ class Ladder:
         return Queue(name, durable=True, arguments=arguments, bindings=((name, _key(level, "1")),))
 
     def route(self, steps: int, address: str) -> tuple[bytes, bytes]:
-        """The exchange and the routing key for a message that is to go to `address` after so many steps, at least 1."""
+        """The exchange and the routing key for a message that is to go to `address` after so many steps.
+
+        Without a step, it goes to the exchange for what is due, with as many bits as any other: so a worker needs no
+        permission to write to the exchange for jobs.
+        """
         bits = ".".join(f"{steps:0{LEVELS}b}")
         return self.name(steps.bit_length() - 1).encode(), f"{bits}.{address}".encode()
 

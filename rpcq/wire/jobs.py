@@ -71,9 +71,9 @@ class JobTopology:
 
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
-        self.ladder = Ladder(namespace, f"{namespace}.due")
         self.jobs = Exchange(f"{namespace}.jobs")
         self.lost = Exchange(f"{namespace}.lost", "fanout")
+        self.ladder = Ladder(namespace, f"{namespace}.due", self.lost.name)
         self.dead = Exchange(f"{namespace}.dead", "topic", alternate=self.lost.name)
         self.due = Exchange(f"{namespace}.due", "topic", alternate=self.lost.name, bindings=self.ladder.bindings(-1))
 

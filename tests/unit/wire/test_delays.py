@@ -75,6 +75,25 @@ def test_a_message_is_where_it_is_to_go_after_exactly_its_delay(steps: int, serv
     assert queues == steps.bit_count()
 
 
+@given(st.integers(1, LEVELS - 1))
+def test_what_has_no_way_out_of_a_level_is_kept_with_the_lost(level: int) -> None:
+    broker, _ = vhost()
+    # Somebody puts it into the queue itself, by the default exchange.
+    broker.publish(b"", LADDER.name(level).encode(), encode(Properties()), b"", True, 0.0)
+    while broker.next_expiry is not None:
+        broker.expire(broker.next_expiry)
+    assert depths(broker) == {"ns.lost": 1}
+
+
+@pytest.mark.parametrize("service", ["a.b", "b"])
+def test_without_a_delay_a_message_is_where_it_is_to_go_at_once(service: str) -> None:
+    broker, _ = vhost()
+    exchange, key = LADDER.route(0, TOPOLOGY.address(service))
+    assert exchange == b"ns.due"
+    assert broker.publish(exchange, key, encode(Properties()), b"", True, 0.0) is Published.CONFIRMED
+    assert depths(broker) == {TOPOLOGY.queue(service).name: 1}
+
+
 def test_what_has_no_queue_any_more_is_kept_with_the_lost() -> None:
     broker, _ = vhost()
     exchange, key = LADDER.route(5, TOPOLOGY.address("gone"))
@@ -96,7 +115,7 @@ def test_a_dead_letter_goes_to_its_own_service_only() -> None:
 
 
 def test_names_and_arguments_do_not_depend_on_any_setting() -> None:
-    ladder = Ladder("ns", "ns.due")
+    ladder = Ladder("ns", "ns.due", "ns.lost")
     assert [queue.name for queue in ladder.queues()] == [f"ns.delay.{level:02}" for level in range(24)]
     assert ladder.queues()[3] == Queue(
         "ns.delay.03",
