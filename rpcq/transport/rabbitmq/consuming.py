@@ -213,7 +213,7 @@ class ConsumingSession(Session):
         self._queues, self._consumers, self._channels, self._not_declared = [], [], [], {}
         self._admin, _ = await link.channel(confirms=False)
         for queue in self._further:
-            await self._declare(link, queue)
+            await self._ensure(link, queue)
         for subscription in self._subscriptions:
             self._queues.append(await self._declare(link, subscription.queue.for_session()))
         # Consume only when all queues are declared: a session that cannot open must not take messages.
@@ -240,6 +240,30 @@ class ConsumingSession(Session):
             self._admin, _ = await link.channel(confirms=False)  # the broker closed the other one when it refused
             self._not_declared[queue.name] = refused
             return queue.name
+
+    async def _ensure(self, link: Link, queue: Queue) -> None:
+        """Declare a queue that is not consumed; if this user may not, log whether it is missing.
+
+        After a first refusal, the others are only asked for: they are many, each refusal costs a channel, and a session
+        has `connect_timeout` to open. RabbitMQ 4.3 does not even let a user without permissions on a queue ask for it.
+        """
+        if not self._not_declared:
+            await self._declare(link, queue)
+            if not self._not_declared:
+                return
+        refused: BrokerError | None = None
+        try:
+            await self._admin.declare_queue(queue.name, passive=True)
+        except Exception as error:
+            refused = translate(error, link.protocol.lost)
+            if not isinstance(refused, AccessRefused | NotFound):
+                raise
+            self._admin, _ = await link.channel(confirms=False)  # the broker closed the other one when it refused
+        if isinstance(refused, NotFound):
+            self._not_declared.pop(queue.name, None)
+            await self._declare(link, queue)
+            if queue.name in self._not_declared:
+                log.error("queue does not exist: a user who may declare it must run 'rpcq setup'", queue=queue.name)
 
     async def _consume(self, link: Link, channel: AbstractChannel, name: str, subscription: Subscription) -> str:
         """Start to consume a queue; returns the consumer's tag."""

@@ -104,19 +104,33 @@ class Link:
         then used as it is.
         """
         channel, _ = await self.channel(confirms=False)
+        may_bind = True
         for exchange in exchanges:
+            is_there = False
             try:
                 found = await channel.declare_exchange(exchange.name, exchange.type, passive=True)
-                for source, key in exchange.bindings:  # whoever declared it may have been lost before it bound it
-                    await found.bind(source, key)
+                is_there = True
+                for source, key in exchange.bindings if may_bind else ():
+                    await found.bind(source, key)  # whoever declared it may have been lost before it bound it
             except Exception as error:
                 refused = translate(error, self.protocol.lost)
                 if not isinstance(refused, AccessRefused | NotFound):
                     raise
+                may_bind = may_bind and not is_there  # each refusal costs a channel: the others are not bound either
                 channel, _ = await self.channel(confirms=False)  # the broker closed the other one when it refused
                 if isinstance(refused, NotFound):
-                    await declare_exchange(channel, exchange)
+                    await self._declare_missing(channel, exchange)
         await channel.close()
+
+    async def _declare_missing(self, channel: AbstractChannel, exchange: Exchange) -> None:
+        try:
+            await declare_exchange(channel, exchange)
+        except Exception as error:
+            refused = translate(error, self.protocol.lost)
+            if not isinstance(refused, AccessRefused):
+                raise
+            msg = f"{refused}; {exchange.name!r} does not exist: a user who may declare it must run 'rpcq setup'"
+            raise AccessRefused(msg) from error
 
     async def close(self) -> None:
         """Close the connection in an orderly way, or abort it if that fails or takes too long."""
