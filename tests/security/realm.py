@@ -6,10 +6,11 @@ import asyncio
 import re
 import secrets
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-from urllib.parse import urlsplit
+from typing import Any, Literal
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractQueue
@@ -18,6 +19,7 @@ from rpcq import Client, Service, Worker
 from rpcq.options import ConnectionOptions
 from rpcq.transport.opening import open_admin
 from rpcq.url import parse
+from rpcq.wire.delays import LEVELS
 from rpcq.wire.topology import Topology
 from support.broker import Broker
 
@@ -38,19 +40,39 @@ def patterns(role: str, namespace: str, user: str, service: str) -> list[str]:
 
 def topic_patterns(role: str, namespace: str, user: str, service: str) -> list[tuple[str, str, str]]:
     """The exchanges that a role has topic permissions for, with their regular expressions for write and read."""
-    form = rf"^rabbitmqctl set_topic_permissions -p VHOST {role} rpcq\.(\S+) +'(.*)' '(.*)'$"
+    form = rf"^ *rabbitmqctl set_topic_permissions -p VHOST {role} rpcq\.(\S+) +'(.*)' '(.*)'$"
     found = re.findall(form, SECURITY.read_text(), re.MULTILINE)
-    assert found
     return [
-        (f"{namespace}.{exchange}", renamed(write, namespace, user, service), renamed(read, namespace, user, service))
+        (f"{namespace}.{each}", renamed(write, namespace, user, service), renamed(read, namespace, user, service))
         for exchange, write, read in found
+        for each in (
+            [exchange.replace("$level", f"{it:02}") for it in range(LEVELS)] if "$" in exchange else [exchange]
+        )
     ]
 
 
 def renamed(pattern: str, namespace: str, user: str, service: str) -> str:
     """A pattern of the page, where the user is called client, for the names of this test."""
     own = pattern.replace("rpcq\\.", f"{namespace}\\.").replace("calculator", service)
-    return own.replace("reply\\.client\\.", f"reply\\.{re.escape(user)}\\.")
+    return re.sub(r"reply\\\.(client|sender|latersender)\\\.", lambda _: f"reply\\.{re.escape(user)}\\.", own)
+
+
+def add_user(broker: Broker, namespace: str, name: str, role: str, service: str) -> str:
+    """Make a user with the permissions that the page gives to a role; returns the user's URL."""
+    parts = urlsplit(broker.url)
+    vhost = parts.path.removeprefix("/") or "/"
+    user, password = f"{namespace}-{name.replace(' ', '-')}", secrets.token_hex(8)
+    broker.ctl("add_user", user, password)
+    said = role, namespace, user, service
+    broker.ctl("set_permissions", "-p", vhost, user, *patterns(*said))
+    with ThreadPoolExecutor(2) as pool:  # each command starts an Erlang of its own
+        list(
+            pool.map(
+                lambda topic: broker.ctl("set_topic_permissions", "-p", vhost, user, *topic), topic_patterns(*said)
+            )
+        )
+    at = f"{quote(user)}:{password}@{parts.hostname}:{parts.port or 5672}"
+    return urlunsplit(("amqp", at, parts.path, "", ""))
 
 
 @dataclass(frozen=True)
@@ -161,7 +183,8 @@ async def _listen_as_worker(channel: AbstractChannel, exchange: str, key: str) -
     await queue.bind(exchange, key)
 
 
-Deed = Callable[[AbstractChannel, Place, str], Awaitable[object]]
+Deed = Callable[[AbstractChannel, Any, str], Awaitable[object]]
+"""What somebody tries: on a channel, in a place, with a name: of a victim's reply queue, or of the user."""
 
 ANYBODY: dict[str, Deed] = {
     "read another service's requests": lambda channel, place, _: consume(channel, place.queue("others")),
