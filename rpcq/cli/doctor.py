@@ -38,10 +38,10 @@ from rpcq.service import Service
 from rpcq.transport.opening import open_admin
 from rpcq.url import BrokerURL, mask, parse
 from rpcq.wire.jobs import JobTopology
-from rpcq.wire.topology import MAX_LENGTH, Queue, QueueType, Topology
+from rpcq.wire.topology import MAX_LENGTH, Exchange, Queue, QueueType, Topology
 
 if TYPE_CHECKING:
-    from rpcq.transport.rabbitmq.admin import Admin
+    from rpcq.transport.rabbitmq.admin import Admin, QueueState
 
 OLDEST: Final = (3, 10)
 """The oldest RabbitMQ that is supported."""
@@ -142,6 +142,8 @@ async def _examine(
     if broker.scheme == "memory":
         yield Found(Grade.GOOD, "memory:// is a broker inside each process: there is no connection to check")
         return
+    called = [service for service in services if service.methods or not service.jobs]
+    with_jobs = [service for service in services if service.jobs]
     reached = 0
     for host, port in broker.hosts:
         try:
@@ -149,9 +151,11 @@ async def _examine(
                 reached += 1
                 yield Found(Grade.GOOD, f"{host}:{port} answers{' over TLS' if admin.is_encrypted else ''}")
                 yield _version(admin)
-                async for finding in _exchanges(admin, Topology(options.namespace), options):
+                async for finding in _exchanges(admin, Topology(options.namespace).exchanges(options.reply_exchange)):
                     yield finding
-                for service in services if reached == 1 else ():
+                async for finding in _jobs(admin, JobTopology(options.namespace), with_jobs if reached == 1 else []):
+                    yield finding
+                for service in called if reached == 1 else ():
                     queue = queue_of(Topology(options.namespace), service)
                     yield await _queue(admin, queue)
                     async for finding in _others(admin, Topology(options.namespace), service, queue):
@@ -221,12 +225,12 @@ async def _policy(management: Management | None, queue: str, options: ClientOpti
     )
 
 
-async def _exchanges(admin: Admin, topology: Topology, options: ClientOptions) -> Findings:
+async def _exchanges(admin: Admin, exchanges: list[Exchange]) -> Findings:
     """Check the types of the exchanges: topic permissions have an effect only on topic exchanges."""
-    for exchange in topology.exchanges(options.reply_exchange):
+    for exchange in exchanges:
         try:
             if await admin.has_exchange(exchange.name):
-                await admin.declare([exchange], [])
+                await admin.declare([replace(exchange, bindings=())], [])
         except TopologyMismatch as error:
             fix = "stop the programs that use it, delete it, and declare it again with 'rpcq setup'"
             yield Found(Grade.BAD, str(error), fix)
@@ -235,26 +239,67 @@ async def _exchanges(admin: Admin, topology: Topology, options: ClientOptions) -
 
 
 async def _queue(admin: Admin, queue: Queue) -> Found:
-    """Check the state of a request queue, and that its arguments are those that a worker declares."""
-    state = await admin.queue(queue.name)
-    if state is None:
+    """Check a request queue."""
+    state, found = await _state(admin, queue)
+    if state is None or found.grade is not Grade.GOOD:
+        return found
+    if not state.consumers:
+        return Found(Grade.BAD, found.text, "start a worker: until then, calls expire in the queue")
+    if state.messages > NEARLY_FULL:
         return Found(
-            Grade.DOUBT, f"queue {queue.name}: does not exist", "start a worker, or declare it with 'rpcq setup'"
+            Grade.DOUBT, found.text, f"its limit is {MAX_LENGTH:,} messages; start more workers, or make fewer calls"
         )
+    return found
+
+
+async def _state(admin: Admin, queue: Queue) -> tuple[QueueState | None, Found]:
+    """The state of a queue, and whether it exists with the arguments that a worker declares."""
+    try:
+        state = await admin.queue(queue.name)
+    except AccessRefused:  # RabbitMQ 4.3: the user has no permission on it
+        return None, Found(Grade.GOOD, f"queue {queue.name}: not checked, because the user may not ask for it")
+    if state is None:
+        fix = "start a worker, or declare it with 'rpcq setup'"
+        return None, Found(Grade.DOUBT, f"queue {queue.name}: does not exist", fix)
     text = f"queue {queue.name}: {state.messages} messages, {state.consumers} consumers"
     try:
         await admin.declare([], [replace(queue, bindings=())])
     except TopologyMismatch as error:
-        return Found(Grade.BAD, str(error), FIXES[TopologyMismatch])
+        return state, Found(Grade.BAD, str(error), FIXES[TopologyMismatch])
     except AccessRefused:
         text += "; its arguments are not checked, because the user may not declare it"
-    if not state.consumers:
-        return Found(Grade.BAD, text, "start a worker: until then, calls expire in the queue")
-    if state.messages > NEARLY_FULL:
-        return Found(
-            Grade.DOUBT, text, f"its limit is {MAX_LENGTH:,} messages; start more workers, or make fewer calls"
-        )
-    return Found(Grade.GOOD, text)
+    return state, Found(Grade.GOOD, text)
+
+
+async def _jobs(admin: Admin, topology: JobTopology, services: list[Service]) -> Findings:
+    """Check what services with jobs need: the exchanges, the ladder of delay queues, and their queues."""
+    if not services:
+        return
+    async for finding in _exchanges(admin, topology.exchanges()):
+        yield finding
+    delays = topology.ladder.queues()
+    found = [(await _state(admin, queue))[1] for queue in delays]
+    for finding in found:
+        if finding.grade is not Grade.GOOD:
+            yield finding
+    if all(finding.grade is Grade.GOOD for finding in found):
+        yield Found(Grade.GOOD, f"queues {delays[0].name} to {delays[-1].name}: all {len(delays)} exist")
+    kept = {topology.lost.name: "lost messages: rpcq dlq list --lost"}
+    queues = [queue for queue in topology.shared_queues() if queue.name in kept]
+    for service in services:
+        name = service.name
+        dead = topology.dead_queue(name)
+        kept[dead.name] = f"jobs that were not done: rpcq dlq list {name}"
+        queues += [topology.queue(name), topology.suspects(name), dead]
+        queues += [topology.tickets(name)] if schedules_of(service) else []
+    for queue in queues:
+        state, finding = await _state(admin, queue)
+        if state is not None and finding.grade is Grade.GOOD:
+            if queue.name in kept and state.messages:
+                finding = Found(Grade.DOUBT, finding.text, f"look at these {kept[queue.name]}")
+            elif queue.name not in kept and not state.consumers:
+                finding = Found(Grade.BAD, finding.text, "start a worker: until then, jobs wait")
+        yield finding
 
 
 async def _others(admin: Admin, topology: Topology, service: Service, queue: Queue) -> Findings:

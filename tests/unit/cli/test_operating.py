@@ -258,6 +258,33 @@ async def test_jobs_can_be_sent_once_setup_has_declared_their_queues(rpcq: Rpcq)
     assert re.search(rf"mailing\s+│ {rpcq.namespace}\.job\.mailing\s+│ 1\s+│ 0\s+│\s+│ welcome", table), table
 
 
+def test_the_doctor_looks_at_the_queues_of_jobs(rpcq: Rpcq) -> None:
+    (rpcq.folder / "mailing.py").write_text(JOBS)
+    own = {"RPCQ_NAMESPACE": rpcq.namespace}
+    ran = rpcq.run("doctor", "mailing:mailing", **own)
+    missing = "\n".join(lines(ran, "warn"))
+    for name in ("delay.07", "lost", "job.mailing", "job.mailing:suspects", "dead.mailing"):
+        assert f"queue {rpcq.namespace}.{name}: does not exist" in missing
+    assert ".req.mailing" not in ran.stdout
+    shown(rpcq.run("setup", "mailing:mailing", **own))
+    ran = rpcq.run("doctor", "mailing:mailing", **own)
+    assert f"{rpcq.namespace}.job.mailing: 0 messages, 0 consumers" in "\n".join(lines(ran, "bad"))
+    assert "until then, jobs wait" in ran.stdout
+    rpcq.worker("mailing:mailing")
+    with pika.BlockingConnection(pika.URLParameters(rpcq.url)) as connection:
+        connection.channel().basic_publish("", f"{rpcq.namespace}.dead.mailing", b"{}")
+        ran = rpcq.run("doctor", "mailing:mailing", **own)
+        assert ran.returncode == 0, ran.stdout
+        assert "all 24 exist" in "\n".join(lines(ran, "ok"))
+        assert f"{rpcq.namespace}.dead.mailing: 1 messages" in "\n".join(lines(ran, "warn"))
+        assert "rpcq dlq list mailing" in ran.stdout
+        level = f"{rpcq.namespace}.delay.03"
+        connection.channel().exchange_delete(level)
+        connection.channel().exchange_declare(level, "direct", durable=True)
+    ran = rpcq.run("doctor", "mailing:mailing", COLUMNS="1000", **own)
+    assert any(f"the exchange '{level}' exists with other" in line for line in lines(ran, "bad"))
+
+
 def test_on_the_in_process_broker_there_is_nothing_to_examine_or_to_set_up(rpcq: Rpcq) -> None:
     assert "a broker inside each process" in shown(rpcq.run("doctor", "--url", "memory://"))
     assert "memory://" in rpcq.refused("setup", "services:things", "--url", "memory://", code=2)
