@@ -46,7 +46,7 @@ test: $(VENV)/.installed-test $(VENV)/.installed-uvloop $(VENV)/.installed-docs
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-faults: $(VENV)/.installed-test $(VENV)/.installed-uvloop $(VENV)/.installed-docs
-	$(BIN)/python -m pytest tests/faults tests/security tests/conformance tests/unit/cli/test_bench.py tests/unit/cli/test_dlq.py tests/unit/observability/test_operations.py tests/docs -m '' $(ARGS)
+	$(BIN)/python -m pytest tests/faults tests/security tests/conformance tests/unit/cli/test_bench.py tests/unit/cli/test_dlq.py tests/unit/cli/test_queues.py tests/unit/observability/test_operations.py tests/docs -m '' $(ARGS)
 
 soak: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	PYTHONPATH=tests $(BIN)/python -m soak $(ARGS)

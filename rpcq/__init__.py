@@ -29,7 +29,7 @@ from rpcq.errors import (
     TooLarge,
     UsageError,
 )
-from rpcq.observer import Observed, ObservedCall, ObservedRequest, Observer
+from rpcq.observer import Observed, ObservedCall, ObservedJob, ObservedRequest, ObservedSend, Observer
 from rpcq.options import CallOptions, ClientOptions, ConnectionOptions, JobOptions, Retry, WorkerOptions
 from rpcq.results import Claim, ResultStore, StoredResult
 from rpcq.runtime.deadline import Deadline
@@ -67,7 +67,9 @@ __all__ = [
     "NotSerializable",
     "Observed",
     "ObservedCall",
+    "ObservedJob",
     "ObservedRequest",
+    "ObservedSend",
     "Observer",
     "OutcomeUnknown",
     "Overloaded",

@@ -115,8 +115,8 @@ class Client:
             self._transport,
             JobTopology(self.options.namespace),
             self._calls.next_id,
-            name=self.options.name,
-            max_body=self.options.max_body,
+            self.options,
+            self._observers.sends,
         )
         self._results = ResultReader()
         self._retries = Retries()

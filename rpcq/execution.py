@@ -229,7 +229,7 @@ class Executor:
         try:
             run.thread = self._threads.start(call)
         except CannotStart as error:
-            log.error("a handler cannot begin", method=label, correlation_id=run.id, cause=str(error))  # noqa: TRY400 - the cause says everything
+            log.error("a handler cannot begin", **invocation.names(), cause=str(error))  # noqa: TRY400 - the cause says everything
             raise Refused(ServiceUnavailable(f"the worker could not begin: {error}")) from error
         run.result = asyncio.wrap_future(run.thread)
         try:

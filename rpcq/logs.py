@@ -23,14 +23,14 @@ from rpcq.url import mask_urls
 
 
 class Named(Protocol):
-    """The call that a handler runs for."""
+    """The call or the job that a handler runs for."""
 
     def names(self) -> dict[str, Any]:
         """The fields that identify it in logs."""
 
 
 current: Final[ContextVar[Named | None]] = ContextVar("rpcq_call", default=None)
-"""The call that the handler of this context runs for, read by `add_call`. Setting it is the only cost for each call."""
+"""The call or the job that the handler of this context runs for, read by `add_call`. Setting it is the only cost."""
 
 SELDOM: Final = 1.0
 """Seconds between two warnings of one kind, for warnings that a peer can cause without limit."""
@@ -69,13 +69,16 @@ def _rename_reserved(_logger: Any, _method: str, event: structlog.typing.EventDi
 
 
 def add_call(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Add a call's method, correlation ID and attempt to the lines that its handler logs: a structlog processor.
+    """Add what a handler runs for to the lines that it logs: a structlog processor.
+
+    That is a call's `method`, `correlation_id` and `attempt`, or a job's `job`, `job_id` and `attempt`.
 
     `rpcq worker` uses it. In your own configuration, put it in the list of processors, beside
     `structlog.contextvars.merge_contextvars`, or in `foreign_pre_chain` for the standard library's loggers.
     """
     call = current.get()
-    if call is not None and "correlation_id" not in event:  # otherwise the line is about a call that the handler makes
+    # With an ID of its own, the line is about a call that the handler makes, or a job that it sends.
+    if call is not None and "correlation_id" not in event and "job_id" not in event:
         for key, value in call.names().items():
             event.setdefault(key, value)
     return event

@@ -1,7 +1,7 @@
-"""Observers: they are called with calls, requests, notices and sessions. Metrics, traces and logs are observers.
+"""Observers: they are called with calls, requests, jobs, notices and sessions. Metrics, traces and logs are observers.
 
-An observer is called in the same way at a client and at a worker: once when a call or a request begins; if it returns
-a function, that function is called once when it has ended. Neither can change the outcome.
+An observer is called in the same way at a client and at a worker: once when a call, a request, a send or an attempt of
+a job begins; if it returns a function, that function is called once when it has ended. Neither can change the outcome.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from rpcq import logs
 from rpcq.errors import CallError, ConfigurationError
 
 Role = Literal["consuming", "publishing"]
+Queued = Literal["", "yes", "no", "maybe"]
+JobOutcome = Literal["", "done", "retried", "put_off", "dead", "suspect", "suppressed", "given_back"]
 
 OK: Final = "OK"
 """The code of a call that did not fail, as in gRPC."""
@@ -35,7 +37,7 @@ def code_of(error: BaseException) -> str:
 
 
 class Observed:
-    """A call at a client, or a request at a worker.
+    """A call or a send at a client, a request or an attempt of a job at a worker.
 
     Attributes:
         exchange: the exchange that it is published to; empty for the default exchange.
@@ -105,6 +107,71 @@ class ObservedRequest(Observed):
         self.ran = False
 
 
+class ObservedSend(Observed):
+    """A job that a client sends, once its parameters are accepted; each job of a `send_many` is one.
+
+    Attributes:
+        exchange: as for calls; so are `service` and `label`.
+        method: name of the job.
+        correlation_id: ID of the job.
+        headers: W3C trace context, sent with the job and kept in all its attempts; an observer may set it.
+        body_size: bytes of the parameters as JSON.
+        queued: whether the broker has the job: empty until the send has ended; then "yes", "no" or "maybe".
+        code: "OK" if `queued` is "yes"; "CANCELLED"; otherwise "FAILED_PRECONDITION".
+        seconds: until the caller went on: for `send_many`, until all its jobs were confirmed.
+
+    """
+
+    __slots__ = ("body_size", "headers", "queued")
+
+    def __init__(self, exchange: bytes, service: str, method: str, label: str) -> None:
+        super().__init__(exchange, service, method, label)
+        self.headers: Mapping[str, str] | None = None
+        self.body_size = 0
+        self.queued: Queued = ""
+
+
+class ObservedJob(Observed):
+    """An attempt of a job at a worker; observers are called in the context (`contextvars`) of its handler.
+
+    What the broker buries by itself, after workers were lost, reaches no observer.
+
+    Attributes:
+        method: name of the job; empty if the service has no job of this name.
+        correlation_id: ID of the job; empty if it cannot be read.
+        caller: the name of the program that sent it, or empty.
+        headers: the sender's headers, with its trace context.
+        queue_seconds: time from the sender to the handler, by the clocks of both. None if another time is part of it:
+            for a retry, a replay, or a job that came back; or if the message does not say when it was sent.
+        body_size: bytes of the parameters as JSON.
+        ran: True if the handler is entered. False if it is decided before that what becomes of the job.
+        outcome: empty until it is decided; then "done", "retried", "put_off" (it did not run, and comes again later),
+            "dead", "suspect" (it runs alone later), "suppressed" (a job with its key is done already) or "given_back"
+            (its worker stops). It is decided before the broker confirms it: if the worker is lost meanwhile, the job
+            comes back.
+        code: "OK" if it is done; otherwise one word for the reason, of a limited number. For a dead letter, it is the
+            reason that docs/wire.md has; "rejected" for what the worker cannot read at all. For a retry, it is "failed"
+            (the handler raised), "retry_later", "timed_out" or "unknown_method"; for one that is put off "limits",
+            "key_held", "store_failed", "not_begun" (no thread was free) or "stopped"; for a suspect "workers_lost"; for
+            one that is suppressed "done_already"; for one that is given back "stopped".
+        error: what the handler raised, or None.
+        incident: what to look for in the worker's log; empty for none.
+
+    """
+
+    __slots__ = ("body_size", "caller", "headers", "incident", "outcome", "queue_seconds", "ran")
+
+    def __init__(self, exchange: bytes, service: str, method: str, label: str) -> None:
+        super().__init__(exchange, service, method, label)
+        self.caller = ""
+        self.headers: Mapping[str, Any] = {}
+        self.queue_seconds: float | None = None
+        self.body_size = 0
+        self.ran = False
+        self.outcome: JobOutcome = ""
+        self.incident = ""
+
+
 class Counted(Protocol):
     """A client or a worker, as observers see it: they may read its counts at any time."""
 
@@ -124,6 +191,15 @@ class Observer:
 
     def on_request(self, request: ObservedRequest) -> Callable[[ObservedRequest], None] | None:
         """A request begins at a worker. If this returns a function, it is called once the request has ended.
+
+        Both are called in the context of the handler.
+        """
+
+    def on_send(self, send: ObservedSend) -> Callable[[ObservedSend], None] | None:
+        """A client sends a job. If this returns a function, it is called once the send has ended."""
+
+    def on_job(self, job: ObservedJob) -> Callable[[ObservedJob], None] | None:
+        """An attempt of a job begins at a worker. If this returns a function, it is called once its outcome is decided.
 
         Both are called in the context of the handler.
         """
@@ -158,6 +234,8 @@ class Observers:
     Attributes:
         calls: functions to call with each call; if there are none, a call costs nothing more.
         requests: functions to call with each request.
+        sends: functions to call with each job that is sent.
+        jobs: functions to call with each attempt of a job.
 
     """
 
@@ -170,6 +248,8 @@ class Observers:
         self._owner = owner
         self.calls = tuple(it.on_call for it in self._overriding("on_call"))
         self.requests = tuple(it.on_request for it in self._overriding("on_request"))
+        self.sends = tuple(it.on_send for it in self._overriding("on_send"))
+        self.jobs = tuple(it.on_job for it in self._overriding("on_job"))
 
     def _overriding(self, name: str) -> list[Observer]:
         return [it for it in self._observers if getattr(type(it), name) is not getattr(Observer, name)]
@@ -199,7 +279,7 @@ class Observers:
 
 
 def begin(observers: Sequence[Callable[[Kind], Callable[[Kind], None] | None]], observed: Kind) -> Endings[Kind]:
-    """Call observers at the start of a call or a request; return the functions to call at its end."""
+    """Call observers at the start of what is observed; return the functions to call at its end."""
     endings: Endings[Kind] = []
     for began in observers:
         try:
@@ -213,7 +293,7 @@ def begin(observers: Sequence[Callable[[Kind], Callable[[Kind], None] | None]], 
 
 
 def end(endings: Endings[Kind], observed: Kind) -> None:
-    """Call what `begin` returned, once the call or the request has ended."""
+    """Call what `begin` returned, once that has ended."""
     for ended in endings:
         try:
             ended(observed)

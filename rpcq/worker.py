@@ -98,6 +98,7 @@ class Worker:
                 ready=self._sessions.ready,
                 remember=self.options.remember // 8,
                 waiting=self.options.job_prefetch // 2,
+                observers=self._observers.jobs,
             )
         self._tickers = [
             Ticker(self._transport, self._job_topology, service, app_id=self.options.name)
@@ -279,10 +280,12 @@ class Worker:
         return f"the {' and the '.join(down)} session to the broker is down" if down else ""
 
     def counts(self) -> Mapping[str, int]:
-        """The counters, for observers: those of `WorkerStats`, and how often its event loop was blocked."""
+        """The counters, for observers: those of `WorkerStats`, jobs apart, and how often its event loop was blocked."""
         watchdog = self._watchdog
+        jobs = 0 if self._jobs is None else len(self._jobs)
         return {
-            "in_flight": self.in_flight,
+            "in_flight": self.in_flight - jobs,
+            "jobs_in_hand": jobs,
             "finished": self._replier.finished,
             "refused_redeliveries": self.refused_redeliveries,
             "expired_on_arrival": self.expired_on_arrival,

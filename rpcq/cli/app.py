@@ -14,6 +14,7 @@ from rpcq.cli.dlq import dlq
 from rpcq.cli.doctor import doctor, setup
 from rpcq.cli.looking import describe, list_services, ping
 from rpcq.cli.options import EXIT_CODES, FAILED, USAGE, errors, exit_code
+from rpcq.cli.queues import queues
 from rpcq.cli.schedules import schedules
 from rpcq.cli.serving import worker
 from rpcq.cli.text import plain
@@ -49,6 +50,7 @@ app.command(epilog=EXIT_CODES)(call)
 app.command("list")(list_services)
 app.command()(describe)
 app.command()(ping)
+app.command()(queues)
 app.command()(doctor)
 app.command()(setup)
 app.add_typer(dlq)

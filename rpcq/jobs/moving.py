@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from rpcq import logs
+from rpcq.jobs.outcomes import Again, Dead, Suspect
 from rpcq.runtime.backlog import Backlog
 from rpcq.transport.base import Outgoing, Published, Transport
+from rpcq.wire import jobs as wire
+from rpcq.wire.jobs import JobTopology, encode_dead, encode_job
 
 if TYPE_CHECKING:
     from rpcq.jobs.run import JobRun
@@ -40,15 +44,21 @@ class Mover:
 
     Args:
         transport: the worker's.
+        topology: of the namespace.
         confirmed: called with a job when the broker has it in its new queue.
         too_large: called with a job that is larger than the broker takes.
 
     """
 
     def __init__(
-        self, transport: Transport, confirmed: Callable[[JobRun], None], too_large: Callable[[JobRun], None]
+        self,
+        transport: Transport,
+        topology: JobTopology,
+        confirmed: Callable[[JobRun], None],
+        too_large: Callable[[JobRun], None],
     ) -> None:
         self._transport = transport
+        self._topology = topology
         self._confirmed = confirmed
         self._too_large = too_large
         self._unsent: Backlog[_Moved] = Backlog(lambda: transport.can_publish, transport.writable, transport.publish)
@@ -56,9 +66,40 @@ class Mover:
         self._closed = False
         self._seldom = logs.Seldom(log)
 
-    def move(self, run: JobRun, exchange: bytes, routing_key: bytes, properties: bytes) -> None:
-        """Publish a job elsewhere."""
-        self._publish(_Moved(self, run, exchange, routing_key, properties))
+    def move(self, run: JobRun, fate: Again | Dead | Suspect, incident: str) -> None:
+        """Publish a job to where it is to go; `incident` is for its dead letter, empty for none."""
+        service = run.served.service.name
+        job, now_ms = run.job, self._transport.now_ms()
+        match fate:
+            case Suspect():
+                log.warning("job is a suspect: its workers were lost", **run.names, returns=job.returns)
+                exchange, key = self._topology.due.name.encode(), self._topology.suspect_key(service).encode()
+                properties = encode_job(replace(job, earlier=job.earlier + job.returns), now_ms)
+            case Again():
+                again = replace(
+                    job,
+                    attempt=job.attempt + fate.attempts,
+                    unknown=job.unknown + fate.unknown,
+                    earlier=0 if fate.attempts else job.earlier + job.returns,
+                )
+                write = log.info if fate.is_retry else log.debug
+                write("job runs again later", **run.names, seconds=fate.steps / 4, cause=fate.error)
+                exchange, key = self._topology.ladder.route(fate.steps, self._topology.address(service))
+                properties = encode_job(again, now_ms)
+            case Dead():
+                log.error("job is dead", **run.names, reason=fate.reason, executed=fate.executed, cause=fate.error)
+                headers = {
+                    wire.REASON: fate.reason,
+                    wire.EXECUTED: fate.executed,
+                    wire.ERROR: fate.error,
+                    wire.FROM: service,
+                    wire.DIED_AT: now_ms,
+                }
+                if incident:
+                    headers[wire.INCIDENT] = incident
+                exchange, key = self._topology.dead.name.encode(), self._topology.address(service).encode()
+                properties = encode_dead(run.delivery.properties, headers)
+        self._publish(_Moved(self, run, exchange, key, properties))
 
     def stop(self) -> None:
         """Publish nothing more that the broker refuses or does not confirm."""

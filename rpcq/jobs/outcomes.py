@@ -33,6 +33,7 @@ class Again:
 
     Attributes:
         steps: of 250 ms; 0 for at once.
+        reason: one word for it, for metrics; `ObservedJob` lists them.
         error: why, for the log.
         attempts: 1 if this was an attempt, else 0.
         unknown: 1 if the worker has no such job, else 0.
@@ -40,9 +41,15 @@ class Again:
     """
 
     steps: int
+    reason: str
     error: str
     attempts: int = 0
     unknown: int = 0
+
+    @property
+    def is_retry(self) -> bool:
+        """Whether it counts as a retry; otherwise it is put off, and did not run."""
+        return bool(self.attempts or self.unknown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +112,8 @@ def of_delivery(
             return Dead("unknown_method", before(job), f"{job.name!r} is a method: call it, do not send it")
         if job.unknown >= len(UNKNOWN_PAUSES):
             return Dead("unknown_method", before(job), f"no worker that got it has a job {job.name!r}")
-        return Again(steps_of(UNKNOWN_PAUSES[job.unknown]), f"this worker has no job {job.name!r}", unknown=1)
+        steps = steps_of(UNKNOWN_PAUSES[job.unknown])
+        return Again(steps, "unknown_method", f"this worker has no job {job.name!r}", unknown=1)
     if known.at_most_once and (job.returns or job.earlier):
         return Dead("interrupted", "maybe", "its worker was lost while it had it, and it runs at most once")
     if job.returns + job.earlier >= SUSPECT_FROM and not is_suspects and not known.at_most_once:
@@ -135,12 +143,13 @@ def of_key(job: JobMessage, found: StoredResult | Claim, fingerprint: bytes) -> 
 
 def of_twin() -> Again:
     """What becomes of a job while another one has its key."""
-    return Again(steps_of(HELD_PAUSE), "another job with its key runs, or its worker was lost")
+    return Again(steps_of(HELD_PAUSE), "key_held", "another job with its key runs, or its worker was lost")
 
 
 def of_wait(seconds: float) -> Again:
     """What becomes of a job whose turn is not near; `seconds` is the time until then, about."""
-    return Again(max(1, coarse(steps_of(seconds))), "its turn is not near: others run, or its limits hold it up")
+    said = "its turn is not near: others run, or its limits hold it up"
+    return Again(max(1, coarse(steps_of(seconds))), "limits", said)
 
 
 def of_done(job: JobMessage, *, same: bool) -> Dead | None:
@@ -152,7 +161,8 @@ def of_done(job: JobMessage, *, same: bool) -> Dead | None:
 
 def of_store(seconds: float) -> Again:
     """What becomes of a job whose store of results failed; `seconds` is the pause."""
-    return Again(max(1, coarse(steps_of(seconds))), "the store of results failed: it cannot say whether it is done")
+    said = "the store of results failed: it cannot say whether it is done"
+    return Again(max(1, coarse(steps_of(seconds))), "store_failed", said)
 
 
 def of_error(
@@ -161,15 +171,15 @@ def of_error(
     """What becomes of a job whose handler raised; `spread` makes a pause random."""
     said = f"{type(error).__name__}: {error}"[:MAX_ERROR]
     if isinstance(error, Refused):  # no thread could be started: it did not begin
-        return Again(_pause(job, options.retry, spread), error.error.message)
+        return Again(_pause(job, options.retry, spread), "not_begun", error.error.message)
     if isinstance(error, GiveUp):
         return Dead("gave_up", "yes", error.reason[:MAX_ERROR])
     if isinstance(error, RetryLater):
-        return _again(job, options, said, steps_of(error.seconds))
+        return _again(job, options, "retry_later", said, steps_of(error.seconds))
     wanted = isinstance(error, options.retry_on) and not isinstance(error, options.give_up_on)
     if not wanted:
         return Dead("gave_up", "yes", said)
-    return _again(job, options, said, _pause(job, options.retry, spread))
+    return _again(job, options, "failed", said, _pause(job, options.retry, spread))
 
 
 def of_interruption(
@@ -178,10 +188,11 @@ def of_interruption(
     """What becomes of a job whose handler was interrupted; None to give it back to its queue."""
     match why:
         case Interruption.TIMED_OUT:
-            return _again(job, options, f"it timed out after {seconds:.3f} s", _pause(job, options.retry, spread))
+            error = f"it timed out after {seconds:.3f} s"
+            return _again(job, options, "timed_out", error, _pause(job, options.retry, spread))
         case Interruption.TIMED_OUT_UNBEGUN:
             error = "it did not begin in time: no thread was free, or its store of results did not answer"
-            return Again(_pause(job, options.retry, spread), error)
+            return Again(_pause(job, options.retry, spread), "not_begun", error)
         case Interruption.CUT_OFF | Interruption.CANCELLED if options.at_most_once:
             return Dead("interrupted", "maybe", f"its worker stopped, and cut it off after {seconds:.3f} s")
         case Interruption.CUT_OFF_UNBEGUN if options.at_most_once:
@@ -192,7 +203,7 @@ def of_interruption(
 
 def of_stopping() -> Again:
     """What becomes of a job that runs at most once and has not begun: if it came back, it would count as run."""
-    return Again(0, "its worker stopped before it began")
+    return Again(0, "stopped", "its worker stopped before it began")
 
 
 def of_refusal(job: JobMessage, error: CallError) -> Dead:
@@ -200,10 +211,10 @@ def of_refusal(job: JobMessage, error: CallError) -> Dead:
     return Dead("invalid", before(job), error.message)
 
 
-def _again(job: JobMessage, options: JobOptions, error: str, steps: int) -> Again | Dead:
+def _again(job: JobMessage, options: JobOptions, reason: str, error: str, steps: int) -> Again | Dead:
     if job.attempt >= options.max_attempts:
         return Dead("attempts", "yes", error)
-    return Again(steps, error, attempts=1)
+    return Again(steps, reason, error, attempts=1)
 
 
 def _pause(job: JobMessage, retry: Retry | None, spread: Callable[[float], float]) -> int:

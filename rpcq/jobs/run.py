@@ -14,6 +14,7 @@ from rpcq.wire.jobs import JobMessage
 if TYPE_CHECKING:
     from rpcq.jobs.keys import Claimed
     from rpcq.jobs.limits import Limit
+    from rpcq.jobs.observing import Observation
     from rpcq.jobs.running import JobRunner
 
 
@@ -30,10 +31,11 @@ class JobRun(Run):
         limit: the limit that it counts towards while it runs.
         key: its key in the worker's memory; None if the service has a store, or nothing is remembered.
         claimed: its key in the store of its service.
+        observation: what observers see of its handler's run; None without observers, and after it ended.
 
     """
 
-    __slots__ = ("claimed", "delivery", "is_suspect", "job", "key", "limit", "runner", "served", "since")
+    __slots__ = ("claimed", "delivery", "is_suspect", "job", "key", "limit", "observation", "runner", "served", "since")
 
     def __init__(
         self, runner: JobRunner, served: Served, delivery: Delivery, job: JobMessage, *, is_suspect: bool
@@ -48,6 +50,7 @@ class JobRun(Run):
         self.limit: Limit | None = None
         self.key: str | None = None
         self.claimed: Claimed | None = None
+        self.observation: Observation | None = None
 
     @property
     def id(self) -> str:

@@ -19,18 +19,18 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
 from rpcq import logs
 from rpcq.errors import GiveUp, InvalidParams, RetryLater
-from rpcq.execution import Executor
+from rpcq.execution import Around, Executor
 from rpcq.invocation import Interruption, Invocation
 from rpcq.jobs.invocation import JobInvocation, Served
 from rpcq.jobs.keys import Keys, Remembered, key_of
 from rpcq.jobs.limits import Limits
 from rpcq.jobs.moving import Mover
+from rpcq.jobs.observing import JobObservers, JobObserving
 from rpcq.jobs.outcomes import (
     Again,
     Dead,
@@ -48,13 +48,13 @@ from rpcq.jobs.outcomes import (
 )
 from rpcq.jobs.run import JobRun
 from rpcq.jobs.suspects import Suspects
+from rpcq.observer import OK
 from rpcq.runtime.backlog import Backlog
 from rpcq.runtime.backoff import full_jitter
 from rpcq.runtime.threads import Ended
 from rpcq.service import Service
 from rpcq.transport.base import Delivery, Transport
-from rpcq.wire import jobs as wire
-from rpcq.wire.jobs import JobMessage, JobTopology, encode_dead, encode_job, read_job
+from rpcq.wire.jobs import JobMessage, JobTopology, read_job
 from rpcq.wire.properties import MalformedProperties
 
 log = logs.get_logger("rpcq.worker")
@@ -80,6 +80,7 @@ class JobRunner:
         ready: waits for that.
         remember: bytes for the keys of jobs that are done.
         waiting: jobs of each service that may wait here for a turn by their own limits.
+        observers: of jobs, as `Observers.jobs` has them.
 
     Attributes:
         finished: jobs that are settled.
@@ -101,16 +102,17 @@ class JobRunner:
         ready: Callable[[], Any],
         remember: int = 0,
         waiting: int = 0,
+        observers: JobObservers = (),
     ) -> None:
         self._transport = transport
         self._executor = executor
-        self._topology = topology
+        self._observing = JobObserving(observers, topology.jobs.name.encode(), transport.now_ms) if observers else None
         self._may_begin = may_begin
         self._in_hand: dict[str, JobRun] = {}
         self._twins: set[JobRun] = set()  # jobs whose ID another job in hand has
         self._running: set[JobRun] = set()
         self._arriving: Backlog[tuple[Served, Delivery, bool]] = Backlog(may_begin, ready, self._take)
-        self._mover = Mover(transport, self._acknowledge, self._reject)
+        self._mover = Mover(transport, topology, self._acknowledge, self._reject)
         self._remembered = Remembered(remember) if remember else None
         self._busy: set[str] = set()  # keys of jobs that run
         self._keys = Keys()
@@ -258,6 +260,8 @@ class JobRunner:
         """Let the broker make a dead letter of what cannot be read here: nothing of it is lost so."""
         self.dead += 1
         self._seldom.warning("a job that cannot be read is dead", service=served.service.name, cause=why)
+        if self._observing is not None:
+            self._observing.unreadable(served.service.name, delivery.body_size)
         delivery.reject()
 
     def _begin(self, run: JobRun) -> None:
@@ -284,7 +288,9 @@ class JobRunner:
                     self._busy.add(run.key)
                 self._look_later()
                 store = service.result_store
-                around = None if store is None else partial(self._keys.run, run, invocation, store)
+                around: Around | None = None if store is None else partial(self._keys.run, run, invocation, store)
+                if self._observing is not None:
+                    around = self._observing.wrap(run, around)
                 self._executor.begin(run, invocation, now, around)
                 return
             fate = of_twin()
@@ -301,6 +307,8 @@ class JobRunner:
         """The handler returned: the job is done."""
         if run.key is not None and self._remembered is not None:
             self._remembered.put(run.key, run.job.body)
+        if self._observing is not None:
+            self._observing.end(run, "done", OK)
         self._acknowledge(run)
         self._ended(run)
 
@@ -312,7 +320,7 @@ class JobRunner:
             return
         fate = of_error(run.job, run.options, error, self.spread)
         if isinstance(error, RetryLater | GiveUp):  # its handler says what is to become of it
-            self._settle(run, fate)
+            self._settle(run, fate, error)
             self._ended(run)
             return
         incident = secrets.token_hex(6)
@@ -324,7 +332,7 @@ class JobRunner:
             duration_ms=round(run.handler_ms, 3),
             exc_info=error,
         )
-        self._settle(run, fate, incident)
+        self._settle(run, fate, error, incident)
         self._ended(run)
 
     def interrupted(self, run: JobRun, invocation: Invocation, why: Interruption) -> None:
@@ -341,6 +349,8 @@ class JobRunner:
 
     def _outlasted(self, run: JobRun, invocation: Invocation, why: Interruption, result: asyncio.Future[Ended]) -> None:
         if self._abandoned or run not in self._running:
+            if self._observing is not None:
+                self._observing.given_back(run)
             return  # the broker delivers it again; or it was written off
         is_done = not result.cancelled() and result.result().error is None
         if run.claimed is not None:
@@ -404,6 +414,8 @@ class JobRunner:
         if fate is None:
             self.suppressed += 1
             log.info("job is done already, by its key", **run.names, key=run.job.key)
+            if self._observing is not None:
+                self._observing.end(run, "suppressed", "done_already")
             self._acknowledge(run)
         else:
             self._settle(run, fate)
@@ -412,51 +424,23 @@ class JobRunner:
         """Have the broker hold a job whose turn is not near."""
         self._settle(run, of_wait(seconds))
 
-    def _settle(self, run: JobRun, fate: Again | Dead | Suspect, incident: str | None = None) -> None:
+    def _settle(
+        self, run: JobRun, fate: Again | Dead | Suspect, error: BaseException | None = None, incident: str = ""
+    ) -> None:
+        if self._observing is not None:
+            if self._abandoned:
+                self._observing.given_back(run)
+            else:
+                self._observing.settled(run, fate, error, incident)
         if self._abandoned:
             return  # the broker delivers it again
-        service = run.served.service.name
-        job, now_ms = run.job, self._transport.now_ms()
         match fate:
-            case Suspect():
-                key = self._topology.suspect_key(service)
-                log.warning("job is a suspect: its workers were lost", **run.names, returns=job.returns)
-                moved = replace(job, earlier=job.earlier + job.returns)
-                self._move(run, self._topology.due.name.encode(), key.encode(), encode_job(moved, now_ms))
             case Again():
-                if fate.attempts or fate.unknown:
-                    self.retried += 1
-                    write = log.info
-                else:
-                    self.put_off += 1
-                    write = log.debug
-                again = replace(
-                    job,
-                    attempt=job.attempt + fate.attempts,
-                    unknown=job.unknown + fate.unknown,
-                    earlier=0 if fate.attempts else job.earlier + job.returns,
-                )
-                write("job runs again later", **run.names, seconds=fate.steps / 4, cause=fate.error)
-                exchange, address = self._topology.ladder.route(fate.steps, self._topology.address(service))
-                self._move(run, exchange, address, encode_job(again, now_ms))
+                self.retried += fate.is_retry
+                self.put_off += not fate.is_retry
             case Dead():
                 self.dead += 1
-                log.error("job is dead", **run.names, reason=fate.reason, executed=fate.executed, cause=fate.error)
-                headers = {
-                    wire.REASON: fate.reason,
-                    wire.EXECUTED: fate.executed,
-                    wire.ERROR: fate.error,
-                    wire.FROM: service,
-                    wire.DIED_AT: now_ms,
-                }
-                if incident is not None:
-                    headers[wire.INCIDENT] = incident
-                key = self._topology.address(service)
-                letter = encode_dead(run.delivery.properties, headers)
-                self._move(run, self._topology.dead.name.encode(), key.encode(), letter)
-
-    def _move(self, run: JobRun, exchange: bytes, routing_key: bytes, properties: bytes) -> None:
-        self._mover.move(run, exchange, routing_key, properties)
+        self._mover.move(run, fate, incident)
 
     def _reject(self, run: JobRun) -> None:
         log.error("a job is larger than the broker takes: the broker itself makes it a dead letter", **run.names)
@@ -474,6 +458,8 @@ class JobRunner:
             self._give_back(run)
 
     def _give_back(self, run: JobRun) -> None:
+        if self._observing is not None:
+            self._observing.given_back(run)
         self._release(run)
         run.delivery.reject(requeue=True)
 

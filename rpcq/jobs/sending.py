@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -12,7 +12,9 @@ from typing import Any, Final
 from rpcq import logs
 from rpcq.contracts import METHOD_NAME, RemoteCallable, RemoteJob
 from rpcq.errors import BrokerError, ClosedError, ConfigurationError, InvalidParams, SendError, UsageError
-from rpcq.options import MAX_DELAY, CallOptions, check_name
+from rpcq.jobs.observing import SendObservation, SendObservers
+from rpcq.observer import Queued
+from rpcq.options import MAX_DELAY, CallOptions, ClientOptions, check_name
 from rpcq.runtime.backlog import Backlog
 from rpcq.runtime.timeouts import Bucket, Timeouts
 from rpcq.service import Method, jobs_of
@@ -107,19 +109,25 @@ class JobSender:
         transport: the client's.
         topology: of the namespace.
         next_id: makes an ID that nobody can guess.
-        name: the client's name.
-        max_body: bytes of the parameters.
+        options: the client's.
+        observers: of sends, as `Observers.sends` has them.
 
     """
 
     def __init__(
-        self, transport: Transport, topology: JobTopology, next_id: Callable[[], bytes], *, name: str, max_body: int
+        self,
+        transport: Transport,
+        topology: JobTopology,
+        next_id: Callable[[], bytes],
+        options: ClientOptions,
+        observers: SendObservers = (),
     ) -> None:
         self._transport = transport
         self._topology = topology
         self._next_id = next_id
-        self._name = name
-        self._max_body = max_body
+        self._name = options.name
+        self._max_body = options.max_body
+        self._observers = observers
         self._waiting: Backlog[_Sending] = Backlog(lambda: transport.can_publish, transport.writable, transport.publish)
         self._now = _Declared([topology.jobs])
         self._later = _Declared([*topology.ladder.exchanges(), topology.due])
@@ -145,21 +153,55 @@ class JobSender:
         for batch in self._under_way:
             batch.end("the client was closed")
 
-    async def send(
+    def send(
         self,
         target: str | Callable[..., Any],
         options: CallOptions,
         several: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]],
-    ) -> list[Job]:
+    ) -> Coroutine[Any, Any, list[Job]]:
         """Send jobs of one name, and wait until the broker has all of them.
 
         Raises:
             SendError: of the first job that failed. Its `queued` is about that job; others may be in the queue.
 
         """
+        if self._observers:
+            return self._observed(target, options, several)
+        return self._send(target, options, several, [], [])
+
+    async def _observed(
+        self,
+        target: str | Callable[..., Any],
+        options: CallOptions,
+        several: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]],
+    ) -> list[Job]:
+        """Send jobs and call the observers with each."""
+        sendings: list[_Sending] = []
+        observations: list[SendObservation] = []
+        failed: BaseException | None = None
+        try:
+            return await self._send(target, options, several, sendings, observations)
+        except BaseException as error:
+            failed = error
+            raise
+        finally:
+            for number, observation in enumerate(observations):
+                observation.end(*_known(sendings[number] if number < len(sendings) else None, failed))
+            del failed, observations  # an error's traceback holds this frame
+
+    async def _send(
+        self,
+        target: str | Callable[..., Any],
+        options: CallOptions,
+        several: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]],
+        sendings: list[_Sending],
+        observations: list[SendObservation],
+    ) -> list[Job]:
+        """Send jobs; `sendings` gets them, and `observations` what observers see of each."""
         service, name, method = find_job(target)
         when = self._when(options) if options.is_for_jobs else _AT_ONCE
-        sendings = [self._prepare(service, name, method, options, when, args, params) for args, params in several]
+        for args, params in several:
+            sendings.append(self._prepare(service, name, method, options, when, args, params, observations))
         del several  # while many wait, the collector has less to look at
         until = time.monotonic() + options.timeout
         declared = self._later if when.steps else self._now
@@ -180,11 +222,12 @@ class JobSender:
                 await sending.done
         except BaseException:
             for sending in sendings:
-                self._waiting.discard(sending)
-                if not sending.done.done():
-                    sending.done.cancel()
-                elif not sending.done.cancelled():
+                if sending.done.done() and not sending.done.cancelled():
                     sending.done.exception()  # the first one is raised; the others count as seen
+                else:
+                    sending.may_be_queued = sending.may_be_queued or not self.waits(sending)
+                    sending.done.cancel()
+                self._waiting.discard(sending)
             raise
         finally:
             self._timeouts.cancel(batch)
@@ -284,6 +327,7 @@ class JobSender:
         when: _When,
         args: tuple[Any, ...],
         params: Mapping[str, Any],
+        observations: list[SendObservation],
     ) -> _Sending:
         if not isinstance(params, Mapping):
             msg = f"send_many must have the parameters of each job by name, as in {{'to': 'ada'}}; got {params!r:.100}"
@@ -304,12 +348,15 @@ class JobSender:
             if when.due_ms is not None:
                 due = datetime.fromtimestamp(when.due_ms / 1000, UTC)
                 route = self._topology.ladder.route(when.steps, self._topology.address(service))
-        properties = encode_job(message, self._transport.now_ms())
         is_once = isinstance(method, Method) and method.job is not None and method.job.at_most_once
         if is_once and due is not None:
             msg = f"{service}.{name} runs at most once, and what is delayed may come twice after a crash of the broker"
             raise UsageError(f"{msg}: send it without delay and at")
-        return _Sending(self, Job(job_id, service, name, key, due), route, properties, body, is_once=is_once)
+        job = Job(job_id, service, name, key, due)
+        if self._observers:
+            observations.append(SendObservation(self._observers, self.exchange, job, message))
+        properties = encode_job(message, self._transport.now_ms())
+        return _Sending(self, job, route, properties, body, is_once=is_once)
 
 
 def find_job(target: str | Callable[..., Any]) -> tuple[str, str, Method | RemoteJob | None]:
@@ -349,6 +396,16 @@ def _why_not_job(target: Any, found: Sequence[Method]) -> str:
 
 def _succeeded(task: asyncio.Task[None]) -> bool:
     return not task.cancelled() and task.exception() is None
+
+
+def _known(sending: _Sending | None, failed: BaseException | None) -> tuple[Queued, BaseException | None]:
+    """What is known of a job once its send has ended; `failed` is what its caller got."""
+    if sending is None or not sending.done.done():  # it was never to be published
+        return "no", failed
+    if sending.done.cancelled():  # its caller is gone, or another job of the same send has failed
+        return "maybe" if sending.may_be_queued else "no", failed
+    error = sending.done.exception()
+    return error.queued if isinstance(error, SendError) else "yes", error
 
 
 def _end(sending: _Sending, why: str) -> None:

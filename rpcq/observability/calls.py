@@ -1,4 +1,4 @@
-"""Logs of calls: one line when a call begins and one when it has ended, for all calls or a share of them."""
+"""Logs of calls and jobs: one line when it begins and one when it has ended, for all of them or a share."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 from rpcq import logs
 from rpcq.errors import CallError
 from rpcq.observability.sampling import Sampler
-from rpcq.observer import OK, ObservedCall, ObservedRequest, Observer
+from rpcq.observer import OK, ObservedCall, ObservedJob, ObservedRequest, ObservedSend, Observer
 
 client_log = logs.get_logger("rpcq.client.calls")
 worker_log = logs.get_logger("rpcq.worker.calls")
 
 
 class CallLogs(Observer):
-    """Logs calls at a client, and requests at a worker. Bodies, headers and metadata are never logged.
+    """Logs calls and sends at a client, requests and jobs at a worker. It never logs bodies, headers and metadata.
 
     The logger `rpcq.worker` logs some things without this observer: exceptions of handlers with their incident IDs,
-    sessions that go down, and workers that start and stop.
+    jobs that run again later or are dead, sessions that go down, and workers that start and stop.
 
     Args:
-        ratio: share of calls that is logged, from 0 to 1; client and worker log the same calls.
+        ratio: share of calls and jobs that is logged, from 0 to 1; client and worker log the same ones.
 
     Raises:
         ConfigurationError: the ratio is not a number from 0 to 1.
@@ -63,6 +63,47 @@ class CallLogs(Observer):
     def _request_ended(self, request: ObservedRequest) -> None:
         failed = "request failed" if request.ran else "request refused"
         worker_log.info("request completed" if request.code == OK else failed, **_ended(request))
+
+    def on_send(self, send: ObservedSend) -> Callable[[ObservedSend], None] | None:
+        """See `Observer`."""
+        return self._send_ended if self._picked(send.correlation_id) else None
+
+    def _send_ended(self, send: ObservedSend) -> None:
+        client_log.info(
+            "job sent" if send.code == OK else "job not sent",
+            job=send.label,
+            job_id=send.correlation_id,
+            queued=send.queued,
+            bytes=send.body_size,
+            duration_ms=round(send.seconds * 1000, 3),
+        )
+
+    def on_job(self, job: ObservedJob) -> Callable[[ObservedJob], None] | None:
+        """See `Observer`."""
+        if not self._picked(job.correlation_id):
+            return None
+        if job.ran:
+            waited = job.queue_seconds
+            worker_log.info(
+                "job started",
+                **_named(job),
+                caller=job.caller,
+                bytes=job.body_size,
+                queue_ms=None if waited is None else round(waited * 1000, 3),
+            )
+        return self._job_ended
+
+    def _job_ended(self, job: ObservedJob) -> None:
+        fields: dict[str, Any] = {"outcome": job.outcome, "duration_ms": round(job.seconds * 1000, 3)}
+        if job.code != OK:
+            fields["reason"] = job.code
+        if job.incident:
+            fields["incident"] = job.incident
+        worker_log.info("job ended" if job.ran else "job not started", **_named(job), **fields)
+
+
+def _named(job: ObservedJob) -> dict[str, Any]:
+    return {"job": job.label, "job_id": job.correlation_id, "attempt": job.attempt}
 
 
 def _ended(observed: ObservedCall | ObservedRequest) -> dict[str, Any]:

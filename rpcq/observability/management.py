@@ -97,15 +97,25 @@ class Management:
             ConfigurationError: a file that the broker's URL names for TLS cannot be used.
 
         """
-        names: list[str] = []
+        return sorted(it["name"] for it in self.states(prefix, ("name",)))
+
+    def states(self, prefix: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Return these columns of all queues whose names begin with a prefix.
+
+        Raises:
+            One of `UNANSWERED`: its response is not what it should be.
+            ConfigurationError: a file that the broker's URL names for TLS cannot be used.
+
+        """
+        states: list[dict[str, Any]] = []
         page, pages = 1, 1
         pattern = quote(f"^{re.escape(prefix)}", safe="")
         while page <= pages:
-            query = f"?columns=name&use_regex=true&name={pattern}&page={page}&page_size={PAGE_SIZE}"
+            query = f"?columns={','.join(columns)}&use_regex=true&name={pattern}&page={page}&page_size={PAGE_SIZE}"
             found = self._get(query) or {}
-            names += [it["name"] for it in found.get("items", ())]
+            states += found.get("items", ())
             page, pages = page + 1, found.get("page_count", 0)
-        return sorted(names)
+        return states
 
     def _get(self, path: str) -> Any:
         """Return the value of a resource under that of the vhost's queues, or None if there is none."""

@@ -25,7 +25,17 @@ from prometheus_client.core import (
 )
 
 from rpcq.errors import DOMAIN_CODE, STATUS_CODES
-from rpcq.observer import OK, Counted, Observed, ObservedCall, ObservedRequest, Observer, Role
+from rpcq.observer import (
+    OK,
+    Counted,
+    Observed,
+    ObservedCall,
+    ObservedJob,
+    ObservedRequest,
+    ObservedSend,
+    Observer,
+    Role,
+)
 from rpcq.runtime.process import own_version
 
 if TYPE_CHECKING:
@@ -33,6 +43,13 @@ if TYPE_CHECKING:
 
 BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the buckets, seconds. A call on an idle broker takes about a millisecond."""
+
+JOB_BUCKETS: Final = (
+    *(0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0),
+    *(60.0, 300.0, 900.0, 1800.0),
+    *(3600.0, 4 * 3600.0, 12 * 3600.0, 24 * 3600.0),
+)
+"""The same for jobs, which may wait for hours."""
 
 LAG_BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 
@@ -56,6 +73,9 @@ STATUSES: Final = frozenset({OK, *STATUS_CODES})
 REASONS: Final = frozenset({"expired", "delivery_limit", "rejected", "maxlen"})
 """Reasons for which RabbitMQ dead-letters a message: https://www.rabbitmq.com/docs/dlx."""
 
+SERVED: Final = frozenset({"calls", "jobs", "suspects", "tickets"})
+"""Kinds of queues that have consumers while all is well."""
+
 OWNED: Final[Mapping[str, tuple[str, str, Mapping[str, str]]]] = {
     "pending_replies": ("rpcq_client_pending_replies", "Calls that wait for a reply.", {}),
     "late_replies": ("rpcq_client_unmatched_replies", "Replies for no call under way.", {"reason": "late"}),
@@ -64,6 +84,7 @@ OWNED: Final[Mapping[str, tuple[str, str, Mapping[str, str]]]] = {
     "resent": ("rpcq_client_requests_resent", "Requests sent again after a loss of session or worker, or a stop.", {}),
     "retried": ("rpcq_client_calls_retried", "Calls made again, because of their option retry.", {}),
     "in_flight": ("rpcq_worker_requests_in_hand", "Requests that are not acknowledged yet.", {}),
+    "jobs_in_hand": ("rpcq_worker_jobs_in_hand", "Jobs that are not acknowledged yet.", {}),
     "finished": ("rpcq_worker_requests_acknowledged", "Requests that were acknowledged.", {}),
     "refused_redeliveries": (
         "rpcq_worker_refused_redeliveries",
@@ -81,7 +102,7 @@ OWNED: Final[Mapping[str, tuple[str, str, Mapping[str, str]]]] = {
 }
 """Key of `Counted.counts` -> name, help and labels of the metric."""
 
-GAUGES: Final = frozenset({"pending_replies", "in_flight"})
+GAUGES: Final = frozenset({"pending_replies", "in_flight", "jobs_in_hand"})
 """Keys of `OWNED` whose numbers can also fall."""
 
 
@@ -118,12 +139,35 @@ class _Method:
         self.queue = _Histogram()
 
 
+class _Job:
+    """The numbers of one job at one side; `labels` are its service and its name."""
+
+    __slots__ = ("ended", "labels", "queue", "running", "seconds", "started")
+
+    def __init__(self, service: str, method: str, bounds: tuple[float, ...]) -> None:
+        self.labels = service, method
+        self.started = 0
+        self.running = 0
+        self.ended: Counter[tuple[str, ...]] = Counter()
+        """Ends by `queued` at a client, by outcome and reason at a worker."""
+        self.seconds = _Histogram(bounds)
+        self.queue = _Histogram(bounds)
+
+
 def _new_code(codes: dict[str, int], code: str) -> str:
     """Return the code to count for a code that is new to a method: a worker may send any text."""
     is_own = DOMAIN_CODE.match(code) is not None and len(codes.keys() - STATUSES) < MAX_CODES
     code = code if code in STATUSES or is_own else OTHER_CODE
     codes.setdefault(code, 0)
     return code
+
+
+def _job(jobs: dict[str, _Job], observed: Observed, bounds: tuple[float, ...]) -> _Job:
+    """The numbers of a job; those of all further ones once there are `MAX_METHODS`."""
+    found = jobs.get(observed.label)
+    if found is None and len(jobs) < MAX_METHODS:
+        found = jobs[observed.label] = _Job(observed.service, observed.method, bounds)
+    return found or jobs.setdefault(OTHER, _Job(OTHER, "", bounds))
 
 
 @dataclass
@@ -135,11 +179,12 @@ class _Sessions:
 
 
 class Metrics(Observer):
-    """Counts calls, requests, notices and sessions for Prometheus. One is enough for all of an event loop.
+    """Counts calls, requests, jobs, notices and sessions for Prometheus. One is enough for all of an event loop.
 
-    The number of series is bounded, whatever peers send. At most 1000 methods have series of their own. For each of
-    them, gRPC's status names and the first 50 codes of services' own errors have series of their own; all further codes
-    are counted together as `OTHER`, and so are reasons of notices that RabbitMQ does not have.
+    The number of series is bounded, whatever peers send. At most 1000 methods, and 1000 jobs, have series of their own
+    at each side. For each method, gRPC's status names and the first 50 codes of services' own errors have series of
+    their own; all further codes are counted together as `OTHER`, and so are reasons of notices that RabbitMQ does not
+    have.
 
     Args:
         registry: registry that it adds itself to; None for prometheus-client's own.
@@ -152,6 +197,8 @@ class Metrics(Observer):
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self._calls: dict[str, _Method] = {}
         self._requests: dict[str, _Method] = {}
+        self._sends: dict[str, _Job] = {}
+        self._jobs: dict[str, _Job] = {}
         self._notices: Counter[str] = Counter()
         self._sessions: dict[Role, _Sessions] = {"consuming": _Sessions(), "publishing": _Sessions()}
         self._up: set[tuple[Counted, Role]] = set()
@@ -178,6 +225,33 @@ class Metrics(Observer):
         if request.queue_seconds is not None:
             method.queue.add(request.queue_seconds)
         return self._request_ended
+
+    def on_send(self, send: ObservedSend) -> Callable[[ObservedSend], None]:
+        """See `Observer`."""
+        _job(self._sends, send, BUCKETS).started += 1
+        return self._send_ended
+
+    def _send_ended(self, send: ObservedSend) -> None:
+        job = _job(self._sends, send, BUCKETS)
+        job.ended[(send.queued,)] += 1
+        job.seconds.add(send.seconds)
+
+    def on_job(self, job: ObservedJob) -> Callable[[ObservedJob], None]:
+        """See `Observer`."""
+        if job.ran:
+            numbers = _job(self._jobs, job, JOB_BUCKETS)
+            numbers.started += 1
+            numbers.running += 1
+            if job.queue_seconds is not None:
+                numbers.queue.add(job.queue_seconds)
+        return self._job_ended
+
+    def _job_ended(self, job: ObservedJob) -> None:
+        numbers = _job(self._jobs, job, JOB_BUCKETS)
+        numbers.ended[job.outcome, "" if job.code == OK else job.code] += 1
+        if job.ran:
+            numbers.running -= 1
+            numbers.seconds.add(job.seconds)
 
     def on_notice(self, reason: str) -> None:
         """See `Observer`."""
@@ -212,7 +286,7 @@ class Metrics(Observer):
             self._lag_timer = None
 
     def on_depth(self, depth: QueueDepth) -> None:
-        """Keep the depth of a request queue: for `QueueWatch(on_depth=metrics.on_depth)`."""
+        """Keep the depth of a queue: for `QueueWatch(on_depth=metrics.on_depth)`."""
         self._depths[depth.queue] = depth
 
     def _method(self, methods: dict[str, _Method], observed: Observed) -> _Method:
@@ -265,6 +339,8 @@ class Metrics(Observer):
         for reason, count in list(self._notices.items()):
             notices.add_metric([reason], count)
         yield notices
+        yield from self._of_sends()
+        yield from self._of_jobs()
         yield from self._of_owners()
         yield from self._of_sessions()
         lag = HistogramMetricFamily("rpcq_event_loop_lag_seconds", "How late the event loop runs a timer.")
@@ -287,6 +363,49 @@ class Metrics(Observer):
             for code, count in codes:
                 finished.add_metric([*values, code], count)
         yield from (started, finished, in_flight, seconds)
+
+    def _of_sends(self) -> Iterator[Metric]:
+        labels = ["service", "method"]
+        sent = CounterMetricFamily(
+            "rpcq_client_jobs_sent",
+            "Jobs whose send ended, by whether the broker has them.",
+            labels=[*labels, "queued"],
+        )
+        in_flight = GaugeMetricFamily("rpcq_client_jobs_in_flight", "Jobs that are being sent.", labels=labels)
+        seconds = HistogramMetricFamily("rpcq_client_job_send_duration_seconds", "How long sends took.", labels=labels)
+        for job in list(self._sends.values()):
+            ended, started = list(job.ended.items()), job.started
+            in_flight.add_metric(job.labels, max(0, started - sum(count for _, count in ended)))
+            job.seconds.sample(seconds, job.labels)
+            for (queued,), count in ended:
+                sent.add_metric([*job.labels, queued], count)
+        yield from (sent, in_flight, seconds)
+
+    def _of_jobs(self) -> Iterator[Metric]:
+        labels = ["service", "method"]
+        started = CounterMetricFamily("rpcq_worker_jobs_started", "Attempts whose handler was entered.", labels=labels)
+        ended = CounterMetricFamily(
+            "rpcq_worker_jobs_ended",
+            "Attempts whose outcome was decided, in a handler or before it.",
+            labels=[*labels, "outcome", "reason"],
+        )
+        running = GaugeMetricFamily("rpcq_worker_jobs_in_flight", "Handlers of jobs that run.", labels=labels)
+        seconds = HistogramMetricFamily(
+            "rpcq_worker_job_duration_seconds", "How long handlers of jobs took.", labels=labels
+        )
+        waits = HistogramMetricFamily(
+            "rpcq_worker_job_queue_wait_seconds",
+            "From the sender to the handler, by the clocks of both; first attempts only.",
+            labels=labels,
+        )
+        for job in list(self._jobs.values()):
+            started.add_metric(job.labels, job.started)
+            running.add_metric(job.labels, job.running)
+            job.seconds.sample(seconds, job.labels)
+            job.queue.sample(waits, job.labels)
+            for (outcome, reason), count in list(job.ended.items()):
+                ended.add_metric([*job.labels, outcome, reason], count)
+        yield from (started, ended, running, seconds, waits)
 
     def _of_owners(self) -> Iterator[Metric]:
         totals: Counter[str] = Counter(self._past)
@@ -318,16 +437,24 @@ class Metrics(Observer):
         yield from (wanted, up, ups, downs)
 
     def _of_queues(self) -> Iterator[Metric]:
-        labels = ["service", "queue"]
-        messages = GaugeMetricFamily("rpcq_queue_messages", "Requests that wait.", labels=labels)
-        consumers = GaugeMetricFamily("rpcq_queue_consumers", "Consumers of the request queue.", labels=labels)
+        labels = ["service", "queue", "kind"]
+        messages = GaugeMetricFamily("rpcq_queue_messages", "Messages that wait.", labels=labels)
+        consumers = GaugeMetricFamily("rpcq_queue_consumers", "Consumers of a queue that workers serve.", labels=labels)
         held = GaugeMetricFamily(
-            "rpcq_queue_unacknowledged", "Requests that workers hold; only from the management API.", labels=labels
+            "rpcq_queue_unacknowledged", "Messages that consumers hold; only from the management API.", labels=labels
+        )
+        moving = GaugeMetricFamily(
+            "rpcq_queue_moving",
+            "Messages that a queue gave up, and that their next queue did not take yet; only from the management API.",
+            labels=labels,
         )
         for depth in list(self._depths.values()):
-            values = [depth.service, depth.queue]
+            values = [depth.service, depth.queue, depth.kind]
             messages.add_metric(values, depth.messages)
-            consumers.add_metric(values, depth.consumers)
+            if depth.kind in SERVED:
+                consumers.add_metric(values, depth.consumers)
             if depth.unacknowledged is not None:
                 held.add_metric(values, depth.unacknowledged)
-        yield from (messages, held, consumers)
+            if depth.moving is not None:
+                moving.add_metric(values, depth.moving)
+        yield from (messages, held, consumers, moving)

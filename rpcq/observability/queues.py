@@ -1,48 +1,67 @@
-"""Asks RabbitMQ every few seconds how deep request queues are, and how many consumers they have.
+"""Asks RabbitMQ every few seconds how deep the queues of services are, and how many consumers they have.
 
-It asks the management API, which also counts unacknowledged requests. If that does not respond, it declares the queues
+It asks the management API, which also counts unacknowledged messages. If that does not respond, it declares the queues
 passively, which needs no plugin and no further permission.
+
+RabbitMQ does not say how long the oldest message of a quorum queue waits (3.10 to 4.3), and to take a message and look
+at it counts as a delivery. So that is not measured here. Workers measure how long the jobs waited that they run.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Unpack
 
 from rpcq import logs
 from rpcq.environment import broker_url, options_from
-from rpcq.errors import BrokerError, ConfigurationError
+from rpcq.errors import AccessRefused, BrokerError, ConfigurationError
+from rpcq.jobs.ticking import schedules_of
 from rpcq.observability.management import UNANSWERED, Management, management_of
 from rpcq.options import ConnectionKwargs, ConnectionOptions
 from rpcq.service import Service
 from rpcq.transport.opening import open_admin
-from rpcq.transport.rabbitmq.admin import Admin
+from rpcq.transport.rabbitmq.admin import Admin, QueueState
 from rpcq.url import parse
+from rpcq.wire.jobs import JobTopology
 from rpcq.wire.topology import Topology
 
 MANAGEMENT_AGAIN: Final = 20
 """Looks by passive declaration, over one connection, before the management API is tried again."""
 
-_COLUMNS: Final = ("messages_ready", "messages_unacknowledged", "consumers")
+_COLUMNS: Final = (
+    *("name", "messages_ready", "messages_unacknowledged", "messages_dlx", "consumers"),
+    *("message_stats.publish_details.rate", "message_stats.ack_details.rate"),
+)
+
+_NOTHING: Final = {"messages_ready": 0}
+
+Kind = Literal["calls", "jobs", "suspects", "tickets", "dead", "delayed", "lost"]
 
 log = logs.get_logger("rpcq.queues")
 
 
 @dataclass(frozen=True, slots=True)
 class QueueDepth:
-    """The state of a request queue at one look.
+    """The state of a queue at one look. All delay queues of the namespace count as one.
+
+    What only the management API knows is None after a passive declaration.
 
     Attributes:
-        service: name of the service.
-        queue: name of the queue.
-        messages: number of requests that wait.
-        unacknowledged: number of requests that workers hold; None after a passive declaration, which does not count
-            them.
+        service: name of the service; empty for the queues that all services share.
+        queue: name of the queue; `NAMESPACE.delay.*` for the delay queues.
+        messages: number of messages that wait.
+        unacknowledged: number of messages that consumers hold.
         consumers: number of consumers.
         source: how the broker was asked: "management" (API) or "declare" (passively).
+        kind: what is in it: requests of "calls"; "jobs"; jobs that are "suspects"; "tickets" of schedules; "dead"
+            letters; "delayed" jobs of all services; what is "lost", of all services.
+        moving: messages that the queue gave up, and that their next queue did not take yet. They do not count as
+            waiting. If their number does not fall, the next queue is full, has no leader, or does not exist.
+        published: messages a second that came in, over the last few seconds; also None if nothing is known yet.
+        acknowledged: the same for messages that consumers acknowledged.
 
     """
 
@@ -52,6 +71,10 @@ class QueueDepth:
     unacknowledged: int | None
     consumers: int
     source: Literal["management", "declare"]
+    kind: Kind = "calls"
+    moving: int | None = None
+    published: float | None = None
+    acknowledged: float | None = None
 
 
 Found = Callable[[QueueDepth], None]
@@ -59,17 +82,22 @@ Crossed = Callable[[QueueDepth, bool], None]
 
 
 class QueueWatch:
-    """Looks at the request queues of services: `look` once, `run` until it is cancelled.
+    """Looks at the queues of services: `look` once, `run` until it is cancelled.
+
+    A queue that does not exist, or that the broker's user may not ask for, is left out.
+
+    These are the request queue, and for a service with jobs: those of jobs, suspects, tickets of schedules and dead
+    letters, and the shared ones for delayed and lost jobs.
 
     Args:
-        services: `Service` objects; or names, for which it looks for the classic and the quorum queue.
+        services: `Service` objects; or names, for which it looks for the queues of all kinds.
         url: URL of the broker, as for `Client`; `RPCQ_URL` if None.
         every: seconds between two looks.
         management: URL of the management API; its user, if any, is used instead of the broker's. None: the broker's
             first host and the default port of the API, but only if the broker has its default port too. An empty
             string: do not ask it.
-        threshold: number of requests that may wait; None for no limit.
-        on_threshold: called with a queue and True when more requests wait; with False when they no longer do.
+        threshold: number of messages that may wait in a queue; None for no limit.
+        on_threshold: called with a queue and True when more messages wait; with False when they no longer do.
         on_depth: called with each queue at each look; `Metrics.on_depth` fits.
         options: `name`, `namespace`, `heartbeat`, `connect_timeout`.
 
@@ -96,8 +124,9 @@ class QueueWatch:
             raise ConfigurationError("the broker of a QueueWatch must be RabbitMQ; got the in-process broker")
         if not every > 0:
             raise ConfigurationError(f"every must be a number of seconds above 0; got {every!r}")
-        topology = Topology(self._options.namespace)
-        self._queues = [pair for service in services for pair in _queues(topology, service)]
+        namespace = self._options.namespace
+        self._jobs = JobTopology(namespace)
+        self._queues = [each for service in services for each in _queues(Topology(namespace), self._jobs, service)]
         if not self._queues:
             raise ConfigurationError("services must be one or more; got none")
         self._every = every
@@ -143,7 +172,7 @@ class QueueWatch:
         if self._management is None:
             return None
         try:
-            return await asyncio.to_thread(_look, self._management, self._queues)
+            return await asyncio.to_thread(_look, self._management, self._queues, self._jobs)
         except UNANSWERED as error:
             log.info("the management API cannot be used; queues are declared passively", cause=str(error))
             return None
@@ -153,11 +182,19 @@ class QueueWatch:
         return open_admin(self._broker, self._options, host, port)
 
     async def _from(self, admin: Admin) -> list[QueueDepth]:
-        found = [(service, await admin.queue(queue)) for service, queue in self._queues]
+        asked = [(service, kind, await _ask(admin, queue)) for service, kind, queue in self._queues]
+        found = [(service, kind, it) for service, kind, it in asked if it is not None]
+        if any(kind == "jobs" for _, kind, _ in found):
+            levels = [await _ask(admin, queue.name) for queue in self._jobs.ladder.queues()]
+            seen = [it.messages for it in levels if it is not None]
+            if len(seen) == len(levels):  # else the sum would be too low
+                found.append(("", "delayed", QueueState(_all_levels(self._jobs), sum(seen), 0)))
+            lost = await _ask(admin, self._jobs.lost.name)
+            if lost is not None:
+                found.append(("", "lost", lost))
         return [
-            QueueDepth(service, it.name, it.messages, None, it.consumers, "declare")
-            for service, it in found
-            if it is not None
+            QueueDepth(service, it.name, it.messages, None, it.consumers, "declare", kind)
+            for service, kind, it in found
         ]
 
     async def _report(self, found: list[QueueDepth]) -> None:
@@ -188,13 +225,43 @@ def _call(hook: Callable[..., None], *args: Any) -> None:
         log.exception("a hook of the queue watch failed", hook=repr(hook))
 
 
-def _queues(topology: Topology, service: Service | str) -> list[tuple[str, str]]:
+async def _ask(admin: Admin, queue: str) -> QueueState | None:
+    """The state of a queue; None if it does not exist, or if this user may not ask for it (RabbitMQ 4.3)."""
+    try:
+        return await admin.queue(queue)
+    except AccessRefused as error:
+        log.info("a queue cannot be looked at", queue=queue, cause=str(error))
+        return None
+
+
+def _queues(topology: Topology, jobs: JobTopology, service: Service | str) -> list[tuple[str, Kind, str]]:
+    """The queues of a service that there may be: its name, what is in it, and the queue's name."""
     if isinstance(service, Service):
-        return [(service.name, topology.request_queue(service.name, service.queue_type, service.queue).name)]
-    return [(service, topology.request_queue(service, kind).name) for kind in ("classic", "quorum")]
+        name = service.name
+        found = [topology.request_queue(name, service.queue_type, service.queue)]
+        if not service.methods and service.jobs:
+            found = []
+    else:
+        name = service
+        found = [topology.request_queue(name, "classic"), topology.request_queue(name, "quorum")]
+    queues: list[tuple[str, Kind, str]] = [(name, "calls", queue.name) for queue in found]
+    if not isinstance(service, Service) or service.jobs:
+        queues += [
+            (name, "jobs", jobs.queue(name).name),
+            (name, "suspects", jobs.suspects(name).name),
+            (name, "dead", jobs.dead_queue(name).name),
+        ]
+    if not isinstance(service, Service) or schedules_of(service):
+        queues.append((name, "tickets", jobs.tickets(name).name))
+    return queues
 
 
-def _look(management: Management, queues: Sequence[tuple[str, str]]) -> list[QueueDepth]:
+def _all_levels(jobs: JobTopology) -> str:
+    """What stands for the names of all delay queues."""
+    return f"{jobs.ladder.name(0).removesuffix('00')}*"
+
+
+def _look(management: Management, queues: Sequence[tuple[str, Kind, str]], jobs: JobTopology) -> list[QueueDepth]:
     """Look at each queue that exists; blocks.
 
     Raises:
@@ -202,19 +269,59 @@ def _look(management: Management, queues: Sequence[tuple[str, str]]) -> list[Que
         ConfigurationError: a file that the broker's URL names for TLS cannot be used.
 
     """
-    found = [(service, queue, it) for service, queue in queues if (it := management.queue(queue, _COLUMNS)) is not None]
+    asked = [(service, kind, management.queue(queue, _COLUMNS)) for service, kind, queue in queues]
+    found = [(service, kind, it) for service, kind, it in asked if it is not None]
     if not found:  # it may belong to another broker: a passive declaration will show
         raise ValueError("it has none of the queues")
-    if any("messages_ready" not in it for _, _, it in found):
+    levels: list[dict[str, Any]] = []
+    lost: dict[str, Any] | None = None
+    if any(kind == "jobs" for _, kind, _ in found):
+        levels = management.states(jobs.ladder.name(0).removesuffix("00"), _COLUMNS)
+        lost = management.queue(jobs.lost.name, _COLUMNS)
+    if any("messages_ready" not in it for it in (*levels, lost or _NOTHING, *(it for _, _, it in found))):
         raise ValueError("it has no numbers yet: they come a few seconds after a queue is declared")
-    return [
-        QueueDepth(
-            service,
-            queue,
-            int(it["messages_ready"]),
-            int(it["messages_unacknowledged"]),
-            int(it["consumers"]),
-            "management",
+    depths = [_depth(service, kind, it) for service, kind, it in found]
+    if levels:
+        parts = [_depth("", "delayed", it) for it in levels]
+        messages = sum(part.messages for part in parts)
+        moving = [part.moving for part in parts if part.moving is not None]
+        # No rates: a job passes through several levels, and no consumer acknowledges it.
+        depths.append(
+            QueueDepth(
+                "",
+                _all_levels(jobs),
+                messages,
+                0,
+                0,
+                "management",
+                "delayed",
+                moving=sum(moving) if moving else None,
+            )
         )
-        for service, queue, it in found
-    ]
+    if lost is not None:
+        depths.append(_depth("", "lost", lost))
+    return depths
+
+
+def _depth(service: str, kind: Kind, state: Mapping[str, Any]) -> QueueDepth:
+    rates = state.get("message_stats")
+    return QueueDepth(
+        service,
+        state["name"],
+        int(state["messages_ready"]),
+        int(state["messages_unacknowledged"]),
+        int(state["consumers"]),
+        "management",
+        kind,
+        None if (moving := state.get("messages_dlx")) is None else int(moving),
+        _rate(rates, "publish_details"),
+        _rate(rates, "ack_details"),
+    )
+
+
+def _rate(stats: Any, name: str) -> float | None:
+    """A rate; None without statistics: nothing happened yet, or the broker keeps none."""
+    if not isinstance(stats, dict):
+        return None
+    details = stats.get(name)
+    return 0.0 if details is None else float(details["rate"])

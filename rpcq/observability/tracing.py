@@ -1,4 +1,7 @@
-"""Traces with OpenTelemetry's API: a span for each call at its client, and a span at its worker, in one trace.
+"""Traces with OpenTelemetry's API: spans for calls and sends at a client, for requests and attempts at a worker.
+
+The two spans of a call are in one trace. An attempt of a job begins a trace of its own, whose span has a link to that
+of the sender: it may run hours later, and several times.
 
 Spans follow the conventions for messaging (https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/) and
 for RabbitMQ. The context is sent in the headers of W3C Trace Context and W3C Baggage.
@@ -7,24 +10,26 @@ for RabbitMQ. The context is sent in the headers of W3C Trace Context and W3C Ba
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from opentelemetry import trace
 from opentelemetry.baggage.propagation import W3CBaggagePropagator
 from opentelemetry.context import Context, attach
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from rpcq.errors import CallError
 from rpcq.observability.sampling import Sampler
-from rpcq.observer import OK, Observed, ObservedCall, ObservedRequest, Observer
+from rpcq.observer import OK, Observed, ObservedCall, ObservedJob, ObservedRequest, ObservedSend, Observer
 from rpcq.runtime.process import own_version
 
 MAX_STATE: Final = 2048
 """Largest size of `tracestate` and of `baggage`, bytes; a longer one is not sent, as W3C allows."""
+
+Sent = TypeVar("Sent", ObservedCall, ObservedSend)
 
 _CARRIED: Final = ("traceparent", "tracestate", "baggage")
 
@@ -33,14 +38,15 @@ _decided_against: Final[ContextVar[bool]] = ContextVar("rpcq_not_traced", defaul
 
 
 class Tracing(Observer):
-    """Makes spans for calls at a client, and for requests at a worker.
+    """Makes spans for calls and sends at a client, and for requests and attempts of jobs at a worker.
 
-    Whether a call is traced is decided before anything is built for it. Inside a trace, its `sampled` flag decides.
-    Outside a trace, `ratio` and the call's correlation ID decide: client and worker decide alike, and nothing is sent
-    for it. The calls that a handler makes follow the decision for the handler's own call.
+    Whether a call or a job is traced is decided before anything is built for it. Inside a trace, its `sampled` flag
+    decides. Outside a trace, `ratio` and its ID decide: client and worker decide alike, and nothing is sent for it. The
+    calls and sends of a handler follow the decision for the handler's own call or job.
 
     Args:
-        ratio: share of the calls outside a trace that start a trace, from 0 to 1. The SDK's sampler may drop more.
+        ratio: share of the calls and jobs outside a trace that start a trace, from 0 to 1. The SDK's sampler may drop
+            more.
         tracer_provider: provider of the tracer; None for the global one.
 
     Raises:
@@ -58,6 +64,16 @@ class Tracing(Observer):
 
     def on_call(self, call: ObservedCall) -> Callable[[ObservedCall], None] | None:
         """See `Observer`."""
+        return self._sent(call, {"messaging.message.conversation_id": call.correlation_id}, _end)
+
+    def on_send(self, send: ObservedSend) -> Callable[[ObservedSend], None] | None:
+        """See `Observer`."""
+        more = {**_of_job(send), "messaging.message.body.size": send.body_size}
+        return self._sent(send, more, _end_send)
+
+    def _sent(
+        self, call: Sent, more: Mapping[str, str | int], end: Callable[[Span, Sent], None]
+    ) -> Callable[[Sent], None] | None:
         parent = trace.get_current_span().get_span_context()
         if parent.is_valid:
             if not parent.trace_flags.sampled:
@@ -69,10 +85,10 @@ class Tracing(Observer):
         elif not self._picked(call.correlation_id):
             return None
         span = self._tracer.start_span(
-            f"send {call.label}", kind=SpanKind.PRODUCER, attributes=_attributes(call, "send")
+            f"send {call.label}", kind=SpanKind.PRODUCER, attributes={**_attributes(call, "send"), **more}
         )
         call.headers = self._carried(span)
-        return partial(_end, span)
+        return partial(end, span)
 
     def _carried(self, span: Span | None) -> Mapping[str, str]:
         """Return the headers to send: the current context, with this span in it if there is one."""
@@ -86,33 +102,59 @@ class Tracing(Observer):
 
     def on_request(self, request: ObservedRequest) -> Callable[[ObservedRequest], None] | None:
         """See `Observer`."""
-        context = self._received(request.headers) if "traceparent" in request.headers else None
-        if context is not None:
-            if not trace.get_current_span(context).get_span_context().trace_flags.sampled:
-                if request.ran:
-                    attach(context)  # the calls of the handler are not traced either
-                return None
-        elif not self._picked(request.correlation_id):
-            if request.ran:
-                _decided_against.set(True)
+        context = self._context_of(request)
+        if context is None:
             return None
-        else:
-            context = Context()
-        attributes = _attributes(request, "process") | {"messaging.message.body.size": request.body_size}
-        if request.caller:
-            attributes["messaging.client.id"] = request.caller
-        if request.attempt > 1:
-            attributes["rpcq.attempt"] = request.attempt
+        id_ = {"messaging.message.conversation_id": request.correlation_id}
+        return partial(_end, self._process(request, context, id_))
+
+    def on_job(self, job: ObservedJob) -> Callable[[ObservedJob], None] | None:
+        """See `Observer`."""
+        context = self._context_of(job)
+        if context is None:
+            return None
+        sender = trace.get_current_span(context).get_span_context()
+        context = trace.set_span_in_context(trace.INVALID_SPAN, context)  # the sender's baggage, and a trace of its own
+        return partial(_end_job, self._process(job, context, _of_job(job), [Link(sender)] if sender.is_valid else []))
+
+    def _context_of(self, received: ObservedRequest | ObservedJob) -> Context | None:
+        """Return the context for its span, with the sender's span if that is known; None if it is not traced."""
+        context = self._received(received.headers) if "traceparent" in received.headers else None
+        if context is not None:
+            if trace.get_current_span(context).get_span_context().trace_flags.sampled:
+                return context
+            if received.ran:
+                attach(context)  # the calls of the handler are not traced either
+            return None
+        if self._picked(received.correlation_id):
+            return Context()
+        if received.ran:
+            attach(Context())  # the task may have the context of whoever started it, such as a sender in this process
+            _decided_against.set(True)
+        return None
+
+    def _process(
+        self,
+        received: ObservedRequest | ObservedJob,
+        context: Context,
+        more: Mapping[str, str | int],
+        links: Sequence[Link] = (),
+    ) -> Span:
+        attributes = {**_attributes(received, "process"), **more, "messaging.message.body.size": received.body_size}
+        if received.caller:
+            attributes["messaging.client.id"] = received.caller
+        if received.attempt > 1:
+            attributes["rpcq.attempt"] = received.attempt
         span = self._tracer.start_span(
-            f"process {request.label}", context=context, kind=SpanKind.CONSUMER, attributes=attributes
+            f"process {received.label}", context=context, kind=SpanKind.CONSUMER, attributes=attributes, links=links
         )
-        if request.ran:
+        if received.ran:
             # In the context of the handler's task, which ends with it: there is nothing to detach.
             attach(trace.set_span_in_context(span, context))
-        return partial(_end, span)
+        return span
 
     def _received(self, headers: Mapping[str, Any]) -> Context | None:
-        """Return the context in the headers of a request; None if it is not valid."""
+        """Return the context in the headers of a request or a job; None if it is not valid."""
         carrier = {name: headers[name] for name in _CARRIED if isinstance(headers.get(name), str)}
         context = self._baggage.extract(carrier, self._context.extract(carrier, Context()))
         return context if trace.get_current_span(context).get_span_context().is_valid else None
@@ -126,7 +168,6 @@ def _attributes(observed: Observed, operation: str) -> dict[str, str | int]:
         "messaging.operation.type": operation,
         "messaging.destination.name": f"{exchange}:{observed.service}" if exchange else observed.service,
         "messaging.rabbitmq.destination.routing_key": observed.service,
-        "messaging.message.conversation_id": observed.correlation_id,
         "rpcq.service": observed.service,
         "rpcq.method": observed.method,
     }
@@ -141,4 +182,25 @@ def _end(span: Span, observed: Observed) -> None:
             span.set_attribute("rpcq.executed", error.executed)
             if error.incident:
                 span.set_attribute("rpcq.incident", error.incident)
+    span.end()
+
+
+def _of_job(job: ObservedSend | ObservedJob) -> dict[str, str | int]:
+    return {"messaging.message.id": job.correlation_id}
+
+
+def _end_send(span: Span, send: ObservedSend) -> None:
+    span.set_attribute("rpcq.queued", send.queued)
+    _end(span, send)
+
+
+def _end_job(span: Span, job: ObservedJob) -> None:
+    span.set_attribute("rpcq.outcome", job.outcome)
+    if job.code != OK:
+        span.set_attribute("rpcq.reason", job.code)
+    if job.outcome in ("retried", "dead"):
+        span.set_attribute("error.type", job.code)
+        span.set_status(Status(StatusCode.ERROR, job.code))
+    if job.incident:
+        span.set_attribute("rpcq.incident", job.incident)
     span.end()

@@ -33,8 +33,8 @@ INCIDENT: Final = "rpcq-incident"
 FROM: Final = "rpcq-from"
 DIED_AT: Final = "rpcq-died-at"
 
-TRACE: Final = ("traceparent", "tracestate")
-"""The headers of W3C trace context."""
+TRACE: Final = ("traceparent", "tracestate", "baggage")
+"""The headers of W3C trace context and baggage."""
 
 DELIVERY_LIMIT: Final = 20
 SUSPECT_LIMIT: Final = 5
@@ -180,6 +180,7 @@ class JobMessage:
         key: the idempotency key; the ID if its sender gave none.
         attempt: 1 + the number of attempts that ended with an error, or that the handler put off.
         first_sent_ms: when it was sent first, in milliseconds since the epoch; None if the message does not say.
+        published_s: when this message was published, in seconds since the epoch; None if it does not say.
         expires_ms: when it need not be done any more; None for never.
         due_ms: when it is to be done: a tick of its schedule, or the end of its delay; None for at once.
         unknown: how often a worker got it that has no job of this name.
@@ -198,6 +199,7 @@ class JobMessage:
     key: str = ""
     attempt: int = 1
     first_sent_ms: int | None = None
+    published_s: int | None = None
     expires_ms: int | None = None
     due_ms: int | None = None
     unknown: int = 0
@@ -207,6 +209,19 @@ class JobMessage:
     problem: str = ""
     returns: int = 0
     earlier: int = 0
+
+    @property
+    def waits_since_ms(self) -> int | None:
+        """Since when it was due and has only waited for this delivery, in milliseconds since the epoch.
+
+        None if it was tried, replayed or given back meanwhile, or if the message does not say when it was sent.
+        """
+        first = self.first_sent_ms
+        if first is None or self.published_s != first // 1000:
+            return None
+        if self.attempt > 1 or self.unknown or self.returns or self.earlier:
+            return None
+        return first if self.due_ms is None else max(first, self.due_ms)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -296,6 +311,7 @@ def read_job(data: bytes, body: bytes, *, redelivered: bool) -> JobMessage:
         key=key if isinstance(key, str) else "",
         attempt=_count(headers.get(ATTEMPT, 1)),
         first_sent_ms=_whole(headers.get(FIRST_SENT)),
+        published_s=found.timestamp,
         expires_ms=_whole(headers.get(EXPIRES)),
         due_ms=_whole(headers.get(DUE)),
         unknown=_count(headers.get(UNKNOWN, 0)),

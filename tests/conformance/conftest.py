@@ -7,14 +7,21 @@ A module that sets `QUEUE_TYPE_MATTERS = False` runs on one kind for each transp
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 import aio_pika
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from rpcq import Service
+from rpcq import Service, logs
 from support.jobs import Done
+from support.observed import Scraped, Spans
 from support.places import Place, cut_memory, cut_rabbitmq
 from support.seam import Seam
 
@@ -82,3 +89,40 @@ def service() -> Service:
 @pytest.fixture
 async def done() -> Done:
     return Done()
+
+
+@pytest.fixture
+def scraped() -> Scraped:
+    return Scraped()
+
+
+@pytest.fixture
+def spans() -> Iterator[Spans]:
+    provider, exporter = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    yield provider, exporter
+    provider.shutdown()
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """What a program of rpcq's own writes."""
+    root = logging.getLogger()
+    before, level, written = root.handlers[:], root.level, []
+
+    class Err:
+        def write(self, text: str) -> None:
+            written.append(text)
+
+        def flush(self) -> None:
+            """Written already."""
+
+        def isatty(self) -> bool:
+            return False
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.stderr", Err())
+        logs.configure()
+    yield lambda: [json.loads(line) for line in "".join(written).splitlines()]
+    root.handlers[:] = before
+    root.setLevel(level)

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 from opentelemetry import trace
 from opentelemetry.baggage import get_all, set_baggage
 from opentelemetry.context import attach, detach
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFlags
-from prometheus_client import CollectorRegistry
 
-from rpcq import CallTimeout, DomainError, InvalidParams, RemoteError, Retry, Service, logs
+from rpcq import CallTimeout, DomainError, InvalidParams, RemoteError, Retry, Service
 from rpcq.observability.calls import CallLogs
-from rpcq.observability.metrics import Metrics
 from rpcq.observability.sampling import Sampler
 from rpcq.observability.tracing import Tracing
 from rpcq.observer import Observed, ObservedCall, ObservedRequest, Observer
 from rpcq.options import MAX_HEADERS
 from support.load import until
+from support.observed import Scraped, by_name
 from support.places import Place
 
 QUEUE_TYPE_MATTERS = False
@@ -55,30 +52,6 @@ def things(place: Place) -> tuple[Service, list[Any]]:
 
 
 # Metrics.
-
-
-class Scraped:
-    """A registry of its own, and what a scrape of it says."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.metrics = Metrics(self.registry)
-
-    def __call__(self, name: str, **labels: str) -> float | None:
-        return self.registry.get_sample_value(name, labels)
-
-    def all(self, name: str) -> dict[tuple[str, ...], float]:
-        return {
-            tuple(sample.labels.values()): sample.value
-            for family in self.registry.collect()
-            for sample in family.samples
-            if sample.name == name
-        }
-
-
-@pytest.fixture
-def scraped() -> Scraped:
-    return Scraped()
 
 
 async def test_each_call_is_counted_once_at_each_end_by_how_it_ended(place: Place, scraped: Scraped) -> None:
@@ -230,18 +203,6 @@ async def test_an_observer_that_fails_costs_no_call_and_is_named(
 # Traces.
 
 
-@pytest.fixture
-def spans() -> Iterator[tuple[TracerProvider, InMemorySpanExporter]]:
-    provider, exporter = TracerProvider(), InMemorySpanExporter()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    yield provider, exporter
-    provider.shutdown()
-
-
-def by_name(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
-    return {span.name: span for span in exporter.get_finished_spans()}
-
-
 def nested(place: Place, tracing: Tracing) -> tuple[Service, Service, list[Mapping[str, object]]]:
     """`outer.work` calls `inner.work`, as a client of its own."""
     inner, outer, baggage = place.service("inner"), place.service("outer"), []
@@ -382,30 +343,6 @@ async def test_a_context_that_is_too_large_is_left_out_and_costs_no_call(
 
 
 # Logs.
-
-
-@pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """What a program of rpcq's own writes."""
-    root = logging.getLogger()
-    before, level, written = root.handlers[:], root.level, []
-
-    class Err:
-        def write(self, text: str) -> None:
-            written.append(text)
-
-        def flush(self) -> None:
-            """Written already."""
-
-        def isatty(self) -> bool:
-            return False
-
-    with monkeypatch.context() as patched:
-        patched.setattr("sys.stderr", Err())
-        logs.configure()
-    yield lambda: [json.loads(line) for line in "".join(written).splitlines()]
-    root.handlers[:] = before
-    root.setLevel(level)
 
 
 async def test_calls_are_logged_from_their_begin_to_their_end_and_the_lines_of_handlers_carry_their_ids(

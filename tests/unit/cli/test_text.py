@@ -90,6 +90,9 @@ async def test_what_a_worker_says_of_itself_is_shown_as_it_is(rpcq: Rpcq, hostil
     assert f"  {ESCAPED}{ESCAPED}\n      {SHOWN}\n      faked line\n      {job}\n" in described
     assert f"  worker {ESCAPED} on {ESCAPED}, process 1: rpcq {ESCAPED}, prefetch 1, job prefetch 0\n" in described
     assert (await ran(rpcq, "ping", "things")).stdout.startswith(f"{ESCAPED} on {ESCAPED}, process 1: ")
+    told = (await ran(rpcq, "queues", "--management", "")).stdout
+    assert f"{rpcq.namespace}.req.things" in told
+    assert "faked" not in told  # no service of rpcq has such a name
     told = (await ran(rpcq, "doctor", code=1)).stdout
     assert f"workers: 1, of {ESCAPED}, things\n" in told
     assert f"bad  the clocks of this machine and of {ESCAPED} (process 1) are " in told

@@ -90,7 +90,10 @@ def test_a_name_that_is_not_known_waits_longer_each_time() -> None:
 def test_an_error_is_retried_with_a_growing_pause_and_then_the_job_is_dead() -> None:
     error = ValueError("no")
     first, second = (of_error(job(attempt=number), OPTIONS, error, longest) for number in (1, 2))
-    assert (first, second) == (Again(4, "ValueError: no", attempts=1), Again(8, "ValueError: no", attempts=1))
+    assert (first, second) == (
+        Again(4, "failed", "ValueError: no", attempts=1),
+        Again(8, "failed", "ValueError: no", attempts=1),
+    )
     assert of_error(job(attempt=3), OPTIONS, error, longest) == Dead("attempts", "yes", "ValueError: no")
 
 
@@ -101,7 +104,9 @@ def test_a_job_without_retries_is_dead_after_its_first_attempt(options: JobOptio
 
 
 def test_the_handler_decides() -> None:
-    assert of_error(job(), OPTIONS, RetryLater(0.3), longest) == Again(2, "RetryLater: again in 0.3 s", attempts=1)
+    assert of_error(job(), OPTIONS, RetryLater(0.3), longest) == Again(
+        2, "retry_later", "RetryLater: again in 0.3 s", attempts=1
+    )
     assert of_error(job(), OPTIONS, GiveUp("bounced"), longest) == Dead("gave_up", "yes", "bounced")
 
 
@@ -123,7 +128,7 @@ def test_interruptions() -> None:
     def found(why: Interruption, options: JobOptions = OPTIONS, attempt: int = 1) -> Any:
         return of_interruption(job(attempt=attempt), options, why, 1.5, longest)
 
-    assert found(Interruption.TIMED_OUT) == Again(4, "it timed out after 1.500 s", attempts=1)
+    assert found(Interruption.TIMED_OUT) == Again(4, "timed_out", "it timed out after 1.500 s", attempts=1)
     assert found(Interruption.TIMED_OUT, attempt=3) == Dead("attempts", "yes", "it timed out after 1.500 s")
     assert found(Interruption.TIMED_OUT_UNBEGUN, attempt=3).attempts == 0
     assert found(Interruption.CUT_OFF) is None
@@ -132,7 +137,7 @@ def test_interruptions() -> None:
         "interrupted",
         "maybe",
     )
-    assert found(Interruption.CUT_OFF_UNBEGUN, ONCE) == Again(0, "its worker stopped before it began")
+    assert found(Interruption.CUT_OFF_UNBEGUN, ONCE) == Again(0, "stopped", "its worker stopped before it began")
 
 
 @given(st.integers(1, 10**6), st.floats(0, 1))

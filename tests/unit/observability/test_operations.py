@@ -17,8 +17,10 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -33,7 +35,7 @@ from rpcq.observability.health import MAX_CONNECTIONS, HealthServer, parse_addre
 from rpcq.observability.management import management_of
 from rpcq.observability.metrics import Metrics
 from rpcq.observability.queues import MANAGEMENT_AGAIN, QueueDepth, QueueWatch
-from rpcq.observer import ObservedCall, Observer
+from rpcq.observer import ObservedCall, ObservedJob, ObservedSend, Observer
 from rpcq.options import ClientOptions
 from rpcq.url import parse
 from support.broker import Broker, Setup, vhost_of
@@ -79,7 +81,7 @@ def test_a_worker_serves_its_metrics_and_promtool_finds_no_fault_with_them(rpcq:
     ours = "".join(line for line in text.splitlines(keepends=True) if "rpcq_" in line)
     assert 'rpcq_worker_requests_finished_total{code="OK",method="add",service="things"} 1.0' in ours
     assert 'rpcq_worker_requests_finished_total{code="UNKNOWN",method="fail",service="things"} 1.0' in ours
-    assert f'rpcq_queue_consumers{{queue="{rpcq.namespace}.req.things",service="things"}} 1.0' in ours
+    assert f'rpcq_queue_consumers{{kind="calls",queue="{rpcq.namespace}.req.things",service="things"}} 1.0' in ours
     assert "s3cr3t" not in text
     checked = subprocess.run([promtool, "check", "metrics"], input=text, text=True, capture_output=True, check=False)
     assert [line for line in checked.stderr.splitlines() if "rpcq_" in line] == []
@@ -357,7 +359,7 @@ async def test_the_management_api_also_tells_what_is_unacknowledged(managed: Bro
         calls = [asyncio.create_task(client.call("things.hold")) for _ in range(5)]
         expected = [QueueDepth("things", f"{namespace}.req.things", 2, 3, 1, "management")]
         async with asyncio.timeout(20):
-            while await watch.look() != expected:  # noqa: ASYNC110 - nothing tells
+            while [replace(it, published=None, acknowledged=None) for it in await watch.look()] != expected:  # noqa: ASYNC110 - nothing tells
                 await asyncio.sleep(0.2)
         wrong = QueueWatch(
             [service], managed.url, namespace=namespace, management=management.replace("//", "//guest:wrong@")
@@ -365,6 +367,24 @@ async def test_the_management_api_also_tells_what_is_unacknowledged(managed: Bro
         assert [(it.messages, it.source) for it in await wrong.look()] == [(2, "declare")]
         release.set()
         await asyncio.gather(*calls)
+
+
+@pytest.mark.long
+async def test_a_queue_that_the_user_may_not_ask_for_is_left_out(managed: Broker, namespace: str) -> None:
+    """Up to RabbitMQ 4.2, everybody may ask for every queue."""
+    service = Service("things")
+    service.method(name="work")(lambda: None)
+    service.job(name="note")(lambda: None)
+    async with Worker(service, url=managed.url, namespace=namespace):
+        pass
+    managed.ctl("add_user", namespace, "pw")
+    managed.ctl("set_permissions", "-p", vhost_of(managed.url), namespace, "^$", "^$", r"\.job\.things$|delay\.0.$")
+    url = urlsplit(managed.url)
+    as_them = url._replace(netloc=f"{namespace}:pw@{url.netloc.rpartition('@')[2]}").geturl()
+    found = await QueueWatch([service], as_them, namespace=namespace, management="").look()
+    is_free = tuple(int(it) for it in managed.version.split(".")[:2]) < UNCOUNTED_FROM
+    every = ["calls", "jobs", "suspects", "dead", "delayed", "lost"]
+    assert [it.kind for it in found] == (every if is_free else ["jobs"])
 
 
 @pytest.mark.long
@@ -377,7 +397,7 @@ async def test_the_doctor_looks_for_a_policy_that_makes_a_no_wrong(managed: Brok
     options = ClientOptions(namespace=namespace)
 
     async def said() -> list[str]:
-        examined = _examine(parse(managed.url), managed.url, options, [service], management)
+        examined = _examine(parse(managed.url), managed.url, "a test", options, [service], management)
         return [f"{it.grade.name} {it.text} {it.fix}" async for it in examined if DISCONNECTED in it.text + it.fix]
 
     async with Worker(service, url=managed.url, namespace=namespace):
@@ -516,21 +536,31 @@ async def test_where_nobody_looks_no_function_of_observers_is_called(namespace: 
     async def add(x: int, y: int) -> int:
         return x + y
 
+    @service.job
+    async def note(x: int) -> None: ...
+
     url = f"memory://{namespace}"
 
     async def called(*observers: Observer) -> set[str]:
-        """The functions of observers that calls run through."""
-        async with Worker(service, url=url, observers=observers), Client(url, observers=observers) as client:
+        """The functions of observers that calls and jobs run through."""
+        async with (
+            Worker(service, url=url, observers=observers) as worker,
+            Client(url, observers=observers) as client,
+        ):
             await client.call("things.add", x=1, y=1)
+            await client.send(note, x=0)
             with cProfile.Profile() as profile:
                 await asyncio.gather(*(client.call("things.add", x=i, y=1) for i in range(100)))
+                await asyncio.gather(*(client.send(note, x=i) for i in range(2)))
+                await until(lambda: not worker.in_flight)
         stats: Any = pstats.Stats(profile)
         watching = re.compile(r"observ|prometheus|opentelemetry|rpcq.logs.py|structlog")
         names = {f"{file}:{name}" for file, _, name in stats.stats if watching.search(f"{file}:{name}")}
         return {name for name in names if "/tests/" not in name}
 
     assert await called() == set()
-    assert any("on_call" in name for name in await called(Metrics(CollectorRegistry())))  # so it would be seen
+    found = " ".join(await called(Metrics(CollectorRegistry())))  # so it would be seen
+    assert all(name in found for name in ("on_call", "on_request", "on_send", "on_job"))
 
 
 # Alerts, and the page.
@@ -576,6 +606,34 @@ def test_methods_beyond_the_limit_are_counted_together(monkeypatch: pytest.Monke
 
     assert [counted("shop", f"m{number}") for number in range(5)] == [2, 1, 1, None, None]
     assert counted("other", "") == 3
+
+
+def test_jobs_beyond_the_limit_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rpcq.observability.metrics.MAX_METHODS", 3)
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    for number in (*range(5), 0, 4):
+        job = ObservedJob(b"", "shop", f"j{number}", f"shop.j{number}")
+        job.ran = True
+        ended = metrics.on_job(job)
+        job.outcome, job.code = "dead", "attempts"
+        ended(job)
+        send = ObservedSend(b"", "shop", f"j{number}", f"shop.j{number}")
+        sent = metrics.on_send(send)
+        send.queued = "maybe"
+        sent(send)
+
+    def counted(service: str, method: str) -> tuple[float | None, ...]:
+        labels = {"service": service, "method": method}
+        value = registry.get_sample_value
+        return (
+            value("rpcq_worker_jobs_ended_total", {**labels, "outcome": "dead", "reason": "attempts"}),
+            value("rpcq_client_jobs_sent_total", {**labels, "queued": "maybe"}),
+            value("rpcq_worker_jobs_started_total", labels),
+        )
+
+    assert [counted("shop", f"j{number}") for number in range(5)] == [(2,) * 3, (1,) * 3, (1,) * 3, *[(None,) * 3] * 2]
+    assert counted("other", "") == (3,) * 3
 
 
 class Counted:
@@ -641,9 +699,9 @@ evaluation_interval: 1m
 tests:
   - interval: 1m
     input_series:
-      - series: 'rpcq_queue_messages{{service="shop",queue="rpcq.req.shop",instance="a"}}'
+      - series: 'rpcq_queue_messages{{service="shop",queue="rpcq.req.shop",kind="calls",instance="a"}}'
         values: '2000x20'
-      - series: 'rpcq_queue_consumers{{service="shop",queue="rpcq.req.shop",instance="a"}}'
+      - series: 'rpcq_queue_consumers{{service="shop",queue="rpcq.req.shop",kind="calls",instance="a"}}'
         values: '0x20'
       - series: 'rpcq_sessions{{role="consuming",instance="a"}}'
         values: '1x20'
@@ -669,7 +727,7 @@ tests:
         alertname: RpcqNoConsumers
         exp_alerts:
           - exp_labels: {{severity: page, service: shop, queue: rpcq.req.shop}}
-            exp_annotations: {{summary: "rpcq.req.shop has requests, and no consumer"}}
+            exp_annotations: {{summary: "rpcq.req.shop has messages, and no consumer"}}
       - eval_time: 10m
         alertname: RpcqQueueDeep
         exp_alerts:
@@ -687,8 +745,119 @@ tests:
 """
 
 
-def test_alerts_fire_when_they_should_and_not_before(promtool: str, tmp_path: Path) -> None:
+JOB_ALERT_TESTS = """
+rule_files: [{alerts}]
+evaluation_interval: 1m
+tests:
+  - name: backlogs
+    interval: 1m
+    input_series:
+      - series: 'rpcq_queue_messages{{service="mail",queue="rpcq.job.mail",kind="jobs",instance="a"}}'
+        values: '0x5 5000x40'
+      - series: 'rpcq_worker_jobs_started_total{{service="mail",method="welcome",instance="a"}}'
+        values: '0+10x10 100x35'
+      - series: 'rpcq_queue_messages{{service="shop",queue="rpcq.job.shop",kind="jobs",instance="a"}}'
+        values: '5000x45'
+      - series: 'rpcq_worker_jobs_started_total{{service="shop",method="ship",instance="a"}}'
+        values: '0+10x45'
+      - series: 'rpcq_queue_consumers{{service="shop",queue="rpcq.job.shop",kind="jobs",instance="a"}}'
+        values: '1x45'
+      - series: 'rpcq_worker_job_queue_wait_seconds_bucket{{service="shop",method="ship",le="900"}}'
+        values: '0+10x20 200+1x25'
+      - series: 'rpcq_worker_job_queue_wait_seconds_bucket{{service="shop",method="ship",le="1800"}}'
+        values: '0+10x45'
+      - series: 'rpcq_worker_job_queue_wait_seconds_bucket{{service="shop",method="ship",le="+Inf"}}'
+        values: '0+10x45'
+    alert_rule_test:
+      - {{eval_time: 20m, alertname: RpcqJobsStandStill, exp_alerts: []}}
+      - eval_time: 40m
+        alertname: RpcqJobsStandStill
+        exp_alerts:
+          - exp_labels: {{severity: page, service: mail, queue: rpcq.job.mail}}
+            exp_annotations: {{summary: "5k jobs wait in rpcq.job.mail, and none was begun for 15 minutes"}}
+      - {{eval_time: 40m, alertname: RpcqQueueDeep, exp_alerts: []}}
+      - {{eval_time: 20m, alertname: RpcqJobsWaitLong, exp_alerts: []}}
+      - eval_time: 40m
+        alertname: RpcqJobsWaitLong
+        exp_alerts:
+          - exp_labels: {{severity: ticket, service: shop, method: ship}}
+            exp_annotations: {{summary: "half of the jobs shop.ship wait 21m 40s before they start"}}
+  - name: letters
+    interval: 1m
+    input_series:
+      - series: 'rpcq_queue_messages{{service="mail",queue="rpcq.dead.mail",kind="dead",instance="a"}}'
+        values: '0x5 3x15'
+      - series: 'rpcq_queue_messages{{service="mail",queue="rpcq.dead.mail",kind="dead",instance="b"}}'
+        values: '0x5 3x15'
+      - series: 'rpcq_queue_messages{{service="",queue="rpcq.lost",kind="lost",instance="a"}}'
+        values: '0x5 2x15'
+      - series: 'rpcq_queue_messages{{service="",queue="rpcq.delay.*",kind="delayed",instance="a"}}'
+        values: '9000x20'
+      - series: 'rpcq_queue_moving{{service="",queue="rpcq.delay.*",kind="delayed",instance="a"}}'
+        values: '5x20'
+      - series: 'rpcq_queue_moving{{service="mail",queue="rpcq.job.mail",kind="jobs",instance="a"}}'
+        values: '0x5 1x15'
+    alert_rule_test:
+      - {{eval_time: 4m, alertname: RpcqDeadLetters, exp_alerts: []}}
+      - {{eval_time: 4m, alertname: RpcqLostMessages, exp_alerts: []}}
+      - {{eval_time: 10m, alertname: RpcqMessagesStuck, exp_alerts: []}}
+      - {{eval_time: 15m, alertname: RpcqNoConsumers, exp_alerts: []}}
+      - {{eval_time: 15m, alertname: RpcqQueueDeep, exp_alerts: []}}
+      - eval_time: 10m
+        alertname: RpcqDeadLetters
+        exp_alerts:
+          - exp_labels: {{severity: ticket, service: mail, queue: rpcq.dead.mail}}
+            exp_annotations: {{summary: "3 jobs of mail are dead letters"}}
+      - eval_time: 10m
+        alertname: RpcqLostMessages
+        exp_alerts:
+          - exp_labels: {{severity: page, queue: rpcq.lost}}
+            exp_annotations: {{summary: "2 jobs are in rpcq.lost: their queues are gone"}}
+      - eval_time: 18m
+        alertname: RpcqMessagesStuck
+        exp_alerts:
+          - exp_labels: {{severity: page, queue: rpcq.job.mail}}
+            exp_annotations: {{summary: "1 messages of rpcq.job.mail do not get into the queue that they are to go to"}}
+  - name: a ladder that stands still
+    interval: 1m
+    input_series:
+      - series: 'rpcq_queue_moving{{service="",queue="rpcq.delay.*",kind="delayed",instance="a"}}'
+        values: '32x20'
+    promql_expr_test:
+      - expr: count(ALERTS{{alertname="RpcqMessagesStuck", queue="rpcq.delay.*", alertstate="firing"}})
+        eval_time: 14m
+        exp_samples: [{{value: 1}}]
+  - name: attempts
+    interval: 1m
+    input_series:
+      - series: 'rpcq_worker_jobs_ended_total{{service="mail",method="welcome",outcome="done",reason=""}}'
+        values: '0+30x30'
+      - series: 'rpcq_worker_jobs_ended_total{{service="mail",method="welcome",outcome="retried",reason="failed"}}'
+        values: '0+10x30'
+      - series: 'rpcq_worker_jobs_ended_total{{service="mail",method="report",outcome="done",reason=""}}'
+        values: '0+90x30'
+      - series: 'rpcq_worker_jobs_ended_total{{service="mail",method="report",outcome="retried",reason="failed"}}'
+        values: '0+10x30'
+      - series: 'rpcq_worker_jobs_ended_total{{service="mail",method="resize",outcome="suspect",reason="workers_lost"}}'
+        values: '0x15 4x15'
+    alert_rule_test:
+      - eval_time: 20m
+        alertname: RpcqJobsRetried
+        exp_alerts:
+          - exp_labels: {{severity: ticket, service: mail, method: welcome}}
+            exp_annotations: {{summary: "25% of the attempts of mail.welcome have to be repeated"}}
+      - {{eval_time: 15m, alertname: RpcqJobWorkersLost, exp_alerts: []}}
+      - eval_time: 20m
+        alertname: RpcqJobWorkersLost
+        exp_alerts:
+          - exp_labels: {{severity: page, service: mail, method: resize}}
+            exp_annotations: {{summary: "workers that held jobs mail.resize were lost again and again"}}
+"""
+
+
+@pytest.mark.parametrize("tests", [ALERT_TESTS, JOB_ALERT_TESTS], ids=["calls", "jobs"])
+def test_alerts_fire_when_they_should_and_not_before(promtool: str, tmp_path: Path, tests: str) -> None:
     test = tmp_path / "alerts_test.yml"
-    test.write_text(ALERT_TESTS.format(alerts=ALERTS))
+    test.write_text(tests.format(alerts=ALERTS))
     ran = subprocess.run([promtool, "test", "rules", str(test)], text=True, capture_output=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -43,6 +43,7 @@ def test_what_is_written_is_read(
     )
     found = read_job(encode_job(job, 5000), b"{}", redelivered=False)
     job.first_sent_ms = 5000 if first is None else first
+    job.published_s = 5
     assert found == job
     assert found.metadata == headers
 
@@ -140,3 +141,23 @@ def test_properties_that_are_none_are_an_error_and_headers_have_a_limit() -> Non
     check_headers({"x-a": "b" * 8000})
     with pytest.raises(TooLarge, match="the headers are 8208 bytes; the limit is 8192"):
         check_headers({"x-a": "b" * 8199})
+
+
+@pytest.mark.parametrize(
+    ("fields", "since"),
+    [
+        ({}, 5_200),
+        ({"due_ms": 9_000}, 9_000),  # a delay is no time in the queue
+        ({"due_ms": 5_000}, 5_200),  # a tick, at which it was sent a little late
+        ({"published_s": 6}, None),  # a replay
+        ({"published_s": None}, None),
+        ({"first_sent_ms": None}, None),
+        ({"attempt": 2}, None),
+        ({"unknown": 1}, None),
+        ({"returns": 1}, None),
+        ({"earlier": 1}, None),
+    ],
+)
+def test_since_when_a_job_waits_is_known_if_it_only_waited(fields: dict[str, Any], since: int | None) -> None:
+    job = JobMessage(**{"id": "7", "name": "work", "body": b"{}", "first_sent_ms": 5_200, "published_s": 5, **fields})
+    assert job.waits_since_ms == since

@@ -1,0 +1,143 @@
+"""Calls observers with the jobs that a client sends, and with the attempts of jobs at a worker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from rpcq import observer
+from rpcq.errors import TooLarge
+from rpcq.jobs.outcomes import Again, Dead, Suspect
+from rpcq.observer import OK, Endings, JobOutcome, ObservedJob, ObservedSend, Queued
+from rpcq.wire.jobs import Job, JobMessage, check_headers
+
+if TYPE_CHECKING:
+    from rpcq.execution import Around, Enter
+    from rpcq.jobs.run import JobRun
+
+SendObservers = Sequence[Callable[[ObservedSend], Callable[[ObservedSend], None] | None]]
+JobObservers = Sequence[Callable[[ObservedJob], Callable[[ObservedJob], None] | None]]
+
+UNREADABLE: Final = "rejected"
+"""The reason of what a worker cannot read at all: the broker's own word for it."""
+
+
+class SendObservation:
+    """One job on its way to the broker.
+
+    Args:
+        observers: called with it now, and with its end.
+        exchange: what it is published to.
+        job: the job.
+        message: its message, which gets the trace context that an observer sets.
+
+    """
+
+    __slots__ = ("_began", "_endings", "_send")
+
+    def __init__(self, observers: SendObservers, exchange: bytes, job: Job, message: JobMessage) -> None:
+        self._send = ObservedSend(exchange, job.service, job.name, f"{job.service}.{job.name}")
+        self._send.correlation_id = job.id
+        self._send.body_size = len(message.body)
+        self._began = time.perf_counter()
+        self._endings: Endings[ObservedSend] = observer.begin(observers, self._send)
+        if self._send.headers:
+            headers = {**message.headers, **self._send.headers}
+            try:
+                check_headers(headers)
+            except TooLarge:
+                return  # the sender's own headers leave no room for a trace
+            message.headers = headers
+
+    def end(self, queued: Queued, error: BaseException | None) -> None:
+        """The send has ended: call the observers with what is known of the job."""
+        self._send.queued = queued
+        self._send.error = error
+        self._send.code = OK if error is None else observer.code_of(error)
+        self._send.seconds = time.perf_counter() - self._began
+        observer.end(self._endings, self._send)
+
+
+class JobObserving:
+    """Calls a worker's observers with the attempts of its jobs.
+
+    Args:
+        observers: called with each.
+        exchange: what jobs are published to.
+        now_ms: the time, in milliseconds since the epoch.
+
+    """
+
+    def __init__(self, observers: JobObservers, exchange: bytes, now_ms: Callable[[], int]) -> None:
+        self._observers = observers
+        self._exchange = exchange
+        self._now_ms = now_ms
+
+    def wrap(self, run: JobRun, around: Around | None) -> Around:
+        """Have observers called when the handler is entered, inside of `around`; for `Executor.begin`."""
+        if around is None:
+            return partial(self._enter, run)
+        return lambda enter: around(partial(self._enter, run, enter))
+
+    async def _enter(self, run: JobRun, enter: Enter) -> Any:
+        """Enter the handler, in whose context observers are called."""
+        observed = self._observed(run)
+        observed.ran = True
+        run.observation = observed, observer.begin(self._observers, observed)
+        return await enter()
+
+    def end(
+        self, run: JobRun, outcome: JobOutcome, code: str, error: BaseException | None = None, incident: str = ""
+    ) -> None:
+        """What becomes of the job is decided, in its handler or before."""
+        if run.observation is None:
+            observed = self._observed(run)
+            endings = observer.begin(self._observers, observed)
+        else:
+            observed, endings = run.observation
+            run.observation = None
+            observed.seconds = run.handler_ms / 1000
+        observed.outcome, observed.code, observed.error, observed.incident = outcome, code, error, incident
+        observer.end(endings, observed)
+
+    def settled(self, run: JobRun, fate: Again | Dead | Suspect, error: BaseException | None, incident: str) -> None:
+        """The job does not end as done."""
+        match fate:
+            case Again():
+                self.end(run, "retried" if fate.is_retry else "put_off", fate.reason, error, incident)
+            case Dead():
+                self.end(run, "dead", fate.reason, error, incident)
+            case Suspect():
+                self.end(run, "suspect", "workers_lost")
+
+    def given_back(self, run: JobRun) -> None:
+        """The job goes back to its queue; without an observation, its handler was not entered, or has ended."""
+        if run.observation is not None:
+            self.end(run, "given_back", "stopped")
+
+    def unreadable(self, service: str, body_size: int) -> None:
+        """A worker cannot read a job, and has the broker make a dead letter of it."""
+        observed = ObservedJob(self._exchange, service, "", f"{service}.")
+        observed.body_size = body_size
+        endings = observer.begin(self._observers, observed)
+        observed.outcome, observed.code = "dead", UNREADABLE
+        observer.end(endings, observed)
+
+    def _observed(self, run: JobRun) -> ObservedJob:
+        service, job = run.served.service, run.job
+        name = job.name if job.name in service.jobs else ""  # a sender may write any name
+        observed = ObservedJob(self._exchange, service.name, name, f"{service.name}.{name}")
+        observed.correlation_id = job.id
+        observed.attempt = job.attempt
+        observed.caller = job.app_id
+        observed.headers = job.headers
+        observed.body_size = len(job.body)
+        since = job.waits_since_ms
+        observed.queue_seconds = None if since is None else max(0, self._now_ms() - since) / 1000
+        return observed
+
+
+Observation = tuple[ObservedJob, list[Callable[[Any], None]]]
+"""What observers were called with at the beginning, and what they gave to be called at the end."""
