@@ -75,10 +75,10 @@ class Ticker:
 
     def __init__(self, transport: Transport, topology: JobTopology, service: Service, *, app_id: str) -> None:
         self._transport = transport
-        self._exchange = topology.jobs.name.encode()
+        self._to_queue = topology.ladder.route(0, topology.address(service.name))
         self._queue = topology.tickets(service.name)
         self._service = service.name
-        self._ticket_key = topology.ticket_key(service.name).encode()
+        self._to_tickets = topology.due.name.encode(), topology.ticket_key(service.name).encode()
         self._schedules = schedules_of(service)
         self._app_id = app_id
         self._asleep = 0
@@ -207,22 +207,20 @@ class Ticker:
         job = JobMessage(
             id=job_id, name=name, body=b"{}", key=f"cron:{name}:{moment}", due_ms=tick, app_id=self._app_id
         )
-        await self._publish(self._service.encode(), job_id, encode_job(job, self._transport.now_ms()), job.body)
+        await self._publish(self._to_queue, job_id, encode_job(job, self._transport.now_ms()), job.body)
 
     async def _publish_ticket(self, ticket: Ticket) -> None:
         message_id = secrets.token_hex(12)
-        await self._publish(self._ticket_key, message_id, *encode_ticket(ticket, message_id, self._app_id))
+        await self._publish(self._to_tickets, message_id, *encode_ticket(ticket, message_id, self._app_id))
 
-    async def _publish(self, routing_key: bytes, message_id: str, properties: bytes, body: bytes) -> None:
+    async def _publish(self, route: tuple[bytes, bytes], message_id: str, properties: bytes, body: bytes) -> None:
         """Publish a message until the broker confirms it."""
         loop = asyncio.get_running_loop()
         while True:
             await self._transport.writable()
             published: asyncio.Future[Published] = loop.create_future()
             self._transport.publish(
-                Message(
-                    self._exchange, routing_key, message_id.encode(), properties, body, partial(_set_result, published)
-                )
+                Message(*route, message_id.encode(), properties, body, partial(_set_result, published))
             )
             match await published:
                 case Published.CONFIRMED:
@@ -231,7 +229,7 @@ class Ticker:
                     continue
                 case other:
                     self._seldom.warning(
-                        "a schedule cannot go on yet", service=self._service, cause=other.value, to=routing_key.decode()
+                        "a schedule cannot go on yet", service=self._service, cause=other.value, to=route[1].decode()
                     )
                     await asyncio.sleep(PAUSE)
 

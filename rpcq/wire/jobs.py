@@ -120,11 +120,11 @@ class JobTopology:
             f"{self._namespace}.cron.{service}",
             durable=True,
             arguments={**self._arguments(service, UNLIMITED), "x-single-active-consumer": True},
-            bindings=((self.jobs.name, self.ticket_key(service)),),
+            bindings=((self.due.name, self.ticket_key(service)),),
         )
 
     def ticket_key(self, service: str) -> str:
-        """The routing key of the queue of tickets, at the exchange for jobs."""
+        """The routing key of the queue of tickets, at the exchange for what is due."""
         return f"{service}:cron"
 
     def suspect_key(self, service: str) -> str:

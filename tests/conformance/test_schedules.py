@@ -129,10 +129,10 @@ async def publish(home: Place, service: str, body: bytes, properties: bytes) -> 
     topology = JobTopology(home.namespace)
     async with home.client() as client:
         confirmed = asyncio.get_running_loop().create_future()
-        await client._transport.declare([topology.jobs])
+        await client._transport.declare([topology.due])
         key = topology.ticket_key(service).encode()
         client._transport.publish(
-            Message(topology.jobs.name.encode(), key, b"t", properties, body, confirmed.set_result)
+            Message(topology.due.name.encode(), key, b"t", properties, body, confirmed.set_result)
         )
         await confirmed
 

@@ -28,7 +28,7 @@ from rpcq.transport.opening import open_admin
 from rpcq.url import parse
 from rpcq.wire.jobs import JobMessage, JobTopology, encode_job
 from rpcq.wire.topology import Exchange, Queue, Topology
-from security.realm import Deed, add_user, bind, consume, patterns, publish
+from security.realm import Deed, add_user, bind, consume, publish
 from support.broker import Broker
 from support.letters import letters
 
@@ -101,22 +101,10 @@ def home(broker: Broker) -> Iterator[Home]:
     asyncio.run(found.declare())  # RabbitMQ 4.3 knows topic permissions only for an exchange that is there
     for role in ("sender", "latersender", "jobworker", "replayer"):
         found.users[role] = add_user(broker, found.namespace, role, role, "calculator")
-    found.users["ticking worker"] = add_user(broker, found.namespace, "ticking worker", "jobworker", "calculator")
-    let_tick(broker, found)
     yield found
     asyncio.run(found.delete())
     for url in found.users.values():
         broker.ctl("delete_user", urlsplit(url).username or "")
-
-
-def let_tick(broker: Broker, home: Home) -> None:
-    """Give a worker what the page adds for schedules."""
-    configure, write, read = patterns("jobworker", home.namespace, "", "calculator")
-    write = write.replace("(replies|", "(replies|jobs|")
-    read = read.replace("^(", rf"^({home.namespace}\.cron\.calculator|")
-    parts = urlsplit(home.users["ticking worker"])
-    vhost = parts.path.removeprefix("/") or "/"
-    broker.ctl("set_permissions", "-p", vhost, parts.username or "", configure, write, read)
 
 
 def calculator(ran: list[str]) -> Service:
@@ -188,7 +176,7 @@ async def test_jobs_are_sent_at_the_ticks_of_a_schedule_with_the_rights_of_the_p
     async def tick() -> None:
         ticks.set()
 
-    async with home.worker(service, "ticking worker"), asyncio.timeout(60):
+    async with home.worker(service), asyncio.timeout(60):
         await ticks.wait()
 
 
