@@ -359,7 +359,7 @@ class Client:
     ) -> Coroutine[Any, Any, Any]:
         """Make one call, from its parameters to its result. `CallMaker` and the proxies use it."""
         if options.is_for_jobs:
-            raise UsageError(f"delay, at and expires are for send; got them for a call of {target.label}")
+            raise UsageError(f"delay, at, expires and priority are for send; got one for a call of {target.label}")
         if self._observers.calls:
             return self._observed(target, options, args, params)
         if options.retry is None:

@@ -104,6 +104,7 @@ class ServiceInfo:
         methods: its methods.
         jobs: its jobs; none from a worker of a version that does not describe them.
         job_queue: the name of the queue of its jobs; empty if it has none.
+        lanes: whether its jobs of high and of low priority have queues of their own.
 
     """
 
@@ -113,6 +114,7 @@ class ServiceInfo:
     methods: tuple[MethodInfo, ...] = ()
     jobs: tuple[JobInfo, ...] = ()
     job_queue: str = ""
+    lanes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,7 @@ def describe(options: WorkerOptions, services: Sequence[Service]) -> WorkerInfo:
                 methods=tuple(_describe_method(method) for method in service.methods.values()),
                 jobs=tuple(_describe_job(job, job.job) for job in service.jobs.values() if job.job is not None),
                 job_queue=jobs.queue(service.name).name if service.jobs else "",
+                lanes=service.lanes and bool(service.jobs),
             )
             for service in services
         ),

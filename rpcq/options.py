@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from typing import Any, Final, TypedDict
+from typing import Any, Final, Literal, TypedDict, get_args
 
 from rpcq.errors import DOMAIN_CODE, STATUS_CODES, ConfigurationError, DomainError
 from rpcq.schedules import Schedule, check_schedule
@@ -70,8 +70,7 @@ def check_seconds(name: str, value: float, most: float = math.inf) -> None:
 
 def _check_several(name: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, str | bytes | type) or not isinstance(value, Iterable):
-        msg = f"{name} must be a tuple, even for one item; got {value!r}"
-        raise ConfigurationError(msg)
+        raise ConfigurationError(f"{name} must be a tuple, even for one item; got {value!r}")
     return tuple(value)
 
 
@@ -85,15 +84,13 @@ def check_errors(errors: Any) -> tuple[type[DomainError], ...]:
     kinds = _check_several("errors", errors)
     for kind in kinds:
         if not (isinstance(kind, type) and issubclass(kind, DomainError)):
-            msg = f"errors must be subclasses of DomainError; got {kind!r}"
-            raise ConfigurationError(msg)
+            raise ConfigurationError(f"errors must be subclasses of DomainError; got {kind!r}")
     return kinds
 
 
 def _check_count(name: str, value: int, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        msg = f"{name} must be a whole number from {least} to {most}; got {value!r}"
-        raise ConfigurationError(msg)
+        raise ConfigurationError(f"{name} must be a whole number from {least} to {most}; got {value!r}")
 
 
 def _size(value: Any) -> int:
@@ -106,8 +103,7 @@ def _size(value: Any) -> int:
 
 def _check_short(name: str, value: str | None) -> None:
     if value is not None and not 1 <= _size(value) <= 255:
-        msg = f"{name} must be a string of 1 to 255 bytes; got {value!r}"
-        raise ConfigurationError(msg)
+        raise ConfigurationError(f"{name} must be a string of 1 to 255 bytes; got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +147,9 @@ class Retry:
 JOB_RETRY: Final = Retry(max_attempts=8, initial_backoff=1.0, max_backoff=3600.0)
 """How a job is retried by default."""
 
+
+Priority = Literal["high", "normal", "low"]
+"""Which lane of its service a job goes to; "normal" is the one that every service has."""
 
 _RATE: Final = re.compile(r"([1-9][0-9]{0,8})/([smh])")
 _PERIODS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -237,6 +236,7 @@ class UntypedCallKwargs(TypedDict, total=False):
     delay: float | None
     at: datetime | None
     expires: float | datetime | None
+    priority: Priority | None
 
 
 class CallKwargs(UntypedCallKwargs, total=False):
@@ -264,6 +264,8 @@ class CallOptions:
         at: when a job is to be done, with a time zone; instead of `delay`.
         expires: when a job need not be begun any more: seconds from now, or a time with a time zone. It is a dead
             letter then; only for `send`.
+        priority: the lane of a job: "high", "low", or "normal", which None means too; only for `send`. The service must
+            have lanes (`Service(lanes=True)`) for the first two.
 
     """
 
@@ -278,11 +280,14 @@ class CallOptions:
     delay: float | None = None
     at: datetime | None = None
     expires: float | datetime | None = None
+    priority: Priority | None = None
 
     def __post_init__(self) -> None:
         check_seconds("timeout", self.timeout, MAX_TIMEOUT)
         if self.is_for_jobs:
             self._check_times()
+            if self.priority is not None and self.priority not in get_args(Priority):
+                raise ConfigurationError(f"priority must be 'high', 'normal', 'low' or None; got {self.priority!r}")
         object.__setattr__(self, "errors", check_errors(self.errors))
         _check_short("queue", self.queue)
         _check_short("idempotency_key", self.idempotency_key)
@@ -306,8 +311,8 @@ class CallOptions:
 
     @cached_property
     def is_for_jobs(self) -> bool:
-        """Whether they say when something is to be done, which only a job can be told."""
-        return (self.delay, self.at, self.expires) != (None, None, None)
+        """Whether they say when or before what something is to be done, which only a job can be told."""
+        return (self.delay, self.at, self.expires, self.priority) != (None, None, None, None)
 
     def _check_times(self) -> None:
         if self.delay is not None and self.at is not None:
@@ -462,7 +467,8 @@ class WorkerOptions(ConnectionOptions):
         remember: the approximate limit, in bytes, for stored results of calls with an idempotency key; 0 stores none.
             Up to an eighth of it is used besides, for the keys of jobs that are done.
         blocked_after: seconds that a handler may block the event loop before a warning names it.
-        job_prefetch: jobs of each service that run at once, besides its calls.
+        job_prefetch: jobs of each service that run at once, besides its calls. Of a service with lanes, as many more of
+            high priority, and a quarter as many, at least one, of low priority.
 
     """
 

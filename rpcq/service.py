@@ -91,6 +91,7 @@ class Method:
         timeout: the most seconds that it may run; None for the caller's deadline alone.
         allow: the broker's users that may call it; None for all users.
         job: how it is run if it is a job; None for a method that is called.
+        lanes: whether its service has lanes for the priorities of jobs.
         parameters: reads its parameters.
         context_parameter: the position and the name of the parameter that takes a `Context`, or None; a keyword-only
             parameter has the position `sys.maxsize`.
@@ -121,6 +122,7 @@ class Method:
         self.timeout = timeout
         self.allow = allow
         self.job = job
+        self.lanes = False
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise ConfigurationError(f"{self.label} must return one value; got a generator")
         hints = type_hints(self.label, function)
@@ -196,6 +198,8 @@ class Service:
         authorize: an `async def` that is called with the `Context` of each request, before its handler runs or a
             stored result is replayed. It raises `PermissionDenied` to refuse the call. It may return a string, such as
             a tenant: callers with different strings never share an idempotency key. None stands for the broker's user.
+        lanes: whether jobs may have a priority: those of high and of low priority then have a queue each, which workers
+            consume besides the one for all others. True must remain while such jobs wait.
 
     Raises:
         ConfigurationError: an argument is not valid; the message names it.
@@ -218,6 +222,7 @@ class Service:
         result_store: ResultStore | None = None,
         allow: Mapping[str, Iterable[str]] | None = None,
         authorize: Authorize | None = None,
+        lanes: bool = False,
     ) -> None:
         self._obligation = obligation = None if api is None else Obligation(api, name)
         if obligation is not None:
@@ -247,6 +252,9 @@ class Service:
         if authorize is not None and not inspect.iscoroutinefunction(_function(authorize)):
             raise ConfigurationError(f"authorize of service {name!r} must be an async def or None; got {authorize!r}")
         self.authorize = authorize
+        if not isinstance(lanes, bool):
+            raise ConfigurationError(f"lanes of service {name!r} must be True or False; got {lanes!r}")
+        self.lanes = lanes
         self.methods: dict[str, Method] = {}
         self.jobs: dict[str, Method] = {}
 
@@ -365,6 +373,7 @@ class Service:
                 allow=None,
                 job=declared,
             )
+            job.lanes = self.lanes
             if self._obligation is not None:
                 self._obligation.check_job(called, job.signature)
             if declared.schedule is not None:

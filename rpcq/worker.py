@@ -24,10 +24,11 @@ from rpcq.control import Answerer, WorkerStats, describe
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import BrokerError, ClosedError, ConfigurationError, UsageError
 from rpcq.execution import Executor
+from rpcq.jobs.invocation import Served
 from rpcq.jobs.running import JobRunner
 from rpcq.jobs.ticking import Ticker, schedules_of
 from rpcq.observer import Observer, Observers
-from rpcq.options import WorkerKwargs, WorkerOptions
+from rpcq.options import Priority, WorkerKwargs, WorkerOptions
 from rpcq.results import MemoryResults
 from rpcq.runtime.watchdog import Watchdog
 from rpcq.service import Service
@@ -86,7 +87,8 @@ class Worker:
         self._sessions = Sessions(self._transport, self._observers)
         with_jobs = [service for service in services if service.jobs]
         # Twice for jobs: the thread of a job that is written off may never be free again.
-        executor = Executor(self.options.prefetch * len(services) + 2 * self.options.job_prefetch * len(with_jobs))
+        jobs = sum(prefetch for service in with_jobs for prefetch in prefetches(service, self.options).values())
+        executor = Executor(self.options.prefetch * len(services) + 2 * jobs)
         self._job_topology = JobTopology(self.options.namespace)
         self._jobs: JobRunner | None = None
         if with_jobs:
@@ -97,7 +99,6 @@ class Worker:
                 may_begin=lambda: self._sessions.can_exchange,
                 ready=self._sessions.ready,
                 remember=self.options.remember // 8,
-                waiting=self.options.job_prefetch // 2,
                 observers=self._observers.jobs,
             )
         self._tickers = [
@@ -329,12 +330,13 @@ class Worker:
                 )
             )
         if self._jobs is not None and service.jobs:
-            for queue, prefetch, is_suspects in (
-                (self._job_topology.queue(service.name), self.options.job_prefetch, False),
-                (self._job_topology.suspects(service.name), 1, True),
-            ):
-                on_delivery = self._jobs.serve(service, state, is_suspects=is_suspects)
+            for priority, prefetch in prefetches(service, self.options).items():
+                queue = self._job_topology.queue(service.name, priority)
+                on_delivery = self._jobs.serve(Served(service, state, room=prefetch // 2))
                 found.append(Subscription(queue, on_delivery, prefetch=prefetch, arguments=held))
+            suspects = self._job_topology.suspects(service.name)
+            on_suspect = self._jobs.serve(Served(service, state, room=0), is_suspects=True)
+            found.append(Subscription(suspects, on_suspect, prefetch=1, arguments=held))
         return found
 
     # What the transport reports.
@@ -364,6 +366,18 @@ class Worker:
             replayed=self._replier.replayed,
             ticks={job: tick for ticker in self._tickers for job, tick in ticker.last_ticks()},
         )
+
+
+def prefetches(service: Service, options: WorkerOptions) -> dict[Priority, int]:
+    """The queues of jobs of a service, and how many jobs of each a worker runs at once.
+
+    They are not shares of one number: a backlog in one lane takes no place of another, and a service that gets lanes
+    runs no fewer jobs of normal priority than before.
+    """
+    found: dict[Priority, int] = {"normal": options.job_prefetch}
+    if service.lanes:
+        found |= {"high": options.job_prefetch, "low": max(1, options.job_prefetch // 4)}
+    return found
 
 
 def check_services(services: tuple[Service, ...]) -> None:

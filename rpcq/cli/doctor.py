@@ -369,10 +369,10 @@ def setup(
     exchanges = topology.exchanges(options.reply_exchange)
     queues = [queue_of(topology, service) for service in found if service.methods]
     jobs = JobTopology(options.namespace)
-    if names := [service.name for service in found if service.jobs]:
+    if with_jobs := [service for service in found if service.jobs]:
         exchanges += jobs.exchanges()
         queues += jobs.shared_queues()
-        queues += [make(name) for name in names for make in (jobs.queue, jobs.suspects, jobs.dead_queue)]
+        queues += [queue for service in with_jobs for queue in jobs.queues(service.name, lanes=service.lanes)]
         queues += [jobs.tickets(service.name) for service in found if schedules_of(service)]
 
     async def declare() -> list[str]:

@@ -22,6 +22,7 @@ from rpcq.control import JobInfo, MethodInfo, ServiceInfo, WorkerInfo, WorkerSta
 from rpcq.errors import ServiceUnavailable
 from rpcq.options import check_seconds
 from rpcq.runtime.process import run
+from rpcq.wire.jobs import LANES
 
 T = TypeVar("T")
 
@@ -120,7 +121,8 @@ def describe(
 def _print_service(service: ServiceInfo, workers: list[WorkerInfo]) -> None:
     queues = _queues(service)
     kinds = [f"{service.queue_type} queue {service.queue}"] if service.queue in queues else []
-    kinds += [f"jobs: queue {service.job_queue}"] if service.job_queue else []
+    lanes = f", lanes {' and '.join(LANES)}" if service.lanes else ""
+    kinds += [f"jobs: queue {service.job_queue}{lanes}"] if service.job_queue else []
     console.print(plain(service.name, "bold") + plain(f"  {'; '.join(kinds)}"), soft_wrap=True)
     functions: list[MethodInfo | JobInfo] = [*service.methods, *service.jobs]
     for described in functions:

@@ -14,16 +14,18 @@ from rpcq.wire.jobs import JobMessage
 
 @dataclass(eq=False, slots=True)
 class Served:
-    """A service whose jobs are done here.
+    """A queue of a service whose jobs are done here.
 
     Attributes:
         service: the service.
         state: what its lifespan yielded.
+        room: how many jobs of the queue may wait here for a turn by their own limits.
 
     """
 
     service: Service
     state: Any
+    room: int
 
 
 class JobInvocation(Invocation):

@@ -20,6 +20,7 @@ from math import isfinite
 from typing import Any, Final
 
 from rpcq.errors import ConfigurationError, Executed
+from rpcq.options import Priority
 from rpcq.wire import properties as amqp
 from rpcq.wire.bodies import text
 from rpcq.wire.delays import LEVELS
@@ -152,6 +153,7 @@ class Replay:
 
     Attributes:
         service: the service that is to do it.
+        priority: the lane of the service.
         job_id: the job's ID.
         properties: encoded.
         body: the parameters.
@@ -159,6 +161,7 @@ class Replay:
     """
 
     service: str
+    priority: Priority
     job_id: str
     properties: bytes
     body: bytes
@@ -235,23 +238,25 @@ def replay_of(letter: DeadLetter, to: str | None, now_ms: int) -> Replay | str:
 
     Args:
         letter: the letter.
-        to: the service that is to do it; None for its own.
+        to: the service that is to do it, in its lane for normal priority; None for its own service and lane.
         now_ms: the time, in milliseconds since the epoch.
 
     """
     job = letter.job
     service = to or letter.service
+    priority: Priority = "normal" if to else job.priority
     if not service:
         return f"the address {letter.address!r} names no service: name one with --to"
     if not job.id:
         return f"it has no ID that a worker would take: {job.problem}"
     is_over = job.expires_ms is not None and job.expires_ms <= now_ms
-    again = replace(job, attempt=1, unknown=0, earlier=0, expires_ms=None if is_over else job.expires_ms)
+    expires_ms = None if is_over else job.expires_ms
+    again = replace(job, attempt=1, unknown=0, earlier=0, expires_ms=expires_ms, priority=priority)
     try:
         properties = encode_job(again, now_ms)
     except (ValueError, TypeError) as error:
         return f"its properties cannot be written again: {error}"
-    return Replay(service, job.id, properties, job.body)
+    return Replay(service, priority, job.id, properties, job.body)
 
 
 def parse_since(since: str, now: datetime) -> datetime:
@@ -275,10 +280,10 @@ def parse_since(since: str, now: datetime) -> datetime:
 
 
 def _service(address: str) -> str:
-    """The service of an address: `job.SERVICE`, or `SERVICE:suspects`."""
+    """The service of an address: `job.SERVICE`, `job.SERVICE:PRIORITY`, or `SERVICE:suspects`."""
     kind, _, name = address.partition(".")
     if kind == "job" and name:
-        return name
+        return name.partition(":")[0]
     return address.removesuffix(":suspects") if address.endswith(":suspects") else ""
 
 

@@ -84,7 +84,7 @@ class Mover:
                 )
                 write = log.info if fate.is_retry else log.debug
                 write("job runs again later", **run.names, seconds=fate.steps / 4, cause=fate.error)
-                exchange, key = self._topology.ladder.route(fate.steps, self._topology.address(service))
+                exchange, key = self._topology.ladder.route(fate.steps, self._topology.address(service, job.priority))
                 properties = encode_job(again, now_ms)
             case Dead():
                 log.error("job is dead", **run.names, reason=fate.reason, executed=fate.executed, cause=fate.error)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from rpcq.errors import BrokerUnreachable, NotFound
 from rpcq.jobs.letters import DeadLetter, Replay, Wanted, read_letter, replay_of
+from rpcq.jobs.sending import no_queue
 from rpcq.transport.base import Listener, Message, Published, Transport
 from rpcq.wire.jobs import JobTopology
 
@@ -160,7 +161,7 @@ class Replayer:
         self._next_at = 0.0
         self._in_flight = 0
         self._changed = asyncio.Event()
-        self._gone: set[str] = set()  # services that have no queue
+        self._gone: set[bytes] = set()  # routing keys that have no queue
         self._tried: set[str] = set()  # IDs of the letters that stay: not tried again in a later round
         self._is_lost = False
         self.done = 0
@@ -221,13 +222,14 @@ class Replayer:
         if isinstance(replay, str):
             self._stays(letter, replay)
             return
-        if replay.service in self._gone:
-            self._stays(letter, _no_queue(replay.service))
+        key = self._letters.topology.key(replay.service, replay.priority).encode()
+        if key in self._gone:
+            self._stays(letter, no_queue(replay.service, replay.priority))
             return
         await self._paced()
         self._in_flight += 1
-        published = partial(self._published, browser, tag, letter, replay)
-        key, name = replay.service.encode(), replay.job_id.encode()
+        published = partial(self._published, browser, tag, letter, replay, key)
+        name = replay.job_id.encode()
         self._transport.publish(Message(self._exchange, key, name, replay.properties, replay.body, published))
 
     async def _paced(self) -> None:
@@ -243,7 +245,9 @@ class Replayer:
                 msg = f"the broker took no messages for {CONFIRM_TIMEOUT:g} s: it may have a memory or disk alarm"
                 raise BrokerUnreachable(msg) from None
 
-    def _published(self, browser: Browser, tag: int, letter: DeadLetter, replay: Replay, published: Published) -> None:
+    def _published(
+        self, browser: Browser, tag: int, letter: DeadLetter, replay: Replay, key: bytes, published: Published
+    ) -> None:
         self._in_flight -= 1
         self._changed.set()
         match published:
@@ -252,8 +256,8 @@ class Replayer:
                 self.done += 1
                 self._report(letter, "")
             case Published.RETURNED:
-                self._gone.add(replay.service)
-                self._stays(letter, _no_queue(replay.service))
+                self._gone.add(key)
+                self._stays(letter, no_queue(replay.service, replay.priority))
             case Published.REFUSED:
                 self._stays(letter, f"the broker refused it: the queue of service {replay.service!r} takes nothing now")
             case Published.TOO_LARGE:
@@ -269,7 +273,3 @@ class Replayer:
         self.stay += 1
         self._tried.add(letter.job.id)
         self._report(letter, why)
-
-
-def _no_queue(service: str) -> str:
-    return f"no queue takes jobs of service {service!r}: run `rpcq setup`, or start one of its workers, first"

@@ -52,7 +52,6 @@ from rpcq.observer import OK
 from rpcq.runtime.backlog import Backlog
 from rpcq.runtime.backoff import full_jitter
 from rpcq.runtime.threads import Ended
-from rpcq.service import Service
 from rpcq.transport.base import Delivery, Transport
 from rpcq.wire.jobs import JobMessage, JobTopology, read_job
 from rpcq.wire.properties import MalformedProperties
@@ -79,7 +78,6 @@ class JobRunner:
         may_begin: whether a job may begin now: what becomes of it must be published.
         ready: waits for that.
         remember: bytes for the keys of jobs that are done.
-        waiting: jobs of each service that may wait here for a turn by their own limits.
         observers: of jobs, as `Observers.jobs` has them.
 
     Attributes:
@@ -101,7 +99,6 @@ class JobRunner:
         may_begin: Callable[[], bool],
         ready: Callable[[], Any],
         remember: int = 0,
-        waiting: int = 0,
         observers: JobObservers = (),
     ) -> None:
         self._transport = transport
@@ -116,7 +113,7 @@ class JobRunner:
         self._remembered = Remembered(remember) if remember else None
         self._busy: set[str] = set()  # keys of jobs that run
         self._keys = Keys()
-        self._limits = Limits(self._start, self._put_off, lambda: not self._suspects, waiting)
+        self._limits = Limits(self._start, self._put_off, lambda: not self._suspects)
         self._suspects = Suspects(self._running, self._begin, self._limits.go_on)
         self._look: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
@@ -137,9 +134,8 @@ class JobRunner:
     def __iter__(self) -> Iterator[JobRun]:
         return iter((*self._in_hand.values(), *self._twins))  # a copy: they change meanwhile
 
-    def serve(self, service: Service, state: Any, *, is_suspects: bool) -> Callable[[Delivery], None]:
-        """The callback for the deliveries of one of a service's queues; `state` is what its lifespan yielded."""
-        served = Served(service, state)
+    def serve(self, served: Served, *, is_suspects: bool = False) -> Callable[[Delivery], None]:
+        """The callback for the deliveries of one of a service's queues."""
         return lambda delivery: self._on_delivery(served, delivery, is_suspects)
 
     def lost(self) -> None:

@@ -14,7 +14,7 @@ from rpcq.contracts import METHOD_NAME, RemoteCallable, RemoteJob
 from rpcq.errors import BrokerError, ClosedError, ConfigurationError, InvalidParams, SendError, UsageError
 from rpcq.jobs.observing import SendObservation, SendObservers
 from rpcq.observer import Queued
-from rpcq.options import MAX_DELAY, CallOptions, ClientOptions, check_name
+from rpcq.options import MAX_DELAY, CallOptions, ClientOptions, Priority, check_name
 from rpcq.runtime.backlog import Backlog
 from rpcq.runtime.timeouts import Bucket, Timeouts
 from rpcq.service import Method, jobs_of
@@ -28,6 +28,8 @@ log = logs.get_logger("rpcq.client")
 
 REFUSED_PAUSE: Final = 0.1
 """Seconds before a job is sent again that the broker refused: its queue elects a leader."""
+
+DECLARE: Final = "run `rpcq setup`, or start one of its workers, first"
 
 _CONFIRMED: Final = Published.CONFIRMED  # a name of its own: getting at an enum's member is slow in CPython 3.11
 
@@ -238,11 +240,14 @@ class JobSender:
         """The broker did not confirm a job: send it again, or end it with an error."""
         if sending.done.done():
             return
-        service = sending.job.service
         match published:
             case Published.RETURNED:
-                what = f"jobs of service {service!r}" if sending.job.due is None else "jobs that are delayed"
-                msg = f"no queue takes {what}: run `rpcq setup`, or start one of its workers, first"
+                job = sending.job
+                msg = (
+                    no_queue(job.service, job.priority)
+                    if job.due is None
+                    else f"no queue takes what is delayed: {DECLARE}"
+                )
                 self._fail(sending, msg, is_certain=True)
             case Published.TOO_LARGE:
                 msg = f"the parameters are {len(sending.body)} bytes of JSON, more than the broker takes"
@@ -342,17 +347,23 @@ class JobSender:
         message = JobMessage(id=job_id, name=name, body=body, key=key, app_id=self._name, headers=options.metadata)
         if options.metadata:
             check_headers(options.metadata)
-        due, route = None, (self.exchange, service.encode())
+        if options.priority is not None:
+            message.priority = options.priority
+        priority = message.priority
+        if priority != "normal" and isinstance(method, Method) and not method.lanes:
+            msg = f"priority must not be {priority!r} for jobs of service {service!r}, which has no lanes"
+            raise UsageError(f"{msg}: define it with Service(..., lanes=True), or send them without a priority")
+        due, route = None, (self.exchange, self._topology.key(service, priority).encode())
         if when is not _AT_ONCE:
             message.due_ms, message.expires_ms = when.due_ms, when.expires_ms
             if when.due_ms is not None:
                 due = datetime.fromtimestamp(when.due_ms / 1000, UTC)
-                route = self._topology.ladder.route(when.steps, self._topology.address(service))
+                route = self._topology.ladder.route(when.steps, self._topology.address(service, priority))
         is_once = isinstance(method, Method) and method.job is not None and method.job.at_most_once
         if is_once and due is not None:
             msg = f"{service}.{name} runs at most once, and what is delayed may come twice after a crash of the broker"
             raise UsageError(f"{msg}: send it without delay and at")
-        job = Job(job_id, service, name, key, due)
+        job = Job(job_id, service, name, key, due, priority)
         if self._observers:
             observations.append(SendObservation(self._observers, self.exchange, job, message))
         properties = encode_job(message, self._transport.now_ms())
@@ -382,6 +393,16 @@ def find_job(target: str | Callable[..., Any]) -> tuple[str, str, Method | Remot
             f"got {target!r}: {_why_not_job(target, found)}"
         )
     return found[0].service, found[0].name, found[0]
+
+
+def no_queue(service: str, priority: Priority) -> str:
+    """Why the broker returned a job of a service."""
+    if priority == "normal":
+        return f"no queue takes jobs of service {service!r}: {DECLARE}"
+    return (
+        f"no queue takes jobs of service {service!r} with priority {priority!r}: "
+        f"define the service with lanes, Service(..., lanes=True), and {DECLARE}"
+    )
 
 
 def _why_not_job(target: Any, found: Sequence[Method]) -> str:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from operator import itemgetter
-from typing import Any
+from typing import Any, get_args
 
 from rpcq.errors import ConfigurationError, Executed
 from rpcq.jobs.letters import DeadLetter, read_letter
 from rpcq.jobs.sending import find_job
+from rpcq.options import Priority
 from rpcq.service import Service
 from rpcq.transport.memory.broker import MemoryBroker
 from rpcq.transport.memory.clock import StoppedClock
@@ -67,7 +68,8 @@ class WaitingJob:
         job: `service.job`.
         params: the parameters as they were sent; see `DeadJob`.
         attempt: the number of its next attempt, from 1.
-        due: when its delay ends; None if it is in the queue of its service, and no worker has taken it.
+        due: when its delay ends; None if it is in a queue of its service, and no worker has taken it.
+        priority: its lane.
 
     """
 
@@ -77,6 +79,7 @@ class WaitingJob:
     params: Any
     attempt: int
     due: datetime | None
+    priority: Priority = "normal"
 
 
 class Jobs:
@@ -121,7 +124,8 @@ class Jobs:
         matches, now = self._matcher(target), self._clock.wall()
         found: list[tuple[str, Entry, datetime | None]] = []
         for service in self._known():
-            for queue in (self._topology.queue(service), self._topology.suspects(service)):
+            lanes = [self._topology.queue(service, priority) for priority in get_args(Priority)]
+            for queue in (*lanes, self._topology.suspects(service)):
                 found += [(service, entry, None) for entry in self._entries(queue.name)]
         delayed = [(self._due(level, entry), entry) for level in range(LEVELS) for entry in self._delayed(level)]
         for due, entry in sorted(delayed, key=itemgetter(0)):
@@ -149,7 +153,7 @@ class Jobs:
     def _service_of(self, queue: str) -> str:
         """The service of a queue of jobs; empty for another queue."""
         prefix = self._topology.queue("").name
-        return queue.removeprefix(prefix).removesuffix(":suspects") if queue.startswith(prefix) else ""
+        return queue.removeprefix(prefix).partition(":")[0] if queue.startswith(prefix) else ""
 
     def _matcher(self, target: Target) -> Callable[[str, str], bool]:
         """Whether jobs of a service and a name are meant.
@@ -183,7 +187,7 @@ def _label(service: str, job: JobMessage) -> str:
 
 def _address(entry: Entry) -> str:
     """The service that a delayed job goes to."""
-    return ".".join(text(entry.routing_key).split(".")[LEVELS + 1 :])
+    return ".".join(text(entry.routing_key).split(".")[LEVELS + 1 :]).partition(":")[0]
 
 
 def _job(entry: Entry) -> JobMessage:
@@ -201,6 +205,7 @@ def _waiting_job(service: str, job: JobMessage, due: datetime | None) -> Waiting
         params=_params(job.body),
         attempt=job.attempt,
         due=due,
+        priority=job.priority,
     )
 
 

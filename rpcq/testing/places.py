@@ -233,9 +233,9 @@ class Place:
         """Delete the queues and exchanges of the namespace at the end."""
         self._users += 1
         self._queues |= {self._topology.request_queue(it.name, it.queue_type).name for it in services}
-        if with_jobs := [it.name for it in services if it.jobs]:
+        if with_jobs := [it for it in services if it.jobs]:
             jobs = self._job_topology
-            queues = [make(name) for name in with_jobs for make in (jobs.queue, jobs.suspects, jobs.dead_queue)]
+            queues = [queue for it in with_jobs for queue in jobs.queues(it.name, lanes=it.lanes)]
             self._queues |= {queue.name for queue in (*queues, *jobs.shared_queues())}
             self._exchanges |= {exchange.name for exchange in jobs.exchanges()}
         try:

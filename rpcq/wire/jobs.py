@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from rpcq.errors import TooLarge
-from rpcq.options import MAX_HEADERS, OWNED_HEADERS
+from rpcq.options import MAX_HEADERS, OWNED_HEADERS, Priority
 from rpcq.wire import properties as amqp
 from rpcq.wire.bodies import JSON, is_json, text
 from rpcq.wire.delays import ANY_DELAY, Ladder
@@ -21,6 +21,7 @@ ATTEMPT: Final = "rpcq-attempt"
 FIRST_SENT: Final = "rpcq-first-sent"
 EXPIRES: Final = "rpcq-expires"
 DUE: Final = "rpcq-due"
+PRIORITY: Final = "rpcq-priority"
 UNKNOWN: Final = "rpcq-unknown"
 """How often a worker got the job that has no such job."""
 RETURNS: Final = "rpcq-returns"
@@ -35,6 +36,9 @@ DIED_AT: Final = "rpcq-died-at"
 
 TRACE: Final = ("traceparent", "tracestate", "baggage")
 """The headers of W3C trace context and baggage."""
+
+LANES: Final[tuple[Priority, ...]] = ("high", "low")
+"""The priorities whose jobs have a queue of their own, in services with lanes."""
 
 DELIVERY_LIMIT: Final = 20
 SUSPECT_LIMIT: Final = 5
@@ -86,15 +90,21 @@ class JobTopology:
         lost = Queue(self.lost.name, durable=True, arguments=_KEPT, bindings=((self.lost.name, ""),))
         return [*self.ladder.queues(), lost]
 
-    def queue(self, service: str) -> Queue:
-        """The queue of a service's jobs."""
-        bindings = ((self.jobs.name, service), (self.due.name, f"{ANY_DELAY}{self.address(service)}"))
+    def queue(self, service: str, priority: Priority = "normal") -> Queue:
+        """The queue of a service's jobs of one priority."""
+        key = self.key(service, priority)
+        bindings = ((self.jobs.name, key), (self.due.name, f"{ANY_DELAY}{self.address(service, priority)}"))
         return Queue(
-            f"{self._namespace}.job.{service}",
+            f"{self._namespace}.job.{key}",
             durable=True,
             arguments=self._arguments(service, DELIVERY_LIMIT),
             bindings=bindings,
         )
+
+    def queues(self, service: str, *, lanes: bool) -> list[Queue]:
+        """The queues of a service's jobs and of its dead letters; `lanes` says whether it has lanes."""
+        own = [self.queue(service, priority) for priority in LANES] if lanes else []
+        return [self.queue(service), *own, self.suspects(service), self.dead_queue(service)]
 
     def suspects(self, service: str) -> Queue:
         """The queue of jobs that came back too often: each runs with no other job beside it."""
@@ -131,9 +141,13 @@ class JobTopology:
         """The routing key of the queue for suspects, at the exchange for what is due."""
         return f"{service}:suspects"
 
-    def address(self, service: str) -> str:
-        """Where a service's jobs go: after a delay, and when they are dead."""
-        return f"job.{service}"
+    def key(self, service: str, priority: Priority = "normal") -> str:
+        """The routing key of the queue of a service's jobs of one priority, at the exchange for jobs."""
+        return service if priority == "normal" else f"{service}:{priority}"
+
+    def address(self, service: str, priority: Priority = "normal") -> str:
+        """Where a service's jobs go after a delay. Dead letters of every priority go to the address for normal jobs."""
+        return f"job.{self.key(service, priority)}"
 
     def _arguments(self, service: str, limit: int) -> dict[str, Any]:
         return {
@@ -159,6 +173,7 @@ class Job:
         name: its name within the service.
         key: its idempotency key.
         due: when it is to be done, in UTC: at the end of its delay; None for at once.
+        priority: the lane that it is in.
 
     """
 
@@ -167,6 +182,7 @@ class Job:
     name: str
     key: str
     due: datetime | None = None
+    priority: Priority = "normal"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -183,6 +199,7 @@ class JobMessage:
         published_s: when this message was published, in seconds since the epoch; None if it does not say.
         expires_ms: when it need not be done any more; None for never.
         due_ms: when it is to be done: a tick of its schedule, or the end of its delay; None for at once.
+        priority: the lane that it goes to, also when it runs again.
         unknown: how often a worker got it that has no job of this name.
         app_id: the name of the program that sent it.
         user: the broker's user that sent it, checked by the broker; empty if the message does not carry it.
@@ -202,6 +219,7 @@ class JobMessage:
     published_s: int | None = None
     expires_ms: int | None = None
     due_ms: int | None = None
+    priority: Priority = "normal"
     unknown: int = 0
     app_id: str = ""
     user: str = ""
@@ -278,6 +296,8 @@ def encode_job(job: JobMessage, now_ms: int) -> bytes:
         headers[EXPIRES] = job.expires_ms
     if job.due_ms is not None:
         headers[DUE] = job.due_ms
+    if job.priority != "normal":
+        headers[PRIORITY] = job.priority
     if job.unknown:
         headers[UNKNOWN] = job.unknown
     if job.earlier:
@@ -314,6 +334,7 @@ def read_job(data: bytes, body: bytes, *, redelivered: bool) -> JobMessage:
         published_s=found.timestamp,
         expires_ms=_whole(headers.get(EXPIRES)),
         due_ms=_whole(headers.get(DUE)),
+        priority=_lane(headers.get(PRIORITY)) or "normal",
         unknown=_count(headers.get(UNKNOWN, 0)),
         app_id=text(found.app_id),
         user=text(found.user_id),
@@ -339,6 +360,10 @@ def _is_brokers(header: str) -> bool:
     return header in ("CC", "BCC") or OWNED_HEADERS.match(header) is not None
 
 
+def _lane(value: Any) -> Priority | None:
+    return next((priority for priority in LANES if priority == value), None)
+
+
 def _whole(value: Any) -> int | None:
     return value if type(value) is int else None
 
@@ -362,4 +387,6 @@ def _problem(found: Properties, headers: Mapping[str, Any], job: JobMessage) -> 
     for name in (FIRST_SENT, EXPIRES, DUE):
         if name in headers and _whole(headers[name]) is None:
             return f"the header {name} must be a whole number of milliseconds; got {headers[name]!r:.50}"
+    if PRIORITY in headers and _lane(headers[PRIORITY]) is None:
+        return f"the header {PRIORITY} must be 'high' or 'low'; got {headers[PRIORITY]!r:.50}"
     return ""

@@ -130,6 +130,7 @@ def test_every_header_of_a_job_in_the_contract_is_one_that_is_sent_and_the_other
     job = jobs.JobMessage(
         id="7", name="work", body=b"", key="k", attempt=2, first_sent_ms=1, expires_ms=2, due_ms=1, unknown=1, earlier=1
     )
+    job.priority = "high"
     dead = {jobs.REASON, jobs.EXECUTED, jobs.ERROR, jobs.INCIDENT, jobs.FROM, jobs.DIED_AT}
     assert said == {*(decode(jobs.encode_job(job, 1)).headers or {}), *dead}
 

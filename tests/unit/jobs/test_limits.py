@@ -41,29 +41,29 @@ def test_a_timeout_over_25_minutes_is_refused(timeout: Any) -> None:
 
 
 def limit(**options: Any) -> Limit:
-    return Limit("s", JobOptions(**options))
+    return Limit(JobOptions(**options))
 
 
 def test_the_next_one_begins_a_spacing_after_the_last_one_began_and_none_are_made_up_for() -> None:
     found = limit(rate="10/s")
-    assert found.turn(100.0) == 0
+    assert found.turn(100.0, "normal") == 0
     found.begin(100.0)
-    assert found.turn(100.0) == pytest.approx(0.1)
-    assert found.turn(100.04) == pytest.approx(0.06)
-    assert found.turn(200.0) == 0
+    assert found.turn(100.0, "normal") == pytest.approx(0.1)
+    assert found.turn(100.04, "normal") == pytest.approx(0.06)
+    assert found.turn(200.0, "normal") == 0
     found.begin(200.0)
-    assert found.turn(200.0) == pytest.approx(0.1)
+    assert found.turn(200.0, "normal") == pytest.approx(0.1)
 
 
 def test_one_more_may_begin_when_one_has_ended() -> None:
     found = limit(max_concurrency=2)
     found.begin(0.0)
-    assert found.turn(0.0) == 0
+    assert found.turn(0.0, "normal") == 0
     found.begin(0.0)
     assert found.is_full
-    assert found.turn(0.0) > 0
+    assert found.turn(0.0, "normal") > 0
     found.end(1.0)
-    assert found.turn(1.0) == 0
+    assert found.turn(1.0, "normal") == 0
 
 
 def test_a_turn_is_foretold_by_how_long_jobs_took() -> None:
@@ -72,15 +72,15 @@ def test_a_turn_is_foretold_by_how_long_jobs_took() -> None:
         found.begin(0.0)
         found.end(40.0)
     found.begin(0.0)
-    assert found.turn(0.0) == pytest.approx(40, abs=1)
-    assert found.turn(0.0) > NEAR
+    assert found.turn(0.0, "normal") == pytest.approx(40, abs=1)
+    assert found.turn(0.0, "normal") > NEAR
 
 
 def test_each_job_that_is_put_off_comes_back_later_than_the_one_before_up_to_a_bound() -> None:
     found = limit(rate="1/s")
     found.begin(0.0)
-    pauses = [found.put_off(0.0) for _ in range(1000)]
+    pauses = [found.put_off(0.0, "normal") for _ in range(1000)]
     assert pauses[:3] == [2.0, 3.0, 4.0]
     assert pauses == sorted(pauses)
     assert pauses[-1] == FARTHEST
-    assert found.put_off(FARTHEST - 10) == 11  # time has passed: the turns of the earlier ones are near
+    assert found.put_off(FARTHEST - 10, "normal") == 11  # time has passed: the turns of the earlier ones are near
