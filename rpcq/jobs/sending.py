@@ -246,7 +246,7 @@ class JobSender:
                 msg = (
                     no_queue(job.service, job.priority)
                     if job.due is None
-                    else f"no queue takes what is delayed: {DECLARE}"
+                    else f"no queue takes jobs that are delayed: {DECLARE}"
                 )
                 self._fail(sending, msg, is_certain=True)
             case Published.TOO_LARGE:

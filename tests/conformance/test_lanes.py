@@ -18,6 +18,9 @@ from support.letters import letters
 from support.load import until
 from support.places import Place, cut_memory
 
+QUICKLY = pytest.mark.parametrize("home", ["memory", pytest.param("rabbitmq", marks=pytest.mark.long)], indirect=True)
+"""On RabbitMQ too with `make test-faults`; `make test` has its time."""
+
 PREFETCH = 32
 LANES: tuple[Priority, ...] = get_args(Priority)
 
@@ -36,7 +39,14 @@ def lane(home: Place, service: Service, priority: Priority) -> Any:
     return JobTopology(home.namespace).queue(service.name, priority)
 
 
-@pytest.mark.parametrize(("flood", "places"), [("low", PREFETCH // 4), ("normal", PREFETCH), ("high", PREFETCH)])
+@pytest.mark.parametrize(
+    ("flood", "places"),
+    [
+        ("low", PREFETCH // 4),
+        pytest.param("normal", PREFETCH, marks=pytest.mark.long),
+        pytest.param("high", PREFETCH, marks=pytest.mark.long),
+    ],
+)
 async def test_a_flood_in_one_lane_delays_no_job_in_another(
     home: Place, service: Service, done: Done, flood: Priority, places: int
 ) -> None:
@@ -86,6 +96,7 @@ async def test_retries_and_delays_are_in_the_lane_of_their_job(home: Place, serv
     assert (retried.priority, delayed.priority, delayed.due is None) == ("high", "low", False)
 
 
+@QUICKLY
 async def test_what_a_stopping_worker_sends_on_stays_in_its_lane(home: Place, service: Service, done: Done) -> None:
     @service.job(at_most_once=True, max_concurrency=1)
     async def work() -> None:
@@ -102,6 +113,7 @@ async def test_what_a_stopping_worker_sends_on_stays_in_its_lane(home: Place, se
     assert done.counts == {"run": 1}
 
 
+@QUICKLY
 async def test_a_suspect_goes_back_to_its_lane(home: Place, service: Service, done: Done) -> None:
     @service.job
     async def work() -> None:

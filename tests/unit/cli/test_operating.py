@@ -21,7 +21,7 @@ JOBS = """
 from pathlib import Path
 from rpcq import Service
 
-mailing = Service("mailing")
+mailing = Service("mailing", lanes=True)
 
 @mailing.job
 async def welcome(to: str) -> None:
@@ -241,14 +241,15 @@ async def test_jobs_can_be_sent_once_setup_has_declared_their_queues(rpcq: Rpcq)
         told = shown(await asyncio.to_thread(rpcq.run, "setup", "mailing:mailing", "--namespace", rpcq.namespace))
         assert f"{rpcq.namespace}.job.mailing" in told
         assert f"{rpcq.namespace}.req." not in told
-        await client.send("mailing.welcome", to="ada")
+        assert f"{rpcq.namespace}.job.mailing:low" in told
+        await client.with_options(priority="low").send("mailing.welcome", to="ada")
         await asyncio.to_thread(
             rpcq.worker, "mailing:mailing"
         )  # it would be refused a queue that is declared differently
         await asyncio.to_thread(rpcq.until_there_is, "welcomed-ada")
     own = {"RPCQ_NAMESPACE": rpcq.namespace}
     told = shown(await asyncio.to_thread(rpcq.run, "describe", "mailing", **own))
-    assert told.startswith(f"mailing  jobs: queue {rpcq.namespace}.job.mailing\n")
+    assert told.startswith(f"mailing  jobs: queue {rpcq.namespace}.job.mailing, lanes high and low\n")
     assert "welcome(to: str) -> None\n      job, at most 8 attempts; runs at most 300 s each time" in told
     assert re.search(r"worker \S+ on \S+, process \d+: rpcq \S+, job prefetch 20\n", told), told
     found = json.loads(shown(await asyncio.to_thread(rpcq.run, "describe", "mailing", "--json", **own)))

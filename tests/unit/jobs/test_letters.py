@@ -77,6 +77,7 @@ def test_of_several_deaths_the_last_one_counts() -> None:
     [
         ("rpcq.due", "0." * 24 + "job.emails", "job.emails", "emails"),
         ("rpcq.delay.00", "0." * 23 + "1.job.a.b", "job.a.b", "a.b"),
+        ("rpcq.due", "0." * 24 + "job.a.b:high", "job.a.b:high", "a.b"),
         ("rpcq.due", "emails:suspects", "emails:suspects", "emails"),
         ("rpcq.due", "0." * 24 + "sub.emails:orders", "sub.emails:orders", ""),
         ("rpcq.due", "0.1.job.emails", "0.1.job.emails", ""),
@@ -217,6 +218,17 @@ def test_a_replay_leaves_out_an_expiry_that_has_passed() -> None:
 def test_a_replay_can_go_to_another_service() -> None:
     assert again(letter(BY_WORKER), "others").service == "others"
     assert again(letter(exchange="rpcq.due", key="sub.emails:orders"), "others").service == "others"
+
+
+def test_a_replay_keeps_its_lane_unless_it_goes_to_another_service() -> None:
+    low = letter({**BY_WORKER, "rpcq-priority": "low"})
+    kept, moved = again(low), again(low, "others")
+    assert (kept.service, kept.priority, moved.service, moved.priority) == ("emails", "low", "others", "normal")
+    assert (decode(kept.properties).headers or {})["rpcq-priority"] == "low"
+    assert "rpcq-priority" not in (decode(moved.properties).headers or {})
+    lost = letter({"rpcq-priority": "high"}, exchange="rpcq.due", key="0." * 24 + "job.emails:high")
+    assert (again(lost).service, again(lost).priority) == ("emails", "high")
+    assert again(letter({**BY_WORKER, "rpcq-priority": "urgent"})).priority == "normal"
 
 
 def test_what_cannot_be_replayed_says_why() -> None:

@@ -76,6 +76,15 @@ def test_a_turn_is_foretold_by_how_long_jobs_took() -> None:
     assert found.turn(0.0, "normal") > NEAR
 
 
+def test_the_put_off_jobs_of_one_priority_do_not_move_the_turns_of_another() -> None:
+    found = limit(rate="1/s")
+    found.begin(0.0)
+    for _ in range(1000):
+        found.put_off(0.0, "low")
+    assert found.put_off(0.0, "low") == FARTHEST
+    assert [found.put_off(0.0, "high"), found.put_off(0.0, "high"), found.put_off(0.0, "normal")] == [2.0, 3.0, 2.0]
+
+
 def test_each_job_that_is_put_off_comes_back_later_than_the_one_before_up_to_a_bound() -> None:
     found = limit(rate="1/s")
     found.begin(0.0)

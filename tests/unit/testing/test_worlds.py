@@ -195,6 +195,43 @@ async def test_code_that_opens_its_own_client_and_worker_lives_in_the_same_time(
             assert smtp.sent == ["digest"]
 
 
+async def test_jobs_in_lanes_are_jobs_of_their_service() -> None:
+    service, ran = Service("a.b", lanes=True), []
+
+    @service.job
+    async def work(priority: str) -> None:
+        ran.append(priority)
+
+    async with world(service) as w:
+        for priority in ("low", "normal", "high"):
+            maker = w.client.with_options(priority=priority, delay=60)
+            await maker.send(work, priority=priority)
+        assert {job.priority for job in w.waiting("a.b.work")} == {"low", "normal", "high"}
+        assert {job.params["priority"] == job.priority for job in w.waiting(service)} == {True}
+        await w.kill_worker()
+        await w.advance(hours=1)
+        assert [(job.job, job.priority) for job in w.waiting() if job.due is None] == [
+            ("a.b.work", "high"),
+            ("a.b.work", "normal"),
+            ("a.b.work", "low"),
+        ]
+        await w.start_worker()
+        await w.settled()
+        assert sorted(ran) == ["high", "low", "normal"]
+        assert (w.waiting(), w.dead()) == ([], [])
+
+
+async def test_a_fake_takes_priorities_where_the_real_service_does() -> None:
+    with_lanes, without = FakeService("one", lanes=True).takes("work"), FakeService("two").takes("work")
+    async with world(with_lanes, without) as w:
+        high = w.client.with_options(priority="high")
+        await high.send("one.work")
+        with pytest.raises(SendError, match="lanes=True"):
+            await high.send("two.work")
+        await w.settled()
+    assert [job.method for job in with_lanes.received] == ["work"]
+
+
 async def test_calls_take_real_time_and_work_as_ever() -> None:
     service = Service("things")
 
