@@ -290,7 +290,7 @@ async def _jobs(admin: Admin, topology: JobTopology, services: list[Service]) ->
         name = service.name
         dead = topology.dead_queue(name)
         kept[dead.name] = f"jobs that were not done: rpcq dlq list {name}"
-        queues += [topology.queue(name), topology.suspects(name), dead]
+        queues += topology.queues(name, lanes=service.lanes)
         queues += [topology.tickets(name)] if schedules_of(service) else []
     for queue in queues:
         state, finding = await _state(admin, queue)

@@ -20,12 +20,12 @@ from rpcq.environment import broker_url, options_from
 from rpcq.errors import AccessRefused, BrokerError, ConfigurationError
 from rpcq.jobs.ticking import schedules_of
 from rpcq.observability.management import UNANSWERED, Management, management_of
-from rpcq.options import ConnectionKwargs, ConnectionOptions
+from rpcq.options import ConnectionKwargs, ConnectionOptions, Priority
 from rpcq.service import Service
 from rpcq.transport.opening import open_admin
 from rpcq.transport.rabbitmq.admin import Admin, QueueState
 from rpcq.url import parse
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.jobs import LANES, JobTopology
 from rpcq.wire.topology import Topology
 
 MANAGEMENT_AGAIN: Final = 20
@@ -86,7 +86,7 @@ class QueueWatch:
 
     A queue that does not exist, or that the broker's user may not ask for, is left out.
 
-    These are the request queue, and for a service with jobs: those of jobs, suspects, tickets of schedules and dead
+    These are the request queue, and for a service with jobs: those of jobs in each lane, suspects, tickets of schedules and dead
     letters, and the shared ones for delayed and lost jobs.
 
     Args:
@@ -246,8 +246,9 @@ def _queues(topology: Topology, jobs: JobTopology, service: Service | str) -> li
         found = [topology.request_queue(name, "classic"), topology.request_queue(name, "quorum")]
     queues: list[tuple[str, Kind, str]] = [(name, "calls", queue.name) for queue in found]
     if not isinstance(service, Service) or service.jobs:
+        lanes: tuple[Priority, ...] = LANES if not isinstance(service, Service) or service.lanes else ()
         queues += [
-            (name, "jobs", jobs.queue(name).name),
+            *((name, "jobs", jobs.queue(name, priority).name) for priority in ("normal", *lanes)),
             (name, "suspects", jobs.suspects(name).name),
             (name, "dead", jobs.dead_queue(name).name),
         ]

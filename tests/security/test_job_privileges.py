@@ -66,7 +66,7 @@ class Home:
         jobs = self.jobs
         queues = [*jobs.shared_queues(), Topology(self.namespace).request_queue("calculator", "classic")]
         for name in ("calculator", "others"):
-            queues += [jobs.queue(name), jobs.suspects(name), jobs.dead_queue(name), jobs.tickets(name)]
+            queues += [*jobs.queues(name, lanes=True), jobs.tickets(name)]
         return Topology(self.namespace).exchanges(self.exchange) + jobs.exchanges(), queues
 
     async def declare(self) -> None:
@@ -107,8 +107,8 @@ def home(broker: Broker) -> Iterator[Home]:
         broker.ctl("delete_user", urlsplit(url).username or "")
 
 
-def calculator(ran: list[str]) -> Service:
-    service = Service("calculator")
+def calculator(ran: list[str], *, lanes: bool = False) -> Service:
+    service = Service("calculator", lanes=lanes)
 
     @service.job(retry=Retry(initial_backoff=0.01, max_backoff=0.01))
     async def add(name: str, context: Context) -> None:
@@ -167,6 +167,16 @@ async def test_jobs_are_sent_for_later_with_the_rights_of_the_page(home: Home) -
         await client.with_options(delay=0.5).send("calculator.add", name="later")
         await client.send("calculator.add", name="now")
         await until(ran, "later", "now")
+
+
+async def test_jobs_of_all_lanes_are_sent_done_retried_and_delayed_with_the_rights_of_the_page(home: Home) -> None:
+    ran: list[str] = []
+    service = calculator(ran, lanes=True)
+    async with home.worker(service), home.client() as client, home.client("latersender") as later:
+        for priority in ("high", "low"):
+            await client.with_options(priority=priority).send("calculator.add", name="again")
+            await later.with_options(priority=priority, delay=0.25).send("calculator.add", name="later")
+        await until(ran, *["again"] * 4, *["later"] * 2)
 
 
 async def test_jobs_are_sent_at_the_ticks_of_a_schedule_with_the_rights_of_the_page(home: Home) -> None:
@@ -265,6 +275,9 @@ async def _tap_as(channel: AbstractChannel, home: Home, user: str, exchange: str
 ANYBODY: dict[str, Deed] = {
     "read another service's jobs": lambda channel, home, _: consume(channel, home.jobs.queue("others").name),
     "look at another service's jobs": lambda channel, home, _: _get(channel, home.jobs.queue("others").name),
+    "read another service's jobs of high priority": lambda channel, home, _: consume(
+        channel, home.jobs.queue("others", "high").name
+    ),
     "read another service's suspects": lambda channel, home, _: consume(channel, home.jobs.suspects("others").name),
     "read another service's dead letters": lambda channel, home, _: consume(
         channel, home.jobs.dead_queue("others").name
@@ -321,6 +334,9 @@ WORKER: dict[str, Deed] = ANYBODY | {
     "read what is lost": lambda channel, home, _: consume(channel, home.jobs.lost.name),
     "put a job into another service's queue": lambda channel, home, _: publish(
         channel, home.jobs.due.name, f"{DELAYED}job.others"
+    ),
+    "put a job into another service's lane": lambda channel, home, _: publish(
+        channel, home.jobs.due.name, f"{DELAYED}job.others:high"
     ),
     "put a job among another service's suspects": lambda channel, home, _: publish(
         channel, home.jobs.due.name, "others:suspects"
