@@ -243,11 +243,9 @@ class JobSender:
         match published:
             case Published.RETURNED:
                 job = sending.job
-                msg = (
-                    no_queue(job.service, job.priority)
-                    if job.due is None
-                    else f"no queue takes jobs that are delayed: {DECLARE}"
-                )
+                msg = f"no queue takes jobs that are delayed: {DECLARE}"
+                if job.due is None:
+                    msg = no_queue(job.service, job.priority)
                 self._fail(sending, msg, is_certain=True)
             case Published.TOO_LARGE:
                 msg = f"the parameters are {len(sending.body)} bytes of JSON, more than the broker takes"

@@ -86,8 +86,8 @@ class QueueWatch:
 
     A queue that does not exist, or that the broker's user may not ask for, is left out.
 
-    These are the request queue, and for a service with jobs: those of jobs in each lane, suspects, tickets of schedules and dead
-    letters, and the shared ones for delayed and lost jobs.
+    These are the request queue, and for a service with jobs: those of its lanes, suspects, tickets of schedules and
+    dead letters, and the shared ones for delayed and lost jobs.
 
     Args:
         services: `Service` objects; or names, for which it looks for the queues of all kinds.
