@@ -9,6 +9,7 @@ from typing import Any, Protocol, get_args
 import pytest
 
 from rpcq import Client, ConfigurationError, GiveUp, RetryLater, SendError, Service, UsageError, contract
+from rpcq.observability.queues import QueueWatch
 from rpcq.options import Priority, WorkerOptions
 from rpcq.transport.base import Message, Published
 from rpcq.wire.jobs import JobMessage, JobTopology, encode_job
@@ -244,6 +245,29 @@ async def test_a_lane_that_is_none_makes_a_dead_letter(memory: Place, service: S
         async with letters(memory.url, dead_queue(memory, service)) as dead:
             (letter,) = await dead.wait_for(1)
     assert letter.headers["rpcq-error"] == f"the header rpcq-priority must be 'high' or 'low'; got {shown}"
+
+
+@pytest.mark.parametrize("home", ["rabbitmq"], indirect=True)
+async def test_a_queue_watch_looks_at_each_lane(home: Place, service: Service) -> None:
+    @service.job
+    async def work() -> None: ...
+
+    plain = Service(f"s{secrets.token_hex(6)}")
+    plain.job(work)
+    async with home.client() as client:
+        async with home.worker(service, plain):
+            pass
+        await client.with_options(priority="low").send(f"{service.name}.work")
+        watch = QueueWatch([service, plain], home.url, management="", namespace=home.namespace)
+        names = QueueWatch([service.name, plain.name], home.url, management="", namespace=home.namespace)
+        for found in (await watch.look(), await names.look()):
+            waiting = {(it.service, it.queue): it.messages for it in found if it.kind == "jobs"}
+            assert waiting == {
+                (service.name, lane(home, service, "normal").name): 0,
+                (service.name, lane(home, service, "high").name): 0,
+                (service.name, lane(home, service, "low").name): 1,
+                (plain.name, lane(home, plain, "normal").name): 0,
+            }
 
 
 @pytest.mark.parametrize(("prefetch", "low"), [(1, 1), (3, 1), (4, 1), (8, 2), (20, 5)])

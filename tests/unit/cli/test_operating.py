@@ -264,7 +264,7 @@ def test_the_doctor_looks_at_the_queues_of_jobs(rpcq: Rpcq) -> None:
     own = {"RPCQ_NAMESPACE": rpcq.namespace}
     ran = rpcq.run("doctor", "mailing:mailing", **own)
     missing = "\n".join(lines(ran, "warn"))
-    for name in ("delay.07", "lost", "job.mailing", "job.mailing:suspects", "dead.mailing"):
+    for name in ("delay.07", "lost", "job.mailing", "job.mailing:low", "job.mailing:suspects", "dead.mailing"):
         assert f"queue {rpcq.namespace}.{name}: does not exist" in missing
     assert ".req.mailing" not in ran.stdout
     shown(rpcq.run("setup", "mailing:mailing", **own))
