@@ -10,21 +10,28 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn, Unpack
+from typing import Annotated, Any, Final, NoReturn, Unpack
 
 import typer
 
 from rpcq import logs
+from rpcq.cli.depth import job_queues, watch_depth
 from rpcq.cli.observing import Observing
 from rpcq.cli.options import FAILED, WORKER, Level, LogLevel, Namespace, Url, given
-from rpcq.cli.supervising import SUPERVISED, supervise
-from rpcq.environment import URL_FILE, broker_url, variable
+from rpcq.cli.scaling import Scaling, check_scaling, read_processes
+from rpcq.cli.supervising import SUPERVISED, Watch, supervise
+from rpcq.environment import URL_FILE, broker_url, options_from, variable
 from rpcq.errors import ConfigurationError
-from rpcq.options import WorkerKwargs
+from rpcq.options import WorkerKwargs, WorkerOptions
 from rpcq.runtime.process import run
 from rpcq.service import Service
+from rpcq.url import parse
 from rpcq.worker import Worker
+
+SETTLING: Final = 10.0
+"""Seconds for what becomes of a job after its timeout: the broker has to confirm its retry or its dead letter."""
 
 log = logs.get_logger("rpcq.worker")
 
@@ -47,14 +54,26 @@ def worker(  # over 50 lines, because typer reads the options from the parameter
         ),
     ] = None,
     processes: Annotated[
-        int,
+        str,
         typer.Option(
             envvar="RPCQ_PROCESSES",
-            min=1,
-            max=1000,
-            help="Number of worker processes. A process that dies is started again.",
+            metavar="NUMBER|MIN:MAX",
+            help="Number of worker processes. A process that dies is started again. With MIN:MAX, as many as "
+            "--scale-on-depth says.",
         ),
-    ] = 1,
+    ] = "1",
+    scale_on_depth: Annotated[
+        int | None,
+        typer.Option(
+            envvar="RPCQ_SCALE_ON_DEPTH",
+            help="Jobs that may wait for each process: when there are more, processes are started; when there are "
+            "fewer for a while, one is stopped. Needs --processes MIN:MAX.",
+        ),
+    ] = None,
+    scale_every: Annotated[
+        float,
+        typer.Option(envvar="RPCQ_SCALE_EVERY", help="Seconds between two looks at the number of jobs that wait."),
+    ] = 5.0,
     grace: Annotated[
         float | None,
         typer.Option(
@@ -105,20 +124,54 @@ def worker(  # over 50 lines, because typer reads the options from the parameter
     """
     logs.configure(log_level.upper())
     options = given(prefetch=prefetch, job_prefetch=job_prefetch, grace=grace, name=name, namespace=namespace)
-    if (processes > 1 or reload) and not os.environ.get(SUPERVISED):
+    if not os.environ.get(SUPERVISED):
+        numbers = read_processes(processes)
+        check_scaling(numbers, scale_on_depth, scale_every, reload=reload)
         observing = given(http=http, log_calls=log_calls, trace_calls=trace_calls, log_level=log_level.value)
-        _supervise(services, given(url=url) | options | observing, processes, reload=reload)
+        if scale_on_depth is not None:
+            scaled = Scaling(numbers, scale_on_depth)
+            _supervise_scaled(services, url, options, observing, scaled, scale_every)
+        if numbers.most > 1 or reload:
+            _supervise(services, given(url=url) | options | observing, numbers.most, reload=reload)
     observers = Observing(http, log_calls, trace_calls).nth(int(os.environ.get(SUPERVISED) or 1))
     run(serve(load_services(services), url, observers, **options))
 
 
-def _supervise(services: list[str], options: Mapping[str, object], processes: int, *, reload: bool) -> NoReturn:
+def _supervise_scaled(
+    paths: list[str],
+    url: str | None,
+    options: dict[str, Any],
+    observing: Mapping[str, object],
+    scaling: Scaling,
+    every: float,
+) -> NoReturn:
+    services = load_services(paths)  # its own: for the names of their queues
+    broker, found = parse(broker_url(url)), options_from(WorkerOptions, options)
+    if broker.scheme == "memory":
+        raise ConfigurationError("--scale-on-depth needs RabbitMQ; got memory://, which is inside each process")
+    watch = partial(watch_depth, broker, found, job_queues(services, found.namespace), every)
+    if "grace" not in options:  # so that a process that is stopped cuts off no job
+        longest = max(job.timeout or 0 for service in services for job in service.jobs.values())
+        options["grace"] = max(WORKER.grace, longest + SETTLING)
+    _supervise(paths, given(url=url) | options | observing, scaling.bounds.most, scaling=scaling, watch=watch)
+
+
+def _supervise(
+    services: list[str],
+    options: Mapping[str, object],
+    processes: int,
+    *,
+    reload: bool = False,
+    scaling: Scaling | None = None,
+    watch: Watch | None = None,
+) -> NoReturn:
     # The processes get the options in their environment, where other users cannot read the URL's password.
     environment = os.environ | {variable(name): str(value) for name, value in options.items()}
     if "url" in options:
         environment.pop(URL_FILE, None)  # the option beats both variables, of which only one may be set
     command = [sys.executable, "-m", "rpcq", "worker", *services, "--processes", "1"]
-    clean = run(supervise(command, environment, processes, reload=Path.cwd() if reload else None))
+    folder = Path.cwd() if reload else None
+    clean = run(supervise(command, environment, processes, reload=folder, scaling=scaling, watch=watch))
     sys.exit(0 if clean else FAILED)
 
 
