@@ -127,7 +127,7 @@ class Scaling:
         if waiting is None:
             return None
         if wanted > now:
-            return self._change(wanted, f"{waiting} jobs wait, more than {self._depth} for each of {now} processes")
+            return self._change(wanted, f"{waiting} jobs wait: more than {self._depth} for each process")
         if wanted < now and now > self.bounds.least:
             self._fewer += 1
             if self._fewer == LOOKS:

@@ -1,11 +1,12 @@
-"""`rpcq worker --processes MIN:MAX --scale-on-depth N`: decisions without processes; bad input; and real processes."""
+"""`rpcq worker --processes MIN:MAX --scale-on-depth N`: what is decided and looked at, and bad input.
+
+`tests/faults/test_scaling.py` has it with worker processes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import signal
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -15,13 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpcq import Client, Service, Worker
+from rpcq import Service, Worker
 from rpcq.cli.depth import job_queues, watch_depth
 from rpcq.cli.scaling import LOOKS, MOST, Processes, Scaling, check_scaling, read_processes
 from rpcq.errors import ConfigurationError
 from rpcq.options import WorkerOptions
 from rpcq.url import parse
-from support.command import Process, Rpcq, wait_until
+from support.command import Rpcq
 from support.ports import free_ports
 
 
@@ -71,7 +72,7 @@ def test_a_change_says_what_it_is_and_why() -> None:
     grown = scaling.look(250)
     assert grown is not None
     assert (grown.before, grown.after) == (1, 3)
-    assert grown.reason == "250 jobs wait, more than 100 for each of 1 processes"
+    assert grown.reason == "250 jobs wait: more than 100 for each process"
     assert [scaling.look(7) for _ in range(LOOKS - 1)] == [None] * (LOOKS - 1)
     shrunk = scaling.look(7)
     assert shrunk is not None
@@ -134,8 +135,10 @@ def test_what_is_no_number_of_processes_is_refused(text: str) -> None:
             None,
             5.0,
             False,
-            "a range of processes needs the number of waiting jobs for each of them: --scale-on-depth 100; "
-            "got --processes 2:8 alone",
+            (
+                "a range of processes needs the number of waiting jobs for each of them: --scale-on-depth 100; "
+                "got --processes 2:8 alone"
+            ),
         ),
         (
             "1:8",
@@ -227,84 +230,3 @@ async def test_a_depth_that_cannot_be_read_is_told_once_and_the_next_node_is_ask
         "the depth of the job queues cannot be read; the processes stay",
         "the depth of the job queues can be read again",
     ]
-
-
-# Real processes.
-
-JOBS = """
-import asyncio
-from pathlib import Path
-
-from rpcq import Service
-
-jobs = Service("jobs")
-
-@jobs.job(timeout=60)
-async def work(number: int) -> None:
-    with Path("begun").open("a") as begun:
-        begun.write(f"{number}\\n")
-    while not Path("go").exists():
-        await asyncio.sleep(0.02)
-    with Path("done").open("a") as done:
-        done.write(f"{number}\\n")
-"""
-
-
-def scaled(rpcq: Rpcq, *arguments: str) -> Process:
-    """A worker whose number of processes follows the depth, and serves with the first of them."""
-    (rpcq.folder / "jobs.py").write_text(JOBS)
-    worker = rpcq.start("worker", "jobs:jobs", "--namespace", rpcq.namespace, "--scale-every", "0.1", *arguments)
-    worker.wait_for(lambda: starts(worker) == 1)
-    return worker
-
-
-def starts(worker: Process) -> int:
-    return sum('"worker started"' in line for line in worker.lines)
-
-
-def changes(worker: Process) -> list[tuple[int, int]]:
-    """The changes of the number of processes: before and after each."""
-    events = ("more worker processes", "one worker process less")
-    return [(line["before"], line["processes"]) for line in worker.logged() if line["event"] in events]
-
-
-def counted(rpcq: Rpcq, name: str) -> Counter[str]:
-    path = rpcq.folder / name
-    return Counter(path.read_text().split() if path.exists() else ())
-
-
-async def send(rpcq: Rpcq, count: int) -> None:
-    async with Client(rpcq.url, namespace=rpcq.namespace) as client:
-        assert len(await client.send_many("jobs.work", [{"number": number} for number in range(count)])) == count
-
-
-def test_processes_are_started_for_a_burst_and_stopped_after_it_and_no_job_runs_twice(rpcq: Rpcq) -> None:
-    worker = scaled(rpcq, "--processes", "1:3", "--scale-on-depth", "20", "--job-prefetch", "2")
-    asyncio.run(send(rpcq, 60))
-    worker.wait_for(lambda: starts(worker) == 3)
-    (rpcq.folder / "go").touch()
-    worker.wait_for(lambda: changes(worker)[-1] == (2, 1))
-    worker.wait_for(lambda: sum('"worker process stopped"' in line for line in worker.lines) == 2)
-    assert changes(worker)[-2:] == [(3, 2), (2, 1)]
-    assert max(after for _, after in changes(worker)) == 3
-    stopped = [line for line in worker.logged() if line["event"] == "worker process stopped"]
-    assert [(line["number"], line["exit_code"]) for line in stopped] == [(3, 0), (2, 0)]
-    wait_until(lambda: counted(rpcq, "done").total() == 60)
-    worker.signal(signal.SIGTERM)
-    assert worker.ended() == 0
-    assert counted(rpcq, "begun") == counted(rpcq, "done") == Counter(map(str, range(60)))
-    reasons = [line["reason"] for line in worker.logged() if "reason" in line]
-    assert "more than 20 for each of 1 processes" in reasons[0]
-    assert reasons[-1] == f"at {LOOKS} looks in a row, no more than 20 jobs waited"
-
-
-def test_the_end_of_all_processes_does_not_cut_off_the_jobs_of_one_that_ends_already(rpcq: Rpcq) -> None:
-    worker = scaled(rpcq, "--processes", "1:2", "--scale-on-depth", "1", "--job-prefetch", "1")
-    asyncio.run(send(rpcq, 3))
-    wait_until(lambda: counted(rpcq, "begun").total() == 2)  # one in each process, and one waits
-    worker.wait_for(lambda: changes(worker) == [(1, 2), (2, 1)])
-    worker.signal(signal.SIGTERM)
-    (rpcq.folder / "go").touch()
-    assert worker.ended() == 0
-    assert counted(rpcq, "begun") == counted(rpcq, "done")
-    assert counted(rpcq, "done").total() == 2
