@@ -85,12 +85,14 @@ class Change:
     Attributes:
         before: how many processes there were to be.
         after: how many there are to be now.
+        waiting: how many jobs wait.
         reason: why, for the log.
 
     """
 
     before: int
     after: int
+    waiting: int
     reason: str
 
 
@@ -127,16 +129,16 @@ class Scaling:
         if waiting is None:
             return None
         if wanted > now:
-            return self._change(wanted, f"{waiting} jobs wait: more than {self._depth} for each process")
+            return self._change(wanted, waiting, f"{waiting} jobs wait: more than {self._depth} for each process")
         if wanted < now and now > self.bounds.least:
             self._fewer += 1
             if self._fewer == LOOKS:
                 self._fewer = 0
                 most = self._depth * (now - 1)
-                return self._change(now - 1, f"at {LOOKS} looks in a row, no more than {most} jobs waited")
+                return self._change(now - 1, waiting, f"at {LOOKS} looks in a row, no more than {most} jobs waited")
         return None
 
-    def _change(self, after: int, reason: str) -> Change:
-        change = Change(self.processes, after, reason)
+    def _change(self, after: int, waiting: int, reason: str) -> Change:
+        change = Change(self.processes, after, waiting, reason)
         self.processes = after
         return change

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from rpcq import logs
 from rpcq.cli.options import FAILED, USAGE
-from rpcq.cli.scaling import Scaling
+from rpcq.cli.scaling import Change, Scaling
 from rpcq.errors import ConfigurationError
 from rpcq.runtime.backoff import Backoff
 from rpcq.runtime.distribution import missing
@@ -114,11 +114,15 @@ class _Supervisor:
         self._terminate()
         self._changed = asyncio.Event()
 
-    def scale(self, processes: int) -> None:
-        """Keep this many processes: those with the numbers from 1 on. Others end as at `stop`."""
-        self._processes = processes
+    def scale(self, change: Change) -> None:
+        """Change how many processes there are: those with the numbers from 1 on. Others end as at `stop`."""
+        if self._stopping.is_set():  # all of them end already
+            return
+        event = "more worker processes" if change.after > change.before else "one worker process less"
+        log.info(event, processes=change.after, before=change.before, waiting=change.waiting, reason=change.reason)
+        self._processes = change.after
         for number, process in self._running.items():
-            if number > processes:
+            if number > change.after:
                 self._end_surplus(process)
         self._scaled.set()
         self._scaled = asyncio.Event()
@@ -220,9 +224,7 @@ async def _scale(watch: Watch, scaling: Scaling, supervisor: _Supervisor) -> Non
     def found(waiting: int | None) -> None:
         change = scaling.look(waiting)
         if change is not None:
-            event = "more worker processes" if change.after > change.before else "one worker process less"
-            log.info(event, processes=change.after, before=change.before, waiting=waiting, reason=change.reason)
-            supervisor.scale(change.after)
+            supervisor.scale(change)
 
     await watch(found)
 

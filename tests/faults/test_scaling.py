@@ -7,6 +7,7 @@ import base64
 import json
 import re
 import signal
+import time
 import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -107,12 +108,18 @@ def test_processes_are_started_for_a_burst_and_stopped_after_it_and_no_job_runs_
 
 
 @pytest.mark.long
-def test_the_end_of_all_processes_does_not_cut_off_the_jobs_of_one_that_ends_already(rpcq: Rpcq) -> None:
-    worker = scaled(rpcq, "--processes", "1:2", "--scale-on-depth", "1", "--scale-every", "0.1", "--job-prefetch", "1")
+@pytest.mark.parametrize("shrinks", ["before", "after"])
+def test_the_end_of_all_processes_and_of_one_that_is_too_many_cut_off_no_job(rpcq: Rpcq, shrinks: str) -> None:
+    """A process that gets a second signal cuts off its jobs."""
+    every = "0.1" if shrinks == "before" else "0.5"
+    worker = scaled(rpcq, "--processes", "1:2", "--scale-on-depth", "1", "--scale-every", every, "--job-prefetch", "1")
     asyncio.run(send(rpcq, 3))
     wait_until(lambda: counted(rpcq, "begun").total() == 2)  # one in each process, and one waits
-    worker.wait_for(lambda: changes(worker) == [(1, 2), (2, 1)])
+    if shrinks == "before":
+        worker.wait_for(lambda: changes(worker) == [(1, 2), (2, 1)])
     worker.signal(signal.SIGTERM)
+    if shrinks == "after":
+        time.sleep(0.5 * (LOOKS + 2))  # time for as many looks as it takes for one less
     (rpcq.folder / "go").touch()
     assert worker.ended() == 0
     assert counted(rpcq, "begun") == counted(rpcq, "done")

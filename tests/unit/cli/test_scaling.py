@@ -71,12 +71,12 @@ def test_a_change_says_what_it_is_and_why() -> None:
     scaling = Scaling(Processes(1, 8), 100)
     grown = scaling.look(250)
     assert grown is not None
-    assert (grown.before, grown.after) == (1, 3)
+    assert (grown.before, grown.after, grown.waiting) == (1, 3, 250)
     assert grown.reason == "250 jobs wait: more than 100 for each process"
     assert [scaling.look(7) for _ in range(LOOKS - 1)] == [None] * (LOOKS - 1)
     shrunk = scaling.look(7)
     assert shrunk is not None
-    assert (shrunk.before, shrunk.after) == (3, 2)
+    assert (shrunk.before, shrunk.after, shrunk.waiting) == (3, 2, 7)
     assert shrunk.reason == f"at {LOOKS} looks in a row, no more than 200 jobs waited"
 
 
