@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pika
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +23,7 @@ from hypothesis import strategies as st
 from rpcq import Service, Worker
 from rpcq.cli.depth import job_queues, watch_depth
 from rpcq.cli.scaling import LOOKS, MOST, Processes, Scaling, check_scaling, read_processes
+from rpcq.cli.supervising import supervise
 from rpcq.errors import ConfigurationError
 from rpcq.options import WorkerOptions
 from rpcq.url import parse
@@ -230,3 +235,19 @@ async def test_a_depth_that_cannot_be_read_is_told_once_and_the_next_node_is_ask
         "the depth of the job queues cannot be read; the processes stay",
         "the depth of the job queues can be read again",
     ]
+
+
+# Supervising.
+
+
+async def test_a_watch_that_fails_stops_all_processes_and_its_error_is_raised(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import pathlib, time; pathlib.Path('began').touch(); time.sleep(60)"]
+
+    async def watch(found: Callable[[int | None], None]) -> None:
+        while not (tmp_path / "began").exists():  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.01)
+        raise LookupError("a bug")
+
+    with chdir(tmp_path), pytest.raises(LookupError, match="a bug"):
+        await supervise(command, os.environ, 2, reload=None, scaling=Scaling(Processes(1, 2), 1), watch=watch)
+    assert not psutil.Process().children()
