@@ -74,7 +74,7 @@ async def supervise(
     if scaling is not None and watch is not None:
         beside.append(loop.create_task(_scale(watch, scaling, supervisor)))
     for task in beside:
-        task.add_done_callback(lambda _: supervisor.stop())  # it goes on until it is cancelled, or has a bug
+        task.add_done_callback(lambda _: supervisor.stop_first())  # it goes on until it is cancelled, or has a bug
     try:
         kept = [supervisor.keep(number) for number in range(1, processes + 1)]
         clean = all(await asyncio.gather(*kept))
@@ -107,6 +107,11 @@ class _Supervisor:
         ending = () if self._stopping.is_set() else self._surplus
         self._stopping.set()
         self._terminate(ending)
+
+    def stop_first(self) -> None:
+        """The same, unless they end already."""
+        if not self._stopping.is_set():
+            self.stop()
 
     def changed(self) -> None:
         """Start all processes again."""

@@ -241,13 +241,14 @@ async def test_a_depth_that_cannot_be_read_is_told_once_and_the_next_node_is_ask
 
 
 async def test_a_watch_that_fails_stops_all_processes_and_its_error_is_raised(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import pathlib, time; pathlib.Path('began').touch(); time.sleep(60)"]
+    program = "import os, pathlib, time; pathlib.Path('began').write_text(str(os.getpid())); time.sleep(60)"
+    command = [sys.executable, "-c", program]
 
     async def watch(found: Callable[[int | None], None]) -> None:
-        while not (tmp_path / "began").exists():  # noqa: ASYNC110 - another process
+        while not ((tmp_path / "began").exists() and (tmp_path / "began").read_text()):  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.01)
         raise LookupError("a bug")
 
     with chdir(tmp_path), pytest.raises(LookupError, match="a bug"):
         await supervise(command, os.environ, 2, reload=None, scaling=Scaling(Processes(1, 2), 1), watch=watch)
-    assert not psutil.Process().children()
+    assert not psutil.pid_exists(int((tmp_path / "began").read_text()))
