@@ -170,7 +170,6 @@ SCALED = ("--processes", "1:8", "--scale-on-depth", "100")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--processes", "8:1"), "with MIN below MAX, such as 1:8; got '8:1'"),
         (("--scale-on-depth", "100"), "needs a range of processes"),
         (SCALED, "--scale-on-depth needs a service with jobs"),
         ((*SCALED, "--url", "memory://"), "--scale-on-depth needs RabbitMQ; got memory://"),
