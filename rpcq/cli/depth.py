@@ -33,7 +33,7 @@ def job_queues(services: Iterable[Service], namespace: str) -> list[str]:
         queue.name
         for service in services
         if service.jobs
-        for queue in (topology.queue(service.name), topology.suspects(service.name))
+        for queue in topology.waiting(service.name, lanes=service.lanes)
     ]
     if not queues:
         msg = (

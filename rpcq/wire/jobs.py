@@ -103,8 +103,12 @@ class JobTopology:
 
     def queues(self, service: str, *, lanes: bool) -> list[Queue]:
         """The queues of a service's jobs and of its dead letters; `lanes` says whether it has lanes."""
+        return [*self.waiting(service, lanes=lanes), self.dead_queue(service)]
+
+    def waiting(self, service: str, *, lanes: bool) -> list[Queue]:
+        """The queues in which a service's jobs wait for a worker."""
         own = [self.queue(service, priority) for priority in LANES] if lanes else []
-        return [self.queue(service), *own, self.suspects(service), self.dead_queue(service)]
+        return [self.queue(service), *own, self.suspects(service)]
 
     def suspects(self, service: str) -> Queue:
         """The queue of jobs that came back too often: each runs with no other job beside it."""

@@ -203,20 +203,21 @@ async def until(condition: Callable[[], bool]) -> None:
 async def test_the_depth_is_that_of_all_queues_of_jobs_and_of_none_that_does_not_exist(
     rabbitmq_url: str, namespace: str
 ) -> None:
-    one, two, calls = Service("one"), Service("two"), Service("calls")
+    one, two, calls = Service("one"), Service("two", lanes=True), Service("calls")
     one.job(name="work")(asyncio.sleep)
     two.job(name="work")(asyncio.sleep)
     queues = job_queues([one, two, calls], namespace)
-    assert queues == [f"{namespace}.job.{name}" for name in ("one", "one:suspects", "two", "two:suspects")]
+    names = ("one", "one:suspects", "two", "two:high", "two:low", "two:suspects")
+    assert queues == [f"{namespace}.job.{name}" for name in names]
     with watching(rabbitmq_url, queues) as found:
         await until(lambda: found == [0] or len(found) > 1)
         async with Worker(one, two, url=rabbitmq_url, namespace=namespace):
             pass
         with pika.BlockingConnection(pika.URLParameters(rabbitmq_url)) as connection:
-            for queue, messages in zip(queues, (1, 2, 4, 8), strict=True):
+            for queue, messages in zip(queues, (1, 2, 4, 8, 16, 32), strict=True):
                 for _ in range(messages):
                     connection.channel().basic_publish("", queue, b"")
-        await until(lambda: found[-1] == 15)
+        await until(lambda: found[-1] == 63)
         assert None not in found
 
 
