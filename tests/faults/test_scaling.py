@@ -155,7 +155,7 @@ PAGE = ROOT / "docs/howto/scaling.md"
 @asynccontextmanager
 async def emails_held(url: str, namespace: str) -> AsyncIterator[None]:
     """A service `emails` with 8 jobs, of which its worker holds 3."""
-    emails, began, release = Service("emails"), asyncio.Semaphore(0), asyncio.Event()
+    emails, began, release = Service("emails", lanes=True), asyncio.Semaphore(0), asyncio.Event()
 
     @emails.job
     async def hold() -> None:
@@ -204,7 +204,7 @@ async def test_the_page_has_a_trigger_for_keda_that_asks_for_all_jobs_that_are_n
     asked = trigger["metadata"]
     assert (trigger["type"], asked["protocol"], asked["mode"]) == ("rabbitmq", "http", "QueueLength")
     assert asked["useRegex"] == "true"
-    names = [JobTopology("rpcq").queue("emails").name, JobTopology("rpcq").suspects("emails").name]
+    names = [queue.name for queue in JobTopology("rpcq").waiting("emails", lanes=True)]
     others = [JobTopology("rpcq").queue(name).name for name in ("emailsx", "emails-2", "xemails")]
     assert all(re.search(asked["queueName"], name) for name in names)
     assert not any(re.search(asked["queueName"], name) for name in others)
