@@ -206,5 +206,5 @@ def _zone(name: str) -> ZoneInfo:
     except (OSError, ValueError, TypeError, KeyError) as error:  # KeyError: ZoneInfoNotFoundError
         raise ConfigurationError(
             f"tz must be a time zone of the IANA database, such as 'Europe/Berlin'; got {name!r}. If it is one, the "
-            "database is not installed: pip install tzdata"
+            "database is not installed: install the package tzdata"
         ) from error

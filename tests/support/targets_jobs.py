@@ -105,7 +105,7 @@ def dying(method: Any, before: str) -> Any:
 
 
 def noting(method: Any) -> Any:
-    def around(self: JobRunner, run: Any, *rest: Any) -> Any:
+    def around(self: Mover, run: Any, *rest: Any) -> Any:
         die("before the move")
         moved.add(run.id)
         (FOLDER / "moving").touch()
@@ -123,7 +123,7 @@ def telling(method: Any) -> Any:
 
 
 JobRunner._acknowledge = dying(JobRunner._acknowledge, "after the move is confirmed")  # type: ignore[method-assign]
-JobRunner._move = noting(JobRunner._move)  # type: ignore[method-assign]
+Mover.move = noting(Mover.move)  # type: ignore[method-assign]
 Mover.published = telling(Mover.published)  # type: ignore[method-assign]
 
 
