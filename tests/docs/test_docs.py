@@ -44,7 +44,7 @@ PAGES: Final = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob(
 DATABASE: Final = ("shared-results",)
 """Pages that have a PostgreSQL at DATABASE_URL."""
 
-LONG: Final = ("load-testing", "tutorial-jobs", "replacing-jobs", "long-jobs")
+LONG: Final = ("load-testing", "tutorial-jobs", "replacing-jobs", "long-jobs", "dead-letters", "production")
 """Pages that take long."""
 
 PASTED: Final = ("README", "tutorial", "tutorial-jobs", "project")
