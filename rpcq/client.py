@@ -20,7 +20,7 @@ from rpcq.calls.proxy import CallMaker, ServiceProxy, Target
 from rpcq.calls.receiving import Receiver, ResultReader
 from rpcq.calls.retrying import Retries
 from rpcq.calls.sending import ClientCall, Sender
-from rpcq.control import Control, WorkerInfo, WorkerStats
+from rpcq.control import PING_TIMEOUT, Control, WorkerInfo, WorkerStats
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import (
     BrokerError,
@@ -58,9 +58,6 @@ from rpcq.wire.topology import Topology
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-PING_TIMEOUT: Final = 1.0
-"""Seconds that a worker has to answer a ping."""
 
 log = logs.get_logger("rpcq.client")
 

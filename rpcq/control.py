@@ -33,6 +33,9 @@ from rpcq.wire.topology import EVERY_SERVICE, Topology
 
 T = TypeVar("T")
 
+PING_TIMEOUT: Final = 1.0
+"""Seconds that a worker has to answer a ping."""
+
 MOST_ANSWERS: Final = 16
 """Answers that a worker may have sent and the broker has not confirmed yet."""
 

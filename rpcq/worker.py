@@ -201,10 +201,10 @@ class Worker:
             async with asyncio.timeout(self.options.grace):
                 await self._intake.waiting.emptied()  # turned away, as soon as there is a way to say so
                 await self._replier.in_hand.none_left()
-                for ticker in self._tickers:
-                    await ticker.stop()
+                stopping = [ticker.stop() for ticker in self._tickers]
                 if self._jobs is not None:
-                    await self._jobs.stop()
+                    stopping.append(self._jobs.stop())
+                await asyncio.gather(*stopping)
         except TimeoutError:
             clean = False
         await self._abandon()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from typing import Protocol, cast
+
+from benchmarks.participants import Options
 
 TEXT = "x" * 88
 """The parameter of every job. With it, the body of rpcq's message has 100 bytes."""
@@ -20,17 +21,6 @@ Send = Callable[[int], Awaitable[None]]
 """Sends so many jobs at once, and waits until the broker has confirmed all of them."""
 Ended = Callable[[], None]
 """Called once for each job, at the end of its handler; also from other threads than that of the event loop."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The same for all contenders."""
-
-    url: str
-    namespace: str
-    """Begins all names at the broker, so that runs do not meet."""
-    prefetch: int
-    """Jobs that a worker may hold unacknowledged."""
 
 
 class Participant(Protocol):

@@ -23,7 +23,7 @@ class Options:
     namespace: str
     """Begins all names at the broker, so that runs do not meet."""
     prefetch: int
-    """Requests that a worker may hold unacknowledged."""
+    """Requests or jobs that a worker may hold unacknowledged."""
 
 
 class Participant(Protocol):

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from rpcq import logs
-from rpcq.cli.options import FAILED, Level, LogLevel, Namespace, Url, given
+from rpcq.cli.options import FAILED, Level, LogLevel, ManagementUrl, Namespace, Url, given
 from rpcq.cli.serving import load_services
 from rpcq.cli.text import plain
 from rpcq.client import Client
@@ -97,14 +97,7 @@ def doctor(
     services: Services = None,
     url: Url = None,
     namespace: Namespace = None,
-    management: Annotated[
-        str | None,
-        typer.Option(
-            envvar="RPCQ_MANAGEMENT",
-            metavar="URL",
-            help="The management API, such as http://localhost:15672; by default, RabbitMQ's own port for it.",
-        ),
-    ] = None,
+    management: ManagementUrl = None,
     log_level: LogLevel = Level.ERROR,
 ) -> None:
     """Check that the broker can be used, its queues have the right arguments, and clocks agree; suggest fixes.

@@ -39,20 +39,27 @@ def list_services(
     """List the services whose workers answer, with their workers, methods and jobs."""
     logs.configure(log_level.upper())
     check_seconds("--wait", wait)
-
-    async def ask() -> tuple[list[WorkerInfo], list[WorkerStats]]:
-        async with Client(url, **given(namespace=namespace, name=default_name("list"))) as client:
-            asked = asyncio.gather(all_of(client.workers(wait=wait)), all_of(client.stats(wait=wait)))
-            workers, stats = await asked
-            return workers, stats
-
-    workers, stats = run(ask())
+    workers, stats = ask_workers("list", None, url, namespace, wait)
     if as_json:
         print_json({"workers": [asdict(it) for it in workers], "stats": [asdict(it) for it in stats]})
     elif not workers:
         console.print(f"no worker answered within {wait:g} s", style="yellow")
     else:
         console.print(_services_table(workers, stats))
+
+
+def ask_workers(
+    command: str, service: str | None, url: str | None, namespace: str | None, wait: float
+) -> tuple[list[WorkerInfo], list[WorkerStats]]:
+    """What the workers of a service say, or all workers: what they are, and in what state."""
+
+    async def ask() -> tuple[list[WorkerInfo], list[WorkerStats]]:
+        async with Client(url, **given(namespace=namespace, name=default_name(command))) as client:
+            return await asyncio.gather(
+                all_of(client.workers(service, wait=wait)), all_of(client.stats(service, wait=wait))
+            )
+
+    return run(ask())
 
 
 async def all_of(answers: AsyncIterator[T]) -> list[T]:

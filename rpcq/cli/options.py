@@ -87,6 +87,15 @@ LogLevel = Annotated[
     Level, typer.Option(envvar="RPCQ_LOG_LEVEL", help="The least severe level to log, on standard error.")
 ]
 Wait = Annotated[float, typer.Option(help="Seconds to wait for answers of workers.")]
+ManagementUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--management",
+        envvar="RPCQ_MANAGEMENT",
+        metavar="URL",
+        help="The management API, such as http://localhost:15672; by default, RabbitMQ's own port; '' for none.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from rpcq import logs
 from rpcq.cli.dlq import Desk
-from rpcq.cli.options import Json, Level, LogLevel, Namespace, Url, Wait, default_name, errors, given
+from rpcq.cli.options import Json, Level, LogLevel, ManagementUrl, Namespace, Url, Wait, default_name, errors, given
 from rpcq.cli.text import plain, print_json
 from rpcq.client import Client
 from rpcq.environment import broker_url, options_from
@@ -80,14 +80,7 @@ def queues(
         float | None, typer.Option(metavar="SECONDS", help="Look again and again, with a pause of so many seconds.")
     ] = None,
     as_json: Json = False,
-    management: Annotated[
-        str | None,
-        typer.Option(
-            envvar="RPCQ_MANAGEMENT",
-            metavar="URL",
-            help="The management API, such as http://localhost:15672; by default, RabbitMQ's own port; '' for none.",
-        ),
-    ] = None,
+    management: ManagementUrl = None,
     wait: Wait = 1.0,
     url: Url = None,
     namespace: Namespace = None,

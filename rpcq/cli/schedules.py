@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from datetime import UTC, datetime, tzinfo
 from typing import Annotated
@@ -13,13 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rpcq import logs
-from rpcq.cli.looking import all_of
-from rpcq.cli.options import Json, Level, LogLevel, Namespace, Url, Wait, default_name, given
+from rpcq.cli.looking import ask_workers
+from rpcq.cli.options import Json, Level, LogLevel, Namespace, Url, Wait
 from rpcq.cli.text import plain, print_json
-from rpcq.client import Client
 from rpcq.control import WorkerInfo, WorkerStats
 from rpcq.options import check_seconds
-from rpcq.runtime.process import run
 from rpcq.schedules import Cron, read_schedule
 
 console = Console(highlight=False)
@@ -39,14 +36,7 @@ def schedules(
     """
     logs.configure(log_level.upper())
     check_seconds("--wait", wait)
-
-    async def ask() -> tuple[list[WorkerInfo], list[WorkerStats]]:
-        async with Client(url, **given(namespace=namespace, name=default_name("schedules"))) as client:
-            return await asyncio.gather(
-                all_of(client.workers(service, wait=wait)), all_of(client.stats(service, wait=wait))
-            )
-
-    workers, stats = run(ask())
+    workers, stats = ask_workers("schedules", service, url, namespace, wait)
     found = _found(service, workers, stats)
     if as_json:
         print_json({"schedules": found})

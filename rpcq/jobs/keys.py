@@ -153,7 +153,7 @@ class Keys:
             if not _is_cancelled(run, error):
                 self._seldom.warning("a store of results cannot put a job that is done", key=key, exc_info=error)
             else:
-                self.put(claimed)  # the job is done, whoever wants it to end now
+                self.put(claimed)  # the handler has returned, so the job is done
         return value
 
     def put(self, claimed: Claimed) -> None:

@@ -129,7 +129,7 @@ class Tracing(Observer):
         if self._picked(received.correlation_id):
             return Context()
         if received.ran:
-            attach(Context())  # the task may have the context of whoever started it, such as a sender in this process
+            attach(Context())  # a sender in this process may have started the task: its span is not that of the job
             _decided_against.set(True)
         return None
 

@@ -12,17 +12,7 @@ import pytest
 from rpcq import ConfigurationError, Context, SendError, Service, UsageError
 from rpcq.wire.jobs import JobTopology
 from support.letters import letters
-from support.places import Place, cut_memory, cut_rabbitmq
-
-SHARED = f"t{secrets.token_hex(8)}"
-
-
-@pytest.fixture(params=["memory", "rabbitmq"])
-def home(request: pytest.FixtureRequest, namespace: str) -> Place:
-    if request.param == "memory":
-        return Place(f"memory://{namespace}", namespace, "quorum", cut_memory)
-    url = request.getfixturevalue("rabbitmq_url")
-    return Place(url, SHARED, "quorum", cut_rabbitmq(request.getfixturevalue("broker"), url))
+from support.places import Place, cut_memory
 
 
 class Mail:

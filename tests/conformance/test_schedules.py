@@ -16,18 +16,9 @@ from rpcq.transport.base import Message
 from rpcq.wire.jobs import JobTopology
 from rpcq.wire.tickets import Ticket, encode_ticket, read_ticket
 from support.letters import letters
-from support.places import Place, cut_memory, cut_rabbitmq, lose
+from support.places import Place, lose
 
-SHARED = f"t{secrets.token_hex(8)}"
 PERIOD = timedelta(seconds=0.25)
-
-
-@pytest.fixture(params=["memory", "rabbitmq"])
-def home(request: pytest.FixtureRequest, namespace: str) -> Place:
-    if request.param == "memory":
-        return Place(f"memory://{namespace}", namespace, "quorum", cut_memory)
-    url = request.getfixturevalue("rabbitmq_url")
-    return Place(url, SHARED, "quorum", cut_rabbitmq(request.getfixturevalue("broker"), url))
 
 
 class Seen:

@@ -111,7 +111,7 @@ class Link:
                 found = await channel.declare_exchange(exchange.name, exchange.type, passive=True)
                 is_there = True
                 for source, key in exchange.bindings if may_bind else ():
-                    await found.bind(source, key)  # whoever declared it may have been lost before it bound it
+                    await found.bind(source, key)  # the program that declared it may have died before it bound it
             except Exception as error:
                 refused = translate(error, self.protocol.lost)
                 if not isinstance(refused, AccessRefused | NotFound):
