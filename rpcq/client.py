@@ -6,52 +6,46 @@ The way of a call, out and back, is one page of the documentation: docs/explanat
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from enum import Enum
 from types import TracebackType
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar, Unpack, overload
 
-from rpcq import logs, observer
-from rpcq.calls.outcomes import MAX_ATTEMPTS, CallEvent, too_late
+from rpcq import logs
+from rpcq.calls.invoking import Invoker
 from rpcq.calls.pending import PendingCalls
-from rpcq.calls.proxy import CallMaker, ServiceProxy, Target
-from rpcq.calls.receiving import Receiver, ResultReader
-from rpcq.calls.retrying import Retries
-from rpcq.calls.sending import ClientCall, Sender
+from rpcq.calls.proxy import CallMaker, ServiceProxy
+from rpcq.calls.receiving import Receiver
+from rpcq.calls.sending import Sender
 from rpcq.control import PING_TIMEOUT, Control, WorkerInfo, WorkerStats
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import (
     BrokerError,
-    CallError,
-    CallTimeout,
     ClosedError,
     ServiceUnavailable,
     UsageError,
 )
 from rpcq.jobs.sending import JobSender
-from rpcq.observer import ObservedCall, Observer, Observers
+from rpcq.observer import Observer, Observers
 from rpcq.options import (
     CallKwargs,
     CallOptions,
     ClientKwargs,
     ClientOptions,
-    Retry,
     check_name,
     check_seconds,
 )
 from rpcq.runtime.backoff import Backoff
-from rpcq.runtime.deadline import Deadline, inherit
+from rpcq.runtime.deadline import Deadline
 from rpcq.runtime.process import Place
-from rpcq.runtime.timeouts import Timeouts
 from rpcq.service import Context
 from rpcq.transport.base import Subscription, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.transport.sessions import Sessions
 from rpcq.url import checked_user, mask, parse
 from rpcq.validation.listing import lists_options
-from rpcq.wire import bodies, control
+from rpcq.wire import control
 from rpcq.wire.jobs import Job, JobTopology
 from rpcq.wire.replies import Reply
 from rpcq.wire.topology import Topology
@@ -90,12 +84,11 @@ class Client:
     def __init__(
         self, url: str | None = None, *, observers: Iterable[Observer] = (), **options: Unpack[ClientKwargs]
     ) -> None:
-        # 17 attributes: each is a part that the client puts together, or how far it is.
+        # 15 attributes: each is a part that the client puts together, or how far it is.
         self.options = options_from(ClientOptions, options)
         self.topology = Topology(self.options.namespace)
         self._url = broker_url(url)
         self._transport: Transport = open_transport(self._url, self.options)
-        self._maker = CallMaker(self, CallOptions(timeout=self.options.timeout))
         self._observers = Observers(observers, self)
         self._sessions = Sessions(self._transport, self._observers)
         self._calls = PendingCalls(self.options.max_in_flight)
@@ -108,6 +101,16 @@ class Client:
             unrun_within=self.options.unrun_within,
         )
         self._control = Control(self._transport, self.topology, self._sender.reply_queue, self._calls.next_id)
+        self._invoker = Invoker(
+            self._transport,
+            self._sender,
+            self._calls,
+            self._control,
+            self._observers,
+            self._check_usable,
+            self.options.max_body,
+        )
+        self.invoke = self._invoker.invoke
         self._jobs = JobSender(
             self._transport,
             JobTopology(self.options.namespace),
@@ -115,9 +118,7 @@ class Client:
             self.options,
             self._observers.sends,
         )
-        self._results = ResultReader()
-        self._retries = Retries()
-        self._timeouts: Timeouts[ClientCall]
+        self._maker = CallMaker(self, CallOptions(timeout=self.options.timeout))
         self._place: Place
         self._phase = Phase.NEW
         self._closing: asyncio.Task[None] | None = None
@@ -138,7 +139,7 @@ class Client:
         self._place = Place("this client")
         self._sender.open()
         self._jobs.open()
-        self._timeouts = Timeouts(self._sender.loop, self._sender.expire)
+        self._invoker.open()
         self._phase = Phase.OPEN
         receiver = Receiver(self._calls, self._sender, self._control, self._observers, self.topology.notices.name)
         own = self.topology.reply_queue(self.options.reply_exchange, parse(self._url).user)
@@ -186,13 +187,10 @@ class Client:
 
     async def _end_calls(self) -> None:
         """End all that is under way: calls, pauses between them, questions to workers."""
-        for call in self._calls:
-            self._calls.happened(call, CallEvent.CLOSE)
-        self._retries.close()
+        self._invoker.close()
         self._control.close()
         await self._sender.close()
         await self._jobs.close()
-        self._timeouts.close()
 
     async def __aenter__(self) -> Self:
         return await self.connect()
@@ -213,7 +211,7 @@ class Client:
     @property
     def in_flight(self) -> int:
         """Calls under way, including those that failed and wait to be made again."""
-        return len(self._calls) + len(self._retries)
+        return len(self._invoker)
 
     @property
     def connected(self) -> bool:
@@ -229,13 +227,13 @@ class Client:
             "duplicate_replies": calls.duplicate,
             "stray_replies": calls.stray,
             "resent": self._sender.resent,
-            "retried": self._retries.retried,
+            "retried": self._invoker.retries.retried,
         }
 
     @property
     def retried(self) -> int:
         """Calls that were made again, as their `retry` asks."""
-        return self._retries.retried
+        return self._invoker.retries.retried
 
     @property
     def unmatched_replies(self) -> int:
@@ -244,7 +242,7 @@ class Client:
 
     def on_reply(self, callback: Callable[[Reply], None] | None) -> None:
         """Call `callback` with each reply that ends a call, in the task of its caller; None removes it."""
-        self._results.on_reply = callback
+        self._invoker.results.on_reply = callback
 
     # Calling.
 
@@ -351,138 +349,13 @@ class Client:
                 if (found := self._control.read(kind, answer)) is not None:
                     yield found
 
-    def invoke(
-        self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
-    ) -> Coroutine[Any, Any, Any]:
-        """Make one call, from its parameters to its result. `CallMaker` and the proxies use it."""
-        if options.is_for_jobs:
-            raise UsageError(f"delay, at, expires and priority are for send; got one for a call of {target.label}")
-        if self._observers.calls:
-            return self._observed(target, options, args, params)
-        if options.retry is None:
-            return self._call(target, options, args, params)
-        return self._retry(target, options, options.retry, args, params)
-
-    async def _observed(
-        self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
-    ) -> Any:
-        """Make one call and call the observers with it."""
-        observed = ObservedCall(target.exchange, target.routing_key.decode(), target.method.decode(), target.label)
-        observed.correlation_id = self._calls.next_id().decode()
-        began = time.perf_counter()
-        endings = observer.begin(self._observers.calls, observed)
-        try:
-            if options.retry is None:
-                value = await self._call(target, options, args, params, observed=observed)
-            else:
-                value = await self._retry(target, options, options.retry, args, params, observed)
-        except BaseException as error:
-            observed.error, observed.code = error, observer.code_of(error)
-            raise
-        else:
-            observed.code = observer.OK
-            return value
-        finally:
-            observed.seconds = time.perf_counter() - began
-            observer.end(endings, observed)
-            del observed, endings  # an error's traceback holds this frame
-
-    async def _retry(
-        self,
-        target: Target,
-        options: CallOptions,
-        retry: Retry,
-        args: tuple[Any, ...],
-        params: Mapping[str, Any],
-        observed: ObservedCall | None = None,
-    ) -> Any:
-        """Make one call, and again if it fails as `retry` says, within one deadline."""
-        self._check_usable()
-        deadline = inherit(options.timeout, time.monotonic())
-        key = options.idempotency_key
-        if key is None and options.idempotent:
-            key = self._calls.next_id().decode()  # the same each time
-        attempt, retries = 1, 0
-        while True:
-            try:
-                return await self._call(target, options, args, params, deadline, key, attempt, observed)
-            except CallError as error:
-                if not await self._retries.pause(error, retry, retries, deadline, idempotent=options.idempotent):
-                    raise
-                attempt = error.attempt + (error.executed != "no")
-                retries += 1
-            if observed is not None:
-                observed.correlation_id, observed.attempt = self._calls.next_id().decode(), attempt
-
-    async def _call(
-        self,
-        target: Target,
-        options: CallOptions,
-        args: tuple[Any, ...],
-        params: Mapping[str, Any],
-        deadline: float | None = None,
-        key: str | None = None,
-        attempt: int = 1,
-        observed: ObservedCall | None = None,
-    ) -> Any:
-        """Make one call; `deadline`, `key` and `attempt` are for a call that is or may be made again."""
-        self._check_usable()
-        body = bodies.encode_params(args, params, self.options.max_body)
-        now = time.monotonic()
-        if deadline is None:
-            deadline, key = inherit(options.timeout, now), options.idempotency_key
-        correlation_id = self._calls.next_id() if observed is None else observed.correlation_id.encode()
-        if key is None and options.idempotent:
-            key = correlation_id.decode()  # the first request's ID: no other call has it
-        call = ClientCall(self._sender, correlation_id, target, options, body, deadline, key, attempt)
-        if deadline <= now:
-            raise too_late(call, deadline)
-        if observed is not None:
-            call.trace = observed.headers
-        del body, params, args  # the call may last
-        if options.metadata:
-            call.headers(MAX_ATTEMPTS)  # checks the size now, with the longest attempt number
-        self._calls.add(call)
-        self._timeouts.set(call, deadline, now)
-        try:
-            self._sender.send(call)
-            outcome = await call.future
-        except BaseException:
-            self._give_up(call)
-            raise
-        finally:
-            self._timeouts.cancel(call)
-            if self._sender.waiting.items:
-                self._sender.waiting.discard(call)
-        try:
-            if type(outcome) is Reply:
-                return self._results.read(call, outcome, target.label, options)
-            raise outcome  # type: ignore[misc]  # else the outcome is an error
-        except CallTimeout as error:
-            error.deadline = deadline
-            raise
-        finally:
-            del outcome, call  # the error's traceback holds this frame
-
-    def _give_up(self, call: ClientCall) -> None:
-        """The caller is gone: forget the call, and send a cancellation if it may have begun."""
-        may_run = call.sent and self._calls.is_pending(call)
-        self._calls.happened(call, CallEvent.CANCEL)
-        encoder = self._sender.encoder
-        if may_run and call.target.is_ours and encoder is not None and self._transport.can_publish:
-            deadline_ms = int((time.time() + call.deadline - time.monotonic()) * 1000)
-            self._control.cancel(call.target.routing_key, call.request_id, encoder.reply_to, deadline_ms)
-
     # What the transport reports.
 
     def _on_consuming(self, queues: Sequence[str]) -> None:
         self._sender.consuming(queues[0])
 
     def _on_consuming_lost(self, cause: BrokerError) -> None:
-        """No reply to any call under way will come."""
-        self._sender.consuming_lost()
-        for call in self._calls:
-            self._calls.happened(call, CallEvent.LOST, why=str(cause))
+        self._invoker.consuming_lost(str(cause))
 
     def _on_blocked(self, reason: str) -> None:
         log.warning("the broker takes no messages", reason=reason)

@@ -361,7 +361,7 @@ class Scene:
         async with Client(url or self.url, namespace=self.namespace, **{"heartbeat": 5, **options}) as client:
             yield client
             assert (client.in_flight, len(client._sender.waiting), len(client._control._questions)) == (0, 0, 0)
-            assert not any(client._timeouts._buckets.values()), "timeouts of calls that have ended are left"
+            assert not any(client._invoker._timeouts._buckets.values()), "timeouts of calls that have ended are left"
         left = {task for task in asyncio.all_tasks() - before if not task.done()} - {asyncio.current_task()}
         left = {task for task in left if not _of_a_proxy(task)}
         assert not left, f"tasks are left: {left}"

@@ -16,6 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+import rpcq.calls.invoking
 import rpcq.calls.retrying
 import rpcq.calls.sending
 import rpcq.client
@@ -184,7 +185,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         clock = SimpleNamespace(monotonic=lambda: self.loop.now, time=lambda: 1.8e9 + self.loop.now)
         self.transport = HeldTransport()
         self.patches = [
-            mock.patch.object(rpcq.client, "time", clock),
+            mock.patch.object(rpcq.calls.invoking, "time", clock),
             mock.patch.object(rpcq.calls.sending, "time", clock),
             mock.patch.object(rpcq.calls.retrying, "time", clock),
             mock.patch.object(rpcq.runtime.timeouts, "time", clock),
@@ -372,7 +373,7 @@ class AnyInterleaving(RuleBasedStateMachine):
             assert all(it.task.done() for it in self.callers)
             client = self.client
             assert (client.in_flight, len(client._sender.waiting)) == (0, 0)
-            assert not any(client._timeouts._buckets.values())
+            assert not any(client._invoker._timeouts._buckets.values())
             closing = self.loop.create_task(client.close())
             self.loop.settle_down()
             assert closing.done()

@@ -1,173 +1,25 @@
-"""Services and their methods: their names, their callers, their parameters and results. Pure.
-
-A service is a named set of methods behind one request queue. Parameters and results are validated with pydantic from
-the handlers' annotations; without an annotation, a value is what JSON gives.
-"""
+"""A service: what it is defined with, and the functions that it offers."""
 
 from __future__ import annotations
 
-import functools
 import inspect
-import sys
-import typing
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import dataclass, field
-from datetime import datetime
-from types import FunctionType
-from typing import Any, Final, Generic, Literal, cast, overload
+from typing import Any, Final, Literal, TypeVar, overload
 
-import pydantic
-from typing_extensions import TypeVar
-
-from rpcq.contracts import METHOD_NAME, Obligation, Parameters, result_adapter
-from rpcq.errors import ConfigurationError, DomainError, InvalidReply
+from rpcq.contracts import METHOD_NAME, Obligation
+from rpcq.errors import ConfigurationError, DomainError
 from rpcq.options import JOB_RETRY, CallOptions, JobOptions, Retry, check_errors, check_name
 from rpcq.results import ResultStore
-from rpcq.runtime.deadline import Deadline
 from rpcq.schedules import Schedule
-from rpcq.validation.attributes import check_attributes
+from rpcq.service.methods import Authorize, Method, function_of, jobs_of, marked
 from rpcq.validation.definitions import check_allow, check_handler, check_lifespan, check_types
-from rpcq.validation.schemas import type_hints
-from rpcq.wire import bodies
-from rpcq.wire.values import NotCarried
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
-State = TypeVar("State", default=Any)
 Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
 
 EVERY_METHOD: Final = "*"
 """In `allow`, all methods that it does not name. No method can have this name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Context(Generic[State]):
-    """What a handler can know of its request. It gets this in a parameter that is annotated `Context`.
-
-    `Context[StockApi]` says of which type `state` is, to type checkers alone; `Context` is `Context[Any]`.
-
-    Attributes:
-        service: the service's name.
-        method: the method's name.
-        correlation_id: the call's correlation ID, empty if the caller wants no reply; the ID of a job.
-        deadline: when the call ends; calls that the handler makes inherit it.
-        attempt: 1 + the number of earlier attempts that may have run.
-        idempotency_key: the call's key, the same for all its attempts; or None.
-        caller: the name that the client gives itself, which is not checked; or None.
-        user: the client's user at the broker, checked by the broker; None if the client does not send it (see its
-            option `identify`).
-        metadata: the caller's own headers, whose names begin with `x-`.
-        state: what the service's `lifespan` yielded, or None.
-        due: when a job was to be done: the tick of its schedule, or the end of its delay, in UTC; None for at once.
-
-    """
-
-    service: str
-    method: str
-    correlation_id: str
-    deadline: Deadline
-    attempt: int = 1
-    idempotency_key: str | None = None
-    caller: str | None = None
-    user: str | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    state: State = cast("State", None)  # noqa: RUF009 - None
-    due: datetime | None = None
-
-
-Authorize = Callable[[Context], Awaitable[str | None]]
-
-
-class Method:
-    """One function that a service offers, with the types that it takes and returns.
-
-    Attributes:
-        service: the service's name.
-        name: the name under which callers call it.
-        handler: the Python function.
-        is_async: whether it is an `async def`; a `def` runs in a thread.
-        idempotent: whether running it twice does no harm.
-        errors: the domain errors that are sent to callers.
-        timeout: the most seconds that it may run; None for the caller's deadline alone.
-        allow: the broker's users that may call it; None for all users.
-        job: how it is run if it is a job; None for a method that is called.
-        lanes: whether its service has lanes for the priorities of jobs.
-        parameters: reads its parameters.
-        context_parameter: the position and the name of the parameter that takes a `Context`, or None; a keyword-only
-            parameter has the position `sys.maxsize`.
-
-    """
-
-    def __init__(
-        self,
-        service: str,
-        name: str,
-        handler: Callable[..., Any],
-        *,
-        idempotent: bool,
-        errors: tuple[type[DomainError], ...],
-        timeout: float | None,
-        allow: frozenset[str] | None,
-        job: JobOptions | None = None,
-    ) -> None:
-        self.service = service
-        self.label = f"{service}.{name}"
-        self.name = name
-        self.handler = handler
-        function = _function(handler)
-        self.is_async = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(function)
-        self.idempotent = idempotent
-        self.errors = errors
-        check_attributes(errors)
-        self.timeout = timeout
-        self.allow = allow
-        self.job = job
-        self.lanes = False
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise ConfigurationError(f"{self.label} must return one value; got a generator")
-        hints = type_hints(self.label, function)
-        self.context_parameter, signature = _without_context(self.label, handler, hints)
-        self.parameters = Parameters(self.label, signature)
-        returns = hints.get("return", Any)
-        self._result = None if returns is Any else result_adapter(self.label, returns, written=True)
-        self.signature = signature.replace(return_annotation=returns)
-
-    def call(self, args: tuple[Any, ...], params: dict[str, Any], context: Callable[[], Context]) -> Any:
-        """Call the handler; an `async def` returns a coroutine.
-
-        `context` is called only if the handler takes a `Context`.
-        """
-        if self.context_parameter is not None:
-            at, name = self.context_parameter
-            if len(args) > at:  # by position: insert the context at its parameter's position
-                args = (*args[:at], context(), *args[at:])
-            else:
-                params[name] = context()
-        return self.handler(*args, **params)
-
-    def write_result(self, value: Any, max_body: int) -> bytes:
-        """Write what the handler returned as JSON.
-
-        Raises:
-            InvalidReply: it does not fit the annotation, JSON cannot carry it, or it is over `max_body` bytes. The
-                message does not contain the value.
-
-        """
-        try:
-            body = bodies.dumps(value) if self._result is None else self._result.write(value)
-        except pydantic.ValidationError as error:
-            msg = f"{self.label} returned a {type(value).__name__}, which does not fit its annotation"
-            raise InvalidReply(msg) from error
-        except NotCarried as error:
-            msg = f"{self.label} returned a {type(value).__name__} that JSON cannot carry: {error}"
-            raise InvalidReply(msg) from error
-        except Exception as error:
-            msg = f"{self.label} returned a {type(value).__name__} that JSON cannot carry"
-            raise InvalidReply(msg) from error
-        if len(body) > max_body:
-            msg = f"{self.label} returned {len(body)} bytes of JSON; the limit is {max_body} (max_body)"
-            raise InvalidReply(msg)
-        return body
 
 
 class Service:
@@ -249,7 +101,7 @@ class Service:
         self.lifespan = lifespan
         self.result_store = result_store
         self.allow = check_allow(name, {} if allow is None else allow)
-        if authorize is not None and not inspect.iscoroutinefunction(_function(authorize)):
+        if authorize is not None and not inspect.iscoroutinefunction(function_of(authorize)):
             raise ConfigurationError(f"authorize of service {name!r} must be an async def or None; got {authorize!r}")
         self.authorize = authorize
         if not isinstance(lanes, bool):
@@ -380,7 +232,7 @@ class Service:
                 job.parameters.check_none_needed()
             self.jobs[called] = job
             with suppress(AttributeError):  # a function of C: it is sent by its name only
-                _marked(handler).__rpcq_jobs__ = (*jobs_of(handler), job)  # read by `jobs_of`
+                marked(handler).__rpcq_jobs__ = (*jobs_of(handler), job)  # read by `jobs_of`
             return handler
 
         return add if handler is None else add(handler)
@@ -436,49 +288,3 @@ class Service:
 
     def __repr__(self) -> str:
         return f"<Service {self.name!r}: {', '.join((*self.methods, *self.jobs)) or 'no methods'}>"
-
-
-def jobs_of(function: Any) -> tuple[Method, ...]:
-    """The jobs that a function is the handler of, of all services."""
-    found: tuple[Method, ...] = getattr(_marked(function), "__rpcq_jobs__", ())
-    return found
-
-
-def _marked(handler: Callable[..., Any]) -> Any:
-    if type(handler) is FunctionType:  # nearly all are; `send` asks each time
-        return handler
-    function = _function(handler)
-    return getattr(function, "__func__", function)  # a bound method is made anew each time
-
-
-def _function(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """The function that a handler runs: the function of a partial, the `__call__` of an object, or the handler."""
-    while isinstance(handler, functools.partial):
-        handler = handler.func
-    return handler if inspect.isroutine(handler) or not callable(handler) else handler.__call__  # type: ignore[operator]
-
-
-def _without_context(
-    label: str, handler: Callable[..., Any], hints: Mapping[str, Any]
-) -> tuple[tuple[int, str] | None, inspect.Signature]:
-    """The position and name of the context parameter, and the signature without it and with resolved annotations."""
-    context_parameter = None
-    parameters = []
-    bound = handler.keywords if isinstance(handler, functools.partial) else ()
-    try:
-        given = inspect.signature(handler).parameters.values()
-    except ValueError as error:  # some builtins
-        raise ConfigurationError(f"{label} has no signature that can be read: {error}") from error
-    for at, parameter in enumerate(given):
-        hint = hints.get(parameter.name, Any)
-        if parameter.name in bound:
-            continue  # the partial gives it, not the caller
-        if any(it is Context or typing.get_origin(it) is Context for it in (hint, *typing.get_args(hint))):
-            by_position = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-            if context_parameter is not None or not (by_position or parameter.kind is parameter.KEYWORD_ONLY):
-                msg = f"{label} must take its Context in one parameter that can be given by name"
-                raise ConfigurationError(msg)
-            context_parameter = at if by_position else sys.maxsize, parameter.name
-        else:
-            parameters.append(parameter.replace(annotation=hint))
-    return context_parameter, inspect.Signature(parameters)

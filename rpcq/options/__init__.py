@@ -1,0 +1,58 @@
+"""Frozen option objects, checked when they are made. Reads no environment.
+
+Beside each class is a `TypedDict` with the same names: callers give options as keyword arguments
+(`Client(url, timeout=5)`, `with_options(timeout=2)`), type checkers know them, and inside rpcq they are one object.
+Times are seconds, sizes are bytes.
+"""
+
+from rpcq.options.calls import CallKwargs, CallOptions, UntypedCallKwargs
+from rpcq.options.checks import (
+    MAX_DELAY,
+    MAX_HEADERS,
+    MAX_PROPERTIES,
+    MAX_TIMEOUT,
+    NAME,
+    NAMESPACE,
+    OWNED_HEADERS,
+    check_delay,
+    check_errors,
+    check_name,
+    check_seconds,
+)
+from rpcq.options.connections import (
+    ClientKwargs,
+    ClientOptions,
+    ConnectionKwargs,
+    ConnectionOptions,
+    WorkerKwargs,
+    WorkerOptions,
+)
+from rpcq.options.jobs import JOB_RETRY, JobOptions, Priority
+from rpcq.options.retries import Retry
+
+__all__ = [
+    "JOB_RETRY",
+    "MAX_DELAY",
+    "MAX_HEADERS",
+    "MAX_PROPERTIES",
+    "MAX_TIMEOUT",
+    "NAME",
+    "NAMESPACE",
+    "OWNED_HEADERS",
+    "CallKwargs",
+    "CallOptions",
+    "ClientKwargs",
+    "ClientOptions",
+    "ConnectionKwargs",
+    "ConnectionOptions",
+    "JobOptions",
+    "Priority",
+    "Retry",
+    "UntypedCallKwargs",
+    "WorkerKwargs",
+    "WorkerOptions",
+    "check_delay",
+    "check_errors",
+    "check_name",
+    "check_seconds",
+]
