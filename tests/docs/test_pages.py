@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import pytest
 import yaml
+from mkdocs.config import load_config
 
 import rpcq
 from rpcq.calls.outcomes import TRANSITIONS, Act
@@ -119,6 +120,14 @@ def test_the_site_shows_the_version(hooks: Any) -> None:
     assert f"This is the documentation of version {PROJECT['project']['version']}." in shown
     config = hooks.on_config(SimpleNamespace(site_name="rpcq", extra_javascript=[]))
     assert config.site_name == f"rpcq {PROJECT['project']['version']}"
+
+
+@pytest.mark.parametrize("address", ["https://example.org/team/rpcq", ""])
+def test_the_site_links_to_the_repository_that_the_environment_names(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RPCQ_DOCS_REPOSITORY", address)
+    assert load_config(str(ROOT / "mkdocs.yml")).repo_url == (address or None)
 
 
 # The house.
