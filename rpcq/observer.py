@@ -15,7 +15,7 @@ from rpcq.errors import CallError, ConfigurationError
 
 Role = Literal["consuming", "publishing"]
 Queued = Literal["", "yes", "no", "maybe"]
-JobOutcome = Literal["", "done", "retried", "put_off", "dead", "suspect", "suppressed", "given_back"]
+JobOutcome = Literal["", "done", "retried", "put_off", "dead", "suspect", "suppressed", "filtered", "given_back"]
 
 OK: Final = "OK"
 """The code of a call that did not fail, as in gRPC."""
@@ -137,8 +137,10 @@ class ObservedJob(Observed):
     What the broker buries by itself, after workers were lost, reaches no observer.
 
     Attributes:
-        method: name of the job; empty if the service has no job of this name.
-        correlation_id: ID of the job; empty if it cannot be read.
+        exchange: the exchange that jobs, or events, are published to.
+        method: name of the job, or of the subscription; empty if the service has no job of this name.
+        event: name of the event, as its publisher wrote it; empty for a job.
+        correlation_id: ID of the job or of the event; empty if it cannot be read.
         caller: the name of the program that sent it, or empty.
         headers: the sender's headers, with its trace context.
         queue_seconds: time from the sender to the handler, by the clocks of both. None if another time is part of it:
@@ -146,24 +148,27 @@ class ObservedJob(Observed):
         body_size: bytes of the parameters as JSON.
         ran: True if the handler is entered. False if it is decided before that what becomes of the job.
         outcome: empty until it is decided; then "done", "retried", "put_off" (it did not run, and comes again later),
-            "dead", "suspect" (it runs alone later), "suppressed" (a job with its key is done already) or "given_back"
-            (its worker stops). It is decided before the broker confirms it: if the worker is lost meanwhile, the job
-            comes back.
+            "dead", "suspect" (it runs alone later), "suppressed" (a job with its key is done already), "filtered" (no
+            pattern of its subscription takes the event any more) or "given_back" (its worker stops). It is decided
+            before the broker confirms it: if the worker is lost meanwhile, the job comes back.
         code: "OK" if it is done; otherwise one word for the reason, of a limited number. For a dead letter, it is the
             reason that docs/wire.md has; "rejected" for what the worker cannot read at all. For a retry, it is "failed"
-            (the handler raised), "retry_later", "timed_out" or "unknown_method"; for one that is put off "limits",
+            (the handler raised), "retry_later", "timed_out", "unknown_method", and for events "unknown_event",
+            "unsupported_version" or "unwanted"; for one that is put off "limits",
             "key_held", "store_failed", "not_begun" (no thread was free) or "stopped"; for a suspect "workers_lost"; for
-            one that is suppressed "done_already"; for one that is given back "stopped".
+            one that is suppressed "done_already"; for one that is filtered "unwanted"; for one that is given back
+            "stopped".
         error: what the handler raised, or None.
         incident: what to look for in the worker's log; empty for none.
 
     """
 
-    __slots__ = ("body_size", "caller", "headers", "incident", "outcome", "queue_seconds", "ran")
+    __slots__ = ("body_size", "caller", "event", "headers", "incident", "outcome", "queue_seconds", "ran")
 
     def __init__(self, exchange: bytes, service: str, method: str, label: str) -> None:
         super().__init__(exchange, service, method, label)
         self.caller = ""
+        self.event = ""
         self.headers: Mapping[str, Any] = {}
         self.queue_seconds: float | None = None
         self.body_size = 0

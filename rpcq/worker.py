@@ -332,10 +332,10 @@ class Worker:
         if self._jobs is not None and service.jobs:
             for priority, prefetch in prefetches(service, self.options).items():
                 queue = self._job_topology.queue(service.name, priority)
-                on_delivery = self._jobs.serve(Served(service, state, room=prefetch // 2))
+                on_delivery = self._jobs.serve(Served(service, state, room=prefetch // 2, topology=self._job_topology))
                 found.append(Subscription(queue, on_delivery, prefetch=prefetch, arguments=held))
             suspects = self._job_topology.suspects(service.name)
-            on_suspect = self._jobs.serve(Served(service, state, room=0), is_suspects=True)
+            on_suspect = self._jobs.serve(Served(service, state, room=0, topology=self._job_topology), is_suspects=True)
             found.append(Subscription(suspects, on_suspect, prefetch=1, arguments=held))
         return found
 

@@ -1,53 +1,101 @@
-"""A job that is to run: its handler, its arguments, its message. Pure."""
+"""A job that is to run: the queue that it came from, its handler, its arguments, its message. Pure."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from rpcq.errors import InvalidParams
 from rpcq.invocation import Invocation
+from rpcq.jobs.outcomes import Again, Dead, Filtered, of_refusal, of_unknown
 from rpcq.runtime.deadline import Deadline
 from rpcq.service import Context, Method, Service
-from rpcq.wire.jobs import JobMessage
+from rpcq.wire.jobs import JobMessage, JobTopology
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of a handler, by position and by name."""
 
 
-@dataclass(eq=False, slots=True)
 class Served:
-    """A queue of a service whose jobs are done here.
+    """A queue of a service whose jobs are done here. All that depends on the kind of queue is asked of it.
 
-    Attributes:
+    Args:
         service: the service.
         state: what its lifespan yielded.
         room: how many jobs of the queue may wait here for a turn by their own limits.
+        topology: of the namespace.
+
+    Attributes:
+        subscription: the name of the subscription whose queue it is; empty for a queue of jobs.
+        exchange: what its jobs are published to.
+        suspect_key: where its suspects go, at the exchange for what is due.
+        dead_key: where its dead letters go.
 
     """
 
-    service: Service
-    state: Any
-    room: int
+    __slots__ = ("_topology", "dead_key", "exchange", "room", "service", "state", "suspect_key")
+
+    subscription = ""
+
+    def __init__(self, service: Service, state: Any, *, room: int, topology: JobTopology) -> None:
+        self.service = service
+        self.state = state
+        self.room = room
+        self.exchange = topology.jobs.name.encode()
+        self.suspect_key = topology.suspect_key(service.name)
+        self.dead_key = topology.address(service.name)
+        self._topology = topology
+
+    def address(self, job: JobMessage) -> str:
+        """Where a job of the queue goes after a delay."""
+        return self._topology.address(self.service.name, job.priority)
+
+    def find(self, job: JobMessage) -> Method | None:
+        """What runs a job; None if nothing here does."""
+        return self.service.jobs.get(job.name)
+
+    def unknown(self, job: JobMessage) -> Again | Dead | Filtered:
+        """What becomes of a job for which `find` has nothing."""
+        return of_unknown(job, is_method=job.name in self.service.methods)
+
+    def read(self, job: JobMessage, method: Method) -> Arguments:
+        """Read the arguments of the handler.
+
+        Raises:
+            InvalidParams: they do not fit.
+
+        """
+        return method.parameters.read(job.body)
+
+    def refused(self, job: JobMessage, error: InvalidParams) -> Again | Dead | Filtered:
+        """What becomes of a job whose arguments `read` refused."""
+        return of_refusal(job, error)
+
+    def names(self, job: JobMessage) -> dict[str, Any]:
+        """The fields that identify a job of the queue in logs."""
+        return {"job": f"{self.service.name}.{job.name}", "job_id": job.id, "attempt": job.attempt}
 
 
 class JobInvocation(Invocation):
     """The handler of a job, with its message."""
 
-    __slots__ = ("job", "state")
+    __slots__ = ("job", "served")
 
     def __init__(
         self,
         job: JobMessage,
         method: Method,
-        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        arguments: Arguments,
         deadline: float,
-        state: Any,
+        served: Served,
     ) -> None:
         super().__init__(method, arguments, deadline)
         self.job = job
-        self.state = state
+        self.served = served
 
     def names(self) -> dict[str, Any]:
         """The fields that identify the job in logs."""
-        return {"job": self.method.label, "job_id": self.job.id, "attempt": self.job.attempt}
+        return self.served.names(self.job)
 
     def context(self) -> Context:
         """What the handler gets to know of the job."""
@@ -62,6 +110,6 @@ class JobInvocation(Invocation):
             caller=job.app_id or None,
             user=job.user or None,
             metadata=job.metadata,
-            state=self.state,
+            state=self.served.state,
             due=None if job.due_ms is None else datetime.fromtimestamp(job.due_ms / 1000, UTC),
         )

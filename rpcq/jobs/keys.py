@@ -62,15 +62,16 @@ class Claimed(NamedTuple):
     result: StoredResult
 
 
-def key_of(service: str, job: JobMessage) -> str:
+def key_of(service: str, job: JobMessage, subscription: str = "") -> str:
     """The key of a job: service, job with its scope, and idempotency key, separated by slashes.
 
-    The scope is the broker's user that sent it, `@user`, if the message carries it. In the key of a call, the second
-    part is empty or begins with `=` or `@`; so no call has the key of a job.
+    The scope is the broker's user that sent it, `@user`, if the message carries it. For an event, the second part has
+    its `subscription` and its own name instead. In the key of a call, the second part is empty or begins with `=` or
+    `@`; so no call has the key of a job.
     """
-    if not job.user:
-        return f"{service}/job:{job.name}/{job.key}"
-    return f"{service}/job:{job.name}@{quote(job.user, safe='')}/{job.key}"
+    kind = f"sub:{subscription}:{job.name}" if subscription else f"job:{job.name}"
+    scope = f"@{quote(job.user, safe='')}" if job.user else ""
+    return f"{service}/{kind}{scope}/{job.key}"
 
 
 class Remembered:
@@ -123,7 +124,7 @@ class Keys:
 
         """
         job = run.job
-        key = key_of(run.served.service.name, job)
+        key = key_of(run.served.service.name, job, run.served.subscription)
         result = StoredResult(fingerprint(job.name, job.body), _DONE)
         claimed = Claimed(store, key, f"{self._owner}-{next(self._owners)}", result)
         try:

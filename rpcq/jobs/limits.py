@@ -125,10 +125,10 @@ class Limits:
 
         A suspect begins at once: nothing else runs, and each of its turns would hold up the whole worker.
         """
-        label = f"{run.served.service.name}.{run.job.name}"
-        limit = self._limits.get(label)
+        assert run.method is not None  # noqa: S101 - it may run
+        limit = self._limits.get(run.method.label)
         if limit is None:
-            limit = self._limits[label] = Limit(run.options)
+            limit = self._limits[run.method.label] = Limit(run.options)
         now = time.monotonic()
         self._go_on(limit)
         priority = run.job.priority

@@ -68,12 +68,11 @@ class Mover:
 
     def move(self, run: JobRun, fate: Again | Dead | Suspect, incident: str) -> None:
         """Publish a job to where it is to go; `incident` is for its dead letter, empty for none."""
-        service = run.served.service.name
-        job, now_ms = run.job, self._transport.now_ms()
+        served, job, now_ms = run.served, run.job, self._transport.now_ms()
         match fate:
             case Suspect():
                 log.warning("job is a suspect: its workers were lost", **run.names, returns=job.returns)
-                exchange, key = self._topology.due.name.encode(), self._topology.suspect_key(service).encode()
+                exchange, key = self._topology.due.name.encode(), served.suspect_key.encode()
                 properties = encode_job(replace(job, earlier=job.earlier + job.returns), now_ms)
             case Again():
                 again = replace(
@@ -84,7 +83,7 @@ class Mover:
                 )
                 write = log.info if fate.is_retry else log.debug
                 write("job runs again later", **run.names, seconds=fate.steps / 4, cause=fate.error)
-                exchange, key = self._topology.ladder.route(fate.steps, self._topology.address(service, job.priority))
+                exchange, key = self._topology.ladder.route(fate.steps, served.address(job))
                 properties = encode_job(again, now_ms)
             case Dead():
                 log.error("job is dead", **run.names, reason=fate.reason, executed=fate.executed, cause=fate.error)
@@ -92,12 +91,12 @@ class Mover:
                     wire.REASON: fate.reason,
                     wire.EXECUTED: fate.executed,
                     wire.ERROR: fate.error,
-                    wire.FROM: service,
+                    wire.FROM: served.service.name,
                     wire.DIED_AT: now_ms,
                 }
                 if incident:
                     headers[wire.INCIDENT] = incident
-                exchange, key = self._topology.dead.name.encode(), self._topology.address(service).encode()
+                exchange, key = self._topology.dead.name.encode(), served.dead_key.encode()
                 properties = encode_dead(run.delivery.properties, headers)
         self._publish(_Moved(self, run, exchange, key, properties))
 

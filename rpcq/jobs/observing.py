@@ -15,6 +15,7 @@ from rpcq.wire.jobs import Job, JobMessage, check_headers
 
 if TYPE_CHECKING:
     from rpcq.execution import Around, Enter
+    from rpcq.jobs.invocation import Served
     from rpcq.jobs.run import JobRun
 
 SendObservers = Sequence[Callable[[ObservedSend], Callable[[ObservedSend], None] | None]]
@@ -65,14 +66,12 @@ class JobObserving:
 
     Args:
         observers: called with each.
-        exchange: what jobs are published to.
         now_ms: the time, in milliseconds since the epoch.
 
     """
 
-    def __init__(self, observers: JobObservers, exchange: bytes, now_ms: Callable[[], int]) -> None:
+    def __init__(self, observers: JobObservers, now_ms: Callable[[], int]) -> None:
         self._observers = observers
-        self._exchange = exchange
         self._now_ms = now_ms
 
     def wrap(self, run: JobRun, around: Around | None) -> Around:
@@ -117,18 +116,25 @@ class JobObserving:
         if run.observation is not None:
             self.end(run, "given_back", "stopped")
 
-    def unreadable(self, service: str, body_size: int) -> None:
+    def filtered(self, run: JobRun) -> None:
+        """The job is acknowledged without a run."""
+        self.end(run, "filtered", "unwanted")
+
+    def unreadable(self, served: Served, body_size: int) -> None:
         """A worker cannot read a job, and has the broker make a dead letter of it."""
-        observed = ObservedJob(self._exchange, service, "", f"{service}.")
+        service, name = served.service.name, served.subscription
+        observed = ObservedJob(served.exchange, service, name, f"{service}.{name}")
         observed.body_size = body_size
         endings = observer.begin(self._observers, observed)
         observed.outcome, observed.code = "dead", UNREADABLE
         observer.end(endings, observed)
 
     def _observed(self, run: JobRun) -> ObservedJob:
-        service, job = run.served.service, run.job
-        name = job.name if job.name in service.jobs else ""  # a sender may write any name
-        observed = ObservedJob(self._exchange, service.name, name, f"{service.name}.{name}")
+        served, job = run.served, run.job
+        # A sender may write any name.
+        name = served.subscription if served.subscription or run.method is None else run.method.name
+        observed = ObservedJob(served.exchange, served.service.name, name, f"{served.service.name}.{name}")
+        observed.event = job.name if served.subscription else ""
         observed.correlation_id = job.id
         observed.attempt = job.attempt
         observed.caller = job.app_id

@@ -36,7 +36,7 @@ class Again:
         reason: one word for it, for metrics; `ObservedJob` lists them.
         error: why, for the log.
         attempts: 1 if this was an attempt, else 0.
-        unknown: 1 if the worker has no such job, else 0.
+        unknown: 1 if the worker does not know such a job, else 0.
 
     """
 
@@ -73,6 +73,13 @@ class Suspect:
     """The job came back too often: it may be what kills its workers. It runs with no other job beside it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """The job is acknowledged without a run: its queue gets what nobody here wants; `error` says why, for the log."""
+
+    error: str
+
+
 class NotRun(Exception):
     """The handler does not run; `fate` says what becomes of the job. None: it is done already."""
 
@@ -89,15 +96,20 @@ def before(job: JobMessage) -> Executed:
 
 
 def of_delivery(
-    job: JobMessage, *, is_suspects: bool, known: JobOptions | None, is_method: bool, now_ms: int
-) -> Again | Dead | Suspect | None:
+    job: JobMessage,
+    *,
+    is_suspects: bool,
+    known: JobOptions | None,
+    unknown: Callable[[JobMessage], Again | Dead | Filtered],
+    now_ms: int,
+) -> Again | Dead | Suspect | Filtered | None:
     """What becomes of a job as it arrives; None if it may run.
 
     Args:
         job: the job.
         is_suspects: whether it came from the queue for suspects.
-        known: the options of the job of this name; None if the worker has none.
-        is_method: whether the service has a method of this name.
+        known: the options of what runs it; None if the worker has nothing that does.
+        unknown: says what becomes of it then.
         now_ms: the time, in milliseconds since the epoch.
 
     """
@@ -108,17 +120,27 @@ def of_delivery(
     if job.expires_ms is not None and now_ms >= job.expires_ms:
         return Dead("expired", before(job), f"it expired {(now_ms - job.expires_ms) / 1000:.3f} s ago")
     if known is None:
-        if is_method:
-            return Dead("unknown_method", before(job), f"{job.name!r} is a method: call it, do not send it")
-        if job.unknown >= len(UNKNOWN_PAUSES):
-            return Dead("unknown_method", before(job), f"no worker that got it has a job {job.name!r}")
-        steps = steps_of(UNKNOWN_PAUSES[job.unknown])
-        return Again(steps, "unknown_method", f"this worker has no job {job.name!r}", unknown=1)
+        return unknown(job)
     if known.at_most_once and (job.returns or job.earlier):
         return Dead("interrupted", "maybe", "its worker was lost while it had it, and it runs at most once")
     if job.returns + job.earlier >= SUSPECT_FROM and not is_suspects and not known.at_most_once:
         return Suspect()
     return None
+
+
+def of_unknown(job: JobMessage, *, is_method: bool) -> Again | Dead | Filtered:
+    """What becomes of a job whose name the worker does not know; `is_method`: its service has such a method."""
+    if is_method:
+        return Dead("unknown_method", before(job), f"{job.name!r} is a method: call it, do not send it")
+    last = Dead("unknown_method", before(job), f"no worker that got it has a job {job.name!r}")
+    return of_stranger(job, f"this worker has no job {job.name!r}", last, "unknown_method")
+
+
+def of_stranger(job: JobMessage, said: str, last: Dead | Filtered, reason: str) -> Again | Dead | Filtered:
+    """What becomes of a job that another worker may know, while a deploy rolls; `last`, if none that got it did."""
+    if job.unknown >= len(UNKNOWN_PAUSES):
+        return last
+    return Again(steps_of(UNKNOWN_PAUSES[job.unknown]), reason, said, unknown=1)
 
 
 def of_returns(job: JobMessage, *, is_suspects: bool) -> Dead | None:

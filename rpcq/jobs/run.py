@@ -8,6 +8,7 @@ from rpcq.execution import Run
 from rpcq.invocation import Interruption, Invocation
 from rpcq.jobs.invocation import Served
 from rpcq.options import JobOptions
+from rpcq.service import Method
 from rpcq.transport.base import Delivery
 from rpcq.wire.jobs import JobMessage
 
@@ -23,9 +24,10 @@ class JobRun(Run):
 
     Attributes:
         runner: what settles it.
-        served: its service.
+        served: the queue that it came from.
         delivery: its delivery.
         job: its message.
+        method: what runs it; None if nothing here does.
         is_suspect: whether it came from the queue for suspects.
         since: when it began, or began to wait for suspects, on time.monotonic().
         limit: the limit that it counts towards while it runs.
@@ -35,16 +37,36 @@ class JobRun(Run):
 
     """
 
-    __slots__ = ("claimed", "delivery", "is_suspect", "job", "key", "limit", "observation", "runner", "served", "since")
+    __slots__ = (
+        "claimed",
+        "delivery",
+        "is_suspect",
+        "job",
+        "key",
+        "limit",
+        "method",
+        "observation",
+        "runner",
+        "served",
+        "since",
+    )
 
     def __init__(
-        self, runner: JobRunner, served: Served, delivery: Delivery, job: JobMessage, *, is_suspect: bool
+        self,
+        runner: JobRunner,
+        served: Served,
+        delivery: Delivery,
+        job: JobMessage,
+        method: Method | None,
+        *,
+        is_suspect: bool,
     ) -> None:
         super().__init__()
         self.runner = runner
         self.served = served
         self.delivery = delivery
         self.job = job
+        self.method = method
         self.is_suspect = is_suspect
         self.since = 0.0
         self.limit: Limit | None = None
@@ -60,15 +82,14 @@ class JobRun(Run):
     @property
     def names(self) -> dict[str, Any]:
         """The fields that identify the job in logs."""
-        job = self.job
-        return {"job": f"{self.served.service.name}.{job.name}", "job_id": job.id, "attempt": job.attempt}
+        return self.served.names(self.job)
 
     @property
     def options(self) -> JobOptions:
-        """How it is run; its service has a job of this name."""
-        options = self.served.service.jobs[self.job.name].job
-        assert options is not None  # noqa: S101 - `Service.job` sets it
-        return options
+        """How it is run; there is a method that runs it."""
+        assert self.method is not None  # noqa: S101 - without one, it is moved on arrival
+        assert self.method.job is not None  # noqa: S101 - `Service` sets it
+        return self.method.job
 
     def returned(self, invocation: Invocation, value: Any) -> None:  # noqa: ARG002 - what a job returns is not used
         """See `Run`."""

@@ -3,6 +3,7 @@
     delivery -> it is in hand here already                  -> the run takes it over
              -> its key is that of a job that is done       -> acknowledged
              -> it may not run (`outcomes.of_delivery`)     -> moved: delayed, to the suspects, or to the dead letters
+             -> nobody here wants it                         -> acknowledged
              -> it may run, within its own limits (`limits`) -> Executor.begin
     run ended -> done                                       -> acknowledged
               -> again, or dead (`outcomes.of_error`)       -> moved
@@ -34,13 +35,13 @@ from rpcq.jobs.observing import JobObservers, JobObserving
 from rpcq.jobs.outcomes import (
     Again,
     Dead,
+    Filtered,
     NotRun,
     Suspect,
     of_delivery,
     of_done,
     of_error,
     of_interruption,
-    of_refusal,
     of_returns,
     of_stopping,
     of_twin,
@@ -85,6 +86,7 @@ class JobRunner:
         retried: jobs that run again later.
         put_off: jobs that come back later because they did not run: by their limits or their keys, for example.
         suppressed: jobs that did not run because they were done, by their keys.
+        filtered: events that no pattern of their subscription takes any more.
         dead: jobs that became dead letters here.
         spread: makes the longest pause before a retry into the pause, in seconds.
 
@@ -103,7 +105,7 @@ class JobRunner:
     ) -> None:
         self._transport = transport
         self._executor = executor
-        self._observing = JobObserving(observers, topology.jobs.name.encode(), transport.now_ms) if observers else None
+        self._observing = JobObserving(observers, transport.now_ms) if observers else None
         self._may_begin = may_begin
         self._in_hand: dict[str, JobRun] = {}
         self._twins: set[JobRun] = set()  # jobs whose ID another job in hand has
@@ -125,6 +127,7 @@ class JobRunner:
         self.retried = 0
         self.put_off = 0
         self.suppressed = 0
+        self.filtered = 0
         self.dead = 0
         self.spread: Callable[[float], float] = full_jitter
 
@@ -206,7 +209,8 @@ class JobRunner:
             return
         if delivery.redelivered and self._adopt(job, delivery, is_suspects):
             return
-        run = JobRun(self, served, delivery, job, is_suspect=is_suspects)
+        method = served.find(job)
+        run = JobRun(self, served, delivery, job, method, is_suspect=is_suspects)
         if self._in_hand.setdefault(job.id, run) is not run:
             self._twins.add(run)
         self._idle.clear()
@@ -215,21 +219,20 @@ class JobRunner:
             return
         service = served.service
         if self._remembered is not None and service.result_store is None:
-            run.key = key_of(service.name, job)
+            run.key = key_of(service.name, job, served.subscription)
             same = self._remembered.get(run.key, job.body)
             if same is not None:
                 self._not_run(run, of_done(job, same=same))
                 return
-        method = service.jobs.get(job.name)
         fate = of_delivery(
             job,
             is_suspects=is_suspects,
             known=None if method is None else method.job,
-            is_method=job.name in service.methods,
+            unknown=served.unknown,
             now_ms=self._transport.now_ms(),
         )
         if fate is not None:
-            self._settle(run, fate)
+            self._turn_down(run, fate)
         elif is_suspects:
             self._suspects.add(run)
         elif self._suspects:
@@ -257,7 +260,7 @@ class JobRunner:
         self.dead += 1
         self._seldom.warning("a job that cannot be read is dead", service=served.service.name, cause=why)
         if self._observing is not None:
-            self._observing.unreadable(served.service.name, delivery.body_size)
+            self._observing.unreadable(served, delivery.body_size)
         delivery.reject()
 
     def _begin(self, run: JobRun) -> None:
@@ -268,22 +271,22 @@ class JobRunner:
             self._start(run)
 
     def _start(self, run: JobRun) -> None:
-        service = run.served.service
-        method = service.jobs[run.job.name]
-        fate: Again | Dead
+        served, method = run.served, run.method
+        assert method is not None  # noqa: S101 - without one, it is moved on arrival
+        fate: Again | Dead | Filtered
         try:
-            arguments = method.parameters.read(run.job.body)
+            arguments = served.read(run.job, method)
         except InvalidParams as error:
-            fate = of_refusal(run.job, error)
+            fate = served.refused(run.job, error)
         else:
             if run.key not in self._busy:
                 run.since = now = time.monotonic()
-                invocation = JobInvocation(run.job, method, arguments, now + run.options.timeout, run.served.state)
+                invocation = JobInvocation(run.job, method, arguments, now + run.options.timeout, served)
                 self._running.add(run)
                 if run.key is not None:
                     self._busy.add(run.key)
                 self._look_later()
-                store = service.result_store
+                store = served.service.result_store
                 around: Around | None = None if store is None else partial(self._keys.run, run, invocation, store)
                 if self._observing is not None:
                     around = self._observing.wrap(run, around)
@@ -291,7 +294,7 @@ class JobRunner:
                 return
             fate = of_twin()
         self._limits.leave(run, 0.0)
-        self._settle(run, fate)
+        self._turn_down(run, fate)
 
     def _take_waiting(self) -> list[JobRun]:
         """Take out the jobs that wait to begin."""
@@ -416,6 +419,17 @@ class JobRunner:
         else:
             self._settle(run, fate)
 
+    def _turn_down(self, run: JobRun, fate: Again | Dead | Suspect | Filtered) -> None:
+        """Settle a job that does not run now."""
+        if isinstance(fate, Filtered):
+            self.filtered += 1
+            self._seldom.warning("an event that nobody here wants is dropped", **run.names, cause=fate.error)
+            if self._observing is not None:
+                self._observing.filtered(run)
+            self._acknowledge(run)
+        else:
+            self._settle(run, fate)
+
     def _put_off(self, run: JobRun, seconds: float) -> None:
         """Have the broker hold a job whose turn is not near."""
         self._settle(run, of_wait(seconds))
@@ -448,7 +462,7 @@ class JobRunner:
 
         One that runs at most once would count as run if it came back, so it is published again.
         """
-        if run.job.name in run.served.service.jobs and run.options.at_most_once and not run.job.returns:
+        if run.method is not None and run.options.at_most_once and not run.job.returns:
             self._settle(run, of_stopping())
         else:
             self._give_back(run)

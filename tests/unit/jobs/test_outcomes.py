@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from rpcq.jobs.outcomes import (
     of_error,
     of_interruption,
     of_refusal,
+    of_unknown,
 )
 from rpcq.options import JobOptions, Retry
 from rpcq.wire.jobs import JobMessage
@@ -31,8 +33,16 @@ def job(**fields: Any) -> JobMessage:
     return JobMessage(**{"id": "7", "name": "work", "body": b"{}", "key": "7", **fields})
 
 
-def delivered(message: JobMessage, known: JobOptions | None = OPTIONS, **rest: Any) -> Any:
-    return of_delivery(message, **{"is_suspects": False, "known": known, "is_method": False, "now_ms": 1000, **rest})
+def delivered(
+    message: JobMessage,
+    known: JobOptions | None = OPTIONS,
+    *,
+    is_suspects: bool = False,
+    is_method: bool = False,
+    now_ms: int = 1000,
+) -> Any:
+    unknown = partial(of_unknown, is_method=is_method)
+    return of_delivery(message, is_suspects=is_suspects, known=known, unknown=unknown, now_ms=now_ms)
 
 
 def longest(pause: float) -> float:
