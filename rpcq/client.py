@@ -26,6 +26,7 @@ from rpcq.errors import (
     ServiceUnavailable,
     UsageError,
 )
+from rpcq.jobs.confirming import Confirms
 from rpcq.jobs.sending import JobSender
 from rpcq.observer import Observer, Observers
 from rpcq.options import (
@@ -111,8 +112,10 @@ class Client:
             self.options.max_body,
         )
         self.invoke = self._invoker.invoke
+        self._confirms = Confirms(self._transport)
         self._jobs = JobSender(
             self._transport,
+            self._confirms,
             JobTopology(self.options.namespace),
             self._calls.next_id,
             self.options,
@@ -138,7 +141,7 @@ class Client:
             raise UsageError(f"this client is {self._phase.value}; a client is opened once")
         self._place = Place("this client")
         self._sender.open()
-        self._jobs.open()
+        self._confirms.open()
         self._invoker.open()
         self._phase = Phase.OPEN
         receiver = Receiver(self._calls, self._sender, self._control, self._observers, self.topology.notices.name)
@@ -190,7 +193,7 @@ class Client:
         self._invoker.close()
         self._control.close()
         await self._sender.close()
-        await self._jobs.close()
+        await self._confirms.close()
 
     async def __aenter__(self) -> Self:
         return await self.connect()

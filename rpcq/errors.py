@@ -135,26 +135,26 @@ class ProtocolError(BrokerError):
 
 
 class SendError(RpcqError):
-    """A job could not be sent, or the broker did not confirm it.
+    """A job could not be sent, or an event not published, or the broker did not confirm it.
 
     Attributes:
-        queued: whether the broker has the job: "no" or "maybe". After "maybe", send it again under the same key.
-        job_id: the job's ID, or None if it never got one.
+        queued: whether the broker has it: "no" or "maybe". After "maybe", send it again under the same key.
+        message_id: its ID, or None if it never got one.
         key: its idempotency key, or None if it never got one.
 
     """
 
     def __init__(
-        self, message: str, *, queued: Literal["no", "maybe"], job_id: str | None = None, key: str | None = None
+        self, message: str, *, queued: Literal["no", "maybe"], message_id: str | None = None, key: str | None = None
     ) -> None:
         super().__init__(message)
         self.message = message
         self.queued = queued
-        self.job_id = job_id
+        self.message_id = message_id
         self.key = key
 
     def __str__(self) -> str:
-        named = "" if self.job_id is None else f", job={self.job_id}"
+        named = "" if self.message_id is None else f", id={self.message_id}"
         return f"{self.message} (queued={self.queued}{named})"
 
     def __reduce__(self) -> tuple[Any, ...]:

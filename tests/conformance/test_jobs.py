@@ -306,7 +306,7 @@ async def test_a_service_whose_queue_does_not_exist_is_an_error_at_once(home: Pl
         with pytest.raises(SendError, match=f"no queue takes jobs of service '{service.name}': run `rpcq setup`") as it:
             await client.send(f"{service.name}.welcome")
         assert it.value.queued == "no"
-        assert it.value.job_id == it.value.key
+        assert it.value.message_id == it.value.key
 
 
 async def test_a_job_that_times_out_is_retried_and_has_a_bound(home: Place, service: Service, done: Done) -> None:

@@ -150,7 +150,7 @@ async def test_a_send_says_whether_the_broker_has_the_job(home: Place, service: 
         with pytest.raises(SendError):
             await client.with_options(timeout=0.1).send(work)
         sending = asyncio.create_task(client.send_many(work, [{}, {}]))
-        await until(lambda: client._jobs._under_way)
+        await until(lambda: client._confirms._under_way)
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
     found = [(send.label, send.queued, send.code) for send in seen.sends]
@@ -177,15 +177,15 @@ async def test_what_was_never_handed_to_the_broker_is_not_there(home: Place, ser
     async with home.client(observers=[seen]) as client, home.worker(service):
         await client.send(work)
         transport: Any = client._transport
-        client._jobs._waiting._is_ready = lambda: False
-        client._jobs._waiting._ready = never
-        client._jobs._waiting.add(object())  # type: ignore[arg-type]  # something waits for a connection already
+        client._confirms._waiting._is_ready = lambda: False
+        client._confirms._waiting._ready = never
+        client._confirms._waiting.add(object())  # type: ignore[arg-type]  # something waits for a connection already
         assert transport.can_publish
         sending = asyncio.create_task(client.send(work))
-        await until(lambda: len(client._jobs._waiting) == 2)
+        await until(lambda: len(client._confirms._waiting) == 2)
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
-        client._jobs._waiting.clear()
+        client._confirms._waiting.clear()
         client._jobs._now.task, client._jobs._now.is_there = None, False
         client._transport.declare = lambda _: never()  # type: ignore[method-assign]  # no connection
         with pytest.raises(SendError, match="there was no connection"):

@@ -235,7 +235,7 @@ async def test_a_confirm_that_is_lost_makes_a_job_twice_or_its_sender_unsure(hom
             with pytest.raises(SendError) as caught:
                 await sending
             assert caught.value.queued == "maybe"
-            sent = caught.value.job_id
+            sent = caught.value.message_id
         else:
             sent = (await sending).id
     assert not await home.check({"before": before.id, "a": sent})

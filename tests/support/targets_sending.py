@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from rpcq import Client
-from rpcq.jobs.sending import _Sending
+from rpcq.jobs.confirming import Sending
 from rpcq.transport.base import Published
 from rpcq.transport.rabbitmq.publishing import PublishingSession
 
@@ -26,7 +26,7 @@ def die(point: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-write, on_published = PublishingSession._write, _Sending.on_published
+write, on_published = PublishingSession._write, Sending.on_published
 
 
 def writing(self: PublishingSession, messages: Any) -> None:
@@ -35,13 +35,13 @@ def writing(self: PublishingSession, messages: Any) -> None:
     die("after it is written")
 
 
-def confirmed(self: _Sending, published: Published) -> None:
+def confirmed(self: Sending, published: Published) -> None:
     die("after it is confirmed")
     on_published(self, published)
 
 
 PublishingSession._write = writing  # type: ignore[method-assign]
-_Sending.on_published = confirmed  # type: ignore[method-assign]
+Sending.on_published = confirmed  # type: ignore[method-assign]
 
 
 async def main() -> None:

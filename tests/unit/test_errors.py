@@ -209,7 +209,7 @@ def test_other_errors_can_be_pickled(kind: type[RpcqError]) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [errors.SendError("away", queued="maybe", job_id="7", key="k"), errors.RetryLater(2.5)], ids=repr
+    "error", [errors.SendError("away", queued="maybe", message_id="7", key="k"), errors.RetryLater(2.5)], ids=repr
 )
 def test_errors_about_jobs_can_be_pickled(error: RpcqError) -> None:
     other = pickle.loads(pickle.dumps(error))

@@ -332,7 +332,7 @@ def test_a_job_is_not_queued_if_the_client_cannot_be_opened_and_a_mistake_is_tol
     client = Client(UNREACHABLE, connect_timeout=1.0)
     with pytest.raises(SendError, match="could not be opened") as caught:
         client.send("stock.welcome")
-    assert (caught.value.queued, caught.value.job_id) == ("no", None)
+    assert (caught.value.queued, caught.value.message_id) == ("no", None)
     with pytest.raises(ConfigurationError, match=r"service\.job"):
         client.send("welcome")
     with pytest.raises(UsageError, match="it is not a job"):
