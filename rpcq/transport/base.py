@@ -176,6 +176,8 @@ class Subscription:
         prefetch: how many unacknowledged deliveries the consumer may hold; 0 for no limit.
         no_ack: whether the broker takes each message as acknowledged once it has sent it.
         arguments: the arguments of the consumer, as in `basic.consume`.
+        in_order: the queue has a single active consumer, and who comes next must get its messages in their order.
+            `Transport.hand_over` ends this consumer, not `stop_consuming`.
 
     """
 
@@ -184,6 +186,7 @@ class Subscription:
     prefetch: int = 0
     no_ack: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    in_order: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +264,31 @@ class Transport(Protocol):
         """
 
     async def stop_consuming(self) -> None:
-        """Make the broker deliver nothing more. Earlier deliveries can still be settled."""
+        """Make the broker deliver nothing more. Earlier deliveries can still be settled.
+
+        Subscriptions that are `in_order` go on until `hand_over`; a session that is lost later does not consume again.
+        """
+
+    async def settled(self, queue: str) -> bool:
+        """Wait until the broker has all acknowledgements of the deliveries of a subscription that is `in_order`.
+
+        Returns:
+            False if the session of these deliveries is lost: the broker may deliver them again.
+
+        """
+
+    async def hand_over(self, queue: str, *, again: bool = False) -> None:
+        """End the consumer of a subscription that is `in_order`.
+
+        What it was given and did not settle goes back to the queue at once, in its order, before the next consumer
+        gets anything, and counts as delivered once more. To cancel a consumer leaves these messages with it, while the
+        next one already gets later ones.
+
+        Args:
+            queue: the queue's name.
+            again: whether to consume again, behind the consumers that wait. Not after `stop_consuming`.
+
+        """
 
     async def close(self) -> None:
         """Write what is pending, then close both sessions. `on_published` of every message has been called then."""

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rpcq.errors import BrokerError, BrokerUnreachable
@@ -143,7 +143,7 @@ class End:
         self.inboxes.append(inbox)
         if isinstance(queue, Queue):
             return Subscription(queue, inbox.put)
-        return Subscription(queue.queue, inbox.put, queue.prefetch, queue.no_ack)
+        return replace(queue, on_delivery=inbox.put)
 
     def _consuming(self, names: Sequence[str]) -> None:
         self.names = [*names]
@@ -154,9 +154,9 @@ class End:
         self.events.append((session, "lost"))
 
 
-def taken(queue: Queue, prefetch: int = 0, *, no_ack: bool = False) -> Subscription:
+def taken(queue: Queue, prefetch: int = 0, *, no_ack: bool = False, in_order: bool = False) -> Subscription:
     """A queue, and how to consume it."""
-    return Subscription(queue, lambda _: None, prefetch, no_ack)
+    return Subscription(queue, lambda _: None, prefetch, no_ack, in_order=in_order)
 
 
 @dataclass

@@ -32,7 +32,7 @@ PAUSE: Final = (0.010, 0.050)
 class _Consuming:
     """One consuming session; it settles its deliveries, and ignores those that are settled after its end."""
 
-    __slots__ = ("_broker", "_inbox", "_lose", "_max_body", "_posted", "connection", "up")
+    __slots__ = ("_broker", "_gone_back", "_inbox", "_lose", "_max_body", "_posted", "connection", "up")
 
     def __init__(self, broker: MemoryBroker, max_body: int, lose: Callable[[BrokerError], None]) -> None:
         self.connection = Connection()
@@ -41,6 +41,7 @@ class _Consuming:
         self._max_body = max_body
         self._lose = lose
         self._inbox: deque[tuple[int, bool, bool]] = deque()
+        self._gone_back: set[int] = set()
         self._posted = False
 
     def subscribe(self, subscription: Subscription, queue: str) -> None:
@@ -50,6 +51,8 @@ class _Consuming:
             if not self.up:
                 return
             consumer, tag, entry = handed
+            if consumer.cancelled and tag not in self.connection.unacked:
+                return  # it has gone back
             properties = consumer.properties(entry) if entry.deliveries else entry.properties
             size = len(entry.body)
             body = entry.body if size <= max_body else None
@@ -65,12 +68,24 @@ class _Consuming:
         )
 
     def settle(self, tag: int, accept: bool, requeue: bool) -> None:
-        if not self.up:
+        if not self.up or tag in self._gone_back:
             return
         self._inbox.append((tag, accept, requeue))
         if not self._posted:
             self._posted = True
             self._broker.post(self)
+
+    async def settled(self) -> bool:
+        """Wait until what is settled now is worked off; returns whether the session is still up."""
+        while self.up and self._inbox:
+            await asyncio.sleep(0)
+        return self.up
+
+    def hand_over(self, queue: str, now: float) -> None:
+        """End the consumer of a queue."""
+        self.work_off(now)
+        for consumer in [each for each in self.connection.consumers if each.queue.name == queue]:
+            self._gone_back.update(self._broker.vhost.hand_over(consumer, now))
 
     def work_off(self, now: float) -> None:
         self._posted = False
@@ -235,9 +250,27 @@ class MemoryTransport:
         self._forget(self._open_consuming)
         if self.consuming is None:
             return
+        in_order = {each.queue.name for each in self._subscriptions if each.in_order}
         for consumer in [*self.consuming.connection.consumers]:
-            self._broker.vhost.cancel(consumer, self._broker.now())
+            if consumer.queue.name not in in_order:
+                self._broker.vhost.cancel(consumer, self._broker.now())
         self._broker.deliver()  # what was handed to the consumers before
+        self._broker.schedule()  # another consumer may have become the single active one
+
+    async def settled(self, queue: str) -> bool:  # noqa: ARG002 - a session has one inbox for all its queues
+        """Wait until the broker has the acknowledgements; see `Transport.settled`."""
+        return self.consuming is not None and await self.consuming.settled()
+
+    async def hand_over(self, queue: str, *, again: bool = False) -> None:
+        """End a consumer whose queue is in order; see `Transport.hand_over`."""
+        session = self.consuming
+        if session is None or self._closed:
+            return
+        session.hand_over(queue, self._broker.now())
+        if again and not self._stopped and session.up:
+            for subscription in self._subscriptions:
+                if subscription.queue.name == queue:
+                    session.subscribe(subscription, queue)
         self._broker.schedule()  # another consumer may have become the single active one
 
     async def close(self) -> None:

@@ -159,6 +159,19 @@ class Vhost:
         self._remove(consumer)
         self._serve(consumer.queue, now)
 
+    def hand_over(self, consumer: Consumer, now: float) -> list[int]:
+        """Remove a consumer, and put back what it holds before another one gets anything: its channel is closed.
+
+        Returns the tags of what it held; they cannot be settled any more.
+        """
+        self._remove(consumer)
+        unacked = consumer.connection.unacked
+        held = [tag for tag, (holder, _, _) in unacked.items() if holder is consumer]
+        if held:
+            self._return(consumer.queue, [unacked.pop(tag)[2] for tag in held], now)
+        self._serve(consumer.queue, now)
+        return held
+
     def disconnect(self, connections: Iterable[Connection], now: float) -> None:
         """End connections, all at once: remove their consumers and exclusive queues, and put back what they hold."""
         ended = list(connections)

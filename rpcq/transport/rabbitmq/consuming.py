@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Awaitable, Sequence
+from typing import Final, NamedTuple
 
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 
@@ -73,6 +73,7 @@ class _ConsumingChannel:
 
     __slots__ = (
         "_busy",
+        "_ended",
         "_fast",
         "_flushing",
         "_holds",
@@ -92,6 +93,7 @@ class _ConsumingChannel:
         self._protocol = link.protocol
         self._unsettled = Unsettled(Encoder(number, link.frame_max))
         self._flushing = False
+        self._ended = False
         self._timer: asyncio.TimerHandle | None = None
         self._holds = False  # whether acknowledgements are held back; see `fill`
         self._last = 0.0  # time of the last delivery, while acknowledgements are held back
@@ -104,7 +106,7 @@ class _ConsumingChannel:
         link.protocol.register(number, self._fast)
 
     def settle(self, tag: int, accept: bool, requeue: bool) -> None:
-        if self._protocol.lost is not None or self._no_ack:
+        if self._protocol.lost is not None or self._no_ack or self._ended:
             return
         self._unsettled.settle(tag, accept=accept, requeue=requeue)
         # While few deliveries of those that prefetch allows are in hand, the broker can send more without this
@@ -145,7 +147,14 @@ class _ConsumingChannel:
         self._holds = False
         self.flush()
 
+    def end(self) -> None:
+        """Write the frames for what is settled, and then nothing more: the channel is to be closed."""
+        self.flush()
+        self._ended = True
+
     def _on_deliver(self, tag: int, redelivered: bool, properties: bytes, body: bytes | None, size: int) -> None:
+        if self._ended:
+            return  # it goes back when the channel is closed
         if not self._no_ack:
             self._unsettled.delivered(tag)
             if self._holds:
@@ -155,6 +164,15 @@ class _ConsumingChannel:
     def _on_end(self, code: int, text: str) -> None:
         cause = closed_by_broker(code, text) if code else BrokerUnreachable(text)
         self._protocol.fail(cause)
+
+
+class _InOrder(NamedTuple):
+    """A consumer whose queue is in order, in one session."""
+
+    link: Link
+    channel: AbstractChannel
+    consuming: _ConsumingChannel
+    subscription: Subscription
 
 
 class ConsumingSession(Session):
@@ -177,6 +195,7 @@ class ConsumingSession(Session):
         self._queues: list[str] = []
         self._consumers: list[tuple[AbstractChannel, str]] = []
         self._channels: list[_ConsumingChannel] = []
+        self._in_order: dict[str, _InOrder] = {}  # by the names of queues
         self._admin: AbstractChannel
         self._not_declared: dict[str, AccessRefused] = {}  # queue that this user may not declare -> the refusal
         self._stopped = False
@@ -203,6 +222,47 @@ class ConsumingSession(Session):
             for each in once:
                 each.release()
 
+    async def settled(self, queue: str) -> bool:
+        """Wait until the broker has all acknowledgements so far; see `Transport.settled`."""
+        found = self._in_order.get(queue)
+        if found is None:
+            return False
+        found.consuming.flush()
+        # The broker works a channel off in order, and to set the prefetch of later consumers has no other effect.
+        return await self._on_channel(
+            found, "the acknowledgements were not taken", found.channel.set_qos(found.subscription.prefetch)
+        )
+
+    async def hand_over(self, queue: str, *, again: bool) -> None:
+        """Close the channel of a consumer whose queue is in order; see `Transport.hand_over`."""
+        found = self._in_order.pop(queue, None)
+        if found is None:
+            return
+        found.consuming.end()
+        self._channels.remove(found.consuming)
+        if not await self._on_channel(found, "a channel could not be closed", self._close_channel(found)):
+            return
+        if again and not self._stopped:
+            consuming = self._consume_in(found.link, queue, found.subscription)
+            await self._on_channel(found, "a queue could not be consumed again", consuming)
+
+    async def _close_channel(self, found: _InOrder) -> None:
+        number = (await found.channel.get_underlay_channel()).number
+        await found.channel.close()
+        found.link.protocol.unregister(number)
+
+    async def _on_channel(self, found: _InOrder, failed: str, waits: Awaitable[object]) -> bool:
+        """Wait for the broker; if it does not do it, end the whole session. Returns whether the session is still up."""
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                with heeding_cancellation():
+                    await waits
+        except (Exception, asyncio.CancelledError) as error:
+            if not is_foreign(error):
+                raise
+            found.link.protocol.fail(BrokerUnreachable(f"{failed}: {error!r}"))
+        return found.link.protocol.lost is None
+
     async def close(self) -> None:
         """Write the frames for all that is settled, and close the session for good."""
         for channel in self._channels:
@@ -211,6 +271,7 @@ class ConsumingSession(Session):
 
     async def _set_up(self, link: Link) -> None:
         self._queues, self._consumers, self._channels, self._not_declared = [], [], [], {}
+        self._in_order = {}
         self._admin, _ = await link.channel(confirms=False)
         for queue in self._further:
             await self._ensure(link, queue)
@@ -220,14 +281,23 @@ class ConsumingSession(Session):
         for subscription, name in zip(self._subscriptions, self._queues, strict=True):
             if self._stopped:
                 break
-            channel, number = await link.channel(confirms=False)
-            if subscription.prefetch:
-                await channel.set_qos(prefetch_count=subscription.prefetch)
-            # Before the consumer starts: the first delivery may come together with the broker's consume-ok.
-            self._channels.append(_ConsumingChannel(link, number, subscription, self._options))
-            self._consumers.append((channel, await self._consume(link, channel, name, subscription)))
-        if self._stopped and self._consumers:
+            await self._consume_in(link, name, subscription)
+        if self._stopped and (self._consumers or self._in_order):
             raise BrokerUnreachable("the consumers were stopped while they were being started")
+
+    async def _consume_in(self, link: Link, name: str, subscription: Subscription) -> None:
+        """Consume a queue in a new channel."""
+        channel, number = await link.channel(confirms=False)
+        if subscription.prefetch:
+            await channel.set_qos(prefetch_count=subscription.prefetch)
+        # Before the consumer starts: the first delivery may come together with the broker's consume-ok.
+        consuming = _ConsumingChannel(link, number, subscription, self._options)
+        self._channels.append(consuming)
+        if subscription.in_order:
+            self._in_order[name] = _InOrder(link, channel, consuming, subscription)
+            await self._consume(link, channel, name, subscription)
+        else:
+            self._consumers.append((channel, await self._consume(link, channel, name, subscription)))
 
     async def _declare(self, link: Link, queue: Queue) -> str:
         """Declare and bind a queue; returns its name. A queue that this user may not declare is used as it is."""

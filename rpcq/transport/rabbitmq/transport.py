@@ -81,6 +81,15 @@ class RabbitMQTransport:
         if self._consuming is not None:
             await self._consuming.stop()
 
+    async def settled(self, queue: str) -> bool:
+        """Wait until the broker has the acknowledgements; see `Transport.settled`."""
+        return self._consuming is not None and await self._consuming.settled(queue)
+
+    async def hand_over(self, queue: str, *, again: bool = False) -> None:
+        """End a consumer whose queue is in order; see `Transport.hand_over`."""
+        if self._consuming is not None:
+            await self._consuming.hand_over(queue, again=again)
+
     async def close(self) -> None:
         """Close both sessions; see `Transport.close`."""
         self._closed = True
