@@ -27,6 +27,7 @@ from rpcq import logs
 from rpcq.errors import GiveUp, InvalidParams, RetryLater
 from rpcq.execution import Around, Executor
 from rpcq.invocation import Interruption, Invocation
+from rpcq.jobs.holding import Hand
 from rpcq.jobs.invocation import JobInvocation, Served
 from rpcq.jobs.keys import Keys, Remembered, key_of
 from rpcq.jobs.limits import Limits
@@ -107,8 +108,7 @@ class JobRunner:
         self._executor = executor
         self._observing = JobObserving(observers, transport.now_ms) if observers else None
         self._may_begin = may_begin
-        self._in_hand: dict[str, JobRun] = {}
-        self._twins: set[JobRun] = set()  # jobs whose ID another job in hand has
+        self._in_hand = Hand()
         self._running: set[JobRun] = set()
         self._arriving: Backlog[tuple[Served, Delivery, bool]] = Backlog(may_begin, ready, self._take)
         self._mover = Mover(transport, topology, self._acknowledge, self._reject)
@@ -132,10 +132,10 @@ class JobRunner:
         self.spread: Callable[[float], float] = full_jitter
 
     def __len__(self) -> int:
-        return len(self._in_hand) + len(self._twins) + len(self._arriving)
+        return len(self._in_hand) + len(self._arriving)
 
     def __iter__(self) -> Iterator[JobRun]:
-        return iter((*self._in_hand.values(), *self._twins))  # a copy: they change meanwhile
+        return iter(self._in_hand)
 
     def serve(self, served: Served, *, is_suspects: bool = False) -> Callable[[Delivery], None]:
         """The callback for the deliveries of one of a service's queues."""
@@ -145,7 +145,7 @@ class JobRunner:
         """The consuming session is down: the broker delivers again what has not begun."""
         self._arriving.clear()
         for run in self._take_waiting():
-            self._forget(run)
+            self._in_hand.forget(run)
         self._note_idle()
 
     async def stop(self) -> None:
@@ -211,8 +211,7 @@ class JobRunner:
             return
         method = served.find(job)
         run = JobRun(self, served, delivery, job, method, is_suspect=is_suspects)
-        if self._in_hand.setdefault(job.id, run) is not run:
-            self._twins.add(run)
+        self._in_hand.add(run)
         self._idle.clear()
         if self._stopping:
             self._turn_away(run)
@@ -242,18 +241,15 @@ class JobRunner:
             self._begin(run)
 
     def _adopt(self, job: JobMessage, delivery: Delivery, is_suspects: bool) -> bool:
-        """Let a job that is still in hand take over its redelivery: the session of its first delivery was lost."""
-        for run in (self._in_hand.get(job.id), *self._twins):
-            if run is not None and run.job.id == job.id and run.is_suspect == is_suspects:
-                if run.delivery.source is delivery.source:
-                    continue  # this session delivered both: they are two messages with one ID
-                run.delivery = delivery
-                # From RabbitMQ 4.3 on, a job that its worker held for too long comes back without a bound.
-                dead = of_returns(job, is_suspects=is_suspects)
-                if dead is not None and run in self._running:
-                    self._write_off(run, dead)
-                return True
-        return False
+        """Let a job that is still in hand take over its redelivery; returns whether there is one."""
+        run = self._in_hand.adopt(job, delivery, is_suspect=is_suspects)
+        if run is None:
+            return False
+        # From RabbitMQ 4.3 on, a job that its worker held for too long comes back without a bound.
+        dead = of_returns(job, is_suspects=is_suspects)
+        if dead is not None and run in self._running:
+            self._write_off(run, dead)
+        return True
 
     def _bury_as_it_is(self, served: Served, delivery: Delivery, why: str) -> None:
         """Let the broker make a dead letter of what cannot be read here: nothing of it is lost so."""
@@ -397,7 +393,7 @@ class JobRunner:
         for run in self._suspects.take_held(now - LONGEST_WAIT):
             self._put_off(run, LONGEST_WAIT)
         self._limits.put_off_since(now - LONGEST_WAIT)
-        if self._in_hand or self._twins:
+        if self._in_hand:
             self._look_later()
 
     def _write_off(self, run: JobRun, fate: Again | Dead) -> None:
@@ -479,15 +475,9 @@ class JobRunner:
         run.delivery.ack()
 
     def _release(self, run: JobRun) -> None:
-        self._forget(run)
+        self._in_hand.forget(run)
         self._note_idle()
 
-    def _forget(self, run: JobRun) -> None:
-        if self._in_hand.get(run.job.id) is run:
-            del self._in_hand[run.job.id]
-        else:
-            self._twins.discard(run)
-
     def _note_idle(self) -> None:
-        if not self._in_hand and not self._twins and not self._running and not self._arriving.items:
+        if not self._in_hand and not self._running and not self._arriving.items:
             self._idle.set()

@@ -96,9 +96,9 @@ async def test_what_is_settled_stays_settled_when_the_session_is_cut(seam: Seam,
         seam.opened(taken(lane, prefetch=20, in_order=True)) as active,
         seam.opened(taken(lane, prefetch=20, in_order=True)) as waiting,
     ):
+        first = active
         for number in range(50):
             assert await waiting.sent(lane.name, b"%d" % number) is Published.CONFIRMED
-            first = active if number == 0 else first
             delivery = await first.inbox.next()
             assert delivery.body == b"%d" % number
             delivery.ack()

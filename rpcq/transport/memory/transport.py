@@ -77,7 +77,7 @@ class _Consuming:
 
     async def settled(self) -> bool:
         """Wait until what is settled now is worked off; returns whether the session is still up."""
-        while self.up and self._inbox:
+        while self.up and self._inbox:  # noqa: ASYNC110 - it ends with the next iteration of the loop
             await asyncio.sleep(0)
         return self.up
 
