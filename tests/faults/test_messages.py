@@ -23,8 +23,8 @@ import pytest
 from aio_pika.abc import AbstractIncomingMessage, AbstractQueue
 from pydantic import SecretStr
 
+import rpcq.calls.invoking
 import rpcq.calls.sending
-import rpcq.client
 from rpcq import (
     CallTimeout,
     Client,
@@ -803,7 +803,7 @@ async def load_whose_clock_is_off(stage: Stage, seconds: float, **options: Any) 
 async def test_to_a_worker_whose_clock_is_an_hour_ahead_calls_fail_as_expired_and_it_says_why_row_31(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (rpcq.client, rpcq.calls.sending):
+    for module in (rpcq.calls.invoking, rpcq.calls.sending):
         monkeypatch.setattr(module, "time", OffClock)
     async with under_load(scene) as stage:
         async with load_whose_clock_is_off(stage, -HOUR, callers=20, think=0.02) as behind:
@@ -825,7 +825,7 @@ async def test_to_a_worker_whose_clock_is_an_hour_ahead_calls_fail_as_expired_an
 async def test_at_a_worker_whose_clock_is_an_hour_behind_the_relative_time_counts_row_31(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (rpcq.client, rpcq.calls.sending):
+    for module in (rpcq.calls.invoking, rpcq.calls.sending):
         monkeypatch.setattr(module, "time", OffClock)
     async with under_load(scene) as stage:
         future = {"rpcq-deadline": int((time.time() + HOUR) * 1000), "rpcq-timeout": 10_000}
