@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from rpcq.contracts import METHOD_NAME, RemoteCallable, RemoteJob
-from rpcq.errors import ConfigurationError, InvalidParams, UsageError
+from rpcq.contracts import RemoteJob
+from rpcq.errors import ConfigurationError, UsageError
 from rpcq.jobs.confirming import Confirms, Declared, Sending
 from rpcq.jobs.observing import SendObservation, SendObservers
-from rpcq.options import MAX_DELAY, CallOptions, ClientOptions, Priority, check_name
-from rpcq.service import Method, jobs_of
+from rpcq.jobs.preparing import find_job, prepare, runs_at_most_once
+from rpcq.options import MAX_DELAY, CallOptions, ClientOptions, Priority
+from rpcq.service import Method
 from rpcq.transport.base import Transport
-from rpcq.wire import bodies
 from rpcq.wire.delays import STEP, steps_of
-from rpcq.wire.jobs import Job, JobMessage, JobTopology, check_headers, encode_job
+from rpcq.wire.jobs import Job, JobTopology, encode_job
 
 DECLARE: Final = "run `rpcq setup`, or start one of its workers, first"
 
@@ -184,65 +184,31 @@ class JobSender:
         params: Mapping[str, Any],
         observations: list[SendObservation],
     ) -> _Sending:
-        if not isinstance(params, Mapping):
-            msg = f"send_many must have the parameters of each job by name, as in {{'to': 'ada'}}; got {params!r:.100}"
-            raise InvalidParams(msg)
-        if method is not None:
-            args, params = method.parameters.by_name(args, params)
-        body = bodies.encode_params(args, params, self._max_body)
-        if method is not None:
-            method.parameters.read(body)
-        job_id = self._next_id().decode()
-        key = options.idempotency_key or job_id
-        message = JobMessage(id=job_id, name=name, body=body, key=key, app_id=self._name, headers=options.metadata)
-        if options.metadata:
-            check_headers(options.metadata)
-        if options.priority is not None:
-            message.priority = options.priority
+        message = prepare(
+            (service, name, method),
+            options,
+            args,
+            params,
+            job_id=self._next_id().decode(),
+            app_id=self._name,
+            max_body=self._max_body,
+        )
         priority = message.priority
-        if priority != "normal" and isinstance(method, Method) and not method.lanes:
-            msg = f"priority must not be {priority!r} for jobs of service {service!r}, which has no lanes"
-            raise UsageError(f"{msg}: define it with Service(..., lanes=True), or send them without a priority")
         due, route = None, (self.exchange, self._topology.key(service, priority).encode())
         if when is not _AT_ONCE:
             message.due_ms, message.expires_ms = when.due_ms, when.expires_ms
             if when.due_ms is not None:
                 due = datetime.fromtimestamp(when.due_ms / 1000, UTC)
                 route = self._topology.ladder.route(when.steps, self._topology.address(service, priority))
-        is_once = isinstance(method, Method) and method.job is not None and method.job.at_most_once
+        is_once = runs_at_most_once(method)
         if is_once and due is not None:
             msg = f"{service}.{name} runs at most once, and what is delayed may come twice after a crash of the broker"
             raise UsageError(f"{msg}: send it without delay and at")
-        job = Job(job_id, service, name, key, due, priority)
+        job = Job(message.id, service, name, message.key, due, priority)
         if self._observers:
             observations.append(SendObservation(self._observers, self.exchange, job, message))
         properties = encode_job(message, self._transport.now_ms())
-        return _Sending(self._confirms, job, route, properties, body, is_once=is_once)
-
-
-def find_job(target: str | Callable[..., Any]) -> tuple[str, str, Method | RemoteJob | None]:
-    """The service and the name of a job, and the job itself if the target is its function, or of a bound contract.
-
-    Raises:
-        ConfigurationError: the name is not valid.
-        UsageError: the target is not a job, or one of several services.
-
-    """
-    if isinstance(target, str):
-        service, _, name = target.rpartition(".")
-        if not METHOD_NAME.match(name) or not service:
-            raise ConfigurationError(f"a job must be named 'service.job'; got {target!r}")
-        return check_name("the name of a service", service), name, None
-    if isinstance(target, RemoteJob):
-        return target.service, target.name, target
-    # By label: a program may make a service again, and the newest job of a name counts.
-    found = [*{job.label: job for job in jobs_of(target)}.values()] if callable(target) else []
-    if len(found) != 1:
-        raise UsageError(
-            "send takes 'service.job', a function with @service.job, or a job of a bound contract; "
-            f"got {target!r}: {_why_not_job(target, found)}"
-        )
-    return found[0].service, found[0].name, found[0]
+        return _Sending(self._confirms, job, route, properties, message.body, is_once=is_once)
 
 
 def no_queue(service: str, priority: Priority) -> str:
@@ -253,13 +219,3 @@ def no_queue(service: str, priority: Priority) -> str:
         f"no queue takes jobs of service {service!r} with priority {priority!r}: "
         f"define the service with lanes, Service(..., lanes=True), and {DECLARE}"
     )
-
-
-def _why_not_job(target: Any, found: Sequence[Method]) -> str:
-    if found:
-        return f"it is a job of several services: send it by name, as one of {', '.join(job.label for job in found)}"
-    if isinstance(target, RemoteCallable):
-        return "it is a method: call it, do not send it"
-    if (api := getattr(target, "__rpcq_api__", None)) is not None:
-        return f"bind the contract first: client.send(client.bind({api.__name__}).{target.__name__}, ...)"
-    return "it is not a job"

@@ -27,7 +27,7 @@ from rpcq.errors import (
     SendError,
     ServiceUnavailable,
 )
-from rpcq.jobs.sending import find_job
+from rpcq.jobs.preparing import find_job
 from rpcq.observer import Observer
 from rpcq.options import (
     CallKwargs,

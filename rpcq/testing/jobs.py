@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from rpcq.errors import ConfigurationError, Executed
 from rpcq.jobs.letters import DeadLetter, read_letter
-from rpcq.jobs.sending import find_job
+from rpcq.jobs.preparing import find_job
 from rpcq.options import Priority
 from rpcq.service import Service
 from rpcq.transport.memory.broker import MemoryBroker

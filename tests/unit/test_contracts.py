@@ -9,7 +9,7 @@ import pytest
 
 from rpcq import Client, ConfigurationError, InvalidParams, Service, UsageError, contract, sync, with_options
 from rpcq.contracts import RemoteJob, contract_of
-from rpcq.jobs.sending import find_job
+from rpcq.jobs.preparing import find_job
 from rpcq.testing import FakeService
 
 

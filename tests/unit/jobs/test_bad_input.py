@@ -21,7 +21,7 @@ from rpcq import (
     UsageError,
     contract,
 )
-from rpcq.jobs.sending import find_job
+from rpcq.jobs.preparing import find_job
 
 
 class Shop:

@@ -1,0 +1,238 @@
+"""The outbox: jobs that are sent if, and only if, a transaction of the user's database is committed."""
+
+from __future__ import annotations
+
+import copy
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Concatenate, Final, ParamSpec, Self, Unpack, overload
+
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
+
+from rpcq.environment import broker_url, options_from
+from rpcq.errors import ConfigurationError, UsageError
+from rpcq.jobs.preparing import find_job, prepare, runs_at_most_once
+from rpcq.options import ClientKwargs, ClientOptions
+from rpcq.outbox import rows, writing
+from rpcq.outbox.databases import AnyEngine, Database
+from rpcq.outbox.options import OutboxKwargs, OutboxOptions
+from rpcq.outbox.relay import Counts, Relay
+from rpcq.outbox.tables import OutboxRow
+from rpcq.outbox.writing import AnySession
+from rpcq.runtime import clock
+from rpcq.service import Context
+from rpcq.url import parse
+from rpcq.validation.listing import lists_options
+from rpcq.wire.jobs import Job, JobTopology, encode_job
+
+P = ParamSpec("P")
+
+_DEFAULTS: Final = OutboxOptions()
+
+
+class Outbox:
+    """Writes jobs into the table `rpcq_outbox`, with your own changes; a relay sends them after the commit.
+
+        outbox = Outbox(engine)
+
+        async with outbox:                          # a relay runs in this process
+            async with sessions.begin() as db:
+                db.add(order)
+                outbox.send(db, welcome, to=order.email, name=order.name)
+
+    As an async context manager, it runs a relay in this process, which sends a job within milliseconds after the
+    commit, and looks every second for what other processes have committed or left behind. It starts although broker
+    or database are down, and waits for them. A program that only writes needs no relay of its own, if another process
+    with the same database has one, such as `rpcq outbox relay`.
+
+    Args:
+        engine: an `Engine` or an `AsyncEngine` of SQLAlchemy, for PostgreSQL or SQLite; the tables must exist, see
+            `rpcq.outbox.metadata`. Sessions may have another engine of the same database.
+        url: the broker, as for `Client`; `RPCQ_URL` if None. It is needed for the relay.
+        options: as in `ClientOptions`: of the relay's connections; `namespace`, `name` and `max_body` are also those of
+            the jobs. What is not given is read from the environment.
+
+    Raises:
+        ConfigurationError: the engine, the URL or an option cannot be used.
+
+    """
+
+    def __init__(self, engine: AnyEngine, url: str | None = None, **options: Unpack[ClientKwargs]) -> None:
+        self.options = options_from(ClientOptions, options)
+        if url:
+            parse(url)
+        self._url = url
+        self._engine = engine
+        self._database = Database(engine)
+        self._topology = JobTopology(self.options.namespace)
+        self._given = _DEFAULTS
+        self._relays: list[Relay] = []
+
+    @lists_options(OutboxOptions, changes=True)
+    def with_options(self, **options: Unpack[OutboxKwargs]) -> Outbox:
+        """The same outbox, with other options for its jobs; see `OutboxOptions`.
+
+        Raises:
+            ConfigurationError: an option is not valid; the message names it.
+
+        """
+        changed = copy.copy(self)
+        changed._given = replace(self._given, **options)  # noqa: SLF001 - its own class
+        return changed
+
+    # Writing.
+
+    @overload
+    def send(
+        self, db: AnySession, job: Callable[Concatenate[Context, P], Any], /, *args: P.args, **params: P.kwargs
+    ) -> Job: ...
+
+    @overload
+    def send(self, db: AnySession, job: Callable[P, Any], /, *args: P.args, **params: P.kwargs) -> Job: ...
+
+    @overload
+    def send(self, db: AnySession, job: str, /, *args: Any, **params: Any) -> Job: ...
+
+    def send(self, db: AnySession, job: str | Callable[..., Any], /, *args: Any, **params: Any) -> Job:
+        """Write a job with the transaction of a session; it is sent after the commit, and never after a rollback.
+
+        Nothing is executed now: the row is written when the session is flushed, at the latest by its commit. With an
+        `order_key` on PostgreSQL, the flush waits for other transactions that have written jobs of that key.
+
+        Args:
+            db: your `Session` or `AsyncSession`, in a transaction.
+            job: as for `Client.send`: a function with `@service.job`, a job of a bound contract, or `service.job`.
+            args: parameters by position.
+            params: parameters by name.
+
+        Returns:
+            The job's ID and key: it is sent under them, however often the relay has to try.
+
+        Raises:
+            UsageError: no transaction has begun; or it is not a job, or one that runs at most once, because a relay
+                that is lost sends its jobs again.
+            ConfigurationError: the session is of another database, or the name of the job is not valid.
+            InvalidParams: the parameters do not fit the function or the contract.
+            NotSerializable: JSON cannot carry a parameter.
+            TooLarge: parameters or headers are over the limit.
+            TypeError: there are too many parameters by position, or one is given twice.
+
+        """
+        session = writing.session_of(db)
+        writing.check_session(session, self._database.engine)
+        service, name, method = found = find_job(job)
+        if runs_at_most_once(method):
+            msg = f"{service}.{name} runs at most once, and a relay that is lost sends its jobs again"
+            raise UsageError(f"{msg}: send it with a client, after the commit")
+        given, now = self._given, clock.now_ms()
+        due, expires = given.times(now)
+        message = prepare(
+            found,
+            given.call,
+            args,
+            params,
+            job_id=secrets.token_hex(16),
+            app_id=self.options.name,
+            max_body=self.options.max_body,
+        )
+        message.due_ms, message.expires_ms = due, expires
+        row = OutboxRow()
+        row.message_id, row.label, row.order_key = message.id, f"{service}.{name}", given.order_key
+        row.exchange, row.routing_key = self._topology.jobs.name, self._topology.key(service, message.priority)
+        row.properties, row.body = encode_job(message, now), message.body
+        row.created, row.due, row.tries = now, due, 0
+        writing.write(session, row, self._wake)
+        when = None if due is None else datetime.fromtimestamp(due / 1000, UTC)
+        return Job(message.id, service, name, message.key, when, message.priority)
+
+    @overload
+    def cancel(self, db: AsyncSession | async_scoped_session[Any], job: Job | str, /) -> Awaitable[bool]: ...
+
+    @overload
+    def cancel(self, db: Session | scoped_session[Any], job: Job | str, /) -> bool: ...
+
+    def cancel(self, db: AnySession, job: Job | str, /) -> bool | Awaitable[bool]:
+        """Delete a job that is not due yet, with the transaction of a session. With an `AsyncSession`, await it.
+
+        Args:
+            db: your session, in a transaction.
+            job: what `send` returned, or its ID.
+
+        Returns:
+            Whether it was there and not due. True: it is not sent, once your transaction is committed. False: it was
+            sent, or is about to be, or was cancelled before; or it had no `delay` and no `at`.
+
+        Raises:
+            UsageError: no transaction has begun.
+            ConfigurationError: the session is of another database, or that is no ID of a job.
+
+        """
+        session = writing.session_of(db)
+        writing.check_session(session, self._database.engine)
+        message_id = job.id if isinstance(job, Job) else job
+        if not isinstance(message_id, str):
+            raise ConfigurationError(f"job must be what send returned, or its ID; got {job!r:.100}")
+        if isinstance(db, async_scoped_session):
+            db = db()
+        if isinstance(db, AsyncSession):
+            return db.run_sync(_cancel, message_id)
+        return _cancel(session, message_id)
+
+    def _wake(self) -> None:
+        """The transaction of a session with rows of this outbox is committed, in any thread."""
+        for relay in self._relays:
+            relay.wake_from_thread()
+
+    # Relaying.
+
+    async def start(self) -> None:
+        """Run a relay in this process, in a task of this event loop.
+
+        Raises:
+            ConfigurationError: there is no URL of the broker.
+            UsageError: a relay of this outbox runs already.
+
+        """
+        if self._relays:
+            raise UsageError("a relay of this outbox runs already in this process")
+        relay = Relay(self._database, broker_url(self._url), self.options)
+        self._relays.append(relay)  # shared with what `with_options` made
+        relay.start()
+
+    async def stop(self) -> None:
+        """Send what is committed, within 5 seconds, and end the relay. What is left, another relay sends."""
+        while self._relays:
+            await self._relays.pop().close()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    def counts(self) -> Counts:
+        """What the relay of this process did; zeros if none runs."""
+        return self._relays[0].counts if self._relays else Counts()
+
+    async def depth(self) -> rows.OutboxDepth:
+        """How much waits in the table: one query, which counts all rows.
+
+        Raises:
+            sqlalchemy.exc.SQLAlchemyError: the database cannot be used.
+
+        """
+        async with self._database.transaction() as run:
+            return await run(rows.depth)
+
+
+def _cancel(session: Session, message_id: str) -> bool:
+    session.flush()  # it may have been sent in this very transaction
+    connection = session.connection(bind_arguments={"mapper": OutboxRow})
+    return bool(connection.execute(rows.cancel(message_id, rows.now_ms(connection))).rowcount)

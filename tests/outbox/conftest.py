@@ -1,0 +1,47 @@
+"""A database with the tables of outbox and inbox, with each driver; the in-process broker, or RabbitMQ."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from rpcq import Service
+from rpcq.outbox import Outbox
+from support.jobs import Done
+from support.places import Place, cut_memory
+from support.stores import ONE_OF_EACH, Store, url_of
+
+
+@pytest.fixture(params=ONE_OF_EACH)
+def driver(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+async def store(request: pytest.FixtureRequest, driver: str, tmp_path: Path) -> AsyncIterator[Store]:
+    found = Store(driver, url_of(driver, tmp_path, lambda: request.getfixturevalue("database_url")))
+    yield found
+    await found.close()
+
+
+@pytest.fixture
+def home(namespace: str) -> Place:
+    return Place(f"memory://{namespace}", namespace, "quorum", cut_memory)
+
+
+@pytest.fixture
+def outbox(store: Store, home: Place) -> Outbox:
+    return Outbox(store.engine, home.url, namespace=home.namespace)
+
+
+@pytest.fixture
+def service() -> Service:
+    return Service(f"s{secrets.token_hex(6)}")
+
+
+@pytest.fixture
+async def done() -> Done:
+    return Done()

@@ -1,0 +1,323 @@
+"""What is written with a transaction is sent if that is committed, and never otherwise."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.ext.asyncio import async_scoped_session, create_async_engine
+from sqlalchemy.orm import scoped_session, sessionmaker
+
+from rpcq import ConfigurationError, Context, InvalidParams, Service, UsageError
+from rpcq.outbox import Outbox, relay
+from rpcq.outbox.tables import dead as dead_table
+from rpcq.outbox.tables import outbox as rows_table
+from support.jobs import Done
+from support.load import until
+from support.places import Place
+from support.stores import Order, Store, orders
+
+
+@pytest.fixture
+def work(service: Service, done: Done) -> Any:
+    @service.job
+    async def work(number: int, context: Context | None = None) -> None:
+        done.note(number)
+
+    return work
+
+
+async def test_a_job_is_sent_after_the_commit_and_not_after_a_rollback(
+    store: Store, outbox: Outbox, home: Place, service: Service, work: Any, done: Done
+) -> None:
+    def order(number: int) -> Any:
+        def both(db: Any) -> None:
+            db.add(Order(number))
+            outbox.send(db, work, number=number)
+
+        return both
+
+    async with outbox, home.worker(service):
+        for number in range(10):
+            await store.write(order(number), commit=number % 2 == 0)
+        await done.until(lambda counts: counts.total() == 5)
+        await until(lambda: not store.count(rows_table))
+    assert done.counts == dict.fromkeys(range(0, 10, 2), 1)
+    assert sorted(number for _, number, _ in store.asked(orders.select())) == [*range(0, 10, 2)]
+
+
+async def test_a_job_is_sent_within_milliseconds_after_the_commit(
+    store: Store, outbox: Outbox, home: Place, service: Service, work: Any, done: Done
+) -> None:
+    async with outbox, home.worker(service):
+        await store.write(lambda db: outbox.send(db, work, number=-1))
+        await done.until(lambda counts: counts[-1] == 1)
+        waits = []
+        for number in range(9):
+            await store.write(lambda db, number=number: outbox.send(db, work, number=number))
+            began = time.perf_counter()
+            await done.until(lambda counts, number=number: counts[number] == 1)
+            waits.append(time.perf_counter() - began)
+    assert sorted(waits)[4] < relay.POLL / 4, waits
+
+
+async def test_what_a_savepoint_rolls_back_is_not_sent(
+    store: Store, outbox: Outbox, home: Place, service: Service, work: Any, done: Done
+) -> None:
+    if store.is_blocking:
+
+        def partly(db: Any) -> None:
+            outbox.send(db, work, number=1)
+            savepoint = db.begin_nested()
+            outbox.send(db, work, number=2)
+            db.flush()
+            savepoint.rollback()
+            with db.begin_nested():
+                outbox.send(db, work, number=3)
+            outbox.send(db, work, number=4)
+    else:
+
+        async def partly(db: Any) -> None:
+            outbox.send(db, work, number=1)
+            savepoint = await db.begin_nested()
+            outbox.send(db, work, number=2)
+            await db.flush()
+            await savepoint.rollback()
+            async with db.begin_nested():
+                outbox.send(db, work, number=3)
+            outbox.send(db, work, number=4)
+
+    async with outbox, home.worker(service):
+        await store.write(partly)
+        await done.until(lambda counts: counts.total() == 3)
+        await until(lambda: not store.count(rows_table))
+    assert set(done.counts) == {1, 3, 4}
+
+
+async def test_rows_that_another_process_left_are_sent_and_those_of_another_namespace_are_not(
+    store: Store, outbox: Outbox, home: Place, service: Service, work: Any, done: Done
+) -> None:
+    elsewhere = Outbox(store.engine, home.url, namespace="elsewhere")
+    await store.write(lambda db: [outbox.send(db, work, number=1), elsewhere.send(db, work, number=2)])
+    async with Outbox(store.engine, home.url, namespace=home.namespace), home.worker(service):
+        await done.until(lambda counts: counts[1] == 1)
+        await until(lambda: store.count(rows_table) == 1)
+    assert done.counts == {1: 1}
+
+
+async def test_the_handler_gets_the_job_as_if_a_client_had_sent_it(
+    store: Store, outbox: Outbox, home: Place, service: Service
+) -> None:
+    seen: asyncio.Queue[Context] = asyncio.Queue()
+
+    @service.job
+    async def look(context: Context) -> None:
+        seen.put_nowait(context)
+
+    at = datetime.now(UTC) + timedelta(seconds=1)
+    changed = outbox.with_options(idempotency_key="k", metadata={"x-tenant": "a"}, at=at)
+    async with outbox, home.worker(service):
+        job = await store.write(lambda db: changed.send(db, look))
+        context = await seen.get()
+        plain = await store.write(lambda db: outbox.send(db, f"{service.name}.look"))
+        second = await seen.get()
+    assert (context.correlation_id, context.idempotency_key, context.metadata) == (job.id, "k", {"x-tenant": "a"})
+    assert abs(context.due - at) < timedelta(milliseconds=1)
+    assert context.due == job.due
+    assert (second.correlation_id, second.idempotency_key, second.due) == (plain.id, plain.id, None)
+
+
+async def test_a_job_that_is_due_later_waits_and_can_be_cancelled_until_then(
+    store: Store, outbox: Outbox, home: Place, service: Service, work: Any, done: Done
+) -> None:
+    soon, far = outbox.with_options(delay=0.5), outbox.with_options(at=datetime(2999, 1, 1, tzinfo=UTC))
+    async with outbox, home.worker(service):
+        kept = await store.write(lambda db: soon.send(db, work, number=1))
+        dropped = await store.write(lambda db: soon.send(db, work, number=2))
+        distant = await store.write(lambda db: far.send(db, work, number=3))
+        assert (await outbox.depth()).later == 3
+        assert await store.write(lambda db: outbox.cancel(db, dropped))
+        assert await store.write(lambda db: outbox.cancel(db, distant.id), commit=False)
+        assert not await store.write(lambda db: outbox.cancel(db, dropped))
+        began = time.monotonic()
+        await done.until(lambda counts: counts[1] == 1)
+        assert time.monotonic() - began < 0.5 + 2 * relay.POLL
+        assert not await store.write(lambda db: outbox.cancel(db, kept))
+        await until(lambda: store.count(rows_table) == 1)
+    assert done.counts == {1: 1}
+
+
+async def test_jobs_of_a_key_are_sent_in_the_order_of_their_transactions(
+    store: Store, outbox: Outbox, home: Place, service: Service, work: Any, done: Done
+) -> None:
+    order: list[int] = []
+
+    @service.job
+    async def note(number: int) -> None:
+        order.append(number)
+        done.note("note")
+
+    keyed = outbox.with_options(order_key="customer-7")
+    counter = asyncio.Lock()
+    sent: list[int] = []
+
+    async def one(number: int) -> None:
+        async with counter:  # the order of the commits is the order of the numbers
+            await store.write(lambda db: keyed.send(db, note, number=number))
+            sent.append(number)
+
+    async with outbox, home.worker(service, job_prefetch=1):
+        await asyncio.gather(*(one(number) for number in range(40)))
+        await done.until(lambda counts: counts["note"] == 40)
+    assert order == sent
+
+
+async def test_a_job_that_no_queue_takes_is_tried_again_and_then_dead_and_the_others_go_on(
+    store: Store, outbox: Outbox, home: Place, service: Service, work: Any, done: Done, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(relay, "UNROUTABLE_PAUSES", (1,))
+    async with outbox, home.worker(service):
+        await store.write(lambda db: [outbox.send(db, "nobody.work"), outbox.send(db, work, number=1)])
+        await done.until(lambda counts: counts[1] == 1)
+        await until(lambda: store.count(dead_table) == 1)
+        assert (await outbox.depth()).dead == 1
+        counts = outbox.counts()
+        assert (counts.sent, counts.retried, counts.dead) == (1, 1, 1)
+    (row,) = store.asked(dead_table.select())
+    assert row[2] == "nobody.work"
+    assert "unroutable" in row
+    assert "rpcq setup" in row[-1]
+
+
+async def test_bad_input_is_an_error_before_anything_is_written(
+    store: Store, outbox: Outbox, service: Service, work: Any
+) -> None:
+    @service.job(at_most_once=True)
+    async def once() -> None: ...
+
+    def refused(kind: type[Exception], match: str, change: Any = None) -> Any:
+        def check(db: Any) -> None:
+            with pytest.raises(kind, match=match):
+                change(db)
+
+        return check
+
+    past = outbox.with_options(at=datetime.now(UTC) - timedelta(seconds=5))
+    stale = outbox.with_options(delay=10, expires=5)
+    for kind, match, change in (
+        (InvalidParams, "number", lambda db: outbox.send(db, work, number="x")),
+        (UsageError, "runs at most once", lambda db: outbox.send(db, once)),
+        (ConfigurationError, "service.job", lambda db: outbox.send(db, "work")),
+        (ConfigurationError, "at must be in the future", lambda db: past.send(db, work, number=1)),
+        (ConfigurationError, "expires must be after", lambda db: stale.send(db, work, number=1)),
+        (ConfigurationError, "your Session or AsyncSession", lambda db: outbox.send(None, work, number=1)),
+        (ConfigurationError, "its ID", lambda db: outbox.cancel(db, 7)),
+    ):
+        await store.write(refused(kind, match, change))
+    assert not store.count(rows_table)
+
+
+async def test_a_session_without_a_transaction_or_of_another_database_is_an_error_that_names_the_fix(
+    store: Store, outbox: Outbox, work: Any, tmp_path: Any
+) -> None:
+    db = store.sessions()
+    with pytest.raises(UsageError, match=r"with session.begin\(\)"):
+        outbox.send(db, work, number=1)
+    other = sessionmaker(create_engine(f"sqlite:///{tmp_path}/other.db"))
+    with other.begin() as another, pytest.raises(ConfigurationError, match=r"of another database, sqlite:.*other\.db"):
+        outbox.send(another, work, number=1)
+    with sessionmaker().begin() as unbound, pytest.raises(ConfigurationError, match="no engine for the table"):
+        outbox.send(unbound, work, number=1)
+    each = store.engine.execution_options(isolation_level="AUTOCOMMIT")
+    with pytest.raises(ConfigurationError, match="AUTOCOMMIT"):
+        Outbox(each)
+    sync = create_engine(store.plain.url).execution_options(isolation_level="AUTOCOMMIT")
+    with sessionmaker(sync).begin() as committing, pytest.raises(ConfigurationError, match="AUTOCOMMIT"):
+        outbox.send(committing, work, number=1)
+
+
+async def test_another_engine_of_the_same_database_and_scoped_sessions_can_be_used(
+    store: Store, outbox: Outbox, home: Place, service: Service, work: Any, done: Done
+) -> None:
+    blocking = scoped_session(sessionmaker(store.plain))
+    async with outbox, home.worker(service):
+        with blocking.begin():
+            outbox.send(blocking, work, number=1)
+        blocking.remove()
+        if not store.is_blocking:
+            scoped = async_scoped_session(store.sessions, asyncio.current_task)
+            async with scoped.begin():
+                outbox.send(scoped, work, number=1)
+            await scoped.remove()
+        else:
+            await store.write(lambda db: outbox.send(db, work, number=1))
+        await done.until(lambda counts: counts[1] == 2)
+
+
+def test_engines_that_cannot_have_an_outbox_are_refused() -> None:
+    for engine, match in (
+        (create_engine("sqlite://"), "in a file"),
+        (create_async_engine("sqlite+aiosqlite:///:memory:"), "in a file"),
+        ("postgresql://", "create_engine"),
+    ):
+        with pytest.raises(ConfigurationError, match=match):
+            Outbox(engine)  # type: ignore[arg-type]
+
+
+async def test_the_relay_starts_without_a_broker_and_sends_when_there_is_one(
+    store: Store, home: Place, service: Service, work: Any, done: Done, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(relay, "FAILED_PAUSES", (0.01, 0.02))
+    refusals = [0]
+    opened = relay.open_transport
+
+    def refusing(url: str, options: Any) -> Any:
+        refusals[0] += 1
+        return opened("amqp://127.0.0.1:1/" if refusals[0] < 3 else url, options)
+
+    monkeypatch.setattr(relay, "open_transport", refusing)
+    outbox = Outbox(store.engine, home.url, namespace=home.namespace)
+    async with outbox, home.worker(service):
+        await store.write(lambda db: outbox.send(db, work, number=1))
+        await done.until(lambda counts: counts[1] == 1)
+    assert refusals == [3]
+
+
+async def test_the_relay_goes_on_after_the_table_was_away(
+    store: Store, outbox: Outbox, home: Place, service: Service, work: Any, done: Done, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(relay, "FAILED_PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(relay, "POLL", 0.01)
+    store.do(lambda connection: connection.execute(text("alter table rpcq_outbox rename to away")))
+    async with outbox, home.worker(service):
+        await asyncio.sleep(0.2)
+        store.do(lambda connection: connection.execute(text("alter table away rename to rpcq_outbox")))
+        await store.write(lambda db: outbox.send(db, work, number=1))
+        await done.until(lambda counts: counts[1] == 1)
+
+
+async def test_what_is_committed_is_sent_before_the_relay_ends(
+    store: Store, outbox: Outbox, home: Place, service: Service, work: Any, done: Done
+) -> None:
+    async with home.worker(service):
+        async with outbox:
+            await store.write(lambda db: [outbox.send(db, work, number=number) for number in range(600)])
+        assert not store.count(rows_table)
+        await done.until(lambda counts: counts.total() == 600)
+
+
+async def test_of_two_relays_one_relays_and_a_job_is_sent_once(
+    store: Store, outbox: Outbox, home: Place, service: Service, work: Any, done: Done
+) -> None:
+    second = Outbox(store.engine, home.url, namespace=home.namespace)
+    async with outbox, second, home.worker(service):
+        for number in range(50):
+            await store.write(lambda db, number=number: (outbox, second)[number % 2].send(db, work, number=number))
+        await done.until(lambda counts: len(counts) == 50)
+        await until(lambda: outbox.counts().sent + second.counts().sent == 50)
+        assert not store.count(rows_table)
+    assert set(done.counts.values()) == {1}
