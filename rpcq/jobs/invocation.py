@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from typing import Any
 
 from rpcq.errors import InvalidParams
 from rpcq.invocation import Invocation
 from rpcq.jobs.outcomes import Again, Dead, Filtered, of_refusal, of_unknown
+from rpcq.once import Found, NotBegun, OnceKey
+from rpcq.results import fingerprint
 from rpcq.runtime.deadline import Deadline
 from rpcq.service import Context, Method, Service
 from rpcq.wire.jobs import JobMessage, JobTopology
@@ -76,10 +79,25 @@ class Served:
         return {"job": f"{self.service.name}.{job.name}", "job_id": job.id, "attempt": job.attempt}
 
 
-class JobInvocation(Invocation):
-    """The handler of a job, with its message."""
+def once_key(method: Method, job: JobMessage) -> OnceKey:
+    """The key under which a job is done once.
 
-    __slots__ = ("job", "served")
+    It does not have the broker's user that sent the job: only the first attempt carries that.
+    """
+    return OnceKey(method.label, job.key, fingerprint(job.name, job.body))
+
+
+class JobInvocation(Invocation):
+    """The handler of a job, with its message.
+
+    Attributes:
+        job: the message.
+        served: the queue that it came from.
+        given: what an `async def` handler of a job with `once` gets from that.
+
+    """
+
+    __slots__ = ("given", "job", "served")
 
     def __init__(
         self,
@@ -92,6 +110,19 @@ class JobInvocation(Invocation):
         super().__init__(method, arguments, deadline)
         self.job = job
         self.served = served
+        self.given: Any = None
+
+    def call(self) -> Any:
+        """See `Invocation`; the handler of a job with `once` also gets what that gives."""
+        options = self.method.job
+        if options is None or options.once is None:
+            return super().call()
+        if self.method.is_async:
+            return self.method.call_once(self.args, self.params, self.context, self.given)
+        with options.once.open_blocking(once_key(self.method, self.job)) as given:
+            if time.monotonic() >= self.deadline:  # it has waited for the database, in its thread
+                raise NotBegun(Found.FAILED)
+            return self.method.call_once(self.args, self.params, self.context, given)
 
     def names(self) -> dict[str, Any]:
         """The fields that identify the job in logs."""

@@ -12,6 +12,7 @@ from typing import Final
 
 from rpcq.errors import CallError, Executed, GiveUp, RetryLater
 from rpcq.invocation import Interruption, Refused
+from rpcq.once import Found, NotCommitted
 from rpcq.options import JobOptions, Retry
 from rpcq.results import Claim, StoredResult
 from rpcq.wire.delays import coarse, steps_of
@@ -163,6 +164,18 @@ def of_key(job: JobMessage, found: StoredResult | Claim, fingerprint: bytes) -> 
     return None
 
 
+def of_once(job: JobMessage, found: Found, seconds: float) -> NotRun:
+    """What becomes of a job by what its inbox has for its key; `seconds` is the pause if that could not be asked."""
+    match found:
+        case Found.DONE | Found.OTHER:
+            return NotRun(of_done(job, same=found is Found.DONE))
+        case Found.HELD:
+            return NotRun(of_twin())
+        case Found.FAILED:
+            said = "the database of its inbox failed: it cannot say whether it is done"
+            return NotRun(Again(max(1, coarse(steps_of(seconds))), "inbox_failed", said))
+
+
 def of_twin() -> Again:
     """What becomes of a job while another one has its key."""
     return Again(steps_of(HELD_PAUSE), "key_held", "another job with its key runs, or its worker was lost")
@@ -198,6 +211,8 @@ def of_error(
         return Dead("gave_up", "yes", error.reason[:MAX_ERROR])
     if isinstance(error, RetryLater):
         return _again(job, options, "retry_later", said, steps_of(error.seconds))
+    if isinstance(error, NotCommitted):  # whether it is done, its inbox knows
+        return _again(job, options, "not_committed", str(error)[:MAX_ERROR], _pause(job, options.retry, spread))
     wanted = isinstance(error, options.retry_on) and not isinstance(error, options.give_up_on)
     if not wanted:
         return Dead("gave_up", "yes", said)

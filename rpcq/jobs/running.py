@@ -33,6 +33,7 @@ from rpcq.jobs.keys import Keys, Remembered, key_of
 from rpcq.jobs.limits import Limits
 from rpcq.jobs.moving import Mover
 from rpcq.jobs.observing import JobObservers, JobObserving
+from rpcq.jobs.once import OnceRunner
 from rpcq.jobs.outcomes import (
     Again,
     Dead,
@@ -51,6 +52,7 @@ from rpcq.jobs.outcomes import (
 from rpcq.jobs.run import JobRun
 from rpcq.jobs.suspects import Suspects
 from rpcq.observer import OK
+from rpcq.once import NotBegun
 from rpcq.runtime.backlog import Backlog
 from rpcq.runtime.backoff import full_jitter
 from rpcq.runtime.threads import Ended
@@ -115,6 +117,7 @@ class JobRunner:
         self._remembered = Remembered(remember) if remember else None
         self._busy: set[str] = set()  # keys of jobs that run
         self._keys = Keys()
+        self._once = OnceRunner()
         self._limits = Limits(self._start, self._put_off, lambda: not self._suspects)
         self._suspects = Suspects(self._running, self._begin, self._limits.go_on)
         self._look: asyncio.TimerHandle | None = None
@@ -283,7 +286,11 @@ class JobRunner:
                     self._busy.add(run.key)
                 self._look_later()
                 store = served.service.result_store
-                around: Around | None = None if store is None else partial(self._keys.run, run, invocation, store)
+                around: Around | None = None
+                if run.options.once is not None:
+                    around = self._once.around(invocation, run.options.once)
+                elif store is not None:
+                    around = partial(self._keys.run, run, invocation, store)
                 if self._observing is not None:
                     around = self._observing.wrap(run, around)
                 self._executor.begin(run, invocation, now, around)
@@ -309,6 +316,8 @@ class JobRunner:
 
     def raised(self, run: JobRun, invocation: Invocation, error: BaseException) -> None:
         """The handler raised, or did not run."""
+        if isinstance(error, NotBegun):
+            error = self._once.not_run(run, error)
         if isinstance(error, NotRun):
             self._not_run(run, error.fate)
             self._ended(run)

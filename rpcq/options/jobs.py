@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from rpcq.errors import ConfigurationError
+from rpcq.once import Once
 from rpcq.options.checks import MAX_TIMEOUT, check_count, check_seconds, check_several
 from rpcq.options.retries import Retry
 from rpcq.schedules import Schedule, check_schedule
@@ -36,6 +37,8 @@ class JobOptions:
         max_concurrency: the most jobs of this name that one worker runs at once; None for no limit of its own.
         rate: how many jobs of this name one worker begins at most in a second, a minute or an hour, such as "10/s",
             "100/m" or "1000/h", evenly spaced: 0.1 s apart for "10/s". None for no limit.
+        once: an inbox, such as `rpcq.outbox.Inbox(engine)`: the handler gets a session whose transaction also has the
+            key of the job, so that its changes happen once; None for none. The service's `result_store` is not used.
 
     """
 
@@ -47,6 +50,7 @@ class JobOptions:
     schedule: Schedule | None = None
     max_concurrency: int | None = None
     rate: str | None = None
+    once: Once | None = None
 
     def __post_init__(self) -> None:
         check_schedule(self.schedule)
@@ -56,6 +60,11 @@ class JobOptions:
             raise ConfigurationError(f"retry must be a Retry(...) or None; got {self.retry!r}")
         if self.retry is not None and self.retry.codes != JOB_RETRY.codes:
             msg = f"retry must have no codes: jobs fail with exceptions, see retry_on; got {self.retry.codes!r}"
+            raise ConfigurationError(msg)
+        if self.once is not None and not isinstance(self.once, Once):
+            raise ConfigurationError(f"once must be an inbox, such as rpcq.outbox.Inbox(engine); got {self.once!r}")
+        if self.once is not None and self.at_most_once:
+            msg = "at_most_once must be False with once: a job whose effects happen once may run again"
             raise ConfigurationError(msg)
         check_seconds("timeout", self.timeout, MAX_TIMEOUT)
         for name in ("retry_on", "give_up_on"):

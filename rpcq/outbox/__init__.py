@@ -10,10 +10,11 @@ try:
 except ImportError as error:
     raise ImportError(missing("rpcq.outbox", "sqlalchemy", "outbox"), name=error.name) from error
 
+from rpcq.outbox.inbox import Inbox
 from rpcq.outbox.options import OutboxKwargs, OutboxOptions
 from rpcq.outbox.outbox import Outbox
 from rpcq.outbox.relay import Counts
 from rpcq.outbox.rows import OutboxDepth
 from rpcq.outbox.tables import add_tables, metadata
 
-__all__ = ["Counts", "Outbox", "OutboxDepth", "OutboxKwargs", "OutboxOptions", "add_tables", "metadata"]
+__all__ = ["Counts", "Inbox", "Outbox", "OutboxDepth", "OutboxKwargs", "OutboxOptions", "add_tables", "metadata"]

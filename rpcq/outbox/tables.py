@@ -46,7 +46,7 @@ outbox: Final = Table(
     Column("error", Text),
     sqlite_autoincrement=True,  # else SQLite gives the number of a deleted row to the next one
 )
-"""Messages to be published. `order_key` keeps its rows in order; `due` is when, or when to try again; NULL is at once."""
+"""Messages to be published. `due` is when, or when to try again; NULL is at once."""
 
 Index("rpcq_outbox_message_id", outbox.c.message_id)
 Index(

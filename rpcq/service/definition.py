@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, TypeVar, overload
 
 from rpcq.contracts import METHOD_NAME, Obligation
 from rpcq.errors import ConfigurationError, DomainError
+from rpcq.once import Once
 from rpcq.options import JOB_RETRY, CallOptions, JobOptions, Retry, check_errors, check_name
 from rpcq.results import ResultStore
 from rpcq.schedules import Schedule
@@ -192,6 +193,7 @@ class Service:
         schedule: Schedule | None = None,
         max_concurrency: int | None = None,
         rate: str | None = None,
+        once: Once | None = None,
     ) -> Callable[[Handler], Handler]: ...
 
     def job(self, handler: Any = None, /, *, name: str | None = None, **options: Any) -> Any:

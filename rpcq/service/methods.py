@@ -9,6 +9,7 @@ import typing
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from types import FunctionType
 from typing import Any, Generic, cast
 
@@ -25,6 +26,9 @@ from rpcq.wire import bodies
 from rpcq.wire.values import NotCarried
 
 State = TypeVar("State", default=Any)
+
+Place = tuple[int, str]
+"""The position and the name of a parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,7 @@ class Method:
         parameters: reads its parameters.
         context_parameter: the position and the name of the parameter that takes a `Context`, or None; a keyword-only
             parameter has the position `sys.maxsize`.
+        once_parameter: the same of the parameter that takes what the option `once` of the job gives.
 
     """
 
@@ -113,7 +118,15 @@ class Method:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise ConfigurationError(f"{self.label} must return one value; got a generator")
         hints = type_hints(self.label, function)
-        self.context_parameter, signature = _without_context(self.label, handler, hints)
+        once = None if job is None else job.once
+        self.context_parameter, self.once_parameter, signature = _without_given(
+            self.label,
+            handler,
+            hints,
+            None if once is None else partial(once.gives, self.label, is_async=self.is_async),
+        )
+        if once is not None and self.once_parameter is None:
+            raise ConfigurationError(f"{self.label} {once.missing(is_async=self.is_async)}")
         self.parameters = Parameters(self.label, signature)
         returns = hints.get("return", Any)
         self._result = None if returns is Any else result_adapter(self.label, returns, written=True)
@@ -130,6 +143,21 @@ class Method:
                 args = (*args[:at], context(), *args[at:])
             else:
                 params[name] = context()
+        return self.handler(*args, **params)
+
+    def call_once(
+        self, args: tuple[Any, ...], params: dict[str, Any], context: Callable[[], Context], given: Any
+    ) -> Any:
+        """The same for a job with `once`; `given` is what that gives."""
+        assert self.once_parameter is not None  # noqa: S101 - `once` has one
+        places: list[tuple[int, str, Any]] = [(*self.once_parameter, given)]
+        if self.context_parameter is not None:
+            places.append((*self.context_parameter, context()))
+        for at, name, value in sorted(places, key=lambda place: place[0]):
+            if len(args) > at:
+                args = (*args[:at], value, *args[at:])
+            else:
+                params[name] = value
         return self.handler(*args, **params)
 
     def write_result(self, value: Any, max_body: int) -> bytes:
@@ -178,11 +206,17 @@ def function_of(handler: Callable[..., Any]) -> Callable[..., Any]:
     return handler if inspect.isroutine(handler) or not callable(handler) else handler.__call__  # type: ignore[operator]
 
 
-def _without_context(
-    label: str, handler: Callable[..., Any], hints: Mapping[str, Any]
-) -> tuple[tuple[int, str] | None, inspect.Signature]:
-    """The position and name of the context parameter, and the signature without it and with resolved annotations."""
-    context_parameter = None
+def _without_given(
+    label: str,
+    handler: Callable[..., Any],
+    hints: Mapping[str, Any],
+    is_given: Callable[[Any], bool] | None,
+) -> tuple[Place | None, Place | None, inspect.Signature]:
+    """The signature that senders see, with resolved annotations, and the parameters that it leaves out.
+
+    These are the parameter of the context, and that of which `is_given` says so.
+    """
+    found: dict[str, Place] = {}
     parameters = []
     bound = handler.keywords if isinstance(handler, functools.partial) else ()
     try:
@@ -193,12 +227,17 @@ def _without_context(
         hint = hints.get(parameter.name, Any)
         if parameter.name in bound:
             continue  # the partial gives it, not the caller
-        if any(it is Context or typing.get_origin(it) is Context for it in (hint, *typing.get_args(hint))):
-            by_position = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-            if context_parameter is not None or not (by_position or parameter.kind is parameter.KEYWORD_ONLY):
-                msg = f"{label} must take its Context in one parameter that can be given by name"
-                raise ConfigurationError(msg)
-            context_parameter = at if by_position else sys.maxsize, parameter.name
+        kinds = (hint, *typing.get_args(hint))
+        if any(it is Context or typing.get_origin(it) is Context for it in kinds):
+            what = "Context"
+        elif is_given is not None and any(is_given(it) for it in kinds):
+            what = "session"
         else:
             parameters.append(parameter.replace(annotation=hint))
-    return context_parameter, inspect.Signature(parameters)
+            continue
+        by_position = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if what in found or not (by_position or parameter.kind is parameter.KEYWORD_ONLY):
+            msg = f"{label} must take its {what} in one parameter that can be given by name"
+            raise ConfigurationError(msg)
+        found[what] = at if by_position else sys.maxsize, parameter.name
+    return found.get("Context"), found.get("session"), inspect.Signature(parameters)
