@@ -29,6 +29,7 @@ from rpcq.errors import (
     TooLarge,
     UsageError,
 )
+from rpcq.event_types import AnyEvent, Event
 from rpcq.observer import Observed, ObservedCall, ObservedJob, ObservedRequest, ObservedSend, Observer
 from rpcq.options import CallOptions, ClientOptions, ConnectionOptions, JobOptions, Retry, WorkerOptions
 from rpcq.results import Claim, ResultStore, StoredResult
@@ -36,10 +37,12 @@ from rpcq.runtime.deadline import Deadline
 from rpcq.runtime.process import own_version
 from rpcq.schedules import Cron, Every
 from rpcq.service import Context, Service
+from rpcq.wire.events import Publication
 from rpcq.wire.jobs import Job
 from rpcq.worker import Worker
 
 __all__ = [
+    "AnyEvent",
     "BrokerError",
     "CallError",
     "CallMaker",
@@ -55,6 +58,7 @@ __all__ = [
     "Cron",
     "Deadline",
     "DomainError",
+    "Event",
     "Every",
     "GiveUp",
     "InvalidParams",
@@ -74,6 +78,7 @@ __all__ = [
     "OutcomeUnknown",
     "Overloaded",
     "PermissionDenied",
+    "Publication",
     "RemoteError",
     "ResultStore",
     "Retry",

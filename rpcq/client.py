@@ -26,6 +26,8 @@ from rpcq.errors import (
     ServiceUnavailable,
     UsageError,
 )
+from rpcq.event_types import Event
+from rpcq.events.publishing import EventPublisher
 from rpcq.jobs.confirming import Confirms
 from rpcq.jobs.sending import JobSender
 from rpcq.observer import Observer, Observers
@@ -47,7 +49,8 @@ from rpcq.transport.sessions import Sessions
 from rpcq.url import checked_user, mask, parse
 from rpcq.validation.listing import lists_options
 from rpcq.wire import control
-from rpcq.wire.jobs import Job, JobTopology
+from rpcq.wire.events import EventTopology, Publication
+from rpcq.wire.jobs import Job
 from rpcq.wire.replies import Reply
 from rpcq.wire.topology import Topology
 
@@ -85,7 +88,7 @@ class Client:
     def __init__(
         self, url: str | None = None, *, observers: Iterable[Observer] = (), **options: Unpack[ClientKwargs]
     ) -> None:
-        # 15 attributes: each is a part that the client puts together, or how far it is.
+        # 17 attributes: each is a part that the client puts together, or how far it is.
         self.options = options_from(ClientOptions, options)
         self.topology = Topology(self.options.namespace)
         self._url = broker_url(url)
@@ -113,10 +116,12 @@ class Client:
         )
         self.invoke = self._invoker.invoke
         self._confirms = Confirms(self._transport)
+        events = EventTopology(self.options.namespace)
+        self._events = EventPublisher(self._transport, self._confirms, events, self._calls.next_id, self.options)
         self._jobs = JobSender(
             self._transport,
             self._confirms,
-            JobTopology(self.options.namespace),
+            events.jobs,
             self._calls.next_id,
             self.options,
             self._observers.sends,
@@ -296,6 +301,15 @@ class Client:
         """Send jobs. `CallMaker` uses it."""
         self._check_usable()
         return self._jobs.send(job, options, several)
+
+    def publish(self, event: Event, /) -> Coroutine[Any, Any, Publication]:
+        """Publish an event with the client's own options; see `CallMaker.publish`."""
+        return self._maker.publish(event)
+
+    def publish_event(self, event: Event, options: CallOptions) -> Coroutine[Any, Any, Publication]:
+        """Publish an event. `CallMaker` uses it."""
+        self._check_usable()
+        return self._events.publish(event, options)
 
     async def wait_for_service(self, name: str, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as `call` has it
         """Wait until a worker of the service answers.

@@ -344,24 +344,17 @@ class Parameters:
             InvalidParams: the body is not JSON, or does not fit; `details` lists the errors.
 
         """
-        try:
-            if body[:1] not in (b"{", b"[") and body.lstrip()[:1] not in (b"{", b"["):
-                if body:
-                    bodies.loads(body)  # validate first: `1, 2` must not become `[1, 2]`
-                body = b"[%b]" % body
-            found: tuple[tuple[Any, ...], dict[str, Any]] = self._read(refuse_nan(body))
-            if self._floats:
-                refuse_beyond_float(body, found, self._read)
-        except pydantic.ValidationError as error:
-            raise invalid_params(self._label, error) from error
-        except (NotCarried, NotRead) as error:
-            raise InvalidParams(f"the parameters of {self._label} cannot be read: {error}") from error
-        except ValueError as error:
-            why = bodies.why_not_json(body, error)
-            raise InvalidParams(f"the parameters of {self._label} are not JSON: {why}") from error
-        except Exception as error:
-            msg = f"the parameters of {self._label} could not be validated: a validator raised {type(error).__name__}"
-            raise InvalidParams(msg) from error
+        found: tuple[tuple[Any, ...], dict[str, Any]] = read_fitting(self._read_any, body, self._label)
+        return found
+
+    def _read_any(self, body: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if body[:1] not in (b"{", b"[") and body.lstrip()[:1] not in (b"{", b"["):
+            if body:
+                bodies.loads(body)  # validate first: `1, 2` must not become `[1, 2]`
+            body = b"[%b]" % body
+        found: tuple[tuple[Any, ...], dict[str, Any]] = self._read(refuse_nan(body))
+        if self._floats:
+            refuse_beyond_float(body, found, self._read)
         return found
 
     def check_none_needed(self) -> None:
@@ -375,6 +368,33 @@ class Parameters:
             self.read(b"")
         except InvalidParams as error:
             raise ConfigurationError(f"{self._label} must have a default for each parameter: {error}") from error
+
+
+def read_fitting(read: Callable[[bytes], Any], body: bytes, label: str, what: str = "parameters") -> Any:
+    """Read a body that has to fit the types of a function, or of a class.
+
+    Args:
+        read: reads it.
+        body: the body.
+        label: the name of the function or of the class, in texts of errors.
+        what: what the body has.
+
+    Raises:
+        InvalidParams: the body is not JSON, or does not fit; `details` lists the errors.
+
+    """
+    try:
+        return read(body)
+    except pydantic.ValidationError as error:
+        raise invalid_params(label, error, what) from error
+    except (NotCarried, NotRead) as error:
+        raise InvalidParams(f"the {what} of {label} cannot be read: {error}") from error
+    except ValueError as error:
+        why = bodies.why_not_json(body, error)
+        raise InvalidParams(f"the {what} of {label} are not JSON: {why}") from error
+    except Exception as error:
+        msg = f"the {what} of {label} could not be validated: a validator raised {type(error).__name__}"
+        raise InvalidParams(msg) from error
 
 
 class RemoteJob:

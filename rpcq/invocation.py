@@ -7,14 +7,14 @@ from enum import Enum, auto
 from typing import Any
 
 from rpcq.errors import CallError
-from rpcq.service import Context, Method
+from rpcq.service import Context, Offered
 
 
 class Invocation(ABC):
     """One call of a handler that is to run: the method, its validated arguments and its deadline.
 
     Attributes:
-        method: the method to call.
+        method: the method, job or subscription to call.
         args: its arguments by position.
         params: its arguments by name.
         deadline: when it has to end, in seconds of the monotonic clock.
@@ -23,7 +23,7 @@ class Invocation(ABC):
 
     __slots__ = ("args", "deadline", "method", "params")
 
-    def __init__(self, method: Method, arguments: tuple[tuple[Any, ...], dict[str, Any]], deadline: float) -> None:
+    def __init__(self, method: Offered, arguments: tuple[tuple[Any, ...], dict[str, Any]], deadline: float) -> None:
         self.method = method
         self.args, self.params = arguments
         self.deadline = deadline

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from enum import Enum
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Final, Self, Unpack
 
 from rpcq import logs
 from rpcq.calls.intake import Intake, Taking
@@ -23,6 +23,8 @@ from rpcq.calls.replying import Replier
 from rpcq.control import Answerer, WorkerStats, describe
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import BrokerError, ClosedError, ConfigurationError, UsageError
+from rpcq.events import queues
+from rpcq.events.subscriptions import ServedSubscription
 from rpcq.execution import Executor
 from rpcq.jobs.invocation import Served
 from rpcq.jobs.running import JobRunner
@@ -37,10 +39,14 @@ from rpcq.transport.opening import open_transport
 from rpcq.transport.sessions import Sessions
 from rpcq.url import mask
 from rpcq.validation.listing import lists_options
-from rpcq.wire.jobs import JobTopology
-from rpcq.wire.topology import CONSUMER_TIMEOUT, Queue, Topology
+from rpcq.wire.events import EventTopology
+from rpcq.wire.topology import CONSUMER_TIMEOUT, Topology
 
 log = logs.get_logger("rpcq.worker")
+
+
+_HELD: Final = {"x-consumer-timeout": CONSUMER_TIMEOUT}
+"""The arguments of a consumer of a quorum queue. RabbitMQ 4.3 refuses them for a classic queue."""
 
 
 class Phase(Enum):
@@ -85,11 +91,12 @@ class Worker:
         self._lifespans = AsyncExitStack()
         self._observers = Observers(observers, self)
         self._sessions = Sessions(self._transport, self._observers)
-        with_jobs = [service for service in services if service.jobs]
+        with_jobs = [service for service in services if service.takes_jobs]
         # Twice for jobs: the thread of a job that is written off may never be free again.
-        jobs = sum(prefetch for service in with_jobs for prefetch in prefetches(service, self.options).values())
+        jobs = sum(jobs_at_once(service, self.options) for service in with_jobs)
         executor = Executor(self.options.prefetch * len(services) + 2 * jobs)
-        self._job_topology = JobTopology(self.options.namespace)
+        self._event_topology = EventTopology(self.options.namespace)
+        self._job_topology = self._event_topology.jobs
         self._jobs: JobRunner | None = None
         if with_jobs:
             self._jobs = JobRunner(
@@ -157,12 +164,9 @@ class Worker:
                 consuming=lambda _: None, consuming_lost=self._on_consuming_lost, blocked=self._on_blocked
             )
             exchanges = self._topology.exchanges(self.options.reply_exchange)
-            queues: list[Queue] = []
-            if self._jobs is not None:
-                exchanges += self._job_topology.exchanges()
-                queues += self._job_topology.shared_queues()
-                queues += [self._job_topology.dead_queue(service.name) for service in self.services if service.jobs]
-            await self._transport.start(exchanges, subscriptions, listener, queues)
+            exchanges += queues.exchanges(self._event_topology, self.services)
+            shared = queues.shared(self._event_topology, self.services)
+            await self._transport.start(exchanges, subscriptions, listener, shared)
         except BaseException:
             await self._abandon()
             raise
@@ -311,14 +315,12 @@ class Worker:
         return self._replier.name_of(task) if named is None else named
 
     async def _enter(self, service: Service) -> list[Subscription]:
-        """Enter the service's lifespan; returns the subscriptions for its requests and its jobs."""
+        """Enter the service's lifespan; returns the subscriptions for its requests, its jobs and its events."""
         state = None
         if service.lifespan is not None:
             state = await self._lifespans.enter_async_context(service.lifespan())
-        # RabbitMQ 4.3 refuses the argument for a classic queue.
-        held = {"x-consumer-timeout": CONSUMER_TIMEOUT}
         found = []
-        if service.methods or not service.jobs:  # a fake of a service may have no methods yet
+        if service.is_called:
             found.append(
                 Subscription(
                     self._topology.request_queue(
@@ -326,18 +328,36 @@ class Worker:
                     ),
                     self._intake.serve(service, state),
                     prefetch=self.options.prefetch,
-                    arguments=held if service.queue_type == "quorum" else {},
+                    arguments=_HELD if service.queue_type == "quorum" else {},
                 )
             )
-        if self._jobs is not None and service.jobs:
-            for priority, prefetch in prefetches(service, self.options).items():
-                queue = self._job_topology.queue(service.name, priority)
-                on_delivery = self._jobs.serve(Served(service, state, room=prefetch // 2, topology=self._job_topology))
-                found.append(Subscription(queue, on_delivery, prefetch=prefetch, arguments=held))
-            suspects = self._job_topology.suspects(service.name)
-            on_suspect = self._jobs.serve(Served(service, state, room=0, topology=self._job_topology), is_suspects=True)
-            found.append(Subscription(suspects, on_suspect, prefetch=1, arguments=held))
+        if self._jobs is not None:
+            found += [*self._of_jobs(self._jobs, service, state), *self._of_events(self._jobs, service, state)]
         return found
+
+    def _of_jobs(self, runner: JobRunner, service: Service, state: Any) -> Iterator[Subscription]:
+        """Subscribe to the queues of a service's jobs."""
+        if not service.jobs:
+            return
+        topology = self._job_topology
+        for priority, prefetch in prefetches(service, self.options).items():
+            served = Served(service, state, room=prefetch // 2, topology=topology)
+            queue = topology.queue(service.name, priority)
+            yield Subscription(queue, runner.serve(served), prefetch=prefetch, arguments=_HELD)
+        served = Served(service, state, room=0, topology=topology)
+        suspects = topology.suspects(service.name)
+        yield Subscription(suspects, runner.serve(served, is_suspects=True), prefetch=1, arguments=_HELD)
+
+    def _of_events(self, runner: JobRunner, service: Service, state: Any) -> Iterator[Subscription]:
+        """Subscribe to the queues of a service's subscriptions."""
+        topology, prefetch = self._event_topology, self.options.job_prefetch
+        for each in service.lasting:
+            served = ServedSubscription(service, state, each, room=prefetch // 2, topology=topology)
+            queue = topology.queue(service.name, each.name, each.topics.patterns)
+            yield Subscription(queue, runner.serve(served), prefetch=prefetch, arguments=_HELD)
+            served = ServedSubscription(service, state, each, room=0, topology=topology)
+            suspects = topology.suspects(service.name, each.name)
+            yield Subscription(suspects, runner.serve(served, is_suspects=True), prefetch=1, arguments=_HELD)
 
     # What the transport reports.
 
@@ -380,6 +400,12 @@ def prefetches(service: Service, options: WorkerOptions) -> dict[Priority, int]:
     return found
 
 
+def jobs_at_once(service: Service, options: WorkerOptions) -> int:
+    """How many jobs and events of a service a worker runs at once."""
+    jobs = sum(prefetches(service, options).values()) if service.jobs else 0
+    return jobs + len(service.lasting) * options.job_prefetch
+
+
 def check_services(services: tuple[Service, ...]) -> None:
     """Check that one worker can serve these.
 
@@ -396,6 +422,6 @@ def check_services(services: tuple[Service, ...]) -> None:
     names = [service.name for service in services]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigurationError(f"services must have different names; got several called {', '.join(twice)}")
-    queues = [service.queue for service in services if service.queue is not None]
-    if shared := sorted({queue for queue in queues if queues.count(queue) > 1}):
+    named = [service.queue for service in services if service.queue is not None]
+    if shared := sorted({queue for queue in named if named.count(queue) > 1}):
         raise ConfigurationError(f"services must have different queues; got several with the queue {', '.join(shared)}")

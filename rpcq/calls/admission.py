@@ -64,6 +64,8 @@ class CallInvocation(Invocation):
 
     __slots__ = ("authorize", "deduplication", "queue_ms", "request", "state")
 
+    method: Method
+
     def __init__(
         self,
         request: Request,

@@ -20,12 +20,14 @@ from rpcq.contracts import (
     result_adapter,
 )
 from rpcq.errors import ConfigurationError, UsageError
+from rpcq.event_types import Event
 from rpcq.options import CallKwargs, CallOptions, check_name
 from rpcq.service import Context
 from rpcq.validation.attributes import check_attributes
 from rpcq.validation.listing import lists_options
 from rpcq.validation.parameters import by_name, positional_names
 from rpcq.validation.schemas import type_hints
+from rpcq.wire.events import Publication
 from rpcq.wire.jobs import Job
 from rpcq.wire.topology import Topology
 
@@ -96,6 +98,9 @@ class Caller(Protocol):
         several: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]],
     ) -> Coroutine[Any, Any, list[Job]]:
         """Send jobs of one name."""
+
+    def publish_event(self, event: Event, options: CallOptions) -> Coroutine[Any, Any, Publication]:
+        """Publish an event."""
 
 
 class RemoteMethod(RemoteCallable):
@@ -269,6 +274,32 @@ class CallMaker:
         if self._options.idempotency_key is not None:
             raise UsageError("send_many must have no idempotency_key: each job has a key of its own")
         return await self._caller.send_jobs(job, self._options, [((), params) for params in several])
+
+    async def publish(self, event: Event, /) -> Publication:
+        """Publish an event: it returns when the broker has it in the queue of every subscription that takes it.
+
+        Of the options, `timeout`, `idempotency_key` and `metadata` are used.
+
+        Args:
+            event: an instance of a class of events.
+
+        Returns:
+            The event's ID and key, and whether anybody listens.
+
+            If the task that awaits it is cancelled, the event may be published all the same.
+
+        Raises:
+            SendError: it is not published, or may not be; `queued` says which, and the message what to do. If a queue
+                refused it, others have it: publish it again under the same key.
+            UsageError: it is not an event of a class with a name, or an option is for jobs only; or the client belongs
+                to another event loop or process.
+            InvalidParams: it was changed after it was made, and does not fit its class. Nothing was sent.
+            NotSerializable: JSON cannot carry it. Nothing was sent.
+            TooLarge: the event or the headers are over the limit. Nothing was sent.
+            ClosedError: the client is not open.
+
+        """
+        return await self._caller.publish_event(event, self._options)
 
     def service(self, name: str) -> ServiceProxy:
         """A proxy of a service; nothing is sent.

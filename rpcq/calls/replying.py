@@ -89,11 +89,11 @@ class CallRun(Run):
 
     def returned(self, invocation: Invocation, value: Any) -> None:
         """See `Run`."""
-        self.replier.returned(self, invocation, value)
+        self.replier.returned(self, invocation, value)  # type: ignore[arg-type]  # it runs calls only
 
     def raised(self, invocation: Invocation, error: BaseException) -> None:
         """See `Run`."""
-        self.replier.raised(self, invocation, error)
+        self.replier.raised(self, invocation, error)  # type: ignore[arg-type]  # it runs calls only
 
     def interrupted(self, invocation: Invocation, why: Interruption) -> None:
         """See `Run`."""
@@ -294,7 +294,7 @@ class Replier:
             return await self._replays.run(run, invocation, invocation.deduplication, enter)
         return await enter()
 
-    def returned(self, run: CallRun, invocation: Invocation, value: Any) -> None:
+    def returned(self, run: CallRun, invocation: CallInvocation, value: Any) -> None:
         """The handler returned this, or a stored result is replayed."""
         try:
             body = value.body if type(value) is StoredResult else invocation.method.write_result(value, self._max_body)
@@ -308,7 +308,7 @@ class Replier:
                 self._observe_end(run, run.observed, OK)
             self._reply(run, replies.RESULT, body)
 
-    def raised(self, run: CallRun, invocation: Invocation, error: BaseException) -> None:
+    def raised(self, run: CallRun, invocation: CallInvocation, error: BaseException) -> None:
         """The handler raised, or was not entered."""
         if isinstance(error, Refused):
             self._refuse(run, error.error)

@@ -8,8 +8,10 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, Unpa
 
 from rpcq.calls import proxy
 from rpcq.errors import ConfigurationError, UsageError
+from rpcq.event_types import Event
 from rpcq.options import CallKwargs, CallOptions, UntypedCallKwargs
 from rpcq.service import Context
+from rpcq.wire.events import Publication
 from rpcq.wire.jobs import Job
 from rpcq.wire.topology import Topology
 
@@ -35,6 +37,9 @@ class Caller(Protocol):
         several: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]],
     ) -> list[Job]:
         """Send jobs of one name."""
+
+    def publish_event(self, event: Event, options: CallOptions) -> Publication:
+        """Publish an event."""
 
 
 class RemoteMethod(proxy.RemoteMethod, Generic[R]):
@@ -223,3 +228,21 @@ class CallMaker(Generic[R]):
         if self._options.idempotency_key is not None:
             raise UsageError("send_many must have no idempotency_key: each job has a key of its own")
         return self._caller.send_jobs(job, self._options, [((), params) for params in several])
+
+    def publish(self, event: Event, /) -> Publication:
+        """Publish an event: it returns when the broker has it in the queue of every subscription that takes it.
+
+        Of the options, `timeout`, `idempotency_key` and `metadata` are used.
+
+        Args:
+            event: an instance of a class of events.
+
+        Returns:
+            The event's ID and key, and whether anybody listens.
+
+        Raises:
+            SendError: also if the client could not be opened in time; then `queued` is "no".
+            Exception: what awaiting `rpcq.CallMaker.publish` raises.
+
+        """
+        return self._caller.publish_event(event, self._options)

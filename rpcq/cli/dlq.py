@@ -27,7 +27,7 @@ from rpcq.options import ClientOptions, check_name
 from rpcq.runtime.process import run
 from rpcq.transport.opening import open_admin, open_transport
 from rpcq.url import parse
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.events import EventTopology
 
 T = TypeVar("T")
 
@@ -49,7 +49,10 @@ Service = Annotated[str | None, typer.Argument(help="The service whose dead lett
 Lost = Annotated[bool, typer.Option("--lost", help="Messages whose queue is gone, of all services.")]
 Reasons = Annotated[list[str] | None, typer.Option("--reason", help="Only letters with this reason; may be repeated.")]
 Jobs = Annotated[
-    list[str] | None, typer.Option("--job", help="Only this job: 'job' or 'service.job'; may be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--job", help="Only this job or subscription: 'job' or 'service.job'; or only this event. May be repeated."
+    ),
 ]
 Since = Annotated[
     str | None,
@@ -86,9 +89,9 @@ class Desk:
     options: ClientOptions
 
     @property
-    def topology(self) -> JobTopology:
+    def topology(self) -> EventTopology:
         """The names of the namespace."""
-        return JobTopology(self.options.namespace)
+        return EventTopology(self.options.namespace)
 
     def queue(self, service: str | None, *, lost: bool) -> str:
         """The queue of a service's dead letters, or of what was lost.
@@ -100,10 +103,10 @@ class Desk:
         if lost:
             if service is not None:
                 raise ConfigurationError(f"--lost is about messages of all services; got the service {service!r} too")
-            return self.topology.lost.name
+            return self.topology.jobs.lost.name
         if service is None:
             raise ConfigurationError("name a service, or give --lost")
-        return self.topology.dead_queue(check_name("the name of a service", service)).name
+        return self.topology.jobs.dead_queue(check_name("the name of a service", service)).name
 
     async def queues(self, service: str | None, management: str | None, *, lost: bool) -> list[str]:
         """The queue that is meant, or all queues of dead letters: only the management API knows them.
@@ -261,7 +264,10 @@ def show(
 def replay(
     service: Service = None,
     lost: Lost = False,
-    to: Annotated[str | None, typer.Option(help="Send the jobs to this service instead of their own.")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(help="Send jobs to this service, or events to this SERVICE:SUBSCRIPTION, instead of their own."),
+    ] = None,
     reason: Reasons = None,
     job: Jobs = None,
     since: Since = None,
@@ -284,7 +290,10 @@ def replay(
     wanted = _wanted(reason, job, since, ids)
     queue = desk.queue(service, lost=lost)
     if to is not None:
-        check_name("--to", to)
+        service_to, _, subscription_to = to.partition(":")
+        check_name("--to", service_to)
+        if subscription_to:
+            check_name("--to", subscription_to)
     if rate is not None and not 0 < rate < inf:
         raise ConfigurationError(f"--rate must be a number of letters a second above 0; got {rate:g}")
     stay: Counter[str] = Counter()
@@ -453,7 +462,9 @@ def _print(letter: DeadLetter, *, as_json: bool) -> None:
         print_json(letter.summary())
         return
     what = f"{letter.reason}, executed: {letter.executed}, attempt {letter.job.attempt}, {_time(letter.died_at)}"
-    console.print(plain(letter.job.id or "(no ID)", "bold"), plain(f" {letter.label}  {what}"), soft_wrap=True)
+    event = f" ({letter.job.name})" if letter.subscription else ""
+    said = f" {letter.label}{event}  {what}"
+    console.print(plain(letter.job.id or "(no ID)", "bold"), plain(said), soft_wrap=True)
     error = letter.error if len(letter.error) <= MOST_ERROR else f"{letter.error[:MOST_ERROR]}..."
     origin = [f"from {letter.source}"] if letter.source else []
     origin += [f"incident {letter.incident}"] if letter.incident else []

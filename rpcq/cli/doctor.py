@@ -135,7 +135,7 @@ async def _examine(
     if broker.scheme == "memory":
         yield Found(Grade.GOOD, "memory:// is a broker inside each process: there is no connection to check")
         return
-    called = [service for service in services if service.methods or not service.jobs]
+    called = [service for service in services if service.is_called]
     with_jobs = [service for service in services if service.jobs]
     reached = 0
     for host, port in broker.hosts:

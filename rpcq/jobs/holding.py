@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rpcq.jobs.invocation import Served
     from rpcq.jobs.run import JobRun
     from rpcq.transport.base import Delivery
     from rpcq.wire.jobs import JobMessage
@@ -36,13 +37,14 @@ class Hand:
         else:
             self._twins.discard(run)
 
-    def adopt(self, job: JobMessage, delivery: Delivery, *, is_suspect: bool) -> JobRun | None:
+    def adopt(self, served: Served, job: JobMessage, delivery: Delivery) -> JobRun | None:
         """Let a job that is still in hand take over its redelivery: the session of its first delivery was lost.
 
         Returns that job; None if there is none.
         """
         for run in (self._runs.get(job.id), *self._twins):
-            if run is not None and run.job.id == job.id and run.is_suspect == is_suspect:
+            # Of the same queue: the copies of an event in several subscriptions have one ID.
+            if run is not None and run.job.id == job.id and run.served is served:
                 if run.delivery.source is delivery.source:
                     continue  # this session delivered both: they are two messages with one ID
                 run.delivery = delivery

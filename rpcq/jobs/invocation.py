@@ -12,7 +12,7 @@ from rpcq.jobs.outcomes import Again, Dead, Filtered, of_refusal, of_unknown
 from rpcq.once import Found, NotBegun, OnceKey
 from rpcq.results import fingerprint
 from rpcq.runtime.deadline import Deadline
-from rpcq.service import Context, Method, Service
+from rpcq.service import Context, Offered, Service
 from rpcq.wire.jobs import JobMessage, JobTopology
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -53,7 +53,7 @@ class Served:
         """Where a job of the queue goes after a delay."""
         return self._topology.address(self.service.name, job.priority)
 
-    def find(self, job: JobMessage) -> Method | None:
+    def find(self, job: JobMessage) -> Offered | None:
         """What runs a job; None if nothing here does."""
         return self.service.jobs.get(job.name)
 
@@ -61,14 +61,14 @@ class Served:
         """What becomes of a job for which `find` has nothing."""
         return of_unknown(job, is_method=job.name in self.service.methods)
 
-    def read(self, job: JobMessage, method: Method) -> Arguments:
-        """Read the arguments of the handler.
+    def read(self, job: JobMessage) -> Arguments:
+        """Read the arguments of the handler of a job for which `find` has something.
 
         Raises:
             InvalidParams: they do not fit.
 
         """
-        return method.parameters.read(job.body)
+        return self.service.jobs[job.name].parameters.read(job.body)
 
     def refused(self, job: JobMessage, error: InvalidParams) -> Again | Dead | Filtered:
         """What becomes of a job whose arguments `read` refused."""
@@ -79,7 +79,7 @@ class Served:
         return {"job": f"{self.service.name}.{job.name}", "job_id": job.id, "attempt": job.attempt}
 
 
-def once_key(method: Method, job: JobMessage) -> OnceKey:
+def once_key(method: Offered, job: JobMessage) -> OnceKey:
     """The key under which a job is done once.
 
     It does not have the broker's user that sent the job: only the first attempt carries that.
@@ -102,7 +102,7 @@ class JobInvocation(Invocation):
     def __init__(
         self,
         job: JobMessage,
-        method: Method,
+        method: Offered,
         arguments: Arguments,
         deadline: float,
         served: Served,

@@ -24,6 +24,7 @@ from rpcq.options import Priority
 from rpcq.wire import properties as amqp
 from rpcq.wire.bodies import text
 from rpcq.wire.delays import LEVELS
+from rpcq.wire.events import NOT_A_SUBSCRIPTION, EventTopology
 from rpcq.wire.jobs import (
     DIED_AT,
     ERROR,
@@ -32,8 +33,8 @@ from rpcq.wire.jobs import (
     INCIDENT,
     REASON,
     JobMessage,
-    JobTopology,
     encode_job,
+    no_queue,
     read_job,
 )
 from rpcq.wire.properties import MalformedProperties, Properties
@@ -61,6 +62,7 @@ class DeadLetter:
     Attributes:
         job: the job as a message, as a worker would read it; its `problem` says why it cannot be read.
         service: the service that was to do it; empty if that is not known.
+        subscription: the subscription that was to do it, if it is an event; empty for a job.
         reason: why it is dead: a reason of docs/wire.md, the broker's own word, or "lost".
         executed: whether an attempt ran.
         error: what happened, for people.
@@ -77,6 +79,7 @@ class DeadLetter:
     reason: str
     executed: Executed
     error: str
+    subscription: str = ""
     incident: str = ""
     source: str = ""
     died_at: datetime | None = None
@@ -85,14 +88,20 @@ class DeadLetter:
 
     @property
     def label(self) -> str:
-        """The job as `service.job`, as far as it is known."""
-        return f"{self.service or '?'}.{self.job.name or '?'}"
+        """The job as `service.job`, or as `service.subscription`, as far as it is known."""
+        return f"{self.service or '?'}.{self.name or '?'}"
+
+    @property
+    def name(self) -> str:
+        """The name of the job, or of the subscription."""
+        return self.subscription or self.job.name
 
     def summary(self) -> dict[str, Any]:
         """What a list shows of it, as JSON can carry it."""
         return {
             "id": self.job.id,
             "job": self.label,
+            "event": self.job.name if self.subscription else None,
             "reason": self.reason,
             "executed": self.executed,
             "attempt": self.job.attempt,
@@ -121,7 +130,7 @@ class Wanted:
 
     Attributes:
         reasons: reasons; empty for any.
-        jobs: names of jobs, with or without their service; empty for any.
+        jobs: names of jobs and of subscriptions, with or without their service, and of events; empty for any.
         ids: IDs of jobs; empty for any.
         since: the earliest time of death; None for any. A letter without such a time is not taken.
 
@@ -141,7 +150,7 @@ class Wanted:
         """Whether a letter is wanted."""
         return (
             (not self.reasons or letter.reason in self.reasons)
-            and (not self.jobs or letter.job.name in self.jobs or letter.label in self.jobs)
+            and (not self.jobs or not self.jobs.isdisjoint((letter.name, letter.job.name, letter.label)))
             and (not self.ids or letter.job.id in self.ids)
             and (self.since is None or (letter.died_at is not None and letter.died_at >= self.since))
         )
@@ -152,23 +161,27 @@ class Replay:
     """A message that has a letter's job done again.
 
     Attributes:
-        service: the service that is to do it.
-        priority: the lane of the service.
+        exchange: what it is published to.
+        routing_key: its routing key.
+        queue: the queue that has to be there: what no queue takes would be lost. Empty if the broker returns it then.
+        nobody: what it means that no queue takes it.
         job_id: the job's ID.
         properties: encoded.
         body: the parameters.
 
     """
 
-    service: str
-    priority: Priority
+    exchange: bytes
+    routing_key: bytes
+    queue: str
+    nobody: str
     job_id: str
     properties: bytes
     body: bytes
 
 
 def read_letter(
-    topology: JobTopology, exchange: bytes, routing_key: bytes, properties: bytes, body: bytes
+    topology: EventTopology, exchange: bytes, routing_key: bytes, properties: bytes, body: bytes
 ) -> DeadLetter:
     """Read a message of a queue of dead letters, or of the queue of what was lost.
 
@@ -187,12 +200,13 @@ def read_letter(
     except MalformedProperties as error:
         job, found = JobMessage(id="", name="", body=body, problem=str(error)), Properties()
     headers = found.headers or {}
-    service = _service(address)
+    service, subscription = _addressee(address)
     published = _from_seconds(found.timestamp)
     if isinstance(headers.get(REASON), str):
         return DeadLetter(
             job=job,
             service=service,
+            subscription=subscription,
             reason=headers[REASON],
             executed=_executed(headers.get(EXECUTED)),
             error=_str(headers.get(ERROR)),
@@ -202,10 +216,11 @@ def read_letter(
             address=address,
             properties=found,
         )
-    if text(exchange) != topology.dead.name:
+    if text(exchange) != topology.jobs.dead.name:
         return DeadLetter(
             job=job,
             service=service,
+            subscription=subscription,
             reason=LOST,
             # An attempt before this one may be one that a lost worker began: only the worker that wrote it knew.
             executed="yes" if job.attempt > 1 else "maybe",
@@ -220,6 +235,7 @@ def read_letter(
     return DeadLetter(
         job=job,
         service=service,
+        subscription=subscription,
         reason=reason,
         executed="maybe",
         error=_BY_BROKER.get(reason, f"the broker gave it up: {reason}"),
@@ -230,23 +246,29 @@ def read_letter(
     )
 
 
-def replay_of(letter: DeadLetter, to: str | None, now_ms: int) -> Replay | str:
+def replay_of(topology: EventTopology, letter: DeadLetter, to: str | None, now_ms: int) -> Replay | str:
     """The message that has a letter's job done again from its first attempt, or why there is none.
 
     It keeps the ID, the key, the parameters, and the sender's own headers. Headers of the broker and those of a dead
-    letter are left out; so is an expiry that has passed.
+    letter are left out; so is an expiry that has passed. An event goes to its own subscription alone.
 
     Args:
+        topology: of the namespace.
         letter: the letter.
-        to: the service that is to do it, in its lane for normal priority; None for its own service and lane.
+        to: the service that is to do it, in its lane for normal priority, or for an event `service:subscription`; None
+            for its own service and lane, or its own subscription.
         now_ms: the time, in milliseconds since the epoch.
 
     """
     job = letter.job
-    service = to or letter.service
+    service, _, subscription = (to or f"{letter.service}:{letter.subscription}").partition(":")
     priority: Priority = "normal" if to else job.priority
     if not service:
         return f"the address {letter.address!r} names no service: name one with --to"
+    if letter.subscription and not subscription:
+        return f"it is an event: name a subscription, --to {service}:{letter.subscription}"
+    if subscription and not letter.subscription:
+        return f"it is a job: name a service alone, --to {service}"
     if not job.id:
         return f"it has no ID that a worker would take: {job.problem}"
     is_over = job.expires_ms is not None and job.expires_ms <= now_ms
@@ -256,7 +278,13 @@ def replay_of(letter: DeadLetter, to: str | None, now_ms: int) -> Replay | str:
         properties = encode_job(again, now_ms)
     except (ValueError, TypeError) as error:
         return f"its properties cannot be written again: {error}"
-    return Replay(service, priority, job.id, properties, job.body)
+    if subscription:
+        route = topology.jobs.ladder.route(0, topology.address(service, subscription))
+        queue = topology.queue(service, subscription, ()).name
+        nobody = f"there is no queue {queue!r}: the subscription is gone; name another one with --to"
+        return Replay(*route, queue, nobody, job.id, properties, job.body)
+    route = topology.jobs.jobs.name.encode(), topology.jobs.key(service, priority).encode()
+    return Replay(*route, "", no_queue(service, priority), job.id, properties, job.body)
 
 
 def parse_since(since: str, now: datetime) -> datetime:
@@ -279,12 +307,18 @@ def parse_since(since: str, now: datetime) -> datetime:
         raise ConfigurationError(msg) from error
 
 
-def _service(address: str) -> str:
-    """The service of an address: `job.SERVICE`, `job.SERVICE:PRIORITY`, or `SERVICE:suspects`."""
+def _addressee(address: str) -> tuple[str, str]:
+    """The service and the subscription of an address; empty where it names none.
+
+    It is `job.SERVICE`, `job.SERVICE:PRIORITY`, `SERVICE:suspects`, `sub.SERVICE:NAME` or `sub.SERVICE:NAME:suspects`.
+    """
     kind, _, name = address.partition(".")
     if kind == "job" and name:
-        return name.partition(":")[0]
-    return address.removesuffix(":suspects") if address.endswith(":suspects") else ""
+        return name.partition(":")[0], ""
+    service, *rest = name.split(":")
+    if kind == "sub" and rest and rest[0] != NOT_A_SUBSCRIPTION:
+        return service, rest[0]
+    return (address.removesuffix(":suspects") if address.endswith(":suspects") else ""), ""
 
 
 def _last_death(headers: Mapping[str, Any]) -> Mapping[str, Any]:

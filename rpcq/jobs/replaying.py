@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Final
 
 from rpcq.errors import BrokerUnreachable, NotFound
 from rpcq.jobs.letters import DeadLetter, Replay, Wanted, read_letter, replay_of
-from rpcq.jobs.sending import no_queue
 from rpcq.transport.base import Listener, Message, Published, Transport
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.events import EventTopology
 
 if TYPE_CHECKING:
     from rpcq.transport.rabbitmq.admin import Admin, QueueState
@@ -51,7 +50,7 @@ class Letters:
 
     """
 
-    def __init__(self, admin: Admin, topology: JobTopology, queue: str) -> None:
+    def __init__(self, admin: Admin, topology: EventTopology, queue: str) -> None:
         self.admin = admin
         self.topology = topology
         self.queue = queue
@@ -133,7 +132,8 @@ class Replayer:
     Args:
         letters: where they are.
         transport: what publishes; it is not started yet.
-        to: the service that gets the jobs; None for each letter's own.
+        to: the service that gets the jobs, or the `service:subscription` that gets the events; None for each letter's
+            own.
         rate: letters a second; None for no limit.
         report: called with each letter and why it stays where it is; with an empty string if it is replayed.
 
@@ -154,7 +154,6 @@ class Replayer:
     ) -> None:
         self._letters = letters
         self._transport = transport
-        self._exchange = letters.topology.jobs.name.encode()
         self._to = to
         self._pause = 0.0 if rate is None else 1 / rate
         self._report = report
@@ -162,6 +161,7 @@ class Replayer:
         self._in_flight = 0
         self._changed = asyncio.Event()
         self._gone: set[bytes] = set()  # routing keys that have no queue
+        self._there: set[bytes] = set()  # those whose queue was looked for, and is there
         self._tried: set[str] = set()  # IDs of the letters that stay: not tried again in a later round
         self._is_lost = False
         self.done = 0
@@ -178,7 +178,8 @@ class Replayer:
 
         """
         nothing = Listener(*[lambda *_: None] * 5)
-        await self._transport.start([self._letters.topology.jobs], [], nothing)
+        topology = self._letters.topology.jobs
+        await self._transport.start([topology.jobs], [], nothing)
         try:
             while await self._round(wanted, bound - self.done, most):
                 pass
@@ -218,19 +219,26 @@ class Replayer:
                 return
 
     async def _replay(self, browser: Browser, tag: int, letter: DeadLetter) -> None:
-        replay = replay_of(letter, self._to, round(time.time() * 1000))
+        replay = replay_of(self._letters.topology, letter, self._to, round(time.time() * 1000))
         if isinstance(replay, str):
             self._stays(letter, replay)
             return
-        key = self._letters.topology.key(replay.service, replay.priority).encode()
-        if key in self._gone:
-            self._stays(letter, no_queue(replay.service, replay.priority))
+        if not await self._is_taken(replay):
+            self._stays(letter, replay.nobody)
             return
         await self._paced()
         self._in_flight += 1
-        published = partial(self._published, browser, tag, letter, replay, key)
-        name = replay.job_id.encode()
-        self._transport.publish(Message(self._exchange, key, name, replay.properties, replay.body, published))
+        published = partial(self._published, browser, tag, letter, replay)
+        route, name = (replay.exchange, replay.routing_key), replay.job_id.encode()
+        self._transport.publish(Message(*route, name, replay.properties, replay.body, published))
+
+    async def _is_taken(self, replay: Replay) -> bool:
+        """Whether a queue takes it, as far as is known."""
+        key = replay.routing_key
+        if replay.queue and key not in self._there and key not in self._gone:
+            is_there = await self._letters.admin.queue(replay.queue) is not None
+            (self._there if is_there else self._gone).add(key)
+        return key not in self._gone
 
     async def _paced(self) -> None:
         loop = asyncio.get_running_loop()
@@ -245,9 +253,7 @@ class Replayer:
                 msg = f"the broker took no messages for {CONFIRM_TIMEOUT:g} s: it may have a memory or disk alarm"
                 raise BrokerUnreachable(msg) from None
 
-    def _published(
-        self, browser: Browser, tag: int, letter: DeadLetter, replay: Replay, key: bytes, published: Published
-    ) -> None:
+    def _published(self, browser: Browser, tag: int, letter: DeadLetter, replay: Replay, published: Published) -> None:
         self._in_flight -= 1
         self._changed.set()
         match published:
@@ -256,10 +262,10 @@ class Replayer:
                 self.done += 1
                 self._report(letter, "")
             case Published.RETURNED:
-                self._gone.add(key)
-                self._stays(letter, no_queue(replay.service, replay.priority))
+                self._gone.add(replay.routing_key)
+                self._stays(letter, replay.nobody)
             case Published.REFUSED:
-                self._stays(letter, f"the broker refused it: the queue of service {replay.service!r} takes nothing now")
+                self._stays(letter, "the broker refused it: its queue takes nothing now")
             case Published.TOO_LARGE:
                 self._stays(letter, "it is larger than the broker takes")
             case Published.UNSENT:

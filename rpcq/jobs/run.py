@@ -8,7 +8,7 @@ from rpcq.execution import Run
 from rpcq.invocation import Interruption, Invocation
 from rpcq.jobs.invocation import Served
 from rpcq.options import JobOptions
-from rpcq.service import Method
+from rpcq.service import Offered
 from rpcq.transport.base import Delivery
 from rpcq.wire.jobs import JobMessage
 
@@ -57,7 +57,7 @@ class JobRun(Run):
         served: Served,
         delivery: Delivery,
         job: JobMessage,
-        method: Method | None,
+        method: Offered | None,
         *,
         is_suspect: bool,
     ) -> None:

@@ -210,7 +210,7 @@ class JobRunner:
         except MalformedProperties as error:
             self._bury_as_it_is(served, delivery, str(error))
             return
-        if delivery.redelivered and self._adopt(job, delivery, is_suspects):
+        if delivery.redelivered and self._adopt(served, job, delivery, is_suspects):
             return
         method = served.find(job)
         run = JobRun(self, served, delivery, job, method, is_suspect=is_suspects)
@@ -243,9 +243,9 @@ class JobRunner:
         else:
             self._begin(run)
 
-    def _adopt(self, job: JobMessage, delivery: Delivery, is_suspects: bool) -> bool:
+    def _adopt(self, served: Served, job: JobMessage, delivery: Delivery, is_suspects: bool) -> bool:
         """Let a job that is still in hand take over its redelivery; returns whether there is one."""
-        run = self._in_hand.adopt(job, delivery, is_suspect=is_suspects)
+        run = self._in_hand.adopt(served, job, delivery)
         if run is None:
             return False
         # From RabbitMQ 4.3 on, a job that its worker held for too long comes back without a bound.
@@ -274,7 +274,7 @@ class JobRunner:
         assert method is not None  # noqa: S101 - without one, it is moved on arrival
         fate: Again | Dead | Filtered
         try:
-            arguments = served.read(run.job, method)
+            arguments = served.read(run.job)
         except InvalidParams as error:
             fate = served.refused(run.job, error)
         else:

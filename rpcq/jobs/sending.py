@@ -12,13 +12,11 @@ from rpcq.errors import ConfigurationError, UsageError
 from rpcq.jobs.confirming import Confirms, Declared, Sending
 from rpcq.jobs.observing import SendObservation, SendObservers
 from rpcq.jobs.preparing import find_job, prepare, runs_at_most_once
-from rpcq.options import MAX_DELAY, CallOptions, ClientOptions, Priority
+from rpcq.options import MAX_DELAY, CallOptions, ClientOptions
 from rpcq.service import Method
 from rpcq.transport.base import Transport
 from rpcq.wire.delays import STEP, steps_of
-from rpcq.wire.jobs import Job, JobTopology, encode_job
-
-DECLARE: Final = "run `rpcq setup`, or start one of its workers, first"
+from rpcq.wire.jobs import DECLARE, Job, JobTopology, encode_job, no_queue
 
 
 class _Sending(Sending):
@@ -209,13 +207,3 @@ class JobSender:
             observations.append(SendObservation(self._observers, self.exchange, job, message))
         properties = encode_job(message, self._transport.now_ms())
         return _Sending(self._confirms, job, route, properties, message.body, is_once=is_once)
-
-
-def no_queue(service: str, priority: Priority) -> str:
-    """Why the broker returned a job of a service."""
-    if priority == "normal":
-        return f"no queue takes jobs of service {service!r}: {DECLARE}"
-    return (
-        f"no queue takes jobs of service {service!r} with priority {priority!r}: "
-        f"define the service with lanes, Service(..., lanes=True), and {DECLARE}"
-    )

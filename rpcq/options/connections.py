@@ -71,6 +71,7 @@ class ClientKwargs(ConnectionKwargs, total=False):
     max_in_flight: int
     identify: bool
     disconnected_timeout: float
+    unheard_kept: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,8 @@ class ClientOptions(ConnectionOptions):
             that consumer's messages to another one: `consumer_disconnected_timeout` of RabbitMQ 4.3, 60 s by default. A
             request that expires in a quorum queue within this time after it was sent has certainly not run. The client
             subtracts two heartbeats, in which its own clock may have stood still.
+        unheard_kept: whether a queue is bound to the exchange for events that nobody hears, to keep them. The broker
+            then returns none, so `Publication.heard` is None instead of True.
 
     """
 
@@ -93,14 +96,15 @@ class ClientOptions(ConnectionOptions):
     max_in_flight: int = 100_000
     identify: bool = False
     disconnected_timeout: float = 60.0
+    unheard_kept: bool = False
 
     def __post_init__(self) -> None:
         ConnectionOptions.__post_init__(self)
         check_seconds("timeout", self.timeout, MAX_TIMEOUT)
         check_count("max_in_flight", self.max_in_flight, 1, 10_000_000)
-        if not isinstance(self.identify, bool):
-            msg = f"identify must be True or False; got {self.identify!r}"
-            raise ConfigurationError(msg)
+        for name in ("identify", "unheard_kept"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigurationError(f"{name} must be True or False; got {getattr(self, name)!r}")
         check_seconds("disconnected_timeout", self.disconnected_timeout)
 
     @property
@@ -137,7 +141,8 @@ class WorkerOptions(ConnectionOptions):
             Up to an eighth of it is used besides, for the keys of jobs that are done.
         blocked_after: seconds that a handler may block the event loop before a warning names it.
         job_prefetch: jobs of each service that run at once, besides its calls. Of a service with lanes, as many more of
-            high priority, and a quarter as many, at least one, of low priority.
+            high priority, and a quarter as many, at least one, of low priority. Each subscription runs as many events
+            at once.
 
     """
 

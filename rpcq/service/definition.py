@@ -9,12 +9,14 @@ from typing import Any, Final, Literal, TypeVar, overload
 
 from rpcq.contracts import METHOD_NAME, Obligation
 from rpcq.errors import ConfigurationError, DomainError
+from rpcq.event_types import Event, pattern_of
 from rpcq.once import Once
 from rpcq.options import JOB_RETRY, CallOptions, JobOptions, Retry, check_errors, check_name
 from rpcq.results import ResultStore
 from rpcq.schedules import Schedule
-from rpcq.service.methods import Authorize, Method, function_of, jobs_of, marked
+from rpcq.service.methods import Authorize, Method, Subscriber, function_of, jobs_of, marked
 from rpcq.validation.definitions import check_allow, check_handler, check_lifespan, check_types
+from rpcq.wire.events import NOT_A_SUBSCRIPTION
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
@@ -110,6 +112,7 @@ class Service:
         self.lanes = lanes
         self.methods: dict[str, Method] = {}
         self.jobs: dict[str, Method] = {}
+        self.subscriptions: dict[str, Subscriber] = {}
 
     @overload
     def method(self, handler: Handler, /) -> Handler: ...
@@ -239,15 +242,102 @@ class Service:
 
         return add if handler is None else add(handler)
 
+    def on(  # noqa: PLR0913 - all options of a subscription
+        self,
+        *topics: type[Event] | str,
+        name: str | None = None,
+        each_instance: bool = False,
+        retry: Retry | None = JOB_RETRY,
+        timeout: float = 300.0,
+        retry_on: Sequence[type[Exception]] = (Exception,),
+        give_up_on: Sequence[type[Exception]] = (),
+        at_most_once: bool = False,
+        max_concurrency: int | None = None,
+        rate: str | None = None,
+    ) -> Callable[[Handler], Handler]:
+        """Subscribe a function to events: `@shipping.on(OrderCreated)`, `@audit.on("order.*", "invoice.#")`.
+
+        The service gets each such event once, in a queue of this subscription, and its workers share them. An event
+        is done at least once, or becomes a dead letter of this subscription that says why; other subscriptions do not
+        notice. The function takes the event in its only parameter, besides a `Context`.
+
+        Args:
+            topics: classes of events, and patterns of their names: `*` stands for one word, `#` for any number of
+                words.
+            name: the subscription's name, which names its queue; None for the function's own name.
+            each_instance: every process of the service gets each event while it runs, in order, one at a time, at
+                most once: for caches. It takes no options besides `timeout`.
+            retry: as in `rpcq.JobOptions`, like all that follow.
+            timeout: the most seconds that one attempt may run, at most 25 minutes.
+            retry_on: only these exceptions, and timeouts, are retried.
+            give_up_on: these exceptions are not retried.
+            at_most_once: an event that may have run becomes a dead letter.
+            max_concurrency: the most events that one worker runs at once here.
+            rate: how many events one worker begins at most in a second, a minute or an hour, such as "10/s".
+
+        Raises:
+            ConfigurationError: the service has another function of that name, a topic is no class of events and no
+                pattern, the function's parameter does not fit the topics, or an option is not valid.
+
+        """
+        options = JobOptions(
+            retry=retry,
+            timeout=timeout,
+            retry_on=tuple(retry_on),
+            give_up_on=tuple(give_up_on),
+            at_most_once=at_most_once,
+            max_concurrency=max_concurrency,
+            rate=rate,
+        )
+        if not topics or (len(topics) == 1 and callable(topics[0]) and not isinstance(topics[0], type)):
+            got = f"; got the function {topics[0]!r} alone" if topics else ""
+            raise ConfigurationError(
+                f"on must be given the events, as in @{self.name}.on(OrderCreated) or @{self.name}.on('order.*'){got}"
+            )
+        for topic in topics:
+            pattern_of(topic)
+        if each_instance and options != JobOptions(timeout=timeout):
+            raise ConfigurationError(
+                f"on must have no options with each_instance=True besides name and timeout: in service {self.name!r}, "
+                "such events are run once in each process, in order, and are not retried"
+            )
+
+        def add(handler: Handler) -> Handler:
+            check_handler(self.name, handler, "subscription")
+            called = self._check_new("subscription", name or str(getattr(handler, "__name__", "")))
+            if called == NOT_A_SUBSCRIPTION:
+                raise ConfigurationError(f"a subscription must not be called {called!r}, as a queue of suspects is")
+            self.subscriptions[called] = Subscriber(
+                self.name, called, handler, topics, job=options, each_instance=each_instance
+            )
+            return handler
+
+        return add
+
     def _check_new(self, what: str, name: str) -> str:
-        """Check the name of a new method or job, and return it."""
+        """Check the name of a new method, job or subscription, and return it."""
         if not METHOD_NAME.match(name):
             msg = f"the name of a {what} must be 1 to 100 of the characters A-Z a-z 0-9 _ -; got {name!r}"
             raise ConfigurationError(msg)
-        if name in self.methods or name in self.jobs:
-            msg = f"methods and jobs of service {self.name!r} must have different names; got {name!r} twice"
-            raise ConfigurationError(msg)
+        if name in self.methods or name in self.jobs or name in self.subscriptions:
+            msg = f"methods, jobs and subscriptions of service {self.name!r} must have different names"
+            raise ConfigurationError(f"{msg}; got {name!r} twice")
         return name
+
+    @property
+    def is_called(self) -> bool:
+        """Whether it has a request queue. One that offers nothing has it, since a fake may get its methods later."""
+        return bool(self.methods) or not (self.jobs or self.subscriptions)
+
+    @property
+    def takes_jobs(self) -> bool:
+        """Whether it has jobs, or subscriptions with a queue that lasts: both are delayed, retried and buried."""
+        return bool(self.jobs or self.lasting)
+
+    @property
+    def lasting(self) -> list[Subscriber]:
+        """The subscriptions with a queue that lasts, which the workers share."""
+        return [each for each in self.subscriptions.values() if not each.topics.each_instance]
 
     def find(self, name: str | None) -> Method | None:
         """Find the method of a request. Without a name, or with one of `default_types`, it is the default or only."""
@@ -263,15 +353,16 @@ class Service:
         """Check that the service can be served.
 
         Raises:
-            ConfigurationError: it has no methods, it lacks a method or a job of its contract, or `default_method` or
+            ConfigurationError: it offers nothing, it lacks a method or a job of its contract, or `default_method` or
                 `allow` names a method that it does not have, or `default_types` names one that it has.
 
         """
         if self._obligation is not None:
             self._obligation.check_complete({*self.methods, *self.jobs})
-        if not self.methods and not self.jobs:
+        if not self.methods and not self.jobs and not self.subscriptions:
             raise ConfigurationError(
-                f"service {self.name!r} has no methods and no jobs; add one with @{self.name}.method or .job"
+                f"service {self.name!r} has no methods, no jobs and no subscriptions; add one with "
+                f"@{self.name}.method, .job or .on"
             )
         if self.default_method is not None and self.default_method not in self.methods:
             raise ConfigurationError(
@@ -289,4 +380,4 @@ class Service:
             raise ConfigurationError(f"allow of service {self.name!r} must name its methods; got {unknown[0]!r}")
 
     def __repr__(self) -> str:
-        return f"<Service {self.name!r}: {', '.join((*self.methods, *self.jobs)) or 'no methods'}>"
+        return f"<Service {self.name!r}: {', '.join((*self.methods, *self.jobs, *self.subscriptions)) or 'no methods'}>"

@@ -1,4 +1,4 @@
-"""The functions that a service offers as methods and jobs, and what their handlers can know of a request."""
+"""The functions that a service offers as methods, jobs and subscriptions, and what these can know of a message."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 import typing
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -18,6 +18,7 @@ from typing_extensions import TypeVar
 
 from rpcq.contracts import Parameters, result_adapter
 from rpcq.errors import ConfigurationError, DomainError, InvalidReply
+from rpcq.event_types import Topics
 from rpcq.options import JobOptions
 from rpcq.runtime.deadline import Deadline
 from rpcq.validation.attributes import check_attributes
@@ -39,8 +40,8 @@ class Context(Generic[State]):
 
     Attributes:
         service: the service's name.
-        method: the method's name.
-        correlation_id: the call's correlation ID, empty if the caller wants no reply; the ID of a job.
+        method: the name of the method, of the job or of the subscription.
+        correlation_id: the call's correlation ID, empty if the caller wants no reply; the ID of a job or an event.
         deadline: when the call ends; calls that the handler makes inherit it.
         attempt: 1 + the number of earlier attempts that may have run.
         idempotency_key: the call's key, the same for all its attempts; or None.
@@ -69,38 +70,30 @@ class Context(Generic[State]):
 Authorize = Callable[[Context], Awaitable[str | None]]
 
 
-class Method:
-    """One function that a service offers, with the types that it takes and returns.
+class Offered:
+    """One function that a service offers: a method, a job, or a subscription.
 
     Attributes:
         service: the service's name.
-        name: the name under which callers call it.
+        label: both names, as "service.name".
+        name: its name within the service.
         handler: the Python function.
         is_async: whether it is an `async def`; a `def` runs in a thread.
-        idempotent: whether running it twice does no harm.
-        errors: the domain errors that are sent to callers.
         timeout: the most seconds that it may run; None for the caller's deadline alone.
-        allow: the broker's users that may call it; None for all users.
-        job: how it is run if it is a job; None for a method that is called.
-        lanes: whether its service has lanes for the priorities of jobs.
-        parameters: reads its parameters.
+        job: how it is run if it is a job or a subscription; None for a method that is called.
         context_parameter: the position and the name of the parameter that takes a `Context`, or None; a keyword-only
             parameter has the position `sys.maxsize`.
         once_parameter: the same of the parameter that takes what the option `once` of the job gives.
+        signature: without these parameters, and with resolved annotations.
+
+    Raises:
+        ConfigurationError: an annotation cannot be resolved, it is a generator, or it takes its `Context` in a way
+            that cannot be.
 
     """
 
     def __init__(
-        self,
-        service: str,
-        name: str,
-        handler: Callable[..., Any],
-        *,
-        idempotent: bool,
-        errors: tuple[type[DomainError], ...],
-        timeout: float | None,
-        allow: frozenset[str] | None,
-        job: JobOptions | None = None,
+        self, service: str, name: str, handler: Callable[..., Any], *, timeout: float | None, job: JobOptions | None
     ) -> None:
         self.service = service
         self.label = f"{service}.{name}"
@@ -108,13 +101,8 @@ class Method:
         self.handler = handler
         function = function_of(handler)
         self.is_async = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(function)
-        self.idempotent = idempotent
-        self.errors = errors
-        check_attributes(errors)
         self.timeout = timeout
-        self.allow = allow
         self.job = job
-        self.lanes = False
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise ConfigurationError(f"{self.label} must return one value; got a generator")
         hints = type_hints(self.label, function)
@@ -127,10 +115,7 @@ class Method:
         )
         if once is not None and self.once_parameter is None:
             raise ConfigurationError(f"{self.label} {once.missing(is_async=self.is_async)}")
-        self.parameters = Parameters(self.label, signature)
-        returns = hints.get("return", Any)
-        self._result = None if returns is Any else result_adapter(self.label, returns, written=True)
-        self.signature = signature.replace(return_annotation=returns)
+        self.signature = signature.replace(return_annotation=hints.get("return", Any))
 
     def call(self, args: tuple[Any, ...], params: dict[str, Any], context: Callable[[], Context]) -> Any:
         """Call the handler; an `async def` returns a coroutine.
@@ -159,6 +144,79 @@ class Method:
             else:
                 params[name] = value
         return self.handler(*args, **params)
+
+
+class Subscriber(Offered):
+    """A subscription: a function that takes events.
+
+    Attributes:
+        topics: the events that it takes.
+
+    Raises:
+        ConfigurationError: as for `Offered`; or it does not take the event in one parameter, or not these events.
+
+    """
+
+    def __init__(
+        self,
+        service: str,
+        name: str,
+        handler: Callable[..., Any],
+        topics: Sequence[Any],
+        *,
+        job: JobOptions,
+        each_instance: bool,
+    ) -> None:
+        super().__init__(service, name, handler, timeout=job.timeout, job=job)
+        parameters = [*self.signature.parameters.values()]
+        kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+        if len(parameters) != 1 or parameters[0].kind in kinds:
+            raise ConfigurationError(
+                f"{self.label} must take the event in one parameter, and may take a Context beside it; got "
+                f"{self.signature}: write async def {name}(event: OrderCreated)"
+            )
+        (parameter,) = parameters
+        self._by_name = parameter.name if parameter.kind is parameter.KEYWORD_ONLY else None
+        self.topics = Topics(self.label, topics, parameter.annotation, each_instance=each_instance)
+
+    def arguments(self, event: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the handler for an event, without its `Context`."""
+        return ((event,), {}) if self._by_name is None else ((), {self._by_name: event})
+
+
+class Method(Offered):
+    """A method or a job, with the types that it takes and returns.
+
+    Attributes:
+        idempotent: whether running it twice does no harm.
+        errors: the domain errors that are sent to callers.
+        allow: the broker's users that may call it; None for all users.
+        lanes: whether its service has lanes for the priorities of jobs.
+        parameters: reads its parameters.
+
+    """
+
+    def __init__(
+        self,
+        service: str,
+        name: str,
+        handler: Callable[..., Any],
+        *,
+        idempotent: bool,
+        errors: tuple[type[DomainError], ...],
+        timeout: float | None,
+        allow: frozenset[str] | None,
+        job: JobOptions | None = None,
+    ) -> None:
+        check_attributes(errors)
+        super().__init__(service, name, handler, timeout=timeout, job=job)
+        self.idempotent = idempotent
+        self.errors = errors
+        self.allow = allow
+        self.lanes = False
+        self.parameters = Parameters(self.label, self.signature.replace(return_annotation=inspect.Signature.empty))
+        returns = self.signature.return_annotation
+        self._result = None if returns is Any else result_adapter(self.label, returns, written=True)
 
     def write_result(self, value: Any, max_body: int) -> bytes:
         """Write what the handler returned as JSON.

@@ -27,6 +27,7 @@ from rpcq.errors import (
     SendError,
     ServiceUnavailable,
 )
+from rpcq.event_types import Event, named
 from rpcq.jobs.preparing import find_job
 from rpcq.observer import Observer
 from rpcq.options import (
@@ -43,6 +44,7 @@ from rpcq.runtime.deadline import Deadline, inherit
 from rpcq.service import Context
 from rpcq.sync.connection import Connection, left_open, loop_of
 from rpcq.url import parse
+from rpcq.wire.events import Publication
 from rpcq.wire.jobs import Job
 from rpcq.wire.replies import Reply
 
@@ -287,6 +289,10 @@ class Client:
         """Send several jobs of one name with the client's own options; see `CallMaker.send_many`."""
         return self._maker.send_many(job, several)
 
+    def publish(self, event: Event, /) -> Publication:
+        """Publish an event with the client's own options; see `CallMaker.publish`."""
+        return self._maker.publish(event)
+
     # Asking workers.
 
     def wait_for_service(self, name: str, *, timeout: float = 30.0) -> None:
@@ -370,19 +376,26 @@ class _Caller:
     ) -> list[Job]:
         """Send jobs of one name, and wait until the broker has them."""
         several = [*several]  # here, and not in the thread of the connections
-        connection = self._client._usable()  # noqa: SLF001 - a part of it
-        if connection is None:
-            connection, options = self._open_to_send(job, options)
-        else:
-            options = connection.late.options(options)
+        connection, options = self._to_send(options, lambda: find_job(job))
         try:
             return blocking.run(connection.loop, connection.client.send_jobs, job, options, several)
         except blocking.Abandoned:
-            raise SendError("the event loop of the client ended while it was sent", queued="maybe") from None
+            raise SendError(_ENDED, queued="maybe") from None
 
-    def _open_to_send(self, job: str | Callable[..., Any], options: CallOptions) -> tuple[Connection, CallOptions]:
-        """Open the client for jobs, within their timeout."""
-        find_job(job)  # a mistake is told whether there is a broker or not
+    def publish_event(self, event: Event, options: CallOptions) -> Publication:
+        """Publish an event, and wait until the broker has it."""
+        connection, options = self._to_send(options, lambda: named(event))
+        try:
+            return blocking.run(connection.loop, connection.client.publish_event, event, options)
+        except blocking.Abandoned:
+            raise SendError(_ENDED, queued="maybe") from None
+
+    def _to_send(self, options: CallOptions, check: Callable[[], object]) -> tuple[Connection, CallOptions]:
+        """The connection for what is sent, and its options. If it has to be opened first, `check` is called before."""
+        connection = self._client._usable()  # noqa: SLF001 - a part of it
+        if connection is not None:
+            return connection, connection.late.options(options)
+        check()  # a mistake is told whether there is a broker or not
         client = self._client
         options = late.Late(self.topology, client.options.timeout).options(options)
         deadline = time.monotonic() + options.timeout
@@ -409,6 +422,9 @@ class _Caller:
             raise CallTimeout("the deadline passed while the client was opened", executed="no")
         target, options = connection.late.resolve(target, options)
         return connection, target, replace(options, timeout=left)
+
+
+_ENDED: Final = "the event loop of the client ended while it was sent"
 
 
 async def _collect(answers: AsyncIterator[T]) -> list[T]:

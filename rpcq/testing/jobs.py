@@ -19,7 +19,8 @@ from rpcq.transport.memory.queues import Entry
 from rpcq.wire import bodies
 from rpcq.wire.bodies import text
 from rpcq.wire.delays import LEVELS, STEP
-from rpcq.wire.jobs import JobMessage, JobTopology, read_job
+from rpcq.wire.events import EventTopology
+from rpcq.wire.jobs import JobMessage, read_job
 from rpcq.wire.properties import MalformedProperties
 
 Target = Service | Callable[..., Any] | str | None
@@ -88,17 +89,18 @@ class Jobs:
     Args:
         broker: the broker.
         clock: its clock.
-        topology: of the namespace.
+        events: the names of the namespace.
         services: all services that have been served, which may become more.
 
     """
 
     def __init__(
-        self, broker: MemoryBroker, clock: StoppedClock, topology: JobTopology, services: Sequence[Service]
+        self, broker: MemoryBroker, clock: StoppedClock, events: EventTopology, services: Sequence[Service]
     ) -> None:
         self._broker = broker
         self._clock = clock
-        self._topology = topology
+        self._events = events
+        self._topology = events.jobs
         self._services = services
 
     def in_hand(self) -> Iterator[str]:
@@ -114,7 +116,7 @@ class Jobs:
         found = []
         for name in (*queues, self._topology.lost.name):
             for entry in self._entries(name):
-                letter = read_letter(self._topology, entry.exchange, entry.routing_key, entry.properties, entry.body)
+                letter = read_letter(self._events, entry.exchange, entry.routing_key, entry.properties, entry.body)
                 if matches(letter.service, letter.job.name):
                     found.append(_dead_job(letter))
         return found

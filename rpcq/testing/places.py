@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypedDict, Unpack, cast
 from rpcq import sync
 from rpcq.client import Client
 from rpcq.errors import BrokerError, ConfigurationError
+from rpcq.events import queues
 from rpcq.options import ClientKwargs, ConnectionOptions
 from rpcq.runtime import blocking
 from rpcq.service import Service
@@ -27,7 +28,7 @@ from rpcq.testing.worlds import MortalWorker, World
 from rpcq.transport.memory.broker import shared
 from rpcq.transport.opening import open_admin
 from rpcq.url import mask, parse
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.events import EventTopology
 from rpcq.wire.topology import Topology
 from rpcq.worker import Worker
 
@@ -149,9 +150,12 @@ class Place:
         self.url = url or os.environ.get("RPCQ_TEST_URL") or memory_url()
         self.namespace = f"test-{secrets.token_hex(8)}"
         self._topology = Topology(self.namespace)
-        self._job_topology = JobTopology(self.namespace)
+        self._event_topology = EventTopology(self.namespace)
         self._queues: set[str] = set()
-        self._exchanges = {exchange.name for exchange in self._topology.exchanges()}
+        # The client publishes events, whoever listens.
+        self._exchanges = {
+            exchange.name for exchange in (*self._topology.exchanges(), *self._event_topology.exchanges())
+        }
         self._used = False
         self._users = 0
 
@@ -177,7 +181,7 @@ class Place:
         memory = shared(broker.hosts[0][0])
         clock = memory.stop_clock()
         async with client, AsyncExitStack() as workers:
-            found = World(client, memory, clock, self._job_topology, services, worker)
+            found = World(client, memory, clock, self._event_topology, services, worker)
             workers.push_async_callback(found.close)
             if _real(services):
                 await found.start_worker()
@@ -233,11 +237,13 @@ class Place:
         """Delete the queues and exchanges of the namespace at the end."""
         self._users += 1
         self._queues |= {self._topology.request_queue(it.name, it.queue_type).name for it in services}
-        if with_jobs := [it for it in services if it.jobs]:
-            jobs = self._job_topology
-            queues = [queue for it in with_jobs for queue in jobs.queues(it.name, lanes=it.lanes)]
-            self._queues |= {queue.name for queue in (*queues, *jobs.shared_queues())}
-            self._exchanges |= {exchange.name for exchange in jobs.exchanges()}
+        topology = self._event_topology
+        lasting = [
+            *queues.shared(topology, services),
+            *(it for each in services for it in queues.waiting(topology, each)),
+        ]
+        self._queues |= {queue.name for queue in lasting}
+        self._exchanges |= {exchange.name for exchange in queues.exchanges(topology, services)}
         try:
             yield
         except BaseException as error:

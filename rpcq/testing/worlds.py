@@ -17,7 +17,7 @@ from rpcq.testing.jobs import DeadJob, Jobs, Target, WaitingJob
 from rpcq.transport.memory.broker import MemoryBroker
 from rpcq.transport.memory.clock import StoppedClock
 from rpcq.transport.memory.transport import MemoryTransport
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.events import EventTopology
 from rpcq.worker import Worker
 
 PATIENCE: Final = 10.0
@@ -83,7 +83,7 @@ class World:
         client: Client,
         broker: MemoryBroker,
         clock: StoppedClock,
-        topology: JobTopology,
+        topology: EventTopology,
         services: Sequence[Service],
         make: Callable[..., MortalWorker],
     ) -> None:

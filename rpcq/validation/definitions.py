@@ -38,24 +38,24 @@ def check_lifespan(service: str, lifespan: Any) -> None:
         raise ConfigurationError(msg) from error
 
 
-def check_handler(service: str, handler: Any, what: Literal["method", "job"]) -> None:
+def check_handler(service: str, handler: Any, what: Literal["method", "job", "subscription"]) -> None:
     """Check that a handler is a function whose caller gives all its parameters; `what` it is to be.
 
     Raises:
         ConfigurationError: it cannot be called, or it is a function of a class, which needs a `self`.
 
     """
+    is_on = what == "subscription"
     if isinstance(handler, str):
-        raise ConfigurationError(
-            f"the name of a {what} must be given as @{service}.{what}(name={handler!r}); got it alone"
-        )
+        decorator = f"on(..., name={handler!r})" if is_on else f"{what}(name={handler!r})"
+        raise ConfigurationError(f"the name of a {what} must be given as @{service}.{decorator}; got it alone")
     if not callable(handler) or isinstance(handler, type):
         msg = f"the handler of a {what} of service {service!r} must be an async def or a def; got {handler!r}"
         raise ConfigurationError(msg)
     if inspect.isfunction(handler) and (own := _self(handler)):
         raise ConfigurationError(
             f"a handler must not be a function of a class; got {handler.__qualname__}, which takes {own!r}: make an "
-            f"object, and register its method: {service}.{what}(thing.{handler.__name__})"
+            f"object, and register its method: {service}.{'on(...)' if is_on else what}(thing.{handler.__name__})"
         )
 
 

@@ -67,18 +67,18 @@ def by_name(
     return (), {**named, **params}
 
 
-def invalid_params(label: str, error: ValidationError) -> InvalidParams:
-    """The error for parameters that do not fit a function; its details list what is wrong, field by field."""
+def invalid_params(label: str, error: ValidationError, what: str = "parameters") -> InvalidParams:
+    """The error for parameters, or fields, that do not fit; its details list what is wrong, field by field."""
     count = error.error_count()
     if count > MOST_ERRORS:
-        return InvalidParams(f"the parameters do not fit {label}: {count} errors, too many to list")
+        return InvalidParams(f"the {what} do not fit {label}: {count} errors, too many to list")
     errors = error.errors(include_url=False, include_context=False, include_input=False)[:_MOST_DETAILS]
     details = [{"loc": _in_short(it["loc"]), "msg": it["msg"][:_LONGEST_DETAIL], "type": it["type"]} for it in errors]
     if details and details[0]["type"] == "json_invalid":
-        return InvalidParams(f"the parameters of {label} are not JSON: {details[0]['msg']}", details=details)
-    named = "; ".join(f"{'.'.join(str(part) for part in it['loc']) or 'parameters'}: {it['msg']}" for it in details[:5])
+        return InvalidParams(f"the {what} of {label} are not JSON: {details[0]['msg']}", details=details)
+    named = "; ".join(f"{'.'.join(str(part) for part in it['loc']) or what}: {it['msg']}" for it in details[:5])
     more = f"; and {count - 5} more" if count > 5 else ""
-    return InvalidParams(f"the parameters do not fit {label}: {named}{more}", details=details)
+    return InvalidParams(f"the {what} do not fit {label}: {named}{more}", details=details)
 
 
 def _in_short(loc: tuple[int | str, ...]) -> list[int | str]:

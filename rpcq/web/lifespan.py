@@ -16,6 +16,7 @@ from rpcq.calls.proxy import CallMaker, Target
 from rpcq.client import Client
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import ClosedError, ConfigurationError, ServiceUnavailable, UsageError
+from rpcq.event_types import Event
 from rpcq.observer import Observer
 from rpcq.options import (
     CallKwargs,
@@ -31,6 +32,7 @@ from rpcq.service import Service
 from rpcq.transport.opening import open_transport
 from rpcq.validation.listing import lists_options
 from rpcq.web.opening import Opener
+from rpcq.wire.events import Publication
 from rpcq.wire.jobs import Job
 from rpcq.worker import Worker, check_services
 
@@ -242,6 +244,10 @@ class _Caller:
     ) -> Coroutine[Any, Any, list[Job]]:
         client = self._rpc.client
         return client.send_jobs(job, self._rpc._late.options(options), several)  # noqa: SLF001 - a part of it
+
+    def publish_event(self, event: Event, options: CallOptions) -> Coroutine[Any, Any, Publication]:
+        client = self._rpc.client
+        return client.publish_event(event, self._rpc._late.options(options))  # noqa: SLF001 - a part of it
 
 
 class _Running:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -24,6 +24,7 @@ DUE: Final = "rpcq-due"
 PRIORITY: Final = "rpcq-priority"
 UNKNOWN: Final = "rpcq-unknown"
 """How often a worker got the job that has no such job."""
+VERSION: Final = "rpcq-event-version"
 RETURNS: Final = "rpcq-returns"
 """How often it came back to its queue before it was published again: the broker counts from 0 then."""
 
@@ -49,6 +50,9 @@ SUSPECT_FROM: Final = 2
 
 UNLIMITED: Final = 1_000_000_000
 """As a delivery limit: -1 means no limit for RabbitMQ 4, and 0 for RabbitMQ 3.10."""
+
+DECLARE: Final = "run `rpcq setup`, or start one of its workers, first"
+"""What to do when no queue takes a job."""
 
 _U16: Final = struct.Struct(">H")
 _U32: Final = struct.Struct(">I")
@@ -97,7 +101,7 @@ class JobTopology:
         return Queue(
             f"{self._namespace}.job.{key}",
             durable=True,
-            arguments=self._arguments(service, DELIVERY_LIMIT),
+            arguments=self.arguments(self.address(service), DELIVERY_LIMIT),
             bindings=bindings,
         )
 
@@ -115,17 +119,17 @@ class JobTopology:
         return Queue(
             f"{self._namespace}.job.{service}:suspects",
             durable=True,
-            arguments=self._arguments(service, SUSPECT_LIMIT),
+            arguments=self.arguments(self.address(service), SUSPECT_LIMIT),
             bindings=((self.due.name, self.suspect_key(service)),),
         )
 
-    def dead_queue(self, service: str) -> Queue:
-        """The queue of a service's dead letters."""
+    def dead_queue(self, service: str, addresses: Iterable[str] = ()) -> Queue:
+        """The queue of a service's dead letters: those of its jobs, and those with one of these addresses."""
         return Queue(
             f"{self._namespace}.dead.{service}",
             durable=True,
             arguments=_KEPT,
-            bindings=((self.dead.name, self.address(service)),),
+            bindings=tuple((self.dead.name, address) for address in (self.address(service), *addresses)),
         )
 
     def tickets(self, service: str) -> Queue:
@@ -133,7 +137,7 @@ class JobTopology:
         return Queue(
             f"{self._namespace}.cron.{service}",
             durable=True,
-            arguments={**self._arguments(service, UNLIMITED), "x-single-active-consumer": True},
+            arguments={**self.arguments(self.address(service), UNLIMITED), "x-single-active-consumer": True},
             bindings=((self.due.name, self.ticket_key(service)),),
         )
 
@@ -153,12 +157,13 @@ class JobTopology:
         """Where a service's jobs go after a delay. Dead letters of every priority go to the address for normal jobs."""
         return f"job.{self.key(service, priority)}"
 
-    def _arguments(self, service: str, limit: int) -> dict[str, Any]:
+    def arguments(self, address: str, limit: int) -> dict[str, Any]:
+        """The arguments of a queue whose dead letters have this address; `limit` bounds its deliveries."""
         return {
             "x-queue-type": "quorum",
             "x-delivery-limit": limit,
             "x-dead-letter-exchange": self.dead.name,
-            "x-dead-letter-routing-key": self.address(service),
+            "x-dead-letter-routing-key": address,
             "x-dead-letter-strategy": "at-least-once",
             "x-overflow": "reject-publish",
         }
@@ -191,12 +196,12 @@ class Job:
 
 @dataclass(slots=True, kw_only=True)
 class JobMessage:
-    """A job as a message.
+    """A job as a message. An event is one too, because it is a job of each subscription that gets it.
 
     Attributes:
         id: the same in all attempts and replays; `message_id` and `correlation_id` of the message.
-        name: the name of the job within its service; empty if the message names none.
-        body: the parameters, as JSON.
+        name: the name of the job within its service, or of the event; empty if the message names none.
+        body: the parameters, or the event, as JSON.
         key: the idempotency key; the ID if its sender gave none.
         attempt: 1 + the number of attempts that ended with an error, or that the handler put off.
         first_sent_ms: when it was sent first, in milliseconds since the epoch; None if the message does not say.
@@ -204,7 +209,8 @@ class JobMessage:
         expires_ms: when it need not be done any more; None for never.
         due_ms: when it is to be done: a tick of its schedule, or the end of its delay; None for at once.
         priority: the lane that it goes to, also when it runs again.
-        unknown: how often a worker got it that has no job of this name.
+        version: the version of the event; None for a job, and if the message does not say.
+        unknown: how often a worker got it that has no job of this name, or that the event does not fit.
         app_id: the name of the program that sent it.
         user: the broker's user that sent it, checked by the broker; empty if the message does not carry it.
         headers: the sender's own headers `x-...`, and its trace context.
@@ -224,6 +230,7 @@ class JobMessage:
     expires_ms: int | None = None
     due_ms: int | None = None
     priority: Priority = "normal"
+    version: int | None = None
     unknown: int = 0
     app_id: str = ""
     user: str = ""
@@ -249,6 +256,16 @@ class JobMessage:
     def metadata(self) -> dict[str, str]:
         """The sender's own headers."""
         return {name: value for name, value in self.headers.items() if name.startswith("x-") and isinstance(value, str)}
+
+
+def no_queue(service: str, priority: Priority) -> str:
+    """Why the broker returned a job of a service."""
+    if priority == "normal":
+        return f"no queue takes jobs of service {service!r}: {DECLARE}"
+    return (
+        f"no queue takes jobs of service {service!r} with priority {priority!r}: "
+        f"define the service with lanes, Service(..., lanes=True), and {DECLARE}"
+    )
 
 
 def check_headers(headers: Mapping[str, Any]) -> None:
@@ -302,6 +319,8 @@ def encode_job(job: JobMessage, now_ms: int) -> bytes:
         headers[DUE] = job.due_ms
     if job.priority != "normal":
         headers[PRIORITY] = job.priority
+    if job.version is not None:
+        headers[VERSION] = job.version
     if job.unknown:
         headers[UNKNOWN] = job.unknown
     if job.earlier:
@@ -339,6 +358,7 @@ def read_job(data: bytes, body: bytes, *, redelivered: bool) -> JobMessage:
         expires_ms=_whole(headers.get(EXPIRES)),
         due_ms=_whole(headers.get(DUE)),
         priority=_lane(headers.get(PRIORITY)) or "normal",
+        version=_whole(headers.get(VERSION)),
         unknown=_count(headers.get(UNKNOWN, 0)),
         app_id=text(found.app_id),
         user=text(found.user_id),
@@ -391,6 +411,8 @@ def _problem(found: Properties, headers: Mapping[str, Any], job: JobMessage) -> 
     for name in (FIRST_SENT, EXPIRES, DUE):
         if name in headers and _whole(headers[name]) is None:
             return f"the header {name} must be a whole number of milliseconds; got {headers[name]!r:.50}"
+    if VERSION in headers and (job.version is None or job.version < 1):
+        return f"the header {VERSION} must be a whole number of at least 1; got {headers[VERSION]!r:.50}"
     if PRIORITY in headers and _lane(headers[PRIORITY]) is None:
         return f"the header {PRIORITY} must be 'high' or 'low'; got {headers[PRIORITY]!r:.50}"
     return ""

@@ -26,6 +26,7 @@ from rpcq.observer import ObservedJob, ObservedSend, Observer
 from rpcq.options import MAX_HEADERS
 from rpcq.results import MemoryResults
 from rpcq.transport.base import Message, Published
+from rpcq.wire.events import EventTopology
 from rpcq.wire.jobs import JobTopology
 from rpcq.wire.properties import Properties, encode
 from support.letters import letters
@@ -379,8 +380,9 @@ async def test_the_trace_is_kept_in_a_dead_letter_and_its_replay(home: Place, se
         async with letters(home.url, topology.dead_queue(service.name)) as dead:
             (found,) = await dead.wait_for(1)
         key = topology.address(service.name).encode()
-        letter = read_letter(topology, topology.dead.name.encode(), key, encode(found.properties), found.body)
-        replay = replay_of(letter, None, round(time.time() * 1000))
+        events = EventTopology(home.namespace)
+        letter = read_letter(events, topology.dead.name.encode(), key, encode(found.properties), found.body)
+        replay = replay_of(events, letter, None, round(time.time() * 1000))
         assert not isinstance(replay, str)
         await publish(client, home, service.name, replay.properties, replay.body)
         await until(lambda: len(attempts(spans)) == 2)

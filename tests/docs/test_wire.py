@@ -30,10 +30,12 @@ from rpcq.errors import (
     from_wire,
     to_wire,
 )
+from rpcq.events import subscriptions
 from rpcq.jobs import outcomes
 from rpcq.options import MAX_HEADERS, NAME, CallOptions, ClientOptions, ConnectionOptions
 from rpcq.validation.schemas import make_codec
-from rpcq.wire import bodies, control, jobs, replies, requests
+from rpcq.wire import bodies, control, events, jobs, replies, requests
+from rpcq.wire.events import EventTopology
 from rpcq.wire.jobs import JobTopology
 from rpcq.wire.properties import Properties, decode, encode
 from rpcq.wire.replies import Notice, Reply
@@ -117,7 +119,7 @@ def test_every_header_of_rpcq_in_the_contract_is_one_that_is_sent_and_the_other_
         name for name in {*sent, requests.METHOD} if name.startswith("rpcq-")
     }
     assert fields_of(reply_part)[1] == set(replied)
-    of_jobs = set(re.findall(r"`(rpcq-[a-z-]+)`", section("wire.md", "Jobs")))
+    of_jobs = set(re.findall(r"`(rpcq-[a-z-]+)`", section("wire.md", "Jobs") + section("wire.md", "Events")))
     everywhere = set(re.findall(r"`(rpcq-[a-z-]+)`", PAGE))
     assert (
         everywhere - of_jobs
@@ -135,9 +137,41 @@ def test_every_header_of_a_job_in_the_contract_is_one_that_is_sent_and_the_other
     assert said == {*(decode(jobs.encode_job(job, 1)).headers or {}), *dead}
 
 
+def test_every_header_of_an_event_in_the_contract_is_one_that_is_sent_and_the_other_way_round() -> None:
+    rows_of = rows(section("wire.md", "Events"), "property", "meaning", "needed")
+    said = {name for field, *_ in rows_of if field.startswith("header `") for name in quoted(field)}
+    event = jobs.JobMessage(id="7", name="order.created", body=b"", key="k", version=2)
+    encoded = events.encode_event(EventTopology("rpcq"), event, 1)
+    assert said == {*(decode(encoded.properties).headers or {})}
+    assert (encoded.exchange, encoded.routing_key) == (b"rpcq.events", b"order.created")
+    properties = {name for field, *_ in rows_of if field.startswith("`") for name in quoted(field)}
+    assert properties <= {it.name for it in fields(Properties)}
+
+
+def test_the_queues_of_a_subscription_are_those_of_the_contract() -> None:
+    part, topology = section("wire.md", "Events"), EventTopology("rpcq")
+    exchanges = {quoted(name)[0]: kind for name, kind in rows(part, "exchange", "type, arguments")}
+    assert {it.name: [it.type, *([it.alternate] if it.alternate else [])] for it in topology.exchanges()} == {
+        name: [kind.split(",")[0], *(each for each in quoted(kind) if each.startswith("rpcq."))]
+        for name, kind in exchanges.items()
+    }
+    found = [topology.queue("s", "n", ["order.*"]), topology.suspects("s", "n")]
+    for queue, (name, limit, letters, bound) in zip(
+        found, rows(part, "queue", "`x-delivery-limit`", "dead-letters to", "bound to"), strict=True
+    ):
+        assert quoted(name)[0].replace("<service>", "s").replace("<subscription>", "n") == queue.name
+        assert queue.arguments["x-delivery-limit"] == int(limit)
+        assert {each for each, _ in queue.bindings} == {*quoted(bound)}
+        assert letters == "the same" or quoted(letters) == ["rpcq.dead", "sub.<service>:<subscription>"]
+        assert queue.arguments["x-dead-letter-routing-key"] == "sub.s:n"
+    own = topology.instance_queue(["#"])
+    assert (own.arguments["x-max-length"], own.arguments["x-overflow"]) == (100_000, "drop-head")
+    assert "`x-max-length` 100000 and `x-overflow` `drop-head`" in part
+
+
 def test_every_reason_of_a_dead_letter_is_in_the_contract() -> None:
     (text,) = re.findall(r"\| `rpcq-dead-reason` \| (.+?) \|$", PAGE, re.MULTILINE)
-    source = Path(outcomes.__file__).read_text("utf-8")
+    source = "".join(Path(it.__file__).read_text("utf-8") for it in (outcomes, subscriptions))
     assert {*re.findall(r"`(\w+)`", text)} == {*re.findall(r'Dead\(\s*"(\w+)"', source)}
 
 
@@ -358,10 +392,10 @@ def test_a_notice_means_what_the_contract_says() -> None:
 
 
 def test_the_exchanges_are_those_of_the_contract() -> None:
-    today = re.sub(r"^## [^\n]*\(later.*?(?=^## )", "", PAGE, flags=re.DOTALL | re.MULTILINE)
-    said = set(re.findall(r"`(rpcq\.[a-z]+)`", today))
-    of_jobs = {exchange.name for exchange in JobTopology(NAMES.namespace).exchanges() if ".delay." not in exchange.name}
-    assert said == {exchange.name for exchange in NAMES.exchanges()} | of_jobs
+    said = set(re.findall(r"`(rpcq\.[a-z]+)`", PAGE))
+    further = [*JobTopology(NAMES.namespace).exchanges(), *EventTopology(NAMES.namespace).exchanges()]
+    of_others = {exchange.name for exchange in further if ".delay." not in exchange.name}
+    assert said == {exchange.name for exchange in NAMES.exchanges()} | of_others
 
 
 def test_the_picture_of_the_design_has_the_exchanges_of_the_contract() -> None:

@@ -1139,7 +1139,10 @@ def test_a_request_that_names_no_method_means_the_only_or_the_default_one() -> N
 
 def test_a_service_that_cannot_be_served_says_why() -> None:
     service = Service("s", default_method="other")
-    with pytest.raises(ConfigurationError, match=r"'s' has no methods and no jobs; add one with @s\.method or \.job"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"'s' has no methods, no jobs and no subscriptions; add one with @s\.method, \.job or \.on",
+    ):
         service.check()
     service.method(add)
     with pytest.raises(

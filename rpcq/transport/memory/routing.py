@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from rpcq.transport.memory.rules import copies_of, has_wildcard, topic_matches, words_of
+from rpcq.transport.memory.rules import copies_of
+from rpcq.wire.patterns import has_wildcard, topic_matches, words_of
 from rpcq.wire.topology import Exchange
 
 if TYPE_CHECKING:

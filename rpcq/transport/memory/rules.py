@@ -50,25 +50,6 @@ def copies_of(headers: Mapping[str, Any] | None) -> list[bytes]:
     return [key.encode() if isinstance(key, str) else key for key in copies if isinstance(key, str | bytes)]
 
 
-def words_of(key: bytes) -> list[bytes]:
-    """The words of a routing key or binding key of a topic exchange; an empty key has no words."""
-    return key.split(b".") if key else []
-
-
-def has_wildcard(words: list[bytes]) -> bool:
-    """Whether a binding key of a topic exchange has a wildcard."""
-    return b"*" in words or b"#" in words
-
-
-def topic_matches(pattern: list[bytes], words: list[bytes]) -> bool:
-    """Whether a binding key matches a routing key: `*` stands for one word, `#` for any number of words."""
-    if not pattern:
-        return not words
-    if pattern[0] == b"#":
-        return any(topic_matches(pattern[1:], words[at:]) for at in range(len(words) + 1))
-    return bool(words) and pattern[0] in (b"*", words[0]) and topic_matches(pattern[1:], words[1:])
-
-
 def milliseconds(expiration: bytes) -> int:
     """The value of the property `expiration`.
 

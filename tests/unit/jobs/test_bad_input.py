@@ -80,7 +80,8 @@ def test_two_jobs_or_a_job_and_a_method_of_one_name_are_refused_and_the_first_st
     emails.job(work)
     for again in (emails.job, emails.method):
         with pytest.raises(
-            ConfigurationError, match="methods and jobs of service 'emails' must have different names; got 'work' twice"
+            ConfigurationError,
+            match="methods, jobs and subscriptions of service 'emails' must have different names; got 'work' twice",
         ):
             again(work)
     emails.method(name="call")(work)

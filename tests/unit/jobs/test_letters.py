@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from rpcq.errors import ConfigurationError
 from rpcq.jobs.letters import DeadLetter, Replay, Wanted, parse_since, read_letter, replay_of
 from rpcq.wire.bodies import dumps
-from rpcq.wire.jobs import JobTopology, read_job
+from rpcq.wire.events import EventTopology
+from rpcq.wire.jobs import read_job
 from rpcq.wire.properties import Properties, decode, encode
 
-TOPOLOGY = JobTopology("rpcq")
+TOPOLOGY = EventTopology("rpcq")
 DIED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 DIED_MS = round(DIED.timestamp() * 1000)
 NOW = datetime(2026, 1, 2, 12, tzinfo=UTC)
@@ -40,7 +41,7 @@ def letter(
 
 
 def again(found: DeadLetter, to: str | None = None) -> Replay:
-    replay = replay_of(found, to, NOW_MS)
+    replay = replay_of(TOPOLOGY, found, to, NOW_MS)
     assert isinstance(replay, Replay)
     return replay
 
@@ -79,7 +80,7 @@ def test_of_several_deaths_the_last_one_counts() -> None:
         ("rpcq.delay.00", "0." * 23 + "1.job.a.b", "job.a.b", "a.b"),
         ("rpcq.due", "0." * 24 + "job.a.b:high", "job.a.b:high", "a.b"),
         ("rpcq.due", "emails:suspects", "emails:suspects", "emails"),
-        ("rpcq.due", "0." * 24 + "sub.emails:orders", "sub.emails:orders", ""),
+        ("rpcq.due", "0." * 24 + "sub.emails:orders", "sub.emails:orders", "emails"),
         ("rpcq.due", "0.1.job.emails", "0.1.job.emails", ""),
         ("rpcq.due", "job.", "job.", ""),
     ],
@@ -107,7 +108,7 @@ def test_headers_that_are_no_headers_of_a_broker_are_no_matter(deaths: Any) -> N
 def test_any_message_can_be_read_listed_and_shown(key: bytes, body: bytes, properties: bytes, exchange: bytes) -> None:
     found = read_letter(TOPOLOGY, exchange, key, properties, body)
     assert json.loads(dumps(found.details()))["executed"] in ("yes", "no", "maybe")
-    replay_of(found, None, NOW_MS)
+    replay_of(TOPOLOGY, found, None, NOW_MS)
 
 
 def test_details_carry_any_header() -> None:
@@ -206,7 +207,8 @@ def test_a_replay_keeps_the_job_and_begins_anew() -> None:
     }
     assert (found.message_id, found.type, found.app_id, found.delivery_mode) == (b"j1", b"welcome", b"shop", 2)
     assert (found.user_id, found.expiration, found.reply_to) == (None, None, None)
-    assert (replay.service, replay.job_id, replay.body) == ("emails", "j1", b'{"to":"ada"}')
+    assert (replay.exchange, replay.routing_key) == (b"rpcq.jobs", b"emails")
+    assert (replay.job_id, replay.body) == ("j1", b'{"to":"ada"}')
     assert read_job(replay.properties, replay.body, redelivered=False).problem == ""
 
 
@@ -216,23 +218,57 @@ def test_a_replay_leaves_out_an_expiry_that_has_passed() -> None:
 
 
 def test_a_replay_can_go_to_another_service() -> None:
-    assert again(letter(BY_WORKER), "others").service == "others"
-    assert again(letter(exchange="rpcq.due", key="sub.emails:orders"), "others").service == "others"
+    assert again(letter(BY_WORKER), "others").routing_key == b"others"
+    assert again(letter(exchange="rpcq.due", key="else.emails:orders"), "others").routing_key == b"others"
 
 
 def test_a_replay_keeps_its_lane_unless_it_goes_to_another_service() -> None:
     low = letter({**BY_WORKER, "rpcq-priority": "low"})
     kept, moved = again(low), again(low, "others")
-    assert (kept.service, kept.priority, moved.service, moved.priority) == ("emails", "low", "others", "normal")
+    assert (kept.routing_key, moved.routing_key) == (b"emails:low", b"others")
     assert (decode(kept.properties).headers or {})["rpcq-priority"] == "low"
     assert "rpcq-priority" not in (decode(moved.properties).headers or {})
     lost = letter({"rpcq-priority": "high"}, exchange="rpcq.due", key="0." * 24 + "job.emails:high")
-    assert (again(lost).service, again(lost).priority) == ("emails", "high")
-    assert again(letter({**BY_WORKER, "rpcq-priority": "urgent"})).priority == "normal"
+    assert again(lost).routing_key == b"emails:high"
+    assert again(letter({**BY_WORKER, "rpcq-priority": "urgent"})).routing_key == b"emails"
+
+
+@pytest.mark.parametrize(
+    ("exchange", "key"),
+    [
+        ("rpcq.dead", "sub.shop.eu:ship"),
+        ("rpcq.due", "0." * 24 + "sub.shop.eu:ship"),
+        ("rpcq.due", "sub.shop.eu:ship:suspects"),
+    ],
+)
+def test_a_letter_of_a_subscription_names_it_and_its_event_and_goes_back_to_it_alone(exchange: str, key: str) -> None:
+    found = letter({**BY_WORKER, "rpcq-event-version": 2}, exchange=exchange, key=key, type=b"order.created")
+    assert (found.service, found.subscription, found.label) == ("shop.eu", "ship", "shop.eu.ship")
+    assert (found.summary()["job"], found.summary()["event"]) == ("shop.eu.ship", "order.created")
+    for job in ("ship", "shop.eu.ship", "order.created"):
+        assert Wanted(jobs=frozenset([job])).takes(found)
+    assert not Wanted(jobs=frozenset(["other"])).takes(found)
+    replay, moved = again(found), again(found, "audit:look")
+    assert (replay.exchange, replay.routing_key) == (b"rpcq.due", b"0." * 24 + b"sub.shop.eu:ship")
+    assert (replay.queue, moved.queue) == ("rpcq.sub.shop.eu:ship", "rpcq.sub.audit:look")
+    assert moved.routing_key == b"0." * 24 + b"sub.audit:look"
+    assert (decode(replay.properties).headers or {})["rpcq-event-version"] == 2
+    assert "name a subscription, --to audit:ship" in str(replay_of(TOPOLOGY, found, "audit", NOW_MS))
+
+
+def test_a_job_cannot_go_to_a_subscription() -> None:
+    assert "name a service alone, --to audit" in str(replay_of(TOPOLOGY, letter(BY_WORKER), "audit:look", NOW_MS))
+
+
+def test_a_service_called_like_an_address_of_a_subscription_is_not_taken_for_one() -> None:
+    found = letter(exchange="rpcq.due", key="sub.shop:suspects")
+    assert (found.service, found.subscription) == ("sub.shop", "")
 
 
 def test_what_cannot_be_replayed_says_why() -> None:
-    assert "names no service: name one with --to" in str(replay_of(letter(key="sub.emails:orders"), None, NOW_MS))
-    assert "no ID" in str(replay_of(letter(message_id=None), None, NOW_MS))
+    assert "names no service: name one with --to" in str(
+        replay_of(TOPOLOGY, letter(key="else.emails:orders"), None, NOW_MS)
+    )
+    assert "no ID" in str(replay_of(TOPOLOGY, letter(message_id=None), None, NOW_MS))
     unreadable = read_letter(TOPOLOGY, b"rpcq.dead", b"job.emails", b"\xff", b"")
-    assert "the properties end early" in str(replay_of(unreadable, None, NOW_MS))
+    assert "the properties end early" in str(replay_of(TOPOLOGY, unreadable, None, NOW_MS))
