@@ -30,8 +30,8 @@ from rpcq.errors import (
     UsageError,
 )
 from rpcq.event_types import AnyEvent, Event
-from rpcq.observer import Observed, ObservedCall, ObservedJob, ObservedRequest, ObservedSend, Observer
-from rpcq.options import CallOptions, ClientOptions, ConnectionOptions, JobOptions, Retry, WorkerOptions
+from rpcq.observer import Observed, ObservedBatch, ObservedCall, ObservedJob, ObservedRequest, ObservedSend, Observer
+from rpcq.options import Batch, CallOptions, ClientOptions, ConnectionOptions, JobOptions, Retry, WorkerOptions
 from rpcq.results import Claim, ResultStore, StoredResult
 from rpcq.runtime.deadline import Deadline
 from rpcq.runtime.process import own_version
@@ -43,6 +43,7 @@ from rpcq.worker import Worker
 
 __all__ = [
     "AnyEvent",
+    "Batch",
     "BrokerError",
     "CallError",
     "CallMaker",
@@ -70,6 +71,7 @@ __all__ = [
     "MethodNotFound",
     "NotSerializable",
     "Observed",
+    "ObservedBatch",
     "ObservedCall",
     "ObservedJob",
     "ObservedRequest",

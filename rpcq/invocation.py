@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from enum import Enum, auto
 from typing import Any
 
-from rpcq.errors import CallError
-from rpcq.service import Context, Offered
+from rpcq.errors import CallError, InvalidReply
+from rpcq.service import Context, Method, Offered
 
 
 class Invocation(ABC):
@@ -39,6 +40,21 @@ class Invocation(ABC):
     @abstractmethod
     def names(self) -> dict[str, Any]:
         """The fields that identify it in logs."""
+
+
+def call_together(invocations: Sequence[Invocation]) -> Any:
+    """Call the handler of a batch once for several invocations of its method; an `async def` returns a coroutine."""
+    method = invocations[0].method
+    assert isinstance(method, Method)  # noqa: S101 - only methods have a batch
+    return method.call_batch([(it.args, it.params) for it in invocations], [it.context for it in invocations])
+
+
+class Unfit(Exception):
+    """The handler of a batch returned what cannot be the results of its calls; each caller gets `error`."""
+
+    def __init__(self, error: InvalidReply) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 class Refused(Exception):

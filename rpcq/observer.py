@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol, TypeVar
 
 from rpcq import logs
@@ -177,6 +178,26 @@ class ObservedJob(Observed):
         self.incident = ""
 
 
+@dataclass(frozen=True, slots=True)
+class ObservedBatch:
+    """A handler batch of a worker: calls that one run of a handler took together. Each is a request of its own, too.
+
+    Attributes:
+        service: name of the service.
+        method: name of the method.
+        label: both names, as "service.method".
+        size: calls that the handler got.
+        seconds: duration of the handler.
+
+    """
+
+    service: str
+    method: str
+    label: str
+    size: int
+    seconds: float
+
+
 class Counted(Protocol):
     """A client or a worker, as observers see it: they may read its counts at any time."""
 
@@ -208,6 +229,9 @@ class Observer:
 
         Both are called in the context of the handler.
         """
+
+    def on_batch(self, batch: ObservedBatch) -> None:
+        """The handler of a batch has ended at a worker, for methods with a `batch`. Called in no call's context."""
 
     def on_notice(self, reason: str) -> None:
         """A client got a notice that a queue gave up a request: "expired", "delivery_limit", ..."""
@@ -241,6 +265,7 @@ class Observers:
         requests: functions to call with each request.
         sends: functions to call with each job that is sent.
         jobs: functions to call with each attempt of a job.
+        has_batches: whether an observer is called with batches.
 
     """
 
@@ -255,6 +280,7 @@ class Observers:
         self.requests = tuple(it.on_request for it in self._overriding("on_request"))
         self.sends = tuple(it.on_send for it in self._overriding("on_send"))
         self.jobs = tuple(it.on_job for it in self._overriding("on_job"))
+        self.has_batches = bool(self._overriding("on_batch"))
 
     def _overriding(self, name: str) -> list[Observer]:
         return [it for it in self._observers if getattr(type(it), name) is not getattr(Observer, name)]
@@ -270,6 +296,10 @@ class Observers:
     def session(self, role: Role, cause: BaseException | None = None) -> None:
         """See `Observer.on_session`."""
         self._call("on_session", self._owner, role, cause)
+
+    def batch(self, batch: ObservedBatch) -> None:
+        """See `Observer.on_batch`."""
+        self._call("on_batch", batch)
 
     def notice(self, reason: str) -> None:
         """See `Observer.on_notice`."""

@@ -29,11 +29,11 @@ from rpcq.execution import Executor
 from rpcq.jobs.invocation import Served
 from rpcq.jobs.running import JobRunner
 from rpcq.jobs.ticking import Ticker, schedules_of
-from rpcq.observer import Observer, Observers
+from rpcq.observer import ObservedBatch, Observer, Observers
 from rpcq.options import Priority, WorkerKwargs, WorkerOptions
 from rpcq.results import MemoryResults
 from rpcq.runtime.watchdog import Watchdog
-from rpcq.service import Service
+from rpcq.service import Offered, Service
 from rpcq.transport.base import Subscription, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.transport.sessions import Sessions
@@ -94,7 +94,7 @@ class Worker:
         with_jobs = [service for service in services if service.takes_jobs]
         # Twice for jobs: the thread of a job that is written off may never be free again.
         jobs = sum(jobs_at_once(service, self.options) for service in with_jobs)
-        executor = Executor(self.options.prefetch * len(services) + 2 * jobs)
+        executor = Executor(self.options.prefetch * len(services) + 2 * jobs, self._on_batch)
         self._event_topology = EventTopology(self.options.namespace)
         self._job_topology = self._event_topology.jobs
         self._jobs: JobRunner | None = None
@@ -174,6 +174,7 @@ class Worker:
             raise ClosedError("the worker was stopped while it was being started")
         for ticker in self._tickers:
             ticker.start()
+        self._warn_of_small_prefetch()
         log.info(
             "worker started",
             services=[service.name for service in self.services],
@@ -181,6 +182,18 @@ class Worker:
             url=mask(self._url),
             namespace=self.options.namespace,
         )
+
+    def _warn_of_small_prefetch(self) -> None:
+        """Warn of batches that can never be full: the broker delivers no more than `prefetch` calls."""
+        for service in self.services:
+            for method in service.methods.values():
+                if method.batch is not None and method.batch.max_size > self.options.prefetch:
+                    log.warning(
+                        "batches cannot be full: raise prefetch, or lower max_size",
+                        method=method.label,
+                        max_size=method.batch.max_size,
+                        prefetch=self.options.prefetch,
+                    )
 
     async def stop(self) -> bool:
         """Take nothing new, wait for what runs within the grace time, and close.
@@ -200,6 +213,7 @@ class Worker:
 
     async def _stop(self) -> bool:
         await self._transport.stop_consuming()
+        self._replier.hurry()
         clean = True
         try:
             async with asyncio.timeout(self.options.grace):
@@ -308,6 +322,10 @@ class Worker:
     def refused_redeliveries(self) -> int:
         """Requests that were refused because they may have run before: the worker that held them was lost."""
         return self._replier.refused_redeliveries
+
+    def _on_batch(self, method: Offered, size: int, seconds: float) -> None:
+        if self._observers.has_batches:
+            self._observers.batch(ObservedBatch(method.service, method.name, method.label, size, seconds))
 
     def _name_of(self, task: asyncio.Task[Any]) -> dict[str, Any]:
         """What a task runs, as fields for a log; may be called from another thread."""

@@ -34,7 +34,7 @@ from rpcq.errors import (
     to_wire,
 )
 from rpcq.execution import Enter, Executor, Run
-from rpcq.invocation import Interruption, Invocation, Refused
+from rpcq.invocation import Interruption, Invocation, Refused, Unfit
 from rpcq.observer import CANCELLED, OK, Endings, ObservedRequest
 from rpcq.results import StoredResult
 from rpcq.runtime.backlog import Backlog
@@ -252,6 +252,10 @@ class Replier:
         self._executor.cancel(run)
         return True
 
+    def hurry(self) -> None:
+        """Let no call wait for others that would go with it in a batch: no more come."""
+        self._executor.hurry()
+
     def name_of(self, task: asyncio.Task[Any]) -> dict[str, Any]:
         """What a task runs, as fields for a log; may be called from another thread."""
         for run in self.in_hand:
@@ -312,6 +316,9 @@ class Replier:
         """The handler raised, or was not entered."""
         if isinstance(error, Refused):
             self._refuse(run, error.error)
+        elif isinstance(error, Unfit):
+            log.error("results cannot be sent", method=invocation.method.label, correlation_id=run.id, cause=str(error))
+            self._reply_error(run, error.error)
         elif isinstance(error, invocation.method.errors):
             self._reply_error(run, error, raised=True)
         elif isinstance(error, CallTimeout) and error.deadline == invocation.deadline:

@@ -29,6 +29,7 @@ from rpcq.observer import (
     OK,
     Counted,
     Observed,
+    ObservedBatch,
     ObservedCall,
     ObservedJob,
     ObservedRequest,
@@ -50,6 +51,9 @@ JOB_BUCKETS: Final = (
     *(3600.0, 4 * 3600.0, 12 * 3600.0, 24 * 3600.0),
 )
 """The same for jobs, which may wait for hours."""
+
+SIZE_BUCKETS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
+"""Upper bounds of the buckets for sizes of batches, calls."""
 
 LAG_BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 
@@ -114,9 +118,9 @@ class _Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def add(self, seconds: float) -> None:
-        self.counts[bisect_left(self.bounds, seconds)] += 1
-        self.sum += seconds
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
 
     def sample(self, into: HistogramMetricFamily, labels: Sequence[str]) -> None:
         """Add a sample to the family, if anything was counted."""
@@ -152,6 +156,17 @@ class _Job:
         """Ends by `queued` at a client, by outcome and reason at a worker."""
         self.seconds = _Histogram(bounds)
         self.queue = _Histogram(bounds)
+
+
+class _Batched:
+    """The batches of one method; `labels` are its service and its name."""
+
+    __slots__ = ("labels", "seconds", "sizes")
+
+    def __init__(self, service: str, method: str) -> None:
+        self.labels = service, method
+        self.sizes = _Histogram(SIZE_BUCKETS)
+        self.seconds = _Histogram()
 
 
 def _new_code(codes: dict[str, int], code: str) -> str:
@@ -199,6 +214,7 @@ class Metrics(Observer):
         self._requests: dict[str, _Method] = {}
         self._sends: dict[str, _Job] = {}
         self._jobs: dict[str, _Job] = {}
+        self._batches: dict[str, _Batched] = {}
         self._notices: Counter[str] = Counter()
         self._sessions: dict[Role, _Sessions] = {"consuming": _Sessions(), "publishing": _Sessions()}
         self._up: set[tuple[Counted, Role]] = set()
@@ -252,6 +268,16 @@ class Metrics(Observer):
         if job.ran:
             numbers.running -= 1
             numbers.seconds.add(job.seconds)
+
+    def on_batch(self, batch: ObservedBatch) -> None:
+        """See `Observer`."""
+        found = self._batches.get(batch.label)
+        if found is None:
+            is_other = len(self._batches) >= MAX_METHODS
+            label, names = (OTHER, (OTHER, "")) if is_other else (batch.label, (batch.service, batch.method))
+            found = self._batches.setdefault(label, _Batched(*names))
+        found.sizes.add(batch.size)
+        found.seconds.add(batch.seconds)
 
     def on_notice(self, reason: str) -> None:
         """See `Observer`."""
@@ -333,6 +359,7 @@ class Metrics(Observer):
         for method in list(self._requests.values()):
             method.queue.sample(waits, method.labels)
         yield waits
+        yield from self._of_batches()
         notices = CounterMetricFamily(
             "rpcq_client_notices", "Requests that a queue gave up, by the broker's reason.", labels=["reason"]
         )
@@ -363,6 +390,17 @@ class Metrics(Observer):
             for code, count in codes:
                 finished.add_metric([*values, code], count)
         yield from (started, finished, in_flight, seconds)
+
+    def _of_batches(self) -> Iterator[Metric]:
+        labels = ["service", "method"]
+        sizes = HistogramMetricFamily("rpcq_worker_batch_size", "Calls that a handler took together.", labels=labels)
+        seconds = HistogramMetricFamily(
+            "rpcq_worker_batch_duration_seconds", "How long handlers took for a batch.", labels=labels
+        )
+        for batched in list(self._batches.values()):
+            batched.sizes.sample(sizes, batched.labels)
+            batched.seconds.sample(seconds, batched.labels)
+        yield from (sizes, seconds)
 
     def _of_sends(self) -> Iterator[Metric]:
         labels = ["service", "method"]

@@ -5,6 +5,7 @@ Beside each class is a `TypedDict` with the same names: callers give options as 
 Times are seconds, sizes are bytes.
 """
 
+from rpcq.options.batches import Batch
 from rpcq.options.calls import CallKwargs, CallOptions, UntypedCallKwargs
 from rpcq.options.checks import (
     MAX_DELAY,
@@ -39,6 +40,7 @@ __all__ = [
     "NAME",
     "NAMESPACE",
     "OWNED_HEADERS",
+    "Batch",
     "CallKwargs",
     "CallOptions",
     "ClientKwargs",

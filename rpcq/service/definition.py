@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, Final, Literal, TypeVar, overload
 
@@ -11,7 +11,7 @@ from rpcq.contracts import METHOD_NAME, Obligation
 from rpcq.errors import ConfigurationError, DomainError
 from rpcq.event_types import Event, pattern_of
 from rpcq.once import Once
-from rpcq.options import JOB_RETRY, CallOptions, JobOptions, Retry, check_errors, check_name
+from rpcq.options import JOB_RETRY, Batch, CallOptions, JobOptions, Retry, check_errors, check_name
 from rpcq.results import ResultStore
 from rpcq.schedules import Schedule
 from rpcq.service.methods import Authorize, Method, Subscriber, function_of, jobs_of, marked
@@ -19,6 +19,7 @@ from rpcq.validation.definitions import check_allow, check_handler, check_lifesp
 from rpcq.wire.events import NOT_A_SUBSCRIPTION
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
+BatchHandler = TypeVar("BatchHandler", bound=Callable[..., Awaitable[Sequence[Any]] | Sequence[Any]])
 Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
 
 EVERY_METHOD: Final = "*"
@@ -127,7 +128,21 @@ class Service:
         idempotent: bool = False,
         errors: Sequence[type[DomainError]] = (),
         timeout: float | None = None,
+        batch: None = None,
     ) -> Callable[[Handler], Handler]: ...
+
+    @overload
+    def method(
+        self,
+        handler: None = None,
+        /,
+        *,
+        name: str | None = None,
+        idempotent: bool = False,
+        errors: Sequence[type[DomainError]] = (),
+        timeout: float | None = None,
+        batch: Batch,
+    ) -> Callable[[BatchHandler], BatchHandler]: ...
 
     def method(
         self,
@@ -138,6 +153,7 @@ class Service:
         idempotent: bool = False,
         errors: Sequence[type[DomainError]] = (),
         timeout: float | None = None,
+        batch: Batch | None = None,
     ) -> Any:
         """Offer a function as a method. The function itself is not changed.
 
@@ -148,12 +164,18 @@ class Service:
                 with an `api` takes this from there.
             errors: domain errors that are sent to callers, besides the service's.
             timeout: the most seconds that it may run, even if the caller's deadline is later.
+            batch: how calls are gathered for a handler that takes a list for each parameter, with the values of all
+                calls, and returns a list with their results, in the same order. An exception in that list is the error
+                of its call alone. Callers, and a contract, have the signature of one call. None for a handler that
+                takes one call at a time.
 
         Raises:
-            ConfigurationError: the service already has a method of that name, pydantic cannot handle an annotation, or
-                the method does not fit the service's contract.
+            ConfigurationError: the service already has a method of that name, pydantic cannot handle an annotation, the
+                method does not fit the service's contract, or it has a `batch` and does not take and return lists.
 
         """
+        if batch is not None and not isinstance(batch, Batch):
+            raise ConfigurationError(f"batch must be a Batch(...) or None; got {batch!r}")
 
         def add(handler: Handler) -> Handler:
             check_handler(self.name, handler, "method")
@@ -170,6 +192,7 @@ class Service:
                 errors=(*self.errors, *own),
                 timeout=timeout,
                 allow=self.allow.get(called, self.allow.get(EVERY_METHOD)),
+                batch=batch,
             )
             if obligation is not None:
                 obligation.check_method(called, method.signature, own, idempotent=idempotent)

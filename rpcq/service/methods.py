@@ -19,9 +19,10 @@ from typing_extensions import TypeVar
 from rpcq.contracts import Parameters, result_adapter
 from rpcq.errors import ConfigurationError, DomainError, InvalidReply
 from rpcq.event_types import Topics
-from rpcq.options import JobOptions
+from rpcq.options import Batch, JobOptions
 from rpcq.runtime.deadline import Deadline
 from rpcq.validation.attributes import check_attributes
+from rpcq.validation.batches import signature_of_one
 from rpcq.validation.schemas import type_hints
 from rpcq.wire import bodies
 from rpcq.wire.values import NotCarried
@@ -81,6 +82,7 @@ class Offered:
         is_async: whether it is an `async def`; a `def` runs in a thread.
         timeout: the most seconds that it may run; None for the caller's deadline alone.
         job: how it is run if it is a job or a subscription; None for a method that is called.
+        batch: how calls are gathered for a handler that takes lists; None for a handler that takes one call.
         context_parameter: the position and the name of the parameter that takes a `Context`, or None; a keyword-only
             parameter has the position `sys.maxsize`.
         once_parameter: the same of the parameter that takes what the option `once` of the job gives.
@@ -91,6 +93,8 @@ class Offered:
             that cannot be.
 
     """
+
+    batch: Batch | None = None
 
     def __init__(
         self, service: str, name: str, handler: Callable[..., Any], *, timeout: float | None, job: JobOptions | None
@@ -196,7 +200,7 @@ class Method(Offered):
 
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that a method is defined with
         self,
         service: str,
         name: str,
@@ -207,16 +211,47 @@ class Method(Offered):
         timeout: float | None,
         allow: frozenset[str] | None,
         job: JobOptions | None = None,
+        batch: Batch | None = None,
     ) -> None:
         check_attributes(errors)
         super().__init__(service, name, handler, timeout=timeout, job=job)
         self.idempotent = idempotent
         self.errors = errors
         self.allow = allow
+        self.batch = batch
         self.lanes = False
+        if batch is not None:
+            self._check_contexts()
+            self.signature = signature_of_one(self.label, self.signature)
         self.parameters = Parameters(self.label, self.signature.replace(return_annotation=inspect.Signature.empty))
         returns = self.signature.return_annotation
         self._result = None if returns is Any else result_adapter(self.label, returns, written=True)
+
+    def _check_contexts(self) -> None:
+        if self.context_parameter is None:
+            return
+        name = self.context_parameter[1]
+        hint = type_hints(self.label, function_of(self.handler))[name]
+        if typing.get_origin(hint) is not list:
+            msg = f"the parameter {name!r} of {self.label} must be a list[Context], because the method has a batch"
+            raise ConfigurationError(f"{msg}; got {inspect.formatannotation(hint)}")
+
+    def call_batch(
+        self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]], contexts: Sequence[Callable[[], Context]]
+    ) -> Any:
+        """Call the handler of a batch once; an `async def` returns a coroutine.
+
+        Args:
+            calls: the arguments of each call, by position and by name.
+            contexts: make the `Context` of each call; called only if the handler takes them.
+
+        """
+        names = [*self.signature.parameters]
+        given = [dict(zip(names, args, strict=False)) | params if args else params for args, params in calls]
+        lists = {name: [each[name] for each in given] for name in names}
+        if self.context_parameter is not None:
+            lists[self.context_parameter[1]] = [context() for context in contexts]
+        return self.handler(**lists)
 
     def write_result(self, value: Any, max_body: int) -> bytes:
         """Write what the handler returned as JSON.

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Protocol, assert_type
 
 from rpcq import (
+    Batch,
     CallError,
     Client,
     ClientOptions,
@@ -52,6 +53,20 @@ async def named(context: Context, *, sku: str) -> str:
 @service.method()
 def blocking(x: float) -> float:
     return x
+
+
+@service.method(batch=Batch(max_size=8, max_wait=0.01, max_concurrency=2))
+async def halved(contexts: list[Context[int]], x: list[float]) -> list[float | OutOfStock]:
+    assert_type(contexts[0].state, int)
+    return [it / 2 for it in x]
+
+
+@service.method(batch=Batch())
+def doubled(x: list[float]) -> list[float]:
+    return [2 * it for it in x]
+
+
+assert_type(doubled([1.0]), list[float])
 
 
 @contract("things", errors=[OutOfStock], idempotent=["add"])

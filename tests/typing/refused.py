@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from rpcq import CallError, Client, Context, DomainError, Service, Worker, contract, with_options
+from rpcq import Batch, CallError, Client, Context, DomainError, Service, Worker, contract, with_options
 from rpcq.testing import Running
 
 
@@ -33,6 +33,13 @@ async def named(context: Context, *, sku: str) -> str:
     return sku
 
 
+@service.method(batch=Batch())  # error: type-var
+async def not_a_list(x: list[int]) -> int:
+    return x[0]
+
+
+service.method(batch=32)  # error: call-overload
+Batch(size=32)  # error: call-arg
 service.method(nam="x")  # error: call-overload
 service.method(errors=[ValueError])  # error: list-item
 service.method(timeout="5")  # error: call-overload

@@ -18,6 +18,7 @@ import rpcq
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams
 from rpcq.options import (
     MAX_TIMEOUT,
+    Batch,
     CallKwargs,
     CallOptions,
     ClientKwargs,
@@ -269,3 +270,17 @@ def test_help_lists_all_options_with_their_types_and_descriptions(offered: Any, 
             assert str(parameters[it.name]).endswith(" = ...")
         else:
             assert parameters[it.name].default == getattr(kind(), it.name)
+
+
+@pytest.mark.parametrize("value", NO_COUNT)
+@pytest.mark.parametrize("name", ["max_size", "max_concurrency"])
+def test_a_batch_has_sizes_of_at_least_1(name: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name} must be a whole number from 1 to 65535"):
+        Batch(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, 60.1, math.nan, math.inf, True, "5", None])
+def test_a_batch_waits_for_0_to_60_seconds(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match="max_wait must be a number of seconds from 0 to 60"):
+        Batch(max_wait=value)
+    assert Batch(max_wait=0).max_wait == 0

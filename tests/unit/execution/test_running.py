@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from rpcq import Context, Service, execution
+from rpcq import Context, Service
 from rpcq.errors import ServiceUnavailable
-from rpcq.execution import Around, Enter, Executor, Run
+from rpcq.execution import Around, Enter, Executor, Run, running
 from rpcq.invocation import Interruption, Invocation, Refused
 from rpcq.runtime.deadline import Deadline
 
@@ -265,7 +265,7 @@ async def test_handlers_that_run_when_all_are_abandoned_are_cut_off_and_say_whet
 async def test_a_handler_that_does_not_let_itself_be_cancelled_is_cut_off_once_and_its_result_is_dropped(
     begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execution, "CANCEL_TIMEOUT", 0.02)
+    monkeypatch.setattr(running, "CANCEL_TIMEOUT", 0.02)
     goes_on = asyncio.Event()
 
     async def stick() -> str:

@@ -1,4 +1,4 @@
-"""Runs handlers: in a task, or in a thread of a pool, until their deadline.
+"""Runs handlers: in a task, in a thread of a pool, or for several calls together, until their deadline.
 
 A run begins with `Executor.begin` and ends once, with one of three methods that each subclass of `Run` defines:
 
@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from rpcq import logs
 from rpcq.errors import ServiceUnavailable
+from rpcq.execution.batching import Batches, Member, OnBatch
 from rpcq.invocation import Interruption, Invocation, Refused
 from rpcq.runtime import deadline as deadlines
 from rpcq.runtime.threads import CannotStart, Ended, Threads
@@ -51,8 +52,9 @@ class Run(ABC):
         handler_ms: milliseconds from then to its end.
         task: runs it; None before it begins.
         thread: the pool's future of a handler in a thread.
-        result: the result of the thread, as a future of the event loop.
-        ran_on: the run was interrupted, and its handler, in a thread, goes on or has just succeeded.
+        result: the result of the thread, or of the batch, as a future of the event loop.
+        member: its place in a batch, if its handler takes several calls together.
+        ran_on: the run was interrupted, and its handler, in a thread or a batch, goes on or has just succeeded.
         timeout: its timer.
 
     """
@@ -62,6 +64,7 @@ class Run(ABC):
         "cancelled",
         "handler_ms",
         "invocation",
+        "member",
         "ran_on",
         "result",
         "started",
@@ -81,6 +84,7 @@ class Run(ABC):
         self.task: asyncio.Task[None] | None = None
         self.thread: Future[Ended] | None = None
         self.result: asyncio.Future[Ended] | None = None
+        self.member: Member | None = None
         self.ran_on = False
         self.timeout: Bucket | asyncio.TimerHandle | None = None
 
@@ -91,7 +95,9 @@ class Run(ABC):
 
     @property
     def outlasts(self) -> bool:
-        """Whether its handler still runs in a thread, although the run has ended. Threads cannot be ended."""
+        """Whether its handler still runs, although the run has ended: in a thread, or for other calls of a batch."""
+        if self.member is not None:
+            return self.member.goes_on
         return self.thread is not None and not self.thread.done()
 
     @abstractmethod
@@ -104,7 +110,7 @@ class Run(ABC):
 
     @abstractmethod
     def interrupted(self, invocation: Invocation, why: Interruption) -> None:
-        """The handler was interrupted. In a thread, it goes on."""
+        """The handler was interrupted. In a thread, it goes on, and in a batch as long as another call waits for it."""
 
 
 class Executor:
@@ -112,11 +118,13 @@ class Executor:
 
     Args:
         threads: `def` handlers that may run at once.
+        on_batch: called when the handler of a batch has ended.
 
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, on_batch: OnBatch = lambda *_: None) -> None:
         self._threads = Threads(threads)
+        self._batches = Batches(self._threads, on_batch)
         self._loop: asyncio.AbstractEventLoop
         self._timeouts: Timeouts[Run]
         self._abandoned = False
@@ -125,6 +133,7 @@ class Executor:
         """From now on, in this event loop."""
         self._loop = asyncio.get_running_loop()
         self._timeouts = Timeouts(self._loop, self._time_out)
+        self._batches.open(self._loop)
 
     def begin(self, run: Run, invocation: Invocation, now: float, around: Around | None = None) -> None:
         """Start the handler in a task of its own; `now` on `time.monotonic()`."""
@@ -138,6 +147,10 @@ class Executor:
         """The run is no longer wanted: cancel the handler."""
         run.cancelled = True
         self._interrupt(run)
+
+    def hurry(self) -> None:
+        """Let no call wait for others that would go with it: from now on, batches begin at once."""
+        self._batches.hurry()
 
     def write_off(self, run: Run) -> None:
         """End a run now, although its handler goes on: none of the run's methods is called for it any more.
@@ -162,15 +175,15 @@ class Executor:
         for run in runs:
             self._timeouts.cancel(run)
             self._interrupt(run)
-        if not handlers:
-            return
-        _, stuck = await asyncio.wait(handlers, timeout=CANCEL_TIMEOUT)
-        if stuck:
-            log.error("handlers do not let themselves be cancelled", count=len(stuck))
-        for task in stuck:
-            run = handlers[task]
-            if run.invocation is not None:
-                self._interrupted(run, run.invocation)
+        if tasks := {*handlers, *self._batches.handlers}:
+            _, stuck = await asyncio.wait(tasks, timeout=CANCEL_TIMEOUT)
+            if stuck:
+                log.error("handlers do not let themselves be cancelled", count=len(stuck))
+            for task in stuck & handlers.keys():
+                run = handlers[task]
+                if run.invocation is not None:
+                    self._interrupted(run, run.invocation)
+        self._batches.release()
 
     def check_wanted(self, run: Run) -> None:
         """Check that the handler may still begin.
@@ -194,6 +207,8 @@ class Executor:
         try:
             if around is not None:
                 value = await around(partial(self._enter, run, invocation))
+            elif invocation.method.batch is not None:
+                value = await self._run_in_batch(run, invocation)
             elif invocation.method.is_async:
                 run.began = True
                 value = await invocation.call()
@@ -215,10 +230,23 @@ class Executor:
 
     async def _enter(self, run: Run, invocation: Invocation) -> Any:
         self.check_wanted(run)
+        if invocation.method.batch is not None:
+            return await self._run_in_batch(run, invocation)
         if invocation.method.is_async:
             run.began = True
             return await invocation.call()
         return await self._run_in_thread(run, invocation)
+
+    async def _run_in_batch(self, run: Run, invocation: Invocation) -> Any:
+        member = run.member = self._batches.join(run, invocation)
+        run.result = member.ended
+        try:
+            await asyncio.shield(member.ended)
+        except asyncio.CancelledError:
+            member.leave()
+            run.ran_on = member.goes_on or member.succeeded
+            raise
+        return member.result()
 
     async def _run_in_thread(self, run: Run, invocation: Invocation) -> Any:
         def call() -> Any:
