@@ -14,6 +14,7 @@ from rpcq.cli.dlq import dlq
 from rpcq.cli.doctor import doctor, setup
 from rpcq.cli.looking import describe, list_services, ping
 from rpcq.cli.options import EXIT_CODES, FAILED, USAGE, errors, exit_code
+from rpcq.cli.outbox import outbox
 from rpcq.cli.queues import queues
 from rpcq.cli.schedules import schedules
 from rpcq.cli.serving import worker
@@ -54,6 +55,7 @@ app.command()(queues)
 app.command()(doctor)
 app.command()(setup)
 app.add_typer(dlq)
+app.add_typer(outbox)
 app.command()(schedules)
 app.command()(bench)
 app.command()(demo)

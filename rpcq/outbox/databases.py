@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Final, Protocol, TypeVar
 
-from sqlalchemy import Connection, Engine
-from sqlalchemy.engine import URL
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Connection, Engine, create_engine
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from rpcq.errors import ConfigurationError
@@ -90,6 +91,36 @@ def _file(url: URL) -> str | None:
     if not name or name == ":memory:" or "mode=memory" in name or url.query.get("mode") == "memory":
         return None
     return name.removeprefix("file:").partition("?")[0]
+
+
+def engine_from(url: str) -> Engine:
+    """An engine that blocks, for the URL of a database as programs give it: `postgresql://...` or `sqlite:///...`.
+
+    Without a driver in the URL, the one that is installed is used.
+
+    Raises:
+        ConfigurationError: the URL is not valid, or its driver is not installed or does not block.
+
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        msg = "the database must be a URL such as postgresql://user:password@host/name or sqlite:////path/to/file.db"
+        raise ConfigurationError(msg) from error
+    backend, _, driver = parsed.drivername.partition("+")
+    if backend in ("postgres", "postgresql"):
+        if driver in ("", "asyncpg"):
+            driver = next((it for it in ("psycopg", "psycopg2") if find_spec(it) is not None), "psycopg")
+        parsed = parsed.set(drivername=f"postgresql+{driver}")
+    elif driver == "aiosqlite":
+        parsed = parsed.set(drivername="sqlite")
+    try:
+        return sync_engine(create_engine(parsed, pool_pre_ping=True))
+    except ModuleNotFoundError as error:
+        msg = f"the database needs the package {error.name}: run pip install {error.name}"
+        raise ConfigurationError(msg) from error
+    except SQLAlchemyError as error:
+        raise ConfigurationError(f"the database cannot be used: {error}") from error
 
 
 class Run(Protocol):

@@ -189,10 +189,14 @@ class Outbox:
 
     # Relaying.
 
-    async def start(self) -> None:
+    async def start(self, *, connect: bool = False) -> None:
         """Run a relay in this process, in a task of this event loop.
 
+        Args:
+            connect: whether to connect to the broker before this returns; otherwise the relay does it when it can.
+
         Raises:
+            BrokerError: with `connect`, the broker cannot be used; the message says why.
             ConfigurationError: there is no URL of the broker.
             UsageError: a relay of this outbox runs already.
 
@@ -200,6 +204,8 @@ class Outbox:
         if self._relays:
             raise UsageError("a relay of this outbox runs already in this process")
         relay = Relay(self._database, broker_url(self._url), self.options)
+        if connect:
+            await relay.open()
         self._relays.append(relay)  # shared with what `with_options` made
         relay.start()
 
@@ -220,6 +226,10 @@ class Outbox:
     def counts(self) -> Counts:
         """What the relay of this process did; zeros if none runs."""
         return self._relays[0].counts if self._relays else Counts()
+
+    def why_not_ready(self) -> str:
+        """Why the relay of this process sends nothing now; empty if it does. May be called from another thread."""
+        return self._relays[0].problem if self._relays else "no relay runs in this process"
 
     async def depth(self) -> rows.OutboxDepth:
         """How much waits in the table: one query, which counts all rows.

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from rpcq import logs
-from rpcq.errors import BrokerError
+from rpcq.errors import BrokerError, BrokerUnreachable
 from rpcq.options import ClientOptions
 from rpcq.outbox import publishing, rows
 from rpcq.outbox.databases import Database, file_of
@@ -105,11 +105,13 @@ class Relay:
 
     Attributes:
         counts: what it did.
+        problem: why it sends nothing now; empty if it does, or another relay does.
 
     """
 
     def __init__(self, database: Database, url: str, options: ClientOptions) -> None:
         self.counts = Counts()
+        self.problem = "the relay has not begun yet"
         self._database = database
         self._url = url
         self._options = options
@@ -169,13 +171,16 @@ class Relay:
                 async with asyncio.timeout(STEP_TIMEOUT):
                     done = await self.step()
             except BrokerError as error:
+                self.problem = f"the relay cannot use the broker: {error}"
                 self._seldom.warning("the relay cannot use the broker", cause=str(error))
                 pause = failed.jittered()
             except Exception as error:  # noqa: BLE001 - the driver's own; logged, and tried again for ever
+                self.problem = f"the relay cannot use the database: {type(error).__name__}: {error}"
                 self._seldom.warning("the relay cannot use the database", cause=f"{type(error).__name__}: {error}")
                 pause = failed.jittered()
             else:
                 failed.reset()
+                self.problem = ""
                 found = done or 0
                 if done is None:
                     # What was committed here is not seen by the relay that has the lock until its next step.
@@ -202,12 +207,17 @@ class Relay:
         self._database.close()
 
     async def _connected(self) -> None:
-        """Wait until a message may be published, but not for longer than a poll."""
+        """Connect, and wait until a message may be published."""
         await self.open()
         assert self._transport is not None  # noqa: S101 - `open` made it
-        if not self._transport.can_publish:
-            async with asyncio.timeout(None if self._stopping else STEP_TIMEOUT):
+        if self._transport.can_publish:
+            return
+        self.problem = "there is no connection to the broker, or it takes no messages"
+        try:
+            async with asyncio.timeout(STEP_TIMEOUT):
                 await self._transport.writable()
+        except TimeoutError as error:
+            raise BrokerUnreachable(self.problem) from error
 
     async def _rest(self, seconds: float) -> None:
         try:

@@ -200,11 +200,14 @@ class DeadRow:
     body: bytes
 
 
-def dead_rows(connection: Connection, limit: int) -> list[DeadRow]:
-    """The rows that could not be published, the oldest first."""
+def dead_rows(connection: Connection, limit: int, ids: Sequence[int] | None = None) -> list[DeadRow]:
+    """The rows that could not be published, the oldest first; with `ids`, only these."""
     it = dead.c
     columns = (it.id, it.message_id, it.label, it.order_key, it.created, it.died, it.reason, it.error, it.body)
-    return [DeadRow(*row) for row in connection.execute(select_(*columns).order_by(it.id).limit(limit))]
+    wanted = select_(*columns).order_by(it.id).limit(limit)
+    if ids:
+        wanted = wanted.where(it.id.in_(ids))
+    return [DeadRow(*row) for row in connection.execute(wanted)]
 
 
 def retry_dead(connection: Connection, ids: Sequence[int]) -> int:
