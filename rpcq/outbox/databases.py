@@ -21,6 +21,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from rpcq.errors import ConfigurationError
+from rpcq.runtime.distribution import missing_driver
 
 T = TypeVar("T")
 
@@ -117,8 +118,7 @@ def engine_from(url: str) -> Engine:
     try:
         return sync_engine(create_engine(parsed, pool_pre_ping=True))
     except ModuleNotFoundError as error:
-        msg = f"the database needs the package {error.name}: run pip install {error.name}"
-        raise ConfigurationError(msg) from error
+        raise ConfigurationError(missing_driver("the database", error.name or "psycopg")) from error
     except SQLAlchemyError as error:
         raise ConfigurationError(f"the database cannot be used: {error}") from error
 

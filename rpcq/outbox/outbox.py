@@ -86,6 +86,38 @@ class Outbox:
 
     # Writing.
 
+    # The first parameters of a handler that its sender leaves out: the context, the session, or both.
+
+    @overload
+    def send(
+        self,
+        db: AnySession,
+        job: Callable[Concatenate[Context, AsyncSession, P], Any] | Callable[Concatenate[Context, Session, P], Any],
+        /,
+        *args: P.args,
+        **params: P.kwargs,
+    ) -> Job: ...
+
+    @overload
+    def send(
+        self,
+        db: AnySession,
+        job: Callable[Concatenate[AsyncSession, Context, P], Any] | Callable[Concatenate[Session, Context, P], Any],
+        /,
+        *args: P.args,
+        **params: P.kwargs,
+    ) -> Job: ...
+
+    @overload
+    def send(
+        self,
+        db: AnySession,
+        job: Callable[Concatenate[AsyncSession, P], Any] | Callable[Concatenate[Session, P], Any],
+        /,
+        *args: P.args,
+        **params: P.kwargs,
+    ) -> Job: ...
+
     @overload
     def send(
         self, db: AnySession, job: Callable[Concatenate[Context, P], Any], /, *args: P.args, **params: P.kwargs

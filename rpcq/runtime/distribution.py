@@ -17,6 +17,11 @@ def install_command(*extras: str) -> str:
     return f"pip install '.[{','.join(extras)}]'" if extras else "pip install ."
 
 
+def missing_driver(what: str, package: str) -> str:
+    """The message that `what` needs a package that is no extra, such as the driver of a database."""
+    return f"{what} needs the package {package}: run pip install {package}"
+
+
 def missing(what: str, package: str, extra: str) -> str:
     """The message that `what` needs a package, which the extra installs."""
     return f"{what} needs the package {package}: in a clone of rpcq, run {install_command(extra)}"

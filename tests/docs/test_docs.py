@@ -3,8 +3,8 @@
 What becomes of a block, its language says:
 
     python              a file, where the first line is `# name.py`; else a program, which is run
-    sh                  commands; a worker that is started with ` &` is waited for, and ended with the page. On the
-                        pages of PASTED nothing is waited for: their commands run as they are
+    sh                  commands; a worker or a relay that is started with ` &` is waited for, and ended with the
+                        page. On the pages of PASTED nothing is waited for: their commands run as they are
     console             a transcript: commands after `$ `, and exactly what they print, errors too
     text                directly after one of those, what it prints; `...` stands for anything; elsewhere shown only
     json, toml, yaml    read, to see that it can be; a file, where the first line is `# name`
@@ -145,7 +145,7 @@ def serving(line: str, name: str) -> str:
     log = f".blocks/{name}.log"
     return (
         f'{found["command"]} >{log} 2>&1 & pids="$pids $!"\n'
-        f"until grep -q 'worker started' {log}; do kill -0 $! || {{ cat {log} >&2; exit 1; }}; sleep 0.05; done"
+        f"until grep -q -e 'worker started' -e 'relay open' {log}; do kill -0 $! || {{ cat {log} >&2; exit 1; }}; sleep 0.05; done"
     )
 
 

@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,8 @@ import psutil
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry, Info
+from prometheus_client.core import Metric
+from sqlalchemy import create_engine
 
 from rpcq import Client, ConfigurationError, Service, Worker
 from rpcq.cli.doctor import DISCONNECTED, UNCOUNTED_FROM, _examine, _policy
@@ -37,6 +39,8 @@ from rpcq.observability.metrics import Metrics
 from rpcq.observability.queues import MANAGEMENT_AGAIN, QueueDepth, QueueWatch
 from rpcq.observer import ObservedCall, ObservedJob, ObservedSend, Observer
 from rpcq.options import ClientOptions
+from rpcq.outbox import Outbox
+from rpcq.outbox.watching import OutboxMetrics
 from rpcq.url import parse
 from support.broker import Broker, Setup, vhost_of
 from support.broker import broker as a_broker
@@ -578,11 +582,19 @@ def rules() -> list[dict[str, Any]]:
 def known() -> set[str]:
     """The names of all metrics."""
     metrics = Metrics(CollectorRegistry())
-    return {family.name + {"counter": "_total", "info": "_info"}.get(family.type, "") for family in metrics.collect()}
+    return names_of(metrics.collect())
+
+
+def names_of(families: Iterable[Metric]) -> set[str]:
+    return {family.name + {"counter": "_total", "info": "_info"}.get(family.type, "") for family in families}
+
+
+def known_of_outbox() -> set[str]:
+    return names_of(OutboxMetrics(Outbox(create_engine("sqlite:///nowhere.db"), "memory://")).collect())
 
 
 def test_alerts_ask_for_metrics_that_there_are_and_the_page_says_what_to_do_about_each() -> None:
-    names = known()
+    names = known() | known_of_outbox()
     for rule in rules():
         for name in re.findall(r"rpcq_\w+", rule["expr"]):
             assert name.removesuffix("_bucket") in names, (rule["alert"], name)
@@ -691,6 +703,8 @@ def test_reasons_that_rabbitmq_does_not_have_are_counted_together() -> None:
 def test_the_page_has_every_metric_and_no_other() -> None:
     table = PAGE.partition("\n## Metrics\n")[2].partition("\n## ")[0]
     assert set(re.findall(r"`(rpcq_\w+)`", table)) == known()
+    table = PAGE.partition("\n## Outbox\n")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(rpcq_\w+)`", table)) == known_of_outbox()
 
 
 ALERT_TESTS = """
