@@ -82,9 +82,11 @@ class Served:
 def once_key(method: Offered, job: JobMessage) -> OnceKey:
     """The key under which a job is done once.
 
-    It does not have the broker's user that sent the job: only the first attempt carries that.
+    It does not have the broker's user that sent the job: only the first attempt carries that. A subscription does
+    events of several names, each with keys of its own.
     """
-    return OnceKey(method.label, job.key, fingerprint(job.name, job.body))
+    consumer = method.label if method.name == job.name else f"{method.label}/{job.name}"
+    return OnceKey(consumer, job.key, fingerprint(job.name, job.body))
 
 
 class JobInvocation(Invocation):

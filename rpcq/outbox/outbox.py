@@ -1,4 +1,4 @@
-"""The outbox: jobs that are sent if, and only if, a transaction of the user's database is committed."""
+"""The outbox: jobs and events that are sent if, and only if, a transaction of the user's database is committed."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from sqlalchemy.orm import Session, scoped_session
 
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import ConfigurationError, UsageError
+from rpcq.event_types import Event
+from rpcq.events.encoding import message_of
 from rpcq.jobs.preparing import find_job, prepare, runs_at_most_once
 from rpcq.options import ClientKwargs, ClientOptions
 from rpcq.outbox import rows, writing
@@ -27,7 +29,8 @@ from rpcq.runtime import clock
 from rpcq.service import Context
 from rpcq.url import parse
 from rpcq.validation.listing import lists_options
-from rpcq.wire.jobs import Job, JobTopology, encode_job
+from rpcq.wire.events import EventTopology, Publication, encode_event
+from rpcq.wire.jobs import Job, JobMessage, encode_job
 
 P = ParamSpec("P")
 
@@ -35,7 +38,7 @@ _DEFAULTS: Final = OutboxOptions()
 
 
 class Outbox:
-    """Writes jobs into the table `rpcq_outbox`, with your own changes; a relay sends them after the commit.
+    """Writes jobs and events into the table `rpcq_outbox`, with your own changes; a relay sends them after the commit.
 
         outbox = Outbox(engine)
 
@@ -43,6 +46,7 @@ class Outbox:
             async with sessions.begin() as db:
                 db.add(order)
                 outbox.send(db, welcome, to=order.email, name=order.name)
+                outbox.publish(db, OrderCreated(order_id=order.id))
 
     As an async context manager, it runs a relay in this process, which sends a job within milliseconds after the
     commit, and looks every second for what other processes have committed or left behind. It starts although broker
@@ -68,7 +72,8 @@ class Outbox:
         self._url = url
         self._engine = engine
         self._database = Database(engine)
-        self._topology = JobTopology(self.options.namespace)
+        self._events = EventTopology(self.options.namespace)
+        self._topology = self._events.jobs
         self._given = _DEFAULTS
         self._relays: list[Relay] = []
 
@@ -172,27 +177,78 @@ class Outbox:
             max_body=self.options.max_body,
         )
         message.due_ms, message.expires_ms = due, expires
-        row = OutboxRow()
-        row.message_id, row.label, row.order_key = message.id, f"{service}.{name}", given.order_key
-        row.exchange, row.routing_key = self._topology.jobs.name, self._topology.key(service, message.priority)
-        row.properties, row.body = encode_job(message, now), message.body
-        row.created, row.due, row.tries = now, due, 0
-        writing.write(session, row, self._wake)
+        route = self._topology.jobs.name, self._topology.key(service, message.priority)
+        self._write(session, message, f"{service}.{name}", route, encode_job(message, now), now, due)
         when = None if due is None else datetime.fromtimestamp(due / 1000, UTC)
         return Job(message.id, service, name, message.key, when, message.priority)
 
-    @overload
-    def cancel(self, db: AsyncSession | async_scoped_session[Any], job: Job | str, /) -> Awaitable[bool]: ...
+    def publish(self, db: AnySession, event: Event, /) -> Publication:
+        """Write an event with the transaction of a session; it is published after the commit, and never otherwise.
+
+        Args:
+            db: your `Session` or `AsyncSession`, in a transaction.
+            event: the event. The options `expires` and `priority` are for jobs only.
+
+        Returns:
+            The event's ID and key; `heard` is None, since nobody knows yet whether anybody listens.
+
+        Raises:
+            UsageError: no transaction has begun; it is no event of a class with a name, or an option is for jobs only.
+            ConfigurationError: the session is of another database.
+            NotSerializable: JSON cannot carry it.
+            InvalidParams: it would not be read again, because it was changed after it was made.
+            TooLarge: it is over `max_body` bytes, or its headers over 8 KiB.
+
+        """
+        session = writing.session_of(db)
+        writing.check_session(session, self._database.engine)
+        given, now = self._given, clock.now_ms()
+        due, _ = given.times(now)
+        # When it is published, its row says; a message has no time for that.
+        options = replace(given, at=None, delay=None).call
+        message = message_of(
+            event,
+            options,
+            event_id=secrets.token_hex(16),
+            app_id=self.options.name,
+            max_body=self.options.max_body,
+        )
+        encoded = encode_event(self._events, message, now if due is None else due)
+        route = encoded.exchange.decode(), encoded.routing_key.decode()
+        self._write(session, message, message.name, route, encoded.properties, now, due)
+        return Publication(message.id, message.name, message.version or 1, message.key, None)
+
+    def _write(
+        self,
+        session: Session,
+        message: JobMessage,
+        label: str,
+        route: tuple[str, str],
+        properties: bytes,
+        now: int,
+        due: int | None,
+    ) -> None:
+        row = OutboxRow()
+        row.message_id, row.label, row.order_key = message.id, label, self._given.order_key
+        row.exchange, row.routing_key = route
+        row.properties, row.body = properties, message.body
+        row.created, row.due, row.tries = now, due, 0
+        writing.write(session, row, self._wake)
 
     @overload
-    def cancel(self, db: Session | scoped_session[Any], job: Job | str, /) -> bool: ...
+    def cancel(
+        self, db: AsyncSession | async_scoped_session[Any], job: Job | Publication | str, /
+    ) -> Awaitable[bool]: ...
 
-    def cancel(self, db: AnySession, job: Job | str, /) -> bool | Awaitable[bool]:
-        """Delete a job that is not due yet, with the transaction of a session. With an `AsyncSession`, await it.
+    @overload
+    def cancel(self, db: Session | scoped_session[Any], job: Job | Publication | str, /) -> bool: ...
+
+    def cancel(self, db: AnySession, job: Job | Publication | str, /) -> bool | Awaitable[bool]:
+        """Delete a job or an event that is not due yet. With an `AsyncSession`, await it.
 
         Args:
             db: your session, in a transaction.
-            job: what `send` returned, or its ID.
+            job: what `send` or `publish` returned, or its ID.
 
         Returns:
             Whether it was there and not due. True: it is not sent, once your transaction is committed. False: it was
@@ -205,7 +261,7 @@ class Outbox:
         """
         session = writing.session_of(db)
         writing.check_session(session, self._database.engine)
-        message_id = job.id if isinstance(job, Job) else job
+        message_id = job.id if isinstance(job, Job | Publication) else job
         if not isinstance(message_id, str):
             raise ConfigurationError(f"job must be what send returned, or its ID; got {job!r:.100}")
         if isinstance(db, async_scoped_session):

@@ -61,7 +61,7 @@ class _Sending(Outgoing):
 
 
 class _Batch:
-    """Rows that are published together. A row that is not confirmed stops those of its key that come after it."""
+    """Rows that are published together. A row that is not taken stops those of its key that come after it."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport

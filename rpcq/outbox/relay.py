@@ -29,7 +29,7 @@ from rpcq.runtime.backoff import Backoff
 from rpcq.transport.base import Listener, Published, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.url import mask
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.events import EventTopology
 
 log = logs.get_logger("rpcq.outbox")
 
@@ -48,6 +48,9 @@ STEP_TIMEOUT: Final = 60.0
 LAST_STEP_TIMEOUT: Final = 5.0
 """Seconds that a relay has for what is committed when it is closed."""
 
+REFUSED_PAUSE: Final = 60.0
+"""Seconds after which an exchange is declared again that the broker refused to declare."""
+
 SUSPECT_FROM: Final = 2
 """Tries from which on a row is published alone: it may be what ends the sessions of the others."""
 
@@ -58,8 +61,13 @@ UNROUTABLE_PAUSES: Final = (5_000, 30_000, 180_000, 600_000)
 """The same for a row that no queue takes: its service may be about to start. Then it is dead."""
 
 
+def is_sent(row: Row, published: Published | None, events: str) -> bool:
+    """Whether nothing more is to be done for a row; `events` is the exchange for events, which nobody need hear."""
+    return published is Published.CONFIRMED or (published is Published.RETURNED and row.exchange == events)
+
+
 def fate_of(row: Row, published: Published) -> Fate | None:
-    """What becomes of a row by what became of its message; None if it waits as it is, because it was not sent."""
+    """What becomes of a row that is not sent; None if it waits as it is, because it was not handed over."""
     match published:
         case Published.TOO_LARGE:
             error = f"the parameters are {len(row.body)} bytes of JSON, more than the broker takes"
@@ -115,8 +123,11 @@ class Relay:
         self._database = database
         self._url = url
         self._options = options
-        self._topology = JobTopology(options.namespace)
-        self._exchanges = [self._topology.jobs.name]
+        topology = EventTopology(options.namespace)
+        self._events = topology.events.name
+        self._exchanges = {topology.jobs.jobs.name: [topology.jobs.jobs], self._events: topology.exchanges()}
+        self._declared: set[str] = set()
+        self._refused: dict[str, float] = {}
         self._woken = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._transport: Transport | None = None
@@ -146,8 +157,9 @@ class Relay:
             publishing_lost=lambda cause: log.warning("the relay lost the broker", cause=str(cause)),
             publishing_blocked=lambda reason: log.warning("the broker takes no messages", reason=reason),
         )
-        await transport.start([self._topology.jobs], [], listener)
+        await transport.start([], [], listener)
         self._transport = transport
+        self._declared.clear()
         log.info("relay open", url=mask(self._url), namespace=self._options.namespace)
 
     def wake(self) -> None:
@@ -234,7 +246,7 @@ class Relay:
         async with self._database.transaction() as run:
             if not await run(rows.try_lock, self._options.namespace):
                 return None
-            found = await run(rows.select, self._exchanges)
+            found = await run(rows.select, self._usable())
             if not found:
                 return 0
             sent, fates = await self._publish(found)
@@ -246,7 +258,7 @@ class Relay:
             if not has_lock:
                 return None
             async with self._database.transaction() as run:
-                found = await run(rows.select, self._exchanges)
+                found = await run(rows.select, self._usable())
             if not found:
                 return 0
             sent, fates = await self._publish(found)
@@ -254,8 +266,34 @@ class Relay:
                 await run(rows.settle, sent, fates)
         return self._count(sent, fates)
 
+    def _usable(self) -> list[str]:
+        """The exchanges to which this relay publishes: those of its namespace that it could declare."""
+        now = self._loop.time()
+        return [name for name in self._exchanges if self._refused.get(name, 0.0) <= now]
+
+    async def _declare(self, name: str) -> bool:
+        """Whether an exchange is there: publishing to one that does not exist ends the session.
+
+        A program that only sends jobs may lack the permission for events: then another relay has to publish those.
+        """
+        assert self._transport is not None  # noqa: S101 - there is one before a step
+        try:
+            async with asyncio.timeout(publishing.CONFIRM_TIMEOUT):
+                await self._transport.declare(self._exchanges[name])
+        except BrokerError as error:
+            if not error.permanent:
+                raise
+            self._seldom.warning("the relay cannot declare an exchange", exchange=name, cause=str(error))
+            self._refused[name] = self._loop.time() + REFUSED_PAUSE
+            return False
+        self._declared.add(name)
+        return True
+
     async def _publish(self, found: Sequence[Row]) -> tuple[list[int], list[Fate]]:
         assert self._transport is not None  # noqa: S101 - there is one before a step
+        for name in {row.exchange for row in found} - self._declared:
+            if not await self._declare(name):
+                found = [row for row in found if row.exchange != name]
         together = [row for row in found if row.tries < SUSPECT_FROM]
         outcomes = await publishing.publish(self._transport, together) if together else {}
         for row in found:
@@ -263,8 +301,9 @@ class Relay:
                 outcomes.update(await publishing.publish(self._transport, [row]))
                 if outcomes[row.id] is Published.UNKNOWN:
                     break  # it has held up the others for long enough
-        sent = [row.id for row in found if outcomes.get(row.id) is Published.CONFIRMED]
-        others = [fate_of(row, outcomes[row.id]) for row in found if row.id in outcomes]
+        sent = [row.id for row in found if is_sent(row, outcomes.get(row.id), self._events)]
+        done = {*sent}
+        others = [fate_of(row, outcomes[row.id]) for row in found if row.id in outcomes and row.id not in done]
         return sent, [fate for fate in others if fate is not None]
 
     def _count(self, sent: Sequence[int], fates: Sequence[Fate]) -> int:

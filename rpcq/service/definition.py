@@ -277,6 +277,7 @@ class Service:
         at_most_once: bool = False,
         max_concurrency: int | None = None,
         rate: str | None = None,
+        once: Once | None = None,
     ) -> Callable[[Handler], Handler]:
         """Subscribe a function to events: `@shipping.on(OrderCreated)`, `@audit.on("order.*", "invoice.#")`.
 
@@ -297,6 +298,8 @@ class Service:
             at_most_once: an event that may have run becomes a dead letter.
             max_concurrency: the most events that one worker runs at once here.
             rate: how many events one worker begins at most in a second, a minute or an hour, such as "10/s".
+            once: an inbox, such as `rpcq.outbox.Inbox(engine)`: the function also takes a session, whose transaction
+                has the key of the event, so that its changes happen once for each event.
 
         Raises:
             ConfigurationError: the service has another function of that name, a topic is no class of events and no
@@ -311,6 +314,7 @@ class Service:
             at_most_once=at_most_once,
             max_concurrency=max_concurrency,
             rate=rate,
+            once=once,
         )
         if not topics or (len(topics) == 1 and callable(topics[0]) and not isinstance(topics[0], type)):
             got = f"; got the function {topics[0]!r} alone" if topics else ""

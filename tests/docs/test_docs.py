@@ -145,7 +145,8 @@ def serving(line: str, name: str) -> str:
     log = f".blocks/{name}.log"
     return (
         f'{found["command"]} >{log} 2>&1 & pids="$pids $!"\n'
-        f"until grep -q -e 'worker started' -e 'relay open' {log}; do kill -0 $! || {{ cat {log} >&2; exit 1; }}; sleep 0.05; done"
+        f"until grep -q -e 'worker started' -e 'relay open' {log}; "
+        f"do kill -0 $! || {{ cat {log} >&2; exit 1; }}; sleep 0.05; done"
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from rpcq.outbox import publishing
 from rpcq.outbox.publishing import Row, publish
-from rpcq.outbox.relay import UNCONFIRMED_PAUSES, UNROUTABLE_PAUSES, fate_of
+from rpcq.outbox.relay import UNCONFIRMED_PAUSES, UNROUTABLE_PAUSES, fate_of, is_sent
 from rpcq.transport.base import Outgoing, Published
 
 
@@ -78,7 +78,10 @@ async def test_a_confirm_that_comes_too_late_changes_nothing(monkeypatch: pytest
 
 
 def test_what_becomes_of_a_row() -> None:
-    assert fate_of(row(1), Published.CONFIRMED) is None
+    assert is_sent(row(1), Published.CONFIRMED, "rpcq.events")
+    assert not is_sent(row(1), Published.RETURNED, "rpcq.events")
+    assert is_sent(row(1), Published.RETURNED, "rpcq.jobs")  # if that was the exchange for events
+    assert not is_sent(row(1), None, "rpcq.events")
     assert fate_of(row(1), Published.UNSENT) is None
     large = fate_of(row(1), Published.TOO_LARGE)
     assert large is not None
