@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from rpcq.calls.proxy import CallMaker, ServiceProxy, with_options
 from rpcq.client import Client
 from rpcq.contracts import contract
-from rpcq.control import JobInfo, MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
+from rpcq.control import JobInfo, MethodInfo, ServiceInfo, SubscriptionInfo, WorkerInfo, WorkerStats
 from rpcq.errors import (
     BrokerError,
     CallError,
@@ -30,7 +30,16 @@ from rpcq.errors import (
     UsageError,
 )
 from rpcq.event_types import AnyEvent, Event
-from rpcq.observer import Observed, ObservedBatch, ObservedCall, ObservedJob, ObservedRequest, ObservedSend, Observer
+from rpcq.observer import (
+    Observed,
+    ObservedBatch,
+    ObservedCall,
+    ObservedJob,
+    ObservedPublish,
+    ObservedRequest,
+    ObservedSend,
+    Observer,
+)
 from rpcq.options import Batch, CallOptions, ClientOptions, ConnectionOptions, JobOptions, Retry, WorkerOptions
 from rpcq.results import Claim, ResultStore, StoredResult
 from rpcq.runtime.deadline import Deadline
@@ -74,6 +83,7 @@ __all__ = [
     "ObservedBatch",
     "ObservedCall",
     "ObservedJob",
+    "ObservedPublish",
     "ObservedRequest",
     "ObservedSend",
     "Observer",
@@ -92,6 +102,7 @@ __all__ = [
     "ServiceProxy",
     "ServiceUnavailable",
     "StoredResult",
+    "SubscriptionInfo",
     "TooLarge",
     "UsageError",
     "Worker",

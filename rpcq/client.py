@@ -117,7 +117,9 @@ class Client:
         self.invoke = self._invoker.invoke
         self._confirms = Confirms(self._transport)
         events = EventTopology(self.options.namespace)
-        self._events = EventPublisher(self._transport, self._confirms, events, self._calls.next_id, self.options)
+        self._events = EventPublisher(
+            self._transport, self._confirms, events, self._calls.next_id, self.options, self._observers.publishes
+        )
         self._jobs = JobSender(
             self._transport,
             self._confirms,

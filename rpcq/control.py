@@ -22,12 +22,12 @@ from pydantic import Field, FiniteFloat, ValidationError
 from rpcq import logs
 from rpcq.options import JobOptions, WorkerOptions
 from rpcq.runtime.process import own_version
-from rpcq.service import Method, Service
+from rpcq.service import Method, Service, Subscriber
 from rpcq.transport.base import Delivery, Message, Published, Transport
 from rpcq.validation.bounds import NotRead, first_error
 from rpcq.validation.schemas import Codec, make_codec
 from rpcq.wire import bodies, control, replies
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.events import EventTopology
 from rpcq.wire.properties import MalformedProperties, Properties, decode
 from rpcq.wire.topology import EVERY_SERVICE, Topology
 
@@ -97,6 +97,36 @@ class JobInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class SubscriptionInfo:
+    """A subscription, as its worker describes it.
+
+    Attributes:
+        name: its name within the service.
+        signature: the parameter for the event, with its type, and the result: "(event: shop.OrderCreated) -> None".
+        patterns: the names and patterns of events that its queue is bound to.
+        timeout: the most seconds that one attempt may run.
+        max_attempts: the most attempts, including the first one.
+        queue: the name of its queue; empty if every process has its own.
+        events: the events that it has classes for, "name version".
+        doc: its handler's docstring, or an empty string.
+        at_most_once: whether an event is never run again after it may have run.
+        each_instance: whether every process gets each event.
+
+    """
+
+    name: str
+    signature: str
+    patterns: tuple[str, ...]
+    timeout: FiniteFloat
+    max_attempts: Count
+    queue: str = ""
+    events: tuple[str, ...] = ()
+    doc: str = ""
+    at_most_once: bool = False
+    each_instance: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceInfo:
     """A service, as one of its workers describes it.
 
@@ -108,6 +138,7 @@ class ServiceInfo:
         jobs: its jobs; none from a worker of a version that does not describe them.
         job_queue: the name of the queue of its jobs; empty if it has none.
         lanes: whether its jobs of high and of low priority have queues of their own.
+        subscriptions: its subscriptions; none from a worker of a version that does not describe them.
 
     """
 
@@ -118,6 +149,7 @@ class ServiceInfo:
     jobs: tuple[JobInfo, ...] = ()
     job_queue: str = ""
     lanes: bool = False
+    subscriptions: tuple[SubscriptionInfo, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +213,7 @@ class WorkerStats:
 
 def describe(options: WorkerOptions, services: Sequence[Service]) -> WorkerInfo:
     """Describe this process as a worker of `services`."""
-    topology, jobs = Topology(options.namespace), JobTopology(options.namespace)
+    topology, events = Topology(options.namespace), EventTopology(options.namespace)
     return WorkerInfo(
         name=options.name,
         host=socket.gethostname(),
@@ -196,8 +228,9 @@ def describe(options: WorkerOptions, services: Sequence[Service]) -> WorkerInfo:
                 queue_type=service.queue_type,
                 methods=tuple(_describe_method(method) for method in service.methods.values()),
                 jobs=tuple(_describe_job(job, job.job) for job in service.jobs.values() if job.job is not None),
-                job_queue=jobs.queue(service.name).name if service.jobs else "",
+                job_queue=events.jobs.queue(service.name).name if service.jobs else "",
                 lanes=service.lanes and bool(service.jobs),
+                subscriptions=tuple(_describe_subscription(events, it) for it in service.subscriptions.values()),
             )
             for service in services
         ),
@@ -231,6 +264,23 @@ def _describe_job(job: Method, options: JobOptions) -> JobInfo:
         at_most_once=options.at_most_once,
         schedule="" if options.schedule is None else str(options.schedule),
         missed="" if options.schedule is None else options.schedule.missed,
+    )
+
+
+def _describe_subscription(topology: EventTopology, subscriber: Subscriber) -> SubscriptionInfo:
+    topics, queue = subscriber.topics, topology.queue(subscriber.service, subscriber.name, ())
+    assert subscriber.job is not None  # noqa: S101 - a subscription has options
+    return SubscriptionInfo(
+        name=subscriber.name,
+        signature=_written(subscriber.signature),
+        patterns=topics.patterns,
+        timeout=subscriber.job.timeout,
+        max_attempts=1 if topics.each_instance else subscriber.job.max_attempts,
+        queue="" if topics.each_instance else queue.name,
+        events=tuple(f"{kind.event_name} {kind.event_version}" for kind in topics.kinds),
+        doc=inspect.getdoc(subscriber.handler) or "",
+        at_most_once=subscriber.job.at_most_once or topics.each_instance,
+        each_instance=topics.each_instance,
     )
 
 

@@ -132,10 +132,32 @@ class ObservedSend(Observed):
         self.queued: Queued = ""
 
 
-class ObservedJob(Observed):
-    """An attempt of a job at a worker; observers are called in the context (`contextvars`) of its handler.
+class ObservedPublish(ObservedSend):
+    """An event that a client publishes, once its fields are accepted.
 
-    What the broker buries by itself, after workers were lost, reaches no observer.
+    Attributes:
+        service: empty: a publisher does not know who listens.
+        method: name of the event; so is `label`.
+        correlation_id: ID of the event.
+        headers: as for a send; every subscription gets them.
+        body_size: bytes of the fields as JSON.
+        queued: whether the broker has the event, as for a send.
+        heard: whether a queue took it; None if that is not known, and until it has ended.
+
+    """
+
+    __slots__ = ("heard",)
+
+    def __init__(self, exchange: bytes, event: str) -> None:
+        super().__init__(exchange, "", event, event)
+        self.heard: bool | None = None
+
+
+class ObservedJob(Observed):
+    """An attempt of a job, or of an event in a subscription, at a worker.
+
+    Observers are called in the context (`contextvars`) of its handler. What the broker buries by itself, after workers
+    were lost, reaches no observer.
 
     Attributes:
         exchange: the exchange that jobs, or events, are published to.
@@ -224,9 +246,13 @@ class Observer:
     def on_send(self, send: ObservedSend) -> Callable[[ObservedSend], None] | None:
         """A client sends a job. If this returns a function, it is called once the send has ended."""
 
-    def on_job(self, job: ObservedJob) -> Callable[[ObservedJob], None] | None:
-        """An attempt of a job begins at a worker. If this returns a function, it is called once its outcome is decided.
+    def on_publish(self, publish: ObservedPublish) -> Callable[[ObservedPublish], None] | None:
+        """A client publishes an event. If this returns a function, it is called once that has ended."""
 
+    def on_job(self, job: ObservedJob) -> Callable[[ObservedJob], None] | None:
+        """An attempt of a job, or of an event in a subscription, begins at a worker.
+
+        If this returns a function, it is called once its outcome is decided.
         Both are called in the context of the handler.
         """
 
@@ -264,7 +290,8 @@ class Observers:
         calls: functions to call with each call; if there are none, a call costs nothing more.
         requests: functions to call with each request.
         sends: functions to call with each job that is sent.
-        jobs: functions to call with each attempt of a job.
+        publishes: functions to call with each event that is published.
+        jobs: functions to call with each attempt of a job or an event.
         has_batches: whether an observer is called with batches.
 
     """
@@ -279,6 +306,7 @@ class Observers:
         self.calls = tuple(it.on_call for it in self._overriding("on_call"))
         self.requests = tuple(it.on_request for it in self._overriding("on_request"))
         self.sends = tuple(it.on_send for it in self._overriding("on_send"))
+        self.publishes = tuple(it.on_publish for it in self._overriding("on_publish"))
         self.jobs = tuple(it.on_job for it in self._overriding("on_job"))
         self.has_batches = bool(self._overriding("on_batch"))
 

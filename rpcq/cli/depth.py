@@ -8,12 +8,13 @@ from typing import Final
 
 from rpcq import logs
 from rpcq.errors import BrokerError, ConfigurationError
+from rpcq.events import queues
 from rpcq.options import ConnectionOptions
 from rpcq.service import Service
 from rpcq.transport.opening import open_admin
 from rpcq.transport.rabbitmq.admin import Admin
 from rpcq.url import BrokerURL
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.events import EventTopology
 
 LONGEST: Final = 10.0
 """Seconds that the broker has to answer one look."""
@@ -22,26 +23,21 @@ log = logs.get_logger("rpcq.supervisor")
 
 
 def job_queues(services: Iterable[Service], namespace: str) -> list[str]:
-    """The queues in which jobs of the services wait for a worker.
+    """The queues in which jobs and events of the services wait for a worker.
 
     Raises:
-        ConfigurationError: no service has jobs.
+        ConfigurationError: no service has jobs or subscriptions.
 
     """
-    topology = JobTopology(namespace)
-    queues = [
-        queue.name
-        for service in services
-        if service.jobs
-        for queue in topology.waiting(service.name, lanes=service.lanes)
-    ]
-    if not queues:
+    topology = EventTopology(namespace)
+    found = [queue.name for service in services for queue in queues.waiting(topology, service)]
+    if not found:
         msg = (
-            "--scale-on-depth needs a service with jobs: calls do not wait for long, they fail; give one number to "
-            "--processes"
+            "--scale-on-depth needs a service with jobs or subscriptions: calls do not wait for long, they fail; give "
+            "one number to --processes"
         )
         raise ConfigurationError(msg)
-    return queues
+    return found
 
 
 async def watch_depth(

@@ -30,6 +30,7 @@ from rpcq.errors import (
     TopologyMismatch,
     VhostNotFound,
 )
+from rpcq.events import queues as every
 from rpcq.jobs.ticking import schedules_of
 from rpcq.observability.management import UNANSWERED, Management, management_of
 from rpcq.options import ClientOptions
@@ -37,7 +38,7 @@ from rpcq.runtime.process import run
 from rpcq.service import Service
 from rpcq.transport.opening import open_admin
 from rpcq.url import BrokerURL, mask, parse
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.events import EventTopology
 from rpcq.wire.topology import MAX_LENGTH, Exchange, Queue, QueueType, Topology
 
 if TYPE_CHECKING:
@@ -136,7 +137,6 @@ async def _examine(
         yield Found(Grade.GOOD, "memory:// is a broker inside each process: there is no connection to check")
         return
     called = [service for service in services if service.is_called]
-    with_jobs = [service for service in services if service.jobs]
     reached = 0
     for host, port in broker.hosts:
         try:
@@ -146,7 +146,7 @@ async def _examine(
                 yield _version(admin)
                 async for finding in _exchanges(admin, Topology(options.namespace).exchanges(options.reply_exchange)):
                     yield finding
-                async for finding in _jobs(admin, JobTopology(options.namespace), with_jobs if reached == 1 else []):
+                async for finding in _jobs(admin, EventTopology(options.namespace), services if reached == 1 else []):
                     yield finding
                 for service in called if reached == 1 else ():
                     queue = queue_of(Topology(options.namespace), service)
@@ -264,12 +264,14 @@ async def _state(admin: Admin, queue: Queue) -> tuple[QueueState | None, Found]:
     return state, Found(Grade.GOOD, text)
 
 
-async def _jobs(admin: Admin, topology: JobTopology, services: list[Service]) -> Findings:
-    """Check what services with jobs need: the exchanges, the ladder of delay queues, and their queues."""
+async def _jobs(admin: Admin, events: EventTopology, services: list[Service]) -> Findings:
+    """Check what services with jobs or subscriptions need: exchanges, the ladder of delay queues, and their queues."""
+    async for finding in _exchanges(admin, every.exchanges(events, services)):
+        yield finding
+    services = [service for service in services if service.takes_jobs]
     if not services:
         return
-    async for finding in _exchanges(admin, topology.exchanges()):
-        yield finding
+    topology = events.jobs
     delays = topology.ladder.queues()
     found = [(await _state(admin, queue))[1] for queue in delays]
     for finding in found:
@@ -280,11 +282,10 @@ async def _jobs(admin: Admin, topology: JobTopology, services: list[Service]) ->
     kept = {topology.lost.name: "lost messages: rpcq dlq list --lost"}
     queues = [queue for queue in topology.shared_queues() if queue.name in kept]
     for service in services:
-        name = service.name
-        dead = topology.dead_queue(name)
-        kept[dead.name] = f"jobs that were not done: rpcq dlq list {name}"
-        queues += topology.queues(name, lanes=service.lanes)
-        queues += [topology.tickets(name)] if schedules_of(service) else []
+        dead = every.dead(events, service)
+        kept[dead.name] = f"jobs that were not done: rpcq dlq list {service.name}"
+        queues += [*every.waiting(events, service), dead]
+        queues += [topology.tickets(service.name)] if schedules_of(service) else []
     for queue in queues:
         state, finding = await _state(admin, queue)
         if state is not None and finding.grade is Grade.GOOD:
@@ -361,12 +362,11 @@ def setup(
     topology = Topology(options.namespace)
     exchanges = topology.exchanges(options.reply_exchange)
     queues = [queue_of(topology, service) for service in found if service.methods]
-    jobs = JobTopology(options.namespace)
-    if with_jobs := [service for service in found if service.jobs]:
-        exchanges += jobs.exchanges()
-        queues += jobs.shared_queues()
-        queues += [queue for service in with_jobs for queue in jobs.queues(service.name, lanes=service.lanes)]
-        queues += [jobs.tickets(service.name) for service in found if schedules_of(service)]
+    events = EventTopology(options.namespace)
+    exchanges += every.exchanges(events, found)
+    queues += every.shared(events, found)
+    queues += [queue for service in found for queue in every.waiting(events, service)]
+    queues += [events.jobs.tickets(service.name) for service in found if schedules_of(service)]
 
     async def declare() -> list[str]:
         host, port = broker.hosts[0]

@@ -18,7 +18,7 @@ from rpcq import logs
 from rpcq.cli.options import Json, Level, LogLevel, Namespace, Url, Wait, default_name, given
 from rpcq.cli.text import plain, print_json
 from rpcq.client import Client
-from rpcq.control import JobInfo, MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
+from rpcq.control import JobInfo, MethodInfo, ServiceInfo, SubscriptionInfo, WorkerInfo, WorkerStats
 from rpcq.errors import ServiceUnavailable
 from rpcq.options import check_seconds
 from rpcq.runtime.process import run
@@ -36,7 +36,7 @@ def list_services(
     as_json: Json = False,
     log_level: LogLevel = Level.WARNING,
 ) -> None:
-    """List the services whose workers answer, with their workers, methods and jobs."""
+    """List the services whose workers answer, with their workers, methods, jobs and subscriptions."""
     logs.configure(log_level.upper())
     check_seconds("--wait", wait)
     workers, stats = ask_workers("list", None, url, namespace, wait)
@@ -73,13 +73,18 @@ def _services_table(workers: list[WorkerInfo], stats: list[WorkerStats]) -> Tabl
     for worker in workers:
         for service in worker.services:
             by_name[service.name].append((worker, service))
-    table = Table("service", "queue", "workers", "slots", "methods", "jobs")
+    columns = ["service", "queue", "workers", "slots", "methods", "jobs"]
+    if with_events := any(service.subscriptions for worker in workers for service in worker.services):
+        columns.append("subscriptions")
+    table = Table(*columns)
     for name, found in sorted(by_name.items()):
         methods = sorted({method.name for _, service in found for method in service.methods})
         jobs = sorted({job.name for _, service in found for job in service.jobs})
+        subscriptions = sorted({each.name for _, service in found for each in service.subscriptions})
         queues = sorted({queue for _, service in found for queue in _queues(service)})
         slots = sum(worker.prefetch for worker, service in found if service.queue in _queues(service))
-        cells = name, ", ".join(queues), len(found), slots, ", ".join(methods), ", ".join(jobs)
+        cells = [name, ", ".join(queues), len(found), slots, ", ".join(methods), ", ".join(jobs)]
+        cells += [", ".join(subscriptions)] if with_events else []
         table.add_row(*(plain(cell) for cell in cells))
     total = sum(in_flight.values())
     table.caption = f"{len(workers)} workers, {total} requests in hand"
@@ -87,9 +92,10 @@ def _services_table(workers: list[WorkerInfo], stats: list[WorkerStats]) -> Tabl
 
 
 def _queues(service: ServiceInfo) -> list[str]:
-    """The queues that a worker of the service consumes: no request queue if the service has only jobs."""
-    requests = [service.queue] if service.methods or not service.jobs else []
-    return [*requests, service.job_queue] if service.job_queue else requests
+    """The queues that a worker of the service consumes: no request queue if the service has no methods."""
+    requests = [service.queue] if service.methods or not (service.jobs or service.subscriptions) else []
+    jobs = [service.job_queue] if service.job_queue else []
+    return [*requests, *jobs, *(each.queue for each in service.subscriptions if each.queue)]
 
 
 def describe(
@@ -100,7 +106,7 @@ def describe(
     as_json: Json = False,
     log_level: LogLevel = Level.WARNING,
 ) -> None:
-    """Describe a service: its methods and jobs with their types and docstrings, and its workers."""
+    """Describe a service: its methods, jobs and subscriptions with their types and docstrings, and its workers."""
     logs.configure(log_level.upper())
     check_seconds("--wait", wait)
 
@@ -131,7 +137,8 @@ def _print_service(service: ServiceInfo, workers: list[WorkerInfo]) -> None:
     lanes = f", lanes {' and '.join(LANES)}" if service.lanes else ""
     kinds += [f"jobs: queue {service.job_queue}{lanes}"] if service.job_queue else []
     console.print(plain(service.name, "bold") + plain(f"  {'; '.join(kinds)}"), soft_wrap=True)
-    functions: list[MethodInfo | JobInfo] = [*service.methods, *service.jobs]
+    functions: list[MethodInfo | JobInfo | SubscriptionInfo]
+    functions = [*service.methods, *service.jobs, *service.subscriptions]
     for described in functions:
         console.print()
         console.print(" ", plain(described.name, "bold") + plain(described.signature), soft_wrap=True)
@@ -143,15 +150,20 @@ def _print_service(service: ServiceInfo, workers: list[WorkerInfo]) -> None:
     for worker in workers:
         where = f"{worker.name} on {worker.host}, process {worker.pid}"
         prefetch = [f"prefetch {worker.prefetch}"] if service.queue in queues else []
-        prefetch += [f"job prefetch {worker.job_prefetch}"] if service.job_queue else []
+        prefetch += [f"job prefetch {worker.job_prefetch}"] if service.job_queue or service.subscriptions else []
         line = f"worker {where}: rpcq {worker.version}, {', '.join(prefetch)}"
         console.print(" ", plain(line), soft_wrap=True)
 
 
-def _marks(method: MethodInfo | JobInfo) -> list[str]:
-    if isinstance(method, JobInfo):
+def _marks(method: MethodInfo | JobInfo | SubscriptionInfo) -> list[str]:
+    if isinstance(method, JobInfo | SubscriptionInfo):
         attempts = "never run again" if method.at_most_once else f"at most {method.max_attempts} attempts"
-        return [f"job, {attempts}; runs at most {method.timeout:g} s each time"]
+        how = f"{attempts}; runs at most {method.timeout:g} s each time"
+        if isinstance(method, JobInfo):
+            return [f"job, {how}"]
+        where = "in each process" if method.each_instance else f"queue {method.queue}"
+        events = [f"events: {', '.join(method.events)}"] if method.events else []
+        return [f"subscription to {', '.join(method.patterns)}: {where}", *events, how]
     marks = []
     if method.idempotent:
         marks.append("idempotent")

@@ -141,7 +141,8 @@ class _Looking:
         """
         calls = Topology(self._options.namespace)
         found = [self._service] if self._service is not None else await self._services()
-        services = [it for it in found if NAME.match(it) and not calls.delivers_once(it)]  # others are not rpcq's
+        # Others are not rpcq's.
+        services = [it for it in found if NAME.match(it.partition(":")[0]) and not calls.delivers_once(it)]
         if not services:
             return []
         options = self._options
@@ -159,7 +160,10 @@ class _Looking:
         return [Row(it, ages.get(it.queue)) for it in depths]
 
     async def _services(self) -> list[str]:
-        """The services that have a queue; without the management API, those whose workers answer."""
+        """The services that have a queue; without the management API, those whose workers answer.
+
+        Of these, the subscriptions too, each as `service:subscription`.
+        """
         if self._management is not None:
             try:
                 return await asyncio.to_thread(_named, self._management, self._options.namespace)
@@ -171,7 +175,9 @@ class _Looking:
             "only services whose workers answer are shown: AMQP cannot list queues; name a service for its queues"
         )
         async with Client(self._url, namespace=self._options.namespace, name=self._options.name) as client:
-            return sorted({it.name async for worker in client.workers(wait=self._wait) for it in worker.services})
+            found = [it async for worker in client.workers(wait=self._wait) for it in worker.services]
+        subscriptions = {f"{it.name}:{each.name}" for it in found for each in it.subscriptions if each.queue}
+        return sorted({it.name for it in found} | subscriptions)
 
     async def _ages(self, depths: Sequence[QueueDepth]) -> dict[str, float]:
         """How long ago the first letter of each queue died, by the queue's name.

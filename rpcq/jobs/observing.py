@@ -5,19 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from rpcq import observer
 from rpcq.errors import TooLarge
 from rpcq.jobs.outcomes import Again, Dead, Suspect
 from rpcq.observer import OK, Endings, JobOutcome, ObservedJob, ObservedSend, Queued
-from rpcq.wire.jobs import Job, JobMessage, check_headers
+from rpcq.wire.jobs import JobMessage, check_headers
 
 if TYPE_CHECKING:
     from rpcq.execution import Around, Enter
     from rpcq.jobs.invocation import Served
     from rpcq.jobs.run import JobRun
 
+Sent = TypeVar("Sent", bound=ObservedSend)
 SendObservers = Sequence[Callable[[ObservedSend], Callable[[ObservedSend], None] | None]]
 JobObservers = Sequence[Callable[[ObservedJob], Callable[[ObservedJob], None] | None]]
 
@@ -25,27 +26,34 @@ UNREADABLE: Final = "rejected"
 """The reason of what a worker cannot read at all: the broker's own word for it."""
 
 
-class SendObservation:
-    """One job on its way to the broker.
+class SendObservation(Generic[Sent]):
+    """One job, or one event, on its way to the broker.
 
     Args:
         observers: called with it now, and with its end.
-        exchange: what it is published to.
-        job: the job.
+        observed: what they see of it.
         message: its message, which gets the trace context that an observer sets.
+
+    Attributes:
+        observed: as above.
 
     """
 
-    __slots__ = ("_began", "_endings", "_send")
+    __slots__ = ("_began", "_endings", "observed")
 
-    def __init__(self, observers: SendObservers, exchange: bytes, job: Job, message: JobMessage) -> None:
-        self._send = ObservedSend(exchange, job.service, job.name, f"{job.service}.{job.name}")
-        self._send.correlation_id = job.id
-        self._send.body_size = len(message.body)
+    def __init__(
+        self,
+        observers: Sequence[Callable[[Sent], Callable[[Sent], None] | None]],
+        observed: Sent,
+        message: JobMessage,
+    ) -> None:
+        self.observed = observed
+        observed.correlation_id = message.id
+        observed.body_size = len(message.body)
         self._began = time.perf_counter()
-        self._endings: Endings[ObservedSend] = observer.begin(observers, self._send)
-        if self._send.headers:
-            headers = {**message.headers, **self._send.headers}
+        self._endings: Endings[Sent] = observer.begin(observers, observed)
+        if observed.headers:
+            headers = {**message.headers, **observed.headers}
             try:
                 check_headers(headers)
             except TooLarge:
@@ -54,11 +62,11 @@ class SendObservation:
 
     def end(self, queued: Queued, error: BaseException | None) -> None:
         """The send has ended: call the observers with what is known of the job."""
-        self._send.queued = queued
-        self._send.error = error
-        self._send.code = OK if error is None else observer.code_of(error)
-        self._send.seconds = time.perf_counter() - self._began
-        observer.end(self._endings, self._send)
+        self.observed.queued = queued
+        self.observed.error = error
+        self.observed.code = OK if error is None else observer.code_of(error)
+        self.observed.seconds = time.perf_counter() - self._began
+        observer.end(self._endings, self.observed)
 
 
 class JobObserving:

@@ -12,6 +12,7 @@ from rpcq.errors import ConfigurationError, UsageError
 from rpcq.jobs.confirming import Confirms, Declared, Sending
 from rpcq.jobs.observing import SendObservation, SendObservers
 from rpcq.jobs.preparing import find_job, prepare, runs_at_most_once
+from rpcq.observer import ObservedSend
 from rpcq.options import MAX_DELAY, CallOptions, ClientOptions
 from rpcq.service import Method
 from rpcq.transport.base import Transport
@@ -114,7 +115,7 @@ class JobSender:
     ) -> list[Job]:
         """Send jobs and call the observers with each."""
         sendings: list[_Sending] = []
-        observations: list[SendObservation] = []
+        observations: list[SendObservation[ObservedSend]] = []
         failed: BaseException | None = None
         try:
             return await self._send(target, options, several, sendings, observations)
@@ -133,7 +134,7 @@ class JobSender:
         options: CallOptions,
         several: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]],
         sendings: list[_Sending],
-        observations: list[SendObservation],
+        observations: list[SendObservation[ObservedSend]],
     ) -> list[Job]:
         """Send jobs; `sendings` gets them, and `observations` what observers see of each."""
         service, name, method = find_job(target)
@@ -180,7 +181,7 @@ class JobSender:
         when: _When,
         args: tuple[Any, ...],
         params: Mapping[str, Any],
-        observations: list[SendObservation],
+        observations: list[SendObservation[ObservedSend]],
     ) -> _Sending:
         message = prepare(
             (service, name, method),
@@ -204,6 +205,7 @@ class JobSender:
             raise UsageError(f"{msg}: send it without delay and at")
         job = Job(message.id, service, name, message.key, due, priority)
         if self._observers:
-            observations.append(SendObservation(self._observers, self.exchange, job, message))
+            observed = ObservedSend(self.exchange, service, name, f"{service}.{name}")
+            observations.append(SendObservation(self._observers, observed, message))
         properties = encode_job(message, self._transport.now_ms())
         return _Sending(self._confirms, job, route, properties, message.body, is_once=is_once)

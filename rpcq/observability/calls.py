@@ -8,14 +8,16 @@ from typing import Any
 from rpcq import logs
 from rpcq.errors import CallError
 from rpcq.observability.sampling import Sampler
-from rpcq.observer import OK, ObservedCall, ObservedJob, ObservedRequest, ObservedSend, Observer
+from rpcq.observer import OK, ObservedCall, ObservedJob, ObservedPublish, ObservedRequest, ObservedSend, Observer
 
 client_log = logs.get_logger("rpcq.client.calls")
 worker_log = logs.get_logger("rpcq.worker.calls")
 
 
 class CallLogs(Observer):
-    """Logs calls and sends at a client, requests and jobs at a worker. It never logs bodies, headers and metadata.
+    """Logs calls, sends and events at a client, requests and jobs at a worker.
+
+    It never logs bodies, headers and metadata.
 
     The logger `rpcq.worker` logs some things without this observer: exceptions of handlers with their incident IDs,
     jobs that run again later or are dead, sessions that go down, and workers that start and stop.
@@ -78,6 +80,21 @@ class CallLogs(Observer):
             duration_ms=round(send.seconds * 1000, 3),
         )
 
+    def on_publish(self, publish: ObservedPublish) -> Callable[[ObservedPublish], None] | None:
+        """See `Observer`."""
+        return self._publish_ended if self._picked(publish.correlation_id) else None
+
+    def _publish_ended(self, publish: ObservedPublish) -> None:
+        client_log.info(
+            "event published" if publish.code == OK else "event not published",
+            event_name=publish.label,
+            event_id=publish.correlation_id,
+            queued=publish.queued,
+            heard=publish.heard,
+            bytes=publish.body_size,
+            duration_ms=round(publish.seconds * 1000, 3),
+        )
+
     def on_job(self, job: ObservedJob) -> Callable[[ObservedJob], None] | None:
         """See `Observer`."""
         if not self._picked(job.correlation_id):
@@ -103,7 +120,8 @@ class CallLogs(Observer):
 
 
 def _named(job: ObservedJob) -> dict[str, Any]:
-    return {"job": job.label, "job_id": job.correlation_id, "attempt": job.attempt}
+    event = {"event_name": job.event} if job.event else {}
+    return {"job": job.label, **event, "job_id": job.correlation_id, "attempt": job.attempt}
 
 
 def _ended(observed: ObservedCall | ObservedRequest) -> dict[str, Any]:

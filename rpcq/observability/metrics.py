@@ -32,6 +32,7 @@ from rpcq.observer import (
     ObservedBatch,
     ObservedCall,
     ObservedJob,
+    ObservedPublish,
     ObservedRequest,
     ObservedSend,
     Observer,
@@ -77,8 +78,11 @@ STATUSES: Final = frozenset({OK, *STATUS_CODES})
 REASONS: Final = frozenset({"expired", "delivery_limit", "rejected", "maxlen"})
 """Reasons for which RabbitMQ dead-letters a message: https://www.rabbitmq.com/docs/dlx."""
 
-SERVED: Final = frozenset({"calls", "jobs", "suspects", "tickets"})
+SERVED: Final = frozenset({"calls", "jobs", "events", "suspects", "tickets"})
 """Kinds of queues that have consumers while all is well."""
+
+HEARD: Final[Mapping[bool | None, str]] = {True: "yes", False: "no", None: "unknown"}
+"""Whether a queue took an event -> the label."""
 
 OWNED: Final[Mapping[str, tuple[str, str, Mapping[str, str]]]] = {
     "pending_replies": ("rpcq_client_pending_replies", "Calls that wait for a reply.", {}),
@@ -194,12 +198,12 @@ class _Sessions:
 
 
 class Metrics(Observer):
-    """Counts calls, requests, jobs, notices and sessions for Prometheus. One is enough for all of an event loop.
+    """Counts calls, requests, jobs, events, notices and sessions for Prometheus. One is enough for an event loop.
 
-    The number of series is bounded, whatever peers send. At most 1000 methods, and 1000 jobs, have series of their own
-    at each side. For each method, gRPC's status names and the first 50 codes of services' own errors have series of
-    their own; all further codes are counted together as `OTHER`, and so are reasons of notices that RabbitMQ does not
-    have.
+    The number of series is bounded, whatever peers send. At most 1000 methods, 1000 jobs and 1000 events have series
+    of their own at each side; a subscription counts as a job of its service. For each method, gRPC's status names and
+    the first 50 codes of services' own errors have series of their own; all further codes are counted together as
+    `OTHER`, and so are reasons of notices that RabbitMQ does not have.
 
     Args:
         registry: registry that it adds itself to; None for prometheus-client's own.
@@ -213,6 +217,7 @@ class Metrics(Observer):
         self._calls: dict[str, _Method] = {}
         self._requests: dict[str, _Method] = {}
         self._sends: dict[str, _Job] = {}
+        self._publishes: dict[str, _Job] = {}
         self._jobs: dict[str, _Job] = {}
         self._batches: dict[str, _Batched] = {}
         self._notices: Counter[str] = Counter()
@@ -251,6 +256,16 @@ class Metrics(Observer):
         job = _job(self._sends, send, BUCKETS)
         job.ended[(send.queued,)] += 1
         job.seconds.add(send.seconds)
+
+    def on_publish(self, publish: ObservedPublish) -> Callable[[ObservedPublish], None]:
+        """See `Observer`."""
+        _job(self._publishes, publish, BUCKETS).started += 1
+        return self._publish_ended
+
+    def _publish_ended(self, publish: ObservedPublish) -> None:
+        event = _job(self._publishes, publish, BUCKETS)
+        event.ended[publish.queued, HEARD[publish.heard]] += 1
+        event.seconds.add(publish.seconds)
 
     def on_job(self, job: ObservedJob) -> Callable[[ObservedJob], None]:
         """See `Observer`."""
@@ -367,6 +382,7 @@ class Metrics(Observer):
             notices.add_metric([reason], count)
         yield notices
         yield from self._of_sends()
+        yield from self._of_publishes()
         yield from self._of_jobs()
         yield from self._of_owners()
         yield from self._of_sessions()
@@ -418,6 +434,27 @@ class Metrics(Observer):
             for (queued,), count in ended:
                 sent.add_metric([*job.labels, queued], count)
         yield from (sent, in_flight, seconds)
+
+    def _of_publishes(self) -> Iterator[Metric]:
+        published = CounterMetricFamily(
+            "rpcq_client_events_published",
+            "Events whose publishing ended, by whether the broker has them, and whether a queue took them.",
+            labels=["event", "queued", "heard"],
+        )
+        in_flight = GaugeMetricFamily(
+            "rpcq_client_events_in_flight", "Events that are being published.", labels=["event"]
+        )
+        seconds = HistogramMetricFamily(
+            "rpcq_client_event_publish_duration_seconds", "How long publishing took.", labels=["event"]
+        )
+        for event in list(self._publishes.values()):
+            name = event.labels[1] or OTHER
+            ended, started = list(event.ended.items()), event.started
+            in_flight.add_metric([name], max(0, started - sum(count for _, count in ended)))
+            event.seconds.sample(seconds, [name])
+            for labels, count in ended:
+                published.add_metric([name, *labels], count)
+        yield from (published, in_flight, seconds)
 
     def _of_jobs(self) -> Iterator[Metric]:
         labels = ["service", "method"]

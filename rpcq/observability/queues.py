@@ -25,6 +25,7 @@ from rpcq.service import Service
 from rpcq.transport.opening import open_admin
 from rpcq.transport.rabbitmq.admin import Admin, QueueState
 from rpcq.url import parse
+from rpcq.wire.events import EventTopology
 from rpcq.wire.jobs import LANES, JobTopology
 from rpcq.wire.topology import Topology
 
@@ -36,9 +37,12 @@ _COLUMNS: Final = (
     *("message_stats.publish_details.rate", "message_stats.ack_details.rate"),
 )
 
+_DELAYED: Final = frozenset({"jobs", "events"})
+"""Kinds of queues whose messages may be delayed."""
+
 _NOTHING: Final = {"messages_ready": 0}
 
-Kind = Literal["calls", "jobs", "suspects", "tickets", "dead", "delayed", "lost"]
+Kind = Literal["calls", "jobs", "events", "suspects", "tickets", "dead", "delayed", "lost"]
 
 log = logs.get_logger("rpcq.queues")
 
@@ -56,8 +60,9 @@ class QueueDepth:
         unacknowledged: number of messages that consumers hold.
         consumers: number of consumers.
         source: how the broker was asked: "management" (API) or "declare" (passively).
-        kind: what is in it: requests of "calls"; "jobs"; jobs that are "suspects"; "tickets" of schedules; "dead"
-            letters; "delayed" jobs of all services; what is "lost", of all services.
+        kind: what is in it: requests of "calls"; "jobs"; "events" of a subscription; jobs or events that are
+            "suspects"; "tickets" of schedules; "dead" letters; "delayed" jobs of all services; what is "lost", of all
+            services.
         moving: messages that the queue gave up, and that their next queue did not take yet. They do not count as
             waiting. If their number does not fall, the next queue is full, has no leader, or does not exist.
         published: messages a second that came in, over the last few seconds; also None if nothing is known yet.
@@ -86,11 +91,13 @@ class QueueWatch:
 
     A queue that does not exist, or that the broker's user may not ask for, is left out.
 
-    These are the request queue, and for a service with jobs: those of its lanes, suspects, tickets of schedules and
-    dead letters, and the shared ones for delayed and lost jobs.
+    These are the request queue; for a service with jobs: those of its lanes, suspects and tickets of schedules; for a
+    service with subscriptions: those of their events and suspects; for both, that of dead letters, and the shared ones
+    for delayed and lost jobs.
 
     Args:
-        services: `Service` objects; or names, for which it looks for the queues of all kinds.
+        services: `Service` objects; or names, for which it looks for the queues of all kinds. Only the management API
+            knows the subscriptions of a name; without it, name each as `service:subscription`, too.
         url: URL of the broker, as for `Client`; `RPCQ_URL` if None.
         every: seconds between two looks.
         management: URL of the management API; its user, if any, is used instead of the broker's. None: the broker's
@@ -124,11 +131,14 @@ class QueueWatch:
             raise ConfigurationError("the broker of a QueueWatch must be RabbitMQ; got the in-process broker")
         if not every > 0:
             raise ConfigurationError(f"every must be a number of seconds above 0; got {every!r}")
-        namespace = self._options.namespace
-        self._jobs = JobTopology(namespace)
-        self._queues = [each for service in services for each in _queues(Topology(namespace), self._jobs, service)]
+        services, namespace = [*services], self._options.namespace
+        events = EventTopology(namespace)
+        self._jobs = events.jobs
+        self._queues = [each for service in services for each in _queues(Topology(namespace), events, service)]
         if not self._queues:
             raise ConfigurationError("services must be one or more; got none")
+        self._prefixes = {it: events.queue(it, "", ()).name for it in services if isinstance(it, str) and ":" not in it}
+        """Services that are only named -> how the names of their subscriptions' queues begin."""
         self._every = every
         self._management = management_of(self._broker, management)
         self._threshold = threshold
@@ -172,7 +182,7 @@ class QueueWatch:
         if self._management is None:
             return None
         try:
-            return await asyncio.to_thread(_look, self._management, self._queues, self._jobs)
+            return await asyncio.to_thread(_look, self._management, self._queues, self._jobs, self._prefixes)
         except UNANSWERED as error:
             log.info("the management API cannot be used; queues are declared passively", cause=str(error))
             return None
@@ -184,7 +194,7 @@ class QueueWatch:
     async def _from(self, admin: Admin) -> list[QueueDepth]:
         asked = [(service, kind, await _ask(admin, queue)) for service, kind, queue in self._queues]
         found = [(service, kind, it) for service, kind, it in asked if it is not None]
-        if any(kind == "jobs" for _, kind, _ in found):
+        if any(kind in _DELAYED for _, kind, _ in found):
             levels = [await _ask(admin, queue.name) for queue in self._jobs.ladder.queues()]
             seen = [it.messages for it in levels if it is not None]
             if len(seen) == len(levels):  # else the sum would be too low
@@ -234,12 +244,17 @@ async def _ask(admin: Admin, queue: str) -> QueueState | None:
         return None
 
 
-def _queues(topology: Topology, jobs: JobTopology, service: Service | str) -> list[tuple[str, Kind, str]]:
+def _queues(topology: Topology, events: EventTopology, service: Service | str) -> list[tuple[str, Kind, str]]:
     """The queues of a service that there may be: its name, what is in it, and the queue's name."""
+    jobs = events.jobs
+    if isinstance(service, str) and ":" in service:
+        name, _, subscription = service.partition(":")
+        queue, suspects = events.queue(name, subscription, ()), events.suspects(name, subscription)
+        return [(name, "events", queue.name), (name, "suspects", suspects.name)]
     if isinstance(service, Service):
         name = service.name
         found = [topology.request_queue(name, service.queue_type, service.queue)]
-        if not service.methods and service.jobs:
+        if not service.is_called:
             found = []
     else:
         name = service
@@ -250,8 +265,15 @@ def _queues(topology: Topology, jobs: JobTopology, service: Service | str) -> li
         queues += [
             *((name, "jobs", jobs.queue(name, priority).name) for priority in ("normal", *lanes)),
             (name, "suspects", jobs.suspects(name).name),
-            (name, "dead", jobs.dead_queue(name).name),
         ]
+    if isinstance(service, Service):
+        for each in service.lasting:
+            queues += [
+                (name, "events", events.queue(name, each.name, ()).name),
+                (name, "suspects", events.suspects(name, each.name).name),
+            ]
+    if not isinstance(service, Service) or service.takes_jobs:
+        queues.append((name, "dead", jobs.dead_queue(name).name))
     if not isinstance(service, Service) or schedules_of(service):
         queues.append((name, "tickets", jobs.tickets(name).name))
     return queues
@@ -262,7 +284,12 @@ def _all_levels(jobs: JobTopology) -> str:
     return f"{jobs.ladder.name(0).removesuffix('00')}*"
 
 
-def _look(management: Management, queues: Sequence[tuple[str, Kind, str]], jobs: JobTopology) -> list[QueueDepth]:
+def _look(
+    management: Management,
+    queues: Sequence[tuple[str, Kind, str]],
+    jobs: JobTopology,
+    prefixes: Mapping[str, str],
+) -> list[QueueDepth]:
     """Look at each queue that exists; blocks.
 
     Raises:
@@ -272,11 +299,14 @@ def _look(management: Management, queues: Sequence[tuple[str, Kind, str]], jobs:
     """
     asked = [(service, kind, management.queue(queue, _COLUMNS)) for service, kind, queue in queues]
     found = [(service, kind, it) for service, kind, it in asked if it is not None]
+    for service, prefix in prefixes.items():
+        states = management.states(prefix, _COLUMNS)
+        found += [(service, "suspects" if it["name"].endswith(":suspects") else "events", it) for it in states]
     if not found:  # it may belong to another broker: a passive declaration will show
         raise ValueError("it has none of the queues")
     levels: list[dict[str, Any]] = []
     lost: dict[str, Any] | None = None
-    if any(kind == "jobs" for _, kind, _ in found):
+    if any(kind in _DELAYED for _, kind, _ in found):
         levels = management.states(jobs.ladder.name(0).removesuffix("00"), _COLUMNS)
         lost = management.queue(jobs.lost.name, _COLUMNS)
     if any("messages_ready" not in it for it in (*levels, lost or _NOTHING, *(it for _, _, it in found))):

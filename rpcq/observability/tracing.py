@@ -1,7 +1,7 @@
-"""Traces with OpenTelemetry's API: spans for calls and sends at a client, for requests and attempts at a worker.
+"""Traces with OpenTelemetry's API: spans for what a client calls, sends and publishes, and for what a worker runs.
 
 The two spans of a call are in one trace. An attempt of a job begins a trace of its own, whose span has a link to that
-of the sender: it may run hours later, and several times.
+of the sender: it may run hours later, and several times. So does each attempt of each subscription of an event.
 
 Spans follow the conventions for messaging (https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/) and
 for RabbitMQ. The context is sent in the headers of W3C Trace Context and W3C Baggage.
@@ -23,13 +23,22 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from rpcq.errors import CallError
 from rpcq.observability.sampling import Sampler
-from rpcq.observer import OK, Observed, ObservedCall, ObservedJob, ObservedRequest, ObservedSend, Observer
+from rpcq.observer import (
+    OK,
+    Observed,
+    ObservedCall,
+    ObservedJob,
+    ObservedPublish,
+    ObservedRequest,
+    ObservedSend,
+    Observer,
+)
 from rpcq.runtime.process import own_version
 
 MAX_STATE: Final = 2048
 """Largest size of `tracestate` and of `baggage`, bytes; a longer one is not sent, as W3C allows."""
 
-Sent = TypeVar("Sent", ObservedCall, ObservedSend)
+Sent = TypeVar("Sent", ObservedCall, ObservedSend, ObservedPublish)
 
 _CARRIED: Final = ("traceparent", "tracestate", "baggage")
 
@@ -38,7 +47,7 @@ _decided_against: Final[ContextVar[bool]] = ContextVar("rpcq_not_traced", defaul
 
 
 class Tracing(Observer):
-    """Makes spans for calls and sends at a client, and for requests and attempts of jobs at a worker.
+    """Makes spans for calls, sends and events at a client, and for requests and attempts of jobs at a worker.
 
     Whether a call or a job is traced is decided before anything is built for it. Inside a trace, its `sampled` flag
     decides. Outside a trace, `ratio` and its ID decide: client and worker decide alike, and nothing is sent for it. The
@@ -70,6 +79,16 @@ class Tracing(Observer):
         """See `Observer`."""
         more = {**_of_job(send), "messaging.message.body.size": send.body_size}
         return self._sent(send, more, _end_send)
+
+    def on_publish(self, publish: ObservedPublish) -> Callable[[ObservedPublish], None] | None:
+        """See `Observer`."""
+        more = {
+            **_of_job(publish),
+            "messaging.message.body.size": publish.body_size,
+            "messaging.destination.name": publish.exchange.decode(),
+            "messaging.rabbitmq.destination.routing_key": publish.label,
+        }
+        return self._sent(publish, more, _end_publish)
 
     def _sent(
         self, call: Sent, more: Mapping[str, str | int], end: Callable[[Span, Sent], None]
@@ -186,12 +205,20 @@ def _end(span: Span, observed: Observed) -> None:
 
 
 def _of_job(job: ObservedSend | ObservedJob) -> dict[str, str | int]:
-    return {"messaging.message.id": job.correlation_id}
+    event = job.event if isinstance(job, ObservedJob) else job.label if isinstance(job, ObservedPublish) else ""
+    found: dict[str, str | int] = {"messaging.message.id": job.correlation_id}
+    return found | {"rpcq.event": event} if event else found
 
 
 def _end_send(span: Span, send: ObservedSend) -> None:
     span.set_attribute("rpcq.queued", send.queued)
     _end(span, send)
+
+
+def _end_publish(span: Span, publish: ObservedPublish) -> None:
+    if publish.heard is not None:
+        span.set_attribute("rpcq.heard", publish.heard)
+    _end_send(span, publish)
 
 
 def _end_job(span: Span, job: ObservedJob) -> None:

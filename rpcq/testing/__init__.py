@@ -8,6 +8,7 @@ Nothing is patched: a real worker serves, a real client calls, and their message
 hours.
 """
 
+from rpcq.testing.events import PublishedEvent
 from rpcq.testing.fakes import FakeService, Received
 from rpcq.testing.jobs import DeadJob, WaitingJob
 from rpcq.testing.places import Place, Running, Settings, Worlds, memory_url, running, running_sync, world
@@ -17,6 +18,7 @@ __all__ = [
     "DeadJob",
     "FakeService",
     "Place",
+    "PublishedEvent",
     "Received",
     "Running",
     "Settings",

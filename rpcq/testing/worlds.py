@@ -6,12 +6,14 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import datetime
-from typing import Any, Final, NoReturn, cast
+from typing import Any, Final, NoReturn, TypeVar, cast, overload
 
 from rpcq import logs
 from rpcq.client import Client
 from rpcq.errors import ConfigurationError, UsageError
+from rpcq.event_types import Event
 from rpcq.service import Service
+from rpcq.testing.events import Published, PublishedEvent
 from rpcq.testing.fakes import FakeService
 from rpcq.testing.jobs import DeadJob, Jobs, Target, WaitingJob
 from rpcq.transport.memory.broker import MemoryBroker
@@ -19,6 +21,8 @@ from rpcq.transport.memory.clock import StoppedClock
 from rpcq.transport.memory.transport import MemoryTransport
 from rpcq.wire.events import EventTopology
 from rpcq.worker import Worker
+
+E = TypeVar("E", bound=Event)
 
 PATIENCE: Final = 10.0
 """Seconds of real time that the jobs which run at one time of the world may take."""
@@ -93,6 +97,7 @@ class World:
         self._real = [service for service in services if not isinstance(service, FakeService)]
         self._served = [*services]
         self._jobs = Jobs(broker, clock, topology, self._served)
+        self._published = Published(broker.vhost, topology)
         self._make = make
         self._workers: list[MortalWorker] = []
         self._changing: list[asyncio.Task[None]] = []  # ends and replaces workers; kept until its errors are raised
@@ -288,8 +293,8 @@ class World:
         """The dead letters, those of each service in the order in which they died. They stay where they are.
 
         Args:
-            target: of which jobs: a service, a function with `@service.job`, `"service"` or `"service.job"`; None for
-                all.
+            target: of which jobs: a service, a function with `@service.job` or `@service.on`, `"service"`, or
+                `"service.job"`, which may be a subscription; None for all.
 
         Raises:
             ConfigurationError: this world has no such service or job.
@@ -297,6 +302,24 @@ class World:
 
         """
         return self._jobs.dead(target)
+
+    @overload
+    def published(self, kind: None = None) -> list[PublishedEvent]: ...
+
+    @overload
+    def published(self, kind: type[E]) -> list[E]: ...
+
+    def published(self, kind: type[E] | None = None) -> list[PublishedEvent] | list[E]:
+        """The events that were published, in order, whether anybody listens or not.
+
+            assert w.published(OrderCreated) == [OrderCreated(order_id="7")]
+
+        Args:
+            kind: a class of events, for those of its name and version as its instances; None for all events, with their
+                names, fields, keys, and whether they were heard.
+
+        """
+        return self._published.all() if kind is None else self._published.of(kind)
 
     def waiting(self, target: Target = None) -> list[WaitingJob]:
         """The jobs that wait: first those that wait for a worker, then those that are delayed, the next one first.

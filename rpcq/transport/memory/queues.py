@@ -98,6 +98,7 @@ class LiveQueue:
         self.declared = declared
         self.owner = owner
         self.max_length: int | None = arguments.get("x-max-length")
+        self.drops_head: bool = arguments.get("x-overflow") == "drop-head"
         self.ttl: int | None = arguments.get("x-message-ttl")
         self.dead_letter_exchange: bytes | None = None if exchange is None else exchange.encode()
         key = arguments.get("x-dead-letter-routing-key")

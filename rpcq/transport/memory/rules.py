@@ -154,7 +154,9 @@ def check_arguments(queue: Queue) -> None:
         wrong.append("x-dead-letter-strategy")
     if "x-delivery-limit" in arguments and not quorum:
         wrong.append("x-delivery-limit")
-    if arguments.get("x-overflow", "reject-publish") != "reject-publish" or (
+    # What is dropped from the head would be dead-lettered: not supported here.
+    overflows = {"reject-publish"} if "x-dead-letter-exchange" in arguments else {"reject-publish", "drop-head"}
+    if arguments.get("x-overflow", "reject-publish") not in overflows or (
         "x-max-length" in arguments and "x-overflow" not in arguments
     ):
         wrong.append("x-overflow")

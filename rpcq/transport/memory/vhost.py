@@ -8,7 +8,7 @@ what it finds in `Vhost.outbox`. The rules are RabbitMQ's, from these pages; wha
     https://www.rabbitmq.com/docs/ae          alternate exchanges
     https://www.rabbitmq.com/docs/e2e         bindings between exchanges
     https://www.rabbitmq.com/docs/dlx         dead-lettering: reasons, headers, cycles
-    https://www.rabbitmq.com/docs/maxlength   only messages that are ready count; reject-publish
+    https://www.rabbitmq.com/docs/maxlength   only messages that are ready count; reject-publish and drop-head
     https://www.rabbitmq.com/docs/quorum-queues   delivery limit; x-delivery-count
     https://www.rabbitmq.com/docs/consumers#single-active-consumer   one consumer gets everything while it is there
     https://www.rabbitmq.com/docs/sender-selected CC
@@ -57,12 +57,15 @@ class Vhost:
 
     Attributes:
         outbox: messages that were handed to consumers, in order; the owner takes them out and delivers them.
+        on_publish: for tests: called with each message that is published (exchange, routing key, properties, body), and
+            whether a queue takes it; None for nothing.
 
     """
 
     def __init__(self, wall: Callable[[], datetime]) -> None:
         self.outbox: deque[Handed] = deque()
         self.queues: dict[str, LiveQueue] = {}
+        self.on_publish: Callable[[bytes, bytes, bytes, bytes, bool], None] | None = None
         self._wall = wall
         # Every queue is bound to the default exchange under its name.
         self._exchanges: dict[bytes, LiveExchange] = {}
@@ -234,6 +237,8 @@ class Vhost:
             targets = live.bound_to(routing_key)
         if properties[1] & USER_ID:
             check_user(decode(properties).user_id)
+        if self.on_publish is not None:
+            self.on_publish(exchange, routing_key, properties, body, bool(targets))
         if not targets:
             return Published.RETURNED if mandatory else Published.CONFIRMED
         published = Published.CONFIRMED
@@ -323,7 +328,9 @@ class Vhost:
         if queue.max_length is not None and len(queue.ready) >= queue.max_length:
             self._serve(queue, now)  # remove messages that have expired since the last call
             if len(queue.ready) >= queue.max_length:
-                return False
+                if not queue.drops_head:
+                    return False
+                queue.ready.popleft()
         entry.position = next(queue.positions)
         if queue.ttl is not None:
             expires = now + queue.ttl / 1000
