@@ -16,7 +16,9 @@ from rpcq.errors import CallError, ConfigurationError
 
 Role = Literal["consuming", "publishing"]
 Queued = Literal["", "yes", "no", "maybe"]
-JobOutcome = Literal["", "done", "retried", "put_off", "dead", "suspect", "suppressed", "filtered", "given_back"]
+JobOutcome = Literal[
+    "", "done", "retried", "put_off", "dead", "suspect", "suppressed", "filtered", "dropped", "given_back"
+]
 
 OK: Final = "OK"
 """The code of a call that did not fail, as in gRPC."""
@@ -172,15 +174,16 @@ class ObservedJob(Observed):
         ran: True if the handler is entered. False if it is decided before that what becomes of the job.
         outcome: empty until it is decided; then "done", "retried", "put_off" (it did not run, and comes again later),
             "dead", "suspect" (it runs alone later), "suppressed" (a job with its key is done already), "filtered" (no
-            pattern of its subscription takes the event any more) or "given_back" (its worker stops). It is decided
-            before the broker confirms it: if the worker is lost meanwhile, the job comes back.
+            pattern of its subscription takes the event any more), "dropped" (a subscription of each instance does not
+            retry) or "given_back" (its worker stops). It is decided before the broker confirms it: if the worker is
+            lost meanwhile, the job comes back.
         code: "OK" if it is done; otherwise one word for the reason, of a limited number. For a dead letter, it is the
             reason that docs/wire.md has; "rejected" for what the worker cannot read at all. For a retry, it is "failed"
             (the handler raised), "retry_later", "timed_out", "unknown_method", and for events "unknown_event",
             "unsupported_version" or "unwanted"; for one that is put off "limits",
             "key_held", "store_failed", "not_begun" (no thread was free) or "stopped"; for a suspect "workers_lost"; for
-            one that is suppressed "done_already"; for one that is filtered "unwanted"; for one that is given back
-            "stopped".
+            one that is suppressed "done_already"; for one that is filtered "unwanted"; for one that is dropped
+            "failed", "timed_out", "rejected" or "stopped"; for one that is given back "stopped".
         error: what the handler raised, or None.
         incident: what to look for in the worker's log; empty for none.
 

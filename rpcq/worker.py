@@ -24,9 +24,11 @@ from rpcq.control import Answerer, WorkerStats, describe
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import BrokerError, ClosedError, ConfigurationError, UsageError
 from rpcq.events import queues
+from rpcq.events.instances import INSTANCE_PREFETCH, Instance
 from rpcq.events.subscriptions import ServedSubscription
 from rpcq.execution import Executor
 from rpcq.jobs.invocation import Served
+from rpcq.jobs.observing import JobObserving
 from rpcq.jobs.running import JobRunner
 from rpcq.jobs.ticking import Ticker, schedules_of
 from rpcq.observer import ObservedBatch, Observer, Observers
@@ -91,14 +93,13 @@ class Worker:
         self._lifespans = AsyncExitStack()
         self._observers = Observers(observers, self)
         self._sessions = Sessions(self._transport, self._observers)
-        with_jobs = [service for service in services if service.takes_jobs]
         # Twice for jobs: the thread of a job that is written off may never be free again.
-        jobs = sum(jobs_at_once(service, self.options) for service in with_jobs)
+        jobs = sum(jobs_at_once(service, self.options) for service in services)
         executor = Executor(self.options.prefetch * len(services) + 2 * jobs, self._on_batch)
         self._event_topology = EventTopology(self.options.namespace)
         self._job_topology = self._event_topology.jobs
         self._jobs: JobRunner | None = None
-        if with_jobs:
+        if any(service.takes_jobs for service in services):
             self._jobs = JobRunner(
                 self._transport,
                 executor,
@@ -108,6 +109,8 @@ class Worker:
                 remember=self.options.remember // 8,
                 observers=self._observers.jobs,
             )
+        self._executor = executor
+        self._instances: list[Instance] = []
         self._tickers = [
             Ticker(self._transport, self._job_topology, service, app_id=self.options.name)
             for service in services
@@ -222,6 +225,7 @@ class Worker:
                 stopping = [ticker.stop() for ticker in self._tickers]
                 if self._jobs is not None:
                     stopping.append(self._jobs.stop())
+                stopping += [instance.stop() for instance in self._instances]
                 await asyncio.gather(*stopping)
         except TimeoutError:
             clean = False
@@ -233,7 +237,11 @@ class Worker:
         """Take nothing more, cut off what still runs, and close."""
         self._phase, self._intake.taking = Phase.STOPPED, Taking.NOTHING
         await self._intake.waiting.close()
-        await self._replier.abandon(() if self._jobs is None else self._jobs.cut_off())
+        left = [] if self._jobs is None else self._jobs.cut_off()
+        for instance in self._instances:
+            instance.vanish()
+            left += [] if instance.running is None else [instance.running]
+        await self._replier.abandon(left)
         for ticker in self._tickers:
             await ticker.close()
         if self._jobs is not None:
@@ -282,9 +290,12 @@ class Worker:
 
     @property
     def in_flight(self) -> int:
-        """Requests and jobs that it holds: they wait, run, or have ended and are not acknowledged yet."""
-        jobs = 0 if self._jobs is None else len(self._jobs)
-        return len(self._replier.in_hand) + len(self._intake.waiting) + jobs
+        """Requests, jobs and events that it holds: they wait, run, or have ended and are not acknowledged yet."""
+        return len(self._replier.in_hand) + len(self._intake.waiting) + self._jobs_in_hand
+
+    @property
+    def _jobs_in_hand(self) -> int:
+        return (0 if self._jobs is None else len(self._jobs)) + sum(len(instance) for instance in self._instances)
 
     @property
     def connected(self) -> bool:
@@ -300,8 +311,7 @@ class Worker:
 
     def counts(self) -> Mapping[str, int]:
         """The counters, for observers: those of `WorkerStats`, jobs apart, and how often its event loop was blocked."""
-        watchdog = self._watchdog
-        jobs = 0 if self._jobs is None else len(self._jobs)
+        watchdog, jobs = self._watchdog, self._jobs_in_hand
         return {
             "in_flight": self.in_flight - jobs,
             "jobs_in_hand": jobs,
@@ -330,6 +340,8 @@ class Worker:
     def _name_of(self, task: asyncio.Task[Any]) -> dict[str, Any]:
         """What a task runs, as fields for a log; may be called from another thread."""
         named = None if self._jobs is None else self._jobs.name_of(task)
+        running = [each.running for each in self._instances if each.running is not None]
+        named = named or next((run.names for run in running if run.task is task), None)
         return self._replier.name_of(task) if named is None else named
 
     async def _enter(self, service: Service) -> list[Subscription]:
@@ -351,7 +363,7 @@ class Worker:
             )
         if self._jobs is not None:
             found += [*self._of_jobs(self._jobs, service, state), *self._of_events(self._jobs, service, state)]
-        return found
+        return [*found, *self._of_instance(service, state)]
 
     def _of_jobs(self, runner: JobRunner, service: Service, state: Any) -> Iterator[Subscription]:
         """Subscribe to the queues of a service's jobs."""
@@ -377,6 +389,18 @@ class Worker:
             suspects = topology.suspects(service.name, each.name)
             yield Subscription(suspects, runner.serve(served, is_suspects=True), prefetch=1, arguments=_HELD)
 
+    def _of_instance(self, service: Service, state: Any) -> Iterator[Subscription]:
+        """Subscribe to queues of this process for a service's subscriptions of each instance."""
+        observers, topology = self._observers.jobs, self._event_topology
+        observing = JobObserving(observers, self._transport.now_ms) if observers else None
+        for each in service.subscriptions.values():
+            if each.topics.each_instance:
+                served = ServedSubscription(service, state, each, room=0, topology=topology)
+                instance = Instance(self._executor, served, observing)
+                self._instances.append(instance)
+                queue = topology.instance_queue(each.topics.patterns)
+                yield Subscription(queue, instance.on_delivery, prefetch=INSTANCE_PREFETCH)
+
     # What the transport reports.
 
     def _on_consuming_lost(self, _: BrokerError) -> None:
@@ -385,6 +409,8 @@ class Worker:
             self._jobs.lost()
         for ticker in self._tickers:
             ticker.lost()
+        for instance in self._instances:
+            instance.lost()
 
     def _on_blocked(self, reason: str) -> None:
         log.warning("the broker takes no replies; nothing new is begun", reason=reason)
@@ -421,7 +447,8 @@ def prefetches(service: Service, options: WorkerOptions) -> dict[Priority, int]:
 def jobs_at_once(service: Service, options: WorkerOptions) -> int:
     """How many jobs and events of a service a worker runs at once."""
     jobs = sum(prefetches(service, options).values()) if service.jobs else 0
-    return jobs + len(service.lasting) * options.job_prefetch
+    instances = len(service.subscriptions) - len(service.lasting)
+    return jobs + len(service.lasting) * options.job_prefetch + instances
 
 
 def check_services(services: tuple[Service, ...]) -> None:

@@ -25,9 +25,13 @@ class ServedSubscription(Served):
         room: how many events of the queue may wait here for a turn by its own limits.
         topology: of the namespace.
 
+    Attributes:
+        label: the subscription in logs.
+        subscriber: the subscription.
+
     """
 
-    __slots__ = ("_address", "_subscriber", "subscription")
+    __slots__ = ("_address", "label", "subscriber", "subscription")
 
     def __init__(
         self, service: Service, state: Any, subscriber: Subscriber, *, room: int, topology: EventTopology
@@ -37,7 +41,8 @@ class ServedSubscription(Served):
         self.exchange = topology.events.name.encode()
         self.suspect_key = topology.suspect_key(service.name, subscriber.name)
         self.dead_key = self._address = topology.address(service.name, subscriber.name)
-        self._subscriber = subscriber
+        self.subscriber = subscriber
+        self.label = subscriber.label
 
     def address(self, job: JobMessage) -> str:  # noqa: ARG002 - events have no lanes
         """See `Served`."""
@@ -45,22 +50,22 @@ class ServedSubscription(Served):
 
     def find(self, job: JobMessage) -> Offered | None:
         """See `Served`: the subscription, if one of its patterns takes the event."""
-        return self._subscriber if self._subscriber.topics.matches(job.name) else None
+        return self.subscriber if self.subscriber.topics.matches(job.name) else None
 
     def unknown(self, job: JobMessage) -> Again | Dead | Filtered:
         """See `Served`: an older deploy has bound the queue to more, or a newer one does so while it rolls."""
-        patterns = ", ".join(self._subscriber.topics.patterns)
-        said = f"{self._subscriber.label} takes {patterns}, and not {job.name!r}: its queue is still bound to it"
+        patterns = ", ".join(self.subscriber.topics.patterns)
+        said = f"{self.subscriber.label} takes {patterns}, and not {job.name!r}: its queue is still bound to it"
         return of_stranger(job, said, Filtered(said), "unwanted")
 
     def read(self, job: JobMessage) -> Arguments:
         """See `Served`."""
-        event = self._subscriber.topics.read(job.name, version_of(job), job.id, job.body)
-        return self._subscriber.arguments(event)
+        event = self.subscriber.topics.read(job.name, version_of(job), job.id, job.body)
+        return self.subscriber.arguments(event)
 
     def refused(self, job: JobMessage, error: InvalidParams) -> Again | Dead | Filtered:
         """See `Served`: while a deploy rolls, another worker may read what does not fit here."""
-        topics, version = self._subscriber.topics, version_of(job)
+        topics, version = self.subscriber.topics, version_of(job)
         kind = topics.kind_of(job.name, version)
         if kind is None and not topics.takes_any:
             return of_stranger(job, error.message, Dead("unknown_event", before(job), error.message), "unknown_event")
@@ -71,7 +76,7 @@ class ServedSubscription(Served):
 
     def names(self, job: JobMessage) -> dict[str, Any]:
         """See `Served`."""
-        return {"job": self._subscriber.label, "event_name": job.name, "job_id": job.id, "attempt": job.attempt}
+        return {"job": self.subscriber.label, "event_name": job.name, "job_id": job.id, "attempt": job.attempt}
 
 
 def version_of(job: JobMessage) -> int:

@@ -128,13 +128,13 @@ class JobObserving:
         """The job is acknowledged without a run."""
         self.end(run, "filtered", "unwanted")
 
-    def unreadable(self, served: Served, body_size: int) -> None:
-        """A worker cannot read a job, and has the broker make a dead letter of it."""
+    def unreadable(self, served: Served, body_size: int, outcome: JobOutcome = "dead") -> None:
+        """A worker cannot read a job, and has the broker make a dead letter of it, or drops it."""
         service, name = served.service.name, served.subscription
         observed = ObservedJob(served.exchange, service, name, f"{service}.{name}")
         observed.body_size = body_size
         endings = observer.begin(self._observers, observed)
-        observed.outcome, observed.code = "dead", UNREADABLE
+        observed.outcome, observed.code = outcome, UNREADABLE
         observer.end(endings, observed)
 
     def _observed(self, run: JobRun) -> ObservedJob:

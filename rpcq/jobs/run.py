@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rpcq.execution import Run
 from rpcq.invocation import Interruption, Invocation
@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     from rpcq.jobs.keys import Claimed
     from rpcq.jobs.limits import Limit
     from rpcq.jobs.observing import Observation
-    from rpcq.jobs.running import JobRunner
+
+
+class Settler(Protocol):
+    """What is called with the end of a run, and settles its delivery."""
+
+    def returned(self, run: JobRun) -> None:
+        """The handler returned."""
+
+    def raised(self, run: JobRun, invocation: Invocation, error: BaseException) -> None:
+        """The handler raised, or did not run."""
+
+    def interrupted(self, run: JobRun, invocation: Invocation, why: Interruption) -> None:
+        """The handler was interrupted, or never entered."""
 
 
 class JobRun(Run):
@@ -53,7 +65,7 @@ class JobRun(Run):
 
     def __init__(
         self,
-        runner: JobRunner,
+        runner: Settler,
         served: Served,
         delivery: Delivery,
         job: JobMessage,

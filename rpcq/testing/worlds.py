@@ -46,6 +46,10 @@ class MortalWorker(Worker):
         cast("MemoryTransport", self._transport).vanish()
         if self._jobs is not None:
             self._jobs.vanish()
+        for instance in self._instances:
+            instance.vanish()
+            if instance.running is not None:
+                self._executor.cancel(instance.running)
 
     async def kill(self) -> None:
         """End at once: cancel what runs, acknowledge nothing. Threads go on, because they cannot be ended."""

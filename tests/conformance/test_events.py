@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import threading
 from typing import Any
 
 import pytest
@@ -541,3 +542,113 @@ async def test_a_client_that_blocks_publishes_too(home: Place, service: Service,
         published = await asyncio.to_thread(publish)
         assert published.heard
         await done.until(lambda counts: counts[7] == 1)
+
+
+# Each instance.
+
+
+async def test_every_process_gets_each_event_in_order_and_one_at_a_time(
+    home: Place, service: Service, done: Done, word: str
+) -> None:
+    created = kind(f"{word}.created")
+    seen: list[list[int]] = [[], []]
+
+    def caching(own: list[int]) -> Service:
+        made = Service(service.name)
+        busy = 0
+
+        @made.on(created, each_instance=True)
+        async def cache(event: created) -> None:
+            nonlocal busy
+            busy += 1
+            assert busy == 1
+            await asyncio.sleep(0.005 if event.number % 2 else 0)
+            own.append(event.number)
+            busy -= 1
+            done.note(event.number)
+
+        return made
+
+    async with home.client() as client, home.worker(caching(seen[0])), home.worker(caching(seen[1])):
+        for number in range(20):
+            assert (await client.publish(created(number=number))).heard
+        await done.until(lambda counts: counts.total() == 40)
+    assert seen == [[*range(20)], [*range(20)]]
+
+
+async def test_what_fails_in_one_process_is_not_retried_and_the_next_event_comes(
+    home: Place, service: Service, done: Done, word: str
+) -> None:
+    created = kind(f"{word}.created")
+
+    @service.on(created, each_instance=True, timeout=0.1)
+    async def cache(event: created, context: Context) -> None:
+        done.note((event.number, context.attempt))
+        if event.number == 0:
+            raise ValueError("no")
+        if event.number == 1:
+            await asyncio.Event().wait()
+
+    async with home.client() as client, home.worker(service) as worker:
+        await client.publish(created(number=0))
+        await publish_raw(client, home, f"{word}.created", b"no json")
+        await client.publish(created(number=1))
+        await client.publish(created(number=2))
+        await done.until(lambda counts: counts[(2, 1)] == 1)
+        await settled(worker)
+        assert worker._jobs is None  # it has no queue that lasts, and no ladder
+    assert done.counts == {(0, 1): 1, (1, 1): 1, (2, 1): 1}
+
+
+async def test_a_thread_that_outlasts_its_timeout_is_waited_for_before_the_next_event(
+    home: Place, service: Service, done: Done, word: str
+) -> None:
+    created, go_on, seen = kind(f"{word}.created"), threading.Event(), []
+    loop = asyncio.get_running_loop()
+
+    @service.on(created, each_instance=True, timeout=0.05)
+    def cache(event: created) -> None:
+        loop.call_soon_threadsafe(done.note, event.number)
+        if event.number == 0:
+            go_on.wait(10)
+        seen.append(event.number)
+
+    async with home.client() as client, home.worker(service) as worker:
+        await client.publish(created(number=0))
+        await client.publish(created(number=1))
+        await done.until(lambda counts: counts[0] == 1)
+        await asyncio.sleep(0.2)
+        assert done.counts[1] == 0
+        go_on.set()
+        await done.until(lambda counts: counts[1] == 1)
+        await settled(worker)
+    assert seen == [0, 1]
+
+
+async def test_a_new_session_gets_events_again_and_a_stopping_worker_begins_none(
+    home: Place, service: Service, done: Done, word: str
+) -> None:
+    created, hold = kind(f"{word}.created"), asyncio.Event()
+
+    @service.on(created, each_instance=True)
+    async def cache(event: created) -> None:
+        done.note(event.number)
+        if event.number == 9:
+            await hold.wait()
+
+    async with home.client() as client, home.worker(service) as worker:
+        await client.publish(created(number=0))
+        await done.until(lambda counts: counts[0] == 1)
+        await home.cut(client, worker)
+        async with asyncio.timeout(20):
+            while not done.counts[1]:
+                await client.publish(created(number=1))
+                await asyncio.sleep(0.05)
+        await client.publish(created(number=9))
+        await done.until(lambda counts: counts[9] == 1)
+        await client.publish(created(number=10))
+        stopping = asyncio.create_task(worker.stop())
+        await asyncio.sleep(0.05)
+        hold.set()
+        assert await stopping
+    assert done.counts[10] == 0

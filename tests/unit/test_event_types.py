@@ -333,3 +333,19 @@ def test_two_classes_of_one_name_and_version_in_one_subscription_are_refused() -
     first, second = made(), made()  # neither can be imported, so both may be there
     with pytest.raises(ConfigurationError, match="events must differ in name or version"):
         topics(first, second)
+
+
+@pytest.mark.parametrize("options", [{"retry": None}, {"at_most_once": True}, {"rate": "1/s"}, {"max_concurrency": 2}])
+def test_a_subscription_of_each_instance_takes_no_options_of_jobs(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="on must have no options with each_instance=True besides name and"):
+        Service("s").on(Created, each_instance=True, **options)
+
+
+def test_a_service_with_subscriptions_of_each_instance_alone_has_no_queue_that_lasts() -> None:
+    service = Service("s")
+
+    @service.on(Created, each_instance=True, timeout=5, name="cache")
+    async def cached(event: Created) -> None: ...
+
+    service.check()
+    assert (service.takes_jobs, service.is_called, service.lasting) == (False, False, [])

@@ -19,7 +19,7 @@ import pika
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
-from rpcq import Client, GiveUp, Retry, Service, Worker
+from rpcq import Client, Event, GiveUp, Retry, Service, Worker
 from rpcq.cli.options import USAGE
 from rpcq.jobs import replaying
 from rpcq.jobs.letters import Wanted
@@ -27,6 +27,7 @@ from rpcq.jobs.replaying import Letters, Replayer
 from rpcq.options import ConnectionOptions
 from rpcq.transport.opening import open_admin, open_transport
 from rpcq.url import parse
+from rpcq.wire.events import EventTopology
 from rpcq.wire.jobs import JobTopology
 from support.broker import Setup
 from support.broker import broker as a_broker
@@ -34,6 +35,7 @@ from support.command import Rpcq, one_line, wait_until
 
 SHARED = f"t{secrets.token_hex(8)}"
 TOPOLOGY = JobTopology(SHARED)
+EVENTS = EventTopology(SHARED)
 ZEROS = "0." * 24
 
 
@@ -131,7 +133,7 @@ def channel(rabbitmq_url: str) -> Iterator[BlockingChannel]:
         yield channel
         for queue in TOPOLOGY.shared_queues():
             channel.queue_delete(queue.name)
-        for exchange in TOPOLOGY.exchanges():
+        for exchange in (*TOPOLOGY.exchanges(), *EVENTS.exchanges()):
             channel.exchange_delete(exchange.name)
 
 
@@ -141,6 +143,9 @@ def bureau(rabbitmq_url: str, tmp_path: Path, channel: BlockingChannel) -> Itera
     yield found
     for queue in (TOPOLOGY.queue, TOPOLOGY.suspects, TOPOLOGY.dead_queue):
         channel.queue_delete(queue(found.name).name)
+    for name in ("look", "beside"):
+        for queue in (EVENTS.queue(found.name, name, ()), EVENTS.suspects(found.name, name)):
+            channel.queue_delete(queue.name)
     for kind in ("req", "once"):
         channel.queue_delete(f"{SHARED}.{kind}.{found.name}")
 
@@ -175,6 +180,7 @@ def test_a_list_shows_what_died_and_why_and_takes_nothing_away(bureau: Bureau) -
     assert letters[two] == {
         "id": two,
         "job": f"{bureau.name}.bounced",
+        "event": None,
         "reason": "gave_up",
         "executed": "yes",
         "attempt": 1,
@@ -537,3 +543,55 @@ def test_a_service_without_a_queue_is_named(bureau: Bureau) -> None:
     said = bureau.refused("list", bureau.name, code=3)
     assert f"there is no queue '{bureau.queue}'" in said
     assert "there is no queue" in bureau.refused("purge", bureau.name, "--yes", code=3)
+
+
+# Events.
+
+
+class Shipped(Event, name=f"{SHARED}.shipped"):
+    number: int
+
+
+def test_dead_letters_of_a_subscription_are_shown_and_replayed_to_it_alone(bureau: Bureau) -> None:
+    fails, ran = [True], []
+
+    @bureau.service.on(Shipped)
+    async def look(event: Shipped) -> None:
+        ran.append(("look", event.number))
+        if fails:
+            raise GiveUp("no such order")
+
+    @bureau.service.on(Shipped)
+    async def beside(event: Shipped) -> None:
+        ran.append(("beside", event.number))
+
+    def serve(count: int, *events: Shipped) -> None:
+        async def work() -> None:
+            worker = Worker(bureau.service, url=bureau.url, namespace=SHARED)
+            async with worker, Client(bureau.url, namespace=SHARED) as client:
+                for event in events:
+                    await client.publish(event)
+                while len(ran) < count or worker.in_flight:  # noqa: ASYNC110 - no event tells
+                    await asyncio.sleep(0.005)
+
+        asyncio.run(work())
+
+    serve(4, Shipped(number=7), Shipped(number=8))
+    found = bureau.listed()
+    assert {(it["job"], it["event"], it["reason"]) for it in found} == {
+        (f"{bureau.name}.look", f"{SHARED}.shipped", "gave_up")
+    }
+    assert len(found) == 2
+    assert f"{bureau.name}.look ({SHARED}.shipped)" in shown(bureau.run("list", bureau.name, "--job", "look"))
+    text = shown(bureau.run("show", found[0]["id"], bureau.name))
+    assert "rpcq-event-version" in text
+    assert '{"number":7}' in text
+    fails.clear()
+    (stays,) = bureau.objects("replay", bureau.name, "--to", bureau.name, "--limit", "1", "--yes", code=1)
+    assert f"name a subscription, --to {bureau.name}:look" in stays["why"]
+    (gone,) = bureau.objects("replay", bureau.name, "--to", f"{bureau.name}:gone", "--limit", "1", "--yes", code=1)
+    assert "the subscription is gone" in gone["why"]
+    assert bureau.run("replay", bureau.name, "--yes").returncode == 0
+    serve(6)
+    assert sorted(ran[4:]) == [("look", 7), ("look", 8)]
+    assert bureau.count() == 0
