@@ -25,6 +25,10 @@ _DOCUMENT: Final[dict[str, Any]] = {
         "instance": {**_TEXT, "format": "uri", "description": "Names the call."},
         "code": {**_TEXT, "description": "The name of a gRPC status, or the code of a domain error in lower case."},
         "executed": {"enum": sorted(EXECUTED), "description": "Whether the request was executed, as far as is known."},
+        "queued": {
+            "enum": ["maybe", "no"],
+            "description": "Whether the broker has the job or the event that was sent.",
+        },
         "retryable": {"type": "boolean", "description": "Whether the same request may be sent again."},
         "incident": {**_TEXT, "description": "An ID for the operators of the service."},
         "details": {"description": "What the service attached to its error."},

@@ -13,6 +13,8 @@
     DomainError, in the user's table        the status in that table
     DomainError, otherwise            500   an error in the app: its table has no status for this error
     BrokerError, ClosedError          503   no connection yet, or the app is shutting down; with Retry-After
+    SendError                         503   the broker does not have the job or the event, or did not confirm it; `queued`
+                                            says which; with Retry-After
     anything else                     500   an error in the app
 
 The statuses are from RFC 9110: 403 in 15.5.4, 413 in 15.5.14, 422 in 15.5.21, 500 in 15.6.1, 502 to 504 in 15.6.3 to
@@ -46,6 +48,7 @@ from rpcq.errors import (
     Overloaded,
     PermissionDenied,
     RemoteError,
+    SendError,
     ServiceUnavailable,
     TooLarge,
 )
@@ -70,7 +73,8 @@ class Problem:
 
     Attributes:
         status: HTTP status.
-        document: members of RFC 9457, and rpcq's own: `code`, `executed`, `retryable`, `incident`, `details`, `errors`.
+        document: members of RFC 9457, and rpcq's own: `code`, `executed`, `queued`, `retryable`, `incident`, `details`,
+            `errors`.
         headers: all headers of the response, with its content type.
 
     """
@@ -129,6 +133,7 @@ _KINDS: Final[dict[type[BaseException], _Kind]] = {
     CallError: _Kind(502, "Call failed", "The request could not be completed."),
     BrokerError: _Kind(503, "Service unavailable", "There is no connection yet; the request did not run."),
     ClosedError: _Kind(503, "Service unavailable", "The app is starting or shutting down; the request did not run."),
+    SendError: _Kind(503, "Not queued", "The app could not hand this work over, or cannot know that; see 'queued'."),
     BaseException: _Kind(500, "Internal error", "The app failed."),
 }
 
@@ -159,6 +164,9 @@ def problem(error: BaseException, domain: Domain | None = None, *, retry_after: 
         document |= _extensions(error)
     elif isinstance(error, BrokerError | ClosedError):
         document |= {"code": "UNAVAILABLE", "executed": "no", "retryable": True}
+    elif isinstance(error, SendError):
+        # What may be queued may be sent again under the same key alone, which the user of the app does not have.
+        document |= {"code": "UNAVAILABLE", "queued": error.queued, "retryable": error.queued == "no"}
     if isinstance(error, DomainError):
         answer = _answer(error, domain or {})
         if isinstance(answer, Problem):

@@ -30,6 +30,7 @@ from rpcq import (
     InvalidParams,
     Overloaded,
     RemoteError,
+    SendError,
     RpcqError,
     Service,
     ServiceUnavailable,
@@ -277,6 +278,15 @@ def test_what_is_no_error_of_a_call_says_nothing_of_itself(error: Exception, sta
     assert ("retry-after" in made.headers) == (status == 503)
 
 
+@pytest.mark.parametrize("queued", ["no", "maybe"])
+def test_a_job_that_could_not_be_sent_may_be_asked_for_again_if_it_is_certainly_not_queued(queued: Any) -> None:
+    made = problem(SendError(SECRET, queued=queued, message_id="1", key="2"))
+    assert (made.status, made.document["type"]) == (503, "urn:rpcq:problem:send-error")
+    assert (made.document["queued"], made.document["retryable"]) == (queued, queued == "no")
+    assert SECRET not in str(made.document)
+    assert "retry-after" in made.headers
+
+
 @pytest.mark.parametrize(("seconds", "header"), [(0, "1"), (0.2, "1"), (1, "1"), (1.01, "2"), (30, "30")])
 def test_retry_after_is_whole_seconds_and_never_none(seconds: float, header: str) -> None:
     for error in (ServiceUnavailable(), Overloaded()):
@@ -360,7 +370,7 @@ def test_the_openapi_of_an_app_has_every_response_that_the_handler_can_make() ->
     assert {*found} == {"200", "403", "409", "413", "422", "500", "502", "503", "504", "default"}
     assert found["409"]["description"] == "Sold out"
     assert found["default"]["description"] == "Odd"
-    assert found["503"]["description"] == "Service unavailable; Overloaded; Gone"
+    assert found["503"]["description"] == "Service unavailable; Overloaded; Not queued; Gone"
     assert "Retry-After" in found["503"]["headers"]
     assert {*found["422"]["content"]} == {"application/problem+json", "application/json"}
     errors = [InvalidParams("x", details=[]), RemoteError("x"), CallTimeout("x"), BrokerError("x"), OutOfStock("x")]
