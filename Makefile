@@ -1,7 +1,9 @@
 # make demo    the main job, on the in-process broker; over RabbitMQ with RPCQ_URL=amqp://...
 # make web     a page at http://127.0.0.1:8000 that sends requests and shows their answers live; the same
+# make example-scores  an example system at http://127.0.0.1:8000, on a broker of its own, or on that of RPCQ_URL
 # make test    all tests, on a real RabbitMQ too (tests/support/broker.py says where it comes from)
 # make test-faults  every fault of docs/reliability.md, and all else that takes long
+# make test-examples  all tests of the example systems, with a crash in the middle of each
 # make soak    mixed load for 10 minutes while faults strike at random; ARGS='--minutes 1 --seed 7 --nodes 3'
 # make soak-jobs  100 000 jobs while workers are killed, some jobs are poison, and the broker is restarted; ARGS='--seed 7'
 # make check   format, lint, types, structure, the documentation, and known holes of the dependencies
@@ -15,7 +17,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := rpcq rpcq_pytest.py producer_service consumer_service tests benchmarks docs docker examples
 
-.PHONY: help demo web test test-faults soak soak-jobs check docs fmt bench bench-jobs clean
+.PHONY: help demo web test test-examples test-faults soak soak-jobs check docs fmt bench bench-jobs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -42,11 +44,21 @@ demo: $(VENV)/.installed-bench $(VENV)/.installed-uvloop
 web: $(VENV)/.installed-web $(VENV)/.installed-bench $(VENV)/.installed-uvloop
 	$(BIN)/python -m producer_service serve $(ARGS)
 
+## Without a broker in RPCQ_URL or RPCQ_URL_FILE, one is started, in a container or as a node, and taken away at the end.
+example-%: $(VENV)/.installed-test $(VENV)/.installed-uvloop
+	@test -f examples/$*/__main__.py || { echo 'there is no example $*; there are: ' \
+		$(patsubst examples/%/__main__.py,%,$(wildcard examples/*/__main__.py)) >&2; exit 2; }
+	@if [ -n "$$RPCQ_URL$$RPCQ_URL_FILE" ]; then exec $(BIN)/python -m examples.$* $(ARGS); \
+	else exec $(BIN)/python tests/support/broker.py -- $(BIN)/python -m examples.$* $(ARGS); fi
+
 test: $(VENV)/.installed-test $(VENV)/.installed-uvloop $(VENV)/.installed-docs
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-faults: $(VENV)/.installed-test $(VENV)/.installed-uvloop $(VENV)/.installed-docs
-	$(BIN)/python -m pytest tests/faults tests/security tests/conformance tests/unit/cli/test_bench.py tests/unit/cli/test_dlq.py tests/unit/cli/test_queues.py tests/unit/observability/test_operations.py tests/docs -m '' $(ARGS)
+	$(BIN)/python -m pytest tests/faults tests/security tests/conformance tests/unit/cli/test_bench.py tests/unit/cli/test_dlq.py tests/unit/cli/test_queues.py tests/unit/observability/test_operations.py tests/docs tests/examples -m '' $(ARGS)
+
+test-examples: $(VENV)/.installed-test $(VENV)/.installed-uvloop
+	$(BIN)/python -m pytest examples tests/examples -m '' $(ARGS)
 
 soak: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	PYTHONPATH=tests $(BIN)/python -m soak $(ARGS)

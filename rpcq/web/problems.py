@@ -13,8 +13,8 @@
     DomainError, in the user's table        the status in that table
     DomainError, otherwise            500   an error in the app: its table has no status for this error
     BrokerError, ClosedError          503   no connection yet, or the app is shutting down; with Retry-After
-    SendError                         503   the broker does not have the job or the event, or did not confirm it; `queued`
-                                            says which; with Retry-After
+    SendError                         503   the broker does not have the job or the event, or did not confirm it:
+                                            `queued` says which; with Retry-After
     anything else                     500   an error in the app
 
 The statuses are from RFC 9110: 403 in 15.5.4, 413 in 15.5.14, 422 in 15.5.21, 500 in 15.6.1, 502 to 504 in 15.6.3 to

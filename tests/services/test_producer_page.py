@@ -4,32 +4,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import IO, Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from support.pages import MS, assert_fits, assert_legible, opened
 from support.producers import Away, serving, told, worker
-from support.programs import CONTRAST, launched
-
-MS = 20_000
-"""What may take a moment, in milliseconds."""
-
-CONTRASTS = (
-    f"async () => {{{CONTRAST}"
-    """
-  await Promise.allSettled(document.getAnimations().map(it => it.finished)); // a colour on its way to another is none
-  const found = [];
-  for (const element of document.querySelectorAll('body *')) {
-    const own = [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim());
-    if (!element.checkVisibility() || !(own || element.matches('input'))) continue;
-    found.push([element.textContent || element.id, ratio(element, getComputedStyle(element).color)]);
-  }
-  return found;
-}"""
-)
-"""The contrast of each text with what is under it."""
+from support.programs import launched
 
 PAINTED = """([id, name]) => {
   const probe = document.createElement('i');
@@ -76,24 +58,6 @@ def rabbitmq(rabbitmq_url: str) -> Iterator[tuple[str, IO[str]]]:
         yield base, lines
 
 
-@contextmanager
-def opened(browser: Browser, base: str, **how: Any) -> Iterator[Page]:
-    """The page; at its end, nothing was complained of and nothing came from elsewhere."""
-    page = browser.new_page(**how)
-    requests: list[str] = []
-    complaints: list[str] = []
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    try:
-        page.goto(base)
-        yield page
-    finally:
-        page.close()
-    assert complaints == []
-    assert [it for it in requests if not it.startswith(f"{base}/")] == []
-
-
 def ask(page: Page, **values: object) -> None:
     for name, value in values.items():
         page.fill(f"#{name}", str(value))
@@ -106,17 +70,6 @@ def state(page: Page, text: str) -> None:
 
 def connected(page: Page) -> None:
     expect(page.locator("#broker-text")).to_have_text("Broker connected", timeout=MS)
-
-
-def assert_legible(page: Page) -> None:
-    found = page.evaluate(CONTRASTS)
-    assert len(found) > 30
-    assert [it for it in found if it[1] < 4.5] == []
-
-
-def assert_fits(page: Page) -> None:
-    wide, window = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
-    assert wide <= window
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

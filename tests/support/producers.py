@@ -80,15 +80,15 @@ def run(*arguments: str, url: str | None) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def program(*arguments: str, url: str | None = None) -> Iterator[subprocess.Popen[str]]:
-    """A Python that ends with the block."""
+def program(*arguments: str, url: str | None = None, **more: str) -> Iterator[subprocess.Popen[str]]:
+    """A Python that ends with the block; `more` goes into its environment."""
     process = subprocess.Popen(
         [sys.executable, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
         cwd=ROOT,
-        env=environment(url),
+        env=environment(url) | more,
     )
     try:
         yield process

@@ -1,0 +1,1 @@
+"""What the pages of the examples share: a web server, worker processes that a page may kill, and a look."""
