@@ -51,6 +51,10 @@ example-%: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	@if [ -n "$$RPCQ_URL$$RPCQ_URL_FILE" ]; then exec $(BIN)/python -m examples.$* $(ARGS); \
 	else exec $(BIN)/python tests/support/broker.py -- $(BIN)/python -m examples.$* $(ARGS); fi
 
+## Takes the picture of an example's page for the docs; look at it before it is committed.
+picture-%: $(VENV)/.installed-test $(VENV)/.installed-uvloop
+	PYTHONPATH=.:tests $(BIN)/python tests/support/broker.py -- $(BIN)/python tests/support/pictures.py $*
+
 test: $(VENV)/.installed-test $(VENV)/.installed-uvloop $(VENV)/.installed-docs
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 

@@ -1,7 +1,8 @@
 # ruff: noqa: INP001 - no package: MkDocs loads it by its path
 """The generated parts of the pages; MkDocs calls the functions `on_...` (its "hooks").
 
-In a page, `<!-- generated: NAME -->` is replaced by the result of the function of that name in GENERATORS. A page that
+In a page, `<!-- generated: NAME -->` is replaced by the result of the function of that name in GENERATORS, and
+`<!-- source: FILE NAME... -->` by what these functions or classes are in a file of the repository. A page that
 would load something from another site causes a warning, which `mkdocs build --strict` makes an error.
 
 The theme draws Mermaid's diagrams. Its script loads Mermaid from unpkg.com while a page with a diagram is read. A site
@@ -11,6 +12,7 @@ file itself, and loads nothing from elsewhere.
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 import re
@@ -32,6 +34,7 @@ log = logging.getLogger("mkdocs.hooks.rpcq")
 
 ROOT: Final = Path(__file__).parents[1]
 PLACE: Final = re.compile(r"<!-- generated: (?P<name>[a-z-]+) -->")
+SOURCE: Final = re.compile(r"<!-- source: (?P<file>[\w./]+)(?P<names>(?: \w+)+) -->")
 URL: Final = re.compile(r"\b(?:amqps?|memory)://[^\s,]*[^\s,.]|\b(?:amqps?|memory)://")
 FOREIGN: Final = re.compile(
     r"<(?:script|img|iframe|link(?! rel=\"canonical\"))\b[^>]*(?:src|href)=\"(?:https?:)?//[^>]*>"
@@ -58,6 +61,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill in the generated parts."""
+    markdown = SOURCE.sub(lambda found: source(found["file"], found["names"].split()), markdown)
     return PLACE.sub(lambda found: GENERATORS[found["name"]](), markdown)
 
 
@@ -66,6 +70,29 @@ def on_post_page(output: str, page: Any, **_: Any) -> str:
     for found in FOREIGN.findall(output):
         log.warning("%s would load something from elsewhere: %s", page.file.src_uri, found)
     return output
+
+
+# Source.
+
+
+def source(file: str, names: list[str]) -> str:
+    """Functions or classes of a file, as they are there.
+
+    Raises:
+        ValueError: the file does not have one of these names at its top level.
+
+    """
+    text = (ROOT / file).read_text()
+    lines = text.splitlines()
+    places = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            places[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    if missing := [name for name in names if name not in places]:
+        raise ValueError(f"{file} has no function or class {', '.join(missing)} at its top level")
+    shown = "\n\n\n".join(places[name] for name in names)
+    return f"```python\n# {file}\n{shown}\n```"
 
 
 # The version.

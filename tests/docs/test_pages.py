@@ -65,6 +65,24 @@ def test_every_place_for_something_generated_has_a_generator(hooks: Any) -> None
         assert "<!-- generated" not in hooks.on_page_markdown(page.read_text()), page
 
 
+def test_every_place_for_source_has_the_source_of_today(hooks: Any) -> None:
+    for page in sorted((ROOT / "docs").glob("**/*.md")):
+        assert "<!-- source" not in hooks.on_page_markdown(page.read_text()), page
+    shown = hooks.on_page_markdown("<!-- source: examples/scores/service.py compute -->")
+    assert shown.startswith("```python\n# examples/scores/service.py\n@scores.job(")
+    with pytest.raises(ValueError, match="has no function or class nothing"):
+        hooks.on_page_markdown("<!-- source: examples/scores/service.py nothing -->")
+
+
+def test_every_picture_is_small_and_on_a_page_that_says_what_it_shows() -> None:
+    docs = ROOT / "docs"
+    pages = "\n".join(page.read_text() for page in docs.rglob("*.md"))
+    pictures = {path.name: path for path in (docs / "assets").iterdir() if path.suffix in (".png", ".svg")}
+    shown = {name for _, name in re.findall(r"!\[([^\]]+)\]\([\w./-]*assets/([\w.-]+)\)", pages)}
+    assert shown == pictures.keys()
+    assert all(path.stat().st_size < 150_000 for path in pictures.values())
+
+
 def test_the_figures_are_those_of_the_benchmarks(hooks: Any) -> None:
     shown = hooks.on_page_markdown((ROOT / "docs" / "explanations" / "peers.md").read_text())
     assert "| in flight |" in shown

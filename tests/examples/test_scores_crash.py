@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -55,7 +54,7 @@ class System:
             "RPCQ_NAMESPACE": self.namespace,
             "SCORES_DATABASE": str(self.database),
         }
-        self.web: asyncio.subprocess.Process
+        self.web: asyncio.subprocess.Process | None = None
         self.workers: list[asyncio.subprocess.Process] = []
 
     async def start_worker(self) -> None:
@@ -64,11 +63,17 @@ class System:
 
     async def start_web(self) -> None:
         command = "-m", "examples.scores", "--workers", "0", "--database", self.database, "--port", str(self._port)
-        self.web = await asyncio.create_subprocess_exec(
+        self.web = web = await asyncio.create_subprocess_exec(
             sys.executable, *command, cwd=ROOT, env=self._environment, stdout=asyncio.subprocess.PIPE
         )
-        assert self.web.stdout is not None
-        assert (await self.web.stdout.readline()).startswith(b"serving ")
+        assert web.stdout is not None
+        assert (await web.stdout.readline()).startswith(b"serving ")
+
+    async def until_served(self) -> None:
+        """Wait until both workers serve."""
+        async with Client(self.url, namespace=self.namespace) as client:
+            while len([found async for found in client.workers("scores")]) < 2:
+                pass
 
     async def kill_worker(self) -> None:
         process = self.workers.pop(0)
@@ -76,14 +81,15 @@ class System:
         await process.wait()
 
     async def kill_web(self) -> None:
+        assert self.web is not None
         self.web.kill()
         await self.web.wait()
 
     async def end(self) -> None:
         for process in (self.web, *self.workers):
-            if process.returncode is None:
+            if process is not None and process.returncode is None:
                 process.kill()
-            await process.wait()
+                await process.wait()
 
     async def users(self) -> None:
         """Look at products, one after the other, again and again, whatever becomes of the app."""
@@ -120,19 +126,15 @@ class System:
 @pytest.fixture
 async def system(own: Broker, tmp_path: Path) -> AsyncIterator[System]:
     made = System(own.url, tmp_path)
-    await made.start_web()
-    for _ in range(2):
-        await made.start_worker()
-    async with Client(own.url, namespace=made.namespace) as client:
-        await until_async(lambda: client.workers(wait=1.0), lambda found: len(found) == 2)
-    await asyncio.sleep(2)  # the queues are new: see `Broker.kill`
-    yield made
-    await made.end()
-
-
-async def until_async(ask: Callable[[], Any], holds: Callable[[Any], bool]) -> None:
-    while not holds(await ask()):
-        await asyncio.sleep(0.1)
+    try:
+        await made.start_web()
+        for _ in range(2):
+            await made.start_worker()
+        await made.until_served()
+        await asyncio.sleep(2)  # the queues are new: see `Broker.kill`
+        yield made
+    finally:
+        await made.end()
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -170,11 +172,11 @@ async def check(system: System) -> None:
         assert found is not None
         assert (found.edition, found.footprint) == (store.edition, simulate(PRODUCTS[product], store.edition))
 
-    def nothing_is_left(depths: dict[str, int]) -> bool:
-        assert depths["dead"] == 0
-        return not any(depths[kind] for kind in ("jobs", "suspects", "delayed", "lost"))
-
-    await until_async(system.depths, nothing_is_left)
+    depths = await system.depths()
+    while depths["jobs"] or depths["suspects"] or depths["delayed"]:
+        await asyncio.sleep(0.1)
+        depths = await system.depths()
+    assert depths["dead"] == depths["lost"] == 0
 
 
 async def test_no_score_is_lost_when_workers_and_the_web_are_killed_under_load(system: System) -> None:

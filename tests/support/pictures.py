@@ -1,0 +1,52 @@
+"""Pictures of the examples' pages for the documentation: `make picture-NAME` writes docs/assets/NAME.png.
+
+Each example has a function here that brings its page into the state that is worth a picture.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from pathlib import Path
+
+from playwright.sync_api import Page, expect
+
+from support.examples import example
+from support.harness import to_stderr
+from support.pages import MS
+from support.programs import CHROMIUM, launched
+
+ASSETS = Path(__file__).parents[2] / "docs" / "assets"
+
+
+def scores(page: Page) -> None:
+    """A flood in low, and products that visitors look at meanwhile."""
+    expect(page.locator("#dead")).to_have_text("0 dead letters.", timeout=MS)
+    page.click("#renew")
+    expect(page.locator("#flood")).to_contain_text("A flood of", timeout=MS)
+    page.click("#visitors")
+    expect(page.locator("#lane-high > :nth-child(3)")).to_have_text("8", timeout=MS)
+    page.click("#visitors")
+    page.select_option("#product", "phone-vietnam")
+    page.click("#look button.main")
+    expect(page.locator("#looked")).to_contain_text("grade", timeout=MS)
+    page.mouse.move(0, 0)
+
+
+STATES = {"scores": scores}
+
+
+def main(name: str) -> None:
+    """Take the picture of one example."""
+    size = {"width": 1000, "height": 760}
+    where = example(name, os.environ["RPCQ_URL"], f"t{secrets.token_hex(8)}")
+    with where as base, launched(CHROMIUM.find(to_stderr)) as browser:
+        page = browser.new_page(viewport=size, color_scheme="light")
+        page.goto(base)
+        STATES[name](page)
+        page.screenshot(path=ASSETS / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
