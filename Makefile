@@ -6,6 +6,7 @@
 # make test-examples  all tests of the example systems, with a crash in the middle of each
 # make soak    mixed load for 10 minutes while faults strike at random; ARGS='--minutes 1 --seed 7 --nodes 3'
 # make soak-jobs  100 000 jobs while workers are killed, some jobs are poison, and the broker is restarted; ARGS='--seed 7'
+# make soak-outbox  20 000 orders through an outbox and an inbox while every part is killed; ARGS='--seed 7'
 # make check   format, lint, types, structure, the documentation, and known holes of the dependencies
 # make docs    the documentation at http://127.0.0.1:8000, built again at every change
 # make fmt     fix what the checks can fix
@@ -17,7 +18,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := rpcq rpcq_pytest.py producer_service consumer_service tests benchmarks docs docker examples
 
-.PHONY: help demo web test test-examples test-faults soak soak-jobs check docs fmt bench bench-jobs clean
+.PHONY: help demo web test test-examples test-faults soak soak-jobs soak-outbox check docs fmt bench bench-jobs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -59,7 +60,7 @@ test: $(VENV)/.installed-test $(VENV)/.installed-uvloop $(VENV)/.installed-docs
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-faults: $(VENV)/.installed-test $(VENV)/.installed-uvloop $(VENV)/.installed-docs
-	$(BIN)/python -m pytest tests/faults tests/security tests/conformance tests/unit/cli/test_bench.py tests/unit/cli/test_dlq.py tests/unit/cli/test_queues.py tests/unit/observability/test_operations.py tests/docs tests/examples -m '' $(ARGS)
+	$(BIN)/python -m pytest tests/faults tests/security tests/conformance tests/outbox tests/unit/cli/test_bench.py tests/unit/cli/test_dlq.py tests/unit/cli/test_queues.py tests/unit/observability/test_operations.py tests/docs tests/examples -m '' $(ARGS)
 
 test-examples: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	$(BIN)/python -m pytest examples tests/examples -m '' $(ARGS)
@@ -69,6 +70,9 @@ soak: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 
 soak-jobs: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	PYTHONPATH=tests $(BIN)/python -m soak.jobs $(ARGS)
+
+soak-outbox: $(VENV)/.installed-test $(VENV)/.installed-uvloop
+	PYTHONPATH=tests $(BIN)/python -m soak.outbox $(ARGS)
 
 check: $(VENV)/.installed-uvloop $(VENV)/.installed-check $(VENV)/.installed-docs
 	$(BIN)/ruff format --check $(SOURCES)
