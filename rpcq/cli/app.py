@@ -12,6 +12,7 @@ from rpcq.cli.calling import call
 from rpcq.cli.demo import demo
 from rpcq.cli.dlq import dlq
 from rpcq.cli.doctor import doctor, setup
+from rpcq.cli.events import events
 from rpcq.cli.looking import describe, list_services, ping
 from rpcq.cli.options import EXIT_CODES, FAILED, USAGE, errors, exit_code
 from rpcq.cli.outbox import outbox
@@ -19,6 +20,7 @@ from rpcq.cli.queues import queues
 from rpcq.cli.schedules import schedules
 from rpcq.cli.serving import worker
 from rpcq.cli.text import plain
+from rpcq.cli.topology import topology
 from rpcq.cli.tracebacks import users_place, users_traceback
 from rpcq.errors import CallError, RpcqError
 from rpcq.runtime.process import own_version
@@ -57,6 +59,8 @@ app.command()(setup)
 app.add_typer(dlq)
 app.add_typer(outbox)
 app.command()(schedules)
+app.add_typer(events)
+app.add_typer(topology)
 app.command()(bench)
 app.command()(demo)
 

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from rpcq import logs
+from rpcq.cli.asking import confirmed
 from rpcq.cli.options import FAILED, Json, Level, LogLevel, Namespace, Url, default_name, errors, given
 from rpcq.cli.text import plain, print_json
 from rpcq.environment import broker_url, options_from
@@ -404,19 +405,10 @@ def _change(
     elif not most:
         if wanted.is_all:
             _note(f"no letters in {queue!r}")
-    elif yes or _confirmed(f"{said[:1].upper()}{said[1:]}?"):
+    elif yes or confirmed(f"{said[:1].upper()}{said[1:]}?"):
         run(go())
     else:
         raise typer.Exit(FAILED)
-
-
-def _confirmed(question: str) -> bool:
-    """Ask on standard error: standard output may go to a program. No answer is a no."""
-    errors.print(plain(f"{question} [y/N]"), end=" ", soft_wrap=True)
-    answer = sys.stdin.readline()
-    if not answer:
-        errors.print(plain("nobody answers: give --yes", "red"))
-    return answer.strip().lower() in ("y", "yes")
 
 
 async def _bound(letters: Letters) -> int:

@@ -1,4 +1,4 @@
-"""Asks RabbitMQ's management API about queues: https://www.rabbitmq.com/docs/management#http-api."""
+"""Asks RabbitMQ's management API about queues and bindings: https://www.rabbitmq.com/docs/management#http-api."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Management:
             raise ConfigurationError(NO_URL)
         self._scheme = parts.scheme
         self._host, self._port = parts.hostname, port
-        self._path = f"{parts.path.rstrip('/')}/api/queues/{quote(broker.vhost, safe='')}"
+        self._path, self._vhost = f"{parts.path.rstrip('/')}/api", quote(broker.vhost, safe="")
         user = broker.user if parts.username is None else unquote(parts.username)
         password = broker.password if parts.password is None else unquote(parts.password)
         self._authorization = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
@@ -86,7 +86,9 @@ class Management:
             ConfigurationError: a file that the broker's URL names for TLS cannot be used.
 
         """
-        found: dict[str, Any] | None = self._get(f"/{quote(name, safe='')}?columns={','.join(columns)}")
+        found: dict[str, Any] | None = self._get(
+            f"/queues/{self._vhost}/{quote(name, safe='')}?columns={','.join(columns)}"
+        )
         return found
 
     def queues(self, prefix: str) -> list[str]:
@@ -112,13 +114,24 @@ class Management:
         pattern = quote(f"^{re.escape(prefix)}", safe="")
         while page <= pages:
             query = f"?columns={','.join(columns)}&use_regex=true&name={pattern}&page={page}&page_size={PAGE_SIZE}"
-            found = self._get(query) or {}
+            found = self._get(f"/queues/{self._vhost}{query}") or {}
             states += found.get("items", ())
             page, pages = page + 1, found.get("page_count", 0)
         return states
 
+    def bindings(self, exchange: str) -> list[tuple[str, str]]:
+        """Return the queues that are bound to an exchange, each with its binding key; none without the exchange.
+
+        Raises:
+            One of `UNANSWERED`: its response is not what it should be.
+            ConfigurationError: a file that the broker's URL names for TLS cannot be used.
+
+        """
+        found = self._get(f"/exchanges/{self._vhost}/{quote(exchange, safe='')}/bindings/source") or ()
+        return [(it["destination"], it["routing_key"]) for it in found if it["destination_type"] == "queue"]
+
     def _get(self, path: str) -> Any:
-        """Return the value of a resource under that of the vhost's queues, or None if there is none."""
+        """Return the value of a resource of the API, or None if there is none."""
         connection = self._connection()
         try:
             connection.request("GET", f"{self._path}{path}", headers={"Authorization": self._authorization})

@@ -119,6 +119,23 @@ class Admin:
         for exchange in exchanges:
             await self._ask(methodcaller("exchange_delete", exchange))
 
+    async def unbind(self, queue: str, exchange: str, key: str) -> None:
+        """Remove a binding of a queue; one that does not exist is skipped.
+
+        Raises:
+            BrokerError: the broker refused.
+
+        """
+
+        async def ask(channel: AbstractChannel) -> None:
+            found = await channel.get_queue(queue, ensure=False)
+            await found.unbind(exchange, key)
+
+        try:
+            await self._ask(ask)
+        except NotFound:
+            return
+
     @asynccontextmanager
     async def browse(self, queue: str) -> AsyncIterator[Browser]:
         """Take the messages of a queue; those that are not acknowledged go back to it at the end of the block.
