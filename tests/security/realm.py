@@ -54,7 +54,7 @@ def topic_patterns(role: str, namespace: str, user: str, service: str) -> list[t
 def renamed(pattern: str, namespace: str, user: str, service: str) -> str:
     """A pattern of the page, where the user is called client, for the names of this test."""
     own = pattern.replace("rpcq\\.", f"{namespace}\\.").replace("calculator", service)
-    return re.sub(r"reply\\\.(client|sender|latersender)\\\.", lambda _: f"reply\\.{re.escape(user)}\\.", own)
+    return re.sub(r"reply\\\.(client|sender|latersender|publisher)\\\.", lambda _: f"reply\\.{re.escape(user)}\\.", own)
 
 
 def add_user(broker: Broker, namespace: str, name: str, role: str, service: str) -> str:

@@ -429,7 +429,7 @@ async def test_what_is_held_too_long_goes_back_and_each_letter_is_tried_once(
     reported: list[tuple[str, str]] = []
     options, broker = ConnectionOptions(), parse(bureau.url)
     async with open_admin(broker, options, *broker.hosts[0]) as admin:
-        letters = Letters(admin, TOPOLOGY, bureau.queue)
+        letters = Letters(admin, EVENTS, bureau.queue)
         replayer = Replayer(
             letters,
             open_transport(bureau.url, options),
