@@ -35,7 +35,7 @@ class Ten:
 
     def __init__(self, url: str, namespace: str) -> None:
         self.ran: dict[str, Counter[int]] = {}
-        self.options = {"url": url, "namespace": namespace}
+        self.options = {"url": url, "namespace": namespace, "connect_timeout": 60}  # it declares 46 queues
         self.services = [self._listening(f"s{number}") for number in range(10)]
 
     def _listening(self, name: str) -> Service:
