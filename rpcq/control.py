@@ -139,6 +139,7 @@ class ServiceInfo:
         job_queue: the name of the queue of its jobs; empty if it has none.
         lanes: whether its jobs of high and of low priority have queues of their own.
         subscriptions: its subscriptions; none from a worker of a version that does not describe them.
+        ordered: whether its jobs may have an order key.
 
     """
 
@@ -150,6 +151,7 @@ class ServiceInfo:
     job_queue: str = ""
     lanes: bool = False
     subscriptions: tuple[SubscriptionInfo, ...] = ()
+    ordered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +233,7 @@ def describe(options: WorkerOptions, services: Sequence[Service]) -> WorkerInfo:
                 job_queue=events.jobs.queue(service.name).name if service.jobs else "",
                 lanes=service.lanes and bool(service.jobs),
                 subscriptions=tuple(_describe_subscription(events, it) for it in service.subscriptions.values()),
+                ordered=service.ordered and bool(service.jobs),
             )
             for service in services
         ),

@@ -29,6 +29,7 @@ from rpcq.events.subscriptions import ServedSubscription
 from rpcq.execution import Executor
 from rpcq.jobs.invocation import Served
 from rpcq.jobs.observing import JobObserving
+from rpcq.jobs.ordering import ORDERED_PREFETCH, Room
 from rpcq.jobs.running import JobRunner
 from rpcq.jobs.ticking import Ticker, schedules_of
 from rpcq.observer import ObservedBatch, Observer, Observers
@@ -42,6 +43,7 @@ from rpcq.transport.sessions import Sessions
 from rpcq.url import mask
 from rpcq.validation.listing import lists_options
 from rpcq.wire.events import EventTopology
+from rpcq.wire.jobs import ORDERED_LANES
 from rpcq.wire.topology import CONSUMER_TIMEOUT, Topology
 
 log = logs.get_logger("rpcq.worker")
@@ -374,6 +376,12 @@ class Worker:
             served = Served(service, state, room=prefetch // 2, topology=topology)
             queue = topology.queue(service.name, priority)
             yield Subscription(queue, runner.serve(served), prefetch=prefetch, arguments=_HELD)
+        room = Room(self.options.job_prefetch)
+        for name in ORDERED_LANES if service.ordered else ():
+            queue = topology.queue(service.name, name)
+            lane = runner.ordering.add(name, queue.name, room)
+            on_delivery = runner.serve(Served(service, state, room=ORDERED_PREFETCH, topology=topology, lane=lane))
+            yield Subscription(queue, on_delivery, prefetch=ORDERED_PREFETCH, arguments=_HELD, in_order=True)
         served = Served(service, state, room=0, topology=topology)
         suspects = topology.suspects(service.name)
         yield Subscription(suspects, runner.serve(served, is_suspects=True), prefetch=1, arguments=_HELD)
@@ -447,6 +455,7 @@ def prefetches(service: Service, options: WorkerOptions) -> dict[Priority, int]:
 def jobs_at_once(service: Service, options: WorkerOptions) -> int:
     """How many jobs and events of a service a worker runs at once."""
     jobs = sum(prefetches(service, options).values()) if service.jobs else 0
+    jobs += options.job_prefetch if service.jobs and service.ordered else 0
     instances = len(service.subscriptions) - len(service.lasting)
     return jobs + len(service.lasting) * options.job_prefetch + instances
 

@@ -22,7 +22,7 @@ from rpcq.control import JobInfo, MethodInfo, ServiceInfo, SubscriptionInfo, Wor
 from rpcq.errors import ServiceUnavailable
 from rpcq.options import check_seconds
 from rpcq.runtime.process import run
-from rpcq.wire.jobs import LANES
+from rpcq.wire.jobs import LANES, ORDERED_LANES
 
 T = TypeVar("T")
 
@@ -135,6 +135,7 @@ def _print_service(service: ServiceInfo, workers: list[WorkerInfo]) -> None:
     queues = _queues(service)
     kinds = [f"{service.queue_type} queue {service.queue}"] if service.queue in queues else []
     lanes = f", lanes {' and '.join(LANES)}" if service.lanes else ""
+    lanes += f", ordered lanes {ORDERED_LANES[0]} to {ORDERED_LANES[-1]}" if service.ordered else ""
     kinds += [f"jobs: queue {service.job_queue}{lanes}"] if service.job_queue else []
     console.print(plain(service.name, "bold") + plain(f"  {'; '.join(kinds)}"), soft_wrap=True)
     functions: list[MethodInfo | JobInfo | SubscriptionInfo]

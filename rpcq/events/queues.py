@@ -30,7 +30,7 @@ def dead(topology: EventTopology, service: Service) -> Queue:
 
 def waiting(topology: EventTopology, service: Service) -> list[Queue]:
     """The queues in which the jobs and the events of a service wait for a worker."""
-    found = topology.jobs.waiting(service.name, lanes=service.lanes) if service.jobs else []
+    found = topology.jobs.waiting(service.name, lanes=service.lanes, ordered=service.ordered) if service.jobs else []
     for each in service.lasting:
         found += [
             topology.queue(service.name, each.name, each.topics.patterns),

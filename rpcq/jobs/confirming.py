@@ -153,13 +153,17 @@ class Confirms:
         for batch in self._under_way:
             batch.end("the client was closed")
 
-    async def send(self, sendings: Sequence[Sending], seconds: float, declared: Declared) -> None:
+    async def send(
+        self, sendings: Sequence[Sending], seconds: float, declared: Declared, *, in_order: bool = False
+    ) -> None:
         """Publish messages, and wait until the broker has all of them.
 
         Args:
             sendings: the messages.
             seconds: how long that may take.
             declared: the exchanges that they go to.
+            in_order: publish each one only when the broker has the one before: one that it refuses, and takes when it
+                is published again, would be overtaken.
 
         Raises:
             SendError: of the first message that failed. Its `queued` is about that message; others may be in a queue.
@@ -181,6 +185,8 @@ class Confirms:
         try:
             for sending in sendings:
                 self._publish(sending)
+                if in_order:
+                    await sending.done
             for sending in sendings:
                 await sending.done
         except BaseException:

@@ -48,5 +48,7 @@ class Hand:
                 if run.delivery.source is delivery.source:
                     continue  # this session delivered both: they are two messages with one ID
                 run.delivery = delivery
+                if run.lane is not None:
+                    run.lane.adopted(run)
                 return run
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rpcq.errors import InvalidParams
 from rpcq.invocation import Invocation
@@ -18,6 +18,9 @@ from rpcq.wire.jobs import JobMessage, JobTopology
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a handler, by position and by name."""
 
+if TYPE_CHECKING:
+    from rpcq.jobs.ordering import Lane
+
 
 class Served:
     """A queue of a service whose jobs are done here. All that depends on the kind of queue is asked of it.
@@ -27,6 +30,7 @@ class Served:
         state: what its lifespan yielded.
         room: how many jobs of the queue may wait here for a turn by their own limits.
         topology: of the namespace.
+        lane: the ordered lane that it is; None for another queue.
 
     Attributes:
         subscription: the name of the subscription whose queue it is; empty for a queue of jobs.
@@ -36,14 +40,17 @@ class Served:
 
     """
 
-    __slots__ = ("_topology", "dead_key", "exchange", "room", "service", "state", "suspect_key")
+    __slots__ = ("_topology", "dead_key", "exchange", "lane", "room", "service", "state", "suspect_key")
 
     subscription = ""
 
-    def __init__(self, service: Service, state: Any, *, room: int, topology: JobTopology) -> None:
+    def __init__(
+        self, service: Service, state: Any, *, room: int, topology: JobTopology, lane: Lane | None = None
+    ) -> None:
         self.service = service
         self.state = state
         self.room = room
+        self.lane = lane
         self.exchange = topology.jobs.name.encode()
         self.suspect_key = topology.suspect_key(service.name)
         self.dead_key = topology.address(service.name)
@@ -51,7 +58,7 @@ class Served:
 
     def address(self, job: JobMessage) -> str:
         """Where a job of the queue goes after a delay."""
-        return self._topology.address(self.service.name, job.priority)
+        return self._topology.address(self.service.name, job.lane)
 
     def find(self, job: JobMessage) -> Offered | None:
         """What runs a job; None if nothing here does."""
@@ -145,4 +152,5 @@ class JobInvocation(Invocation):
             metadata=job.metadata,
             state=self.served.state,
             due=None if job.due_ms is None else datetime.fromtimestamp(job.due_ms / 1000, UTC),
+            order_key=job.order_key,
         )

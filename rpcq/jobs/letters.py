@@ -255,14 +255,15 @@ def replay_of(topology: EventTopology, letter: DeadLetter, to: str | None, now_m
     Args:
         topology: of the namespace.
         letter: the letter.
-        to: the service that is to do it, in its lane for normal priority, or for an event `service:subscription`; None
-            for its own service and lane, or its own subscription.
+        to: the service that is to do it, in its lane for normal priority and without its order key, or for an event
+            `service:subscription`; None for its own service and lane, or its own subscription.
         now_ms: the time, in milliseconds since the epoch.
 
     """
     job = letter.job
     service, _, subscription = (to or f"{letter.service}:{letter.subscription}").partition(":")
     priority: Priority = "normal" if to else job.priority
+    order_key = None if to else job.order_key
     if not service:
         return f"the address {letter.address!r} names no service: name one with --to"
     if letter.subscription and not subscription:
@@ -273,7 +274,7 @@ def replay_of(topology: EventTopology, letter: DeadLetter, to: str | None, now_m
         return f"it has no ID that a worker would take: {job.problem}"
     is_over = job.expires_ms is not None and job.expires_ms <= now_ms
     expires_ms = None if is_over else job.expires_ms
-    again = replace(job, attempt=1, unknown=0, earlier=0, expires_ms=expires_ms, priority=priority)
+    again = replace(job, attempt=1, unknown=0, earlier=0, expires_ms=expires_ms, priority=priority, order_key=order_key)
     try:
         properties = encode_job(again, now_ms)
     except (ValueError, TypeError) as error:
@@ -283,8 +284,8 @@ def replay_of(topology: EventTopology, letter: DeadLetter, to: str | None, now_m
         queue = topology.queue(service, subscription, ()).name
         nobody = f"there is no queue {queue!r}: the subscription is gone; name another one with --to"
         return Replay(*route, queue, nobody, job.id, properties, job.body)
-    route = topology.jobs.jobs.name.encode(), topology.jobs.key(service, priority).encode()
-    return Replay(*route, "", no_queue(service, priority), job.id, properties, job.body)
+    route = topology.jobs.jobs.name.encode(), topology.jobs.key(service, again.lane).encode()
+    return Replay(*route, "", no_queue(service, again.lane), job.id, properties, job.body)
 
 
 def parse_since(since: str, now: datetime) -> datetime:

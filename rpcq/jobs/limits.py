@@ -133,7 +133,7 @@ class Limits:
         self._go_on(limit)
         priority = run.job.priority
         turn = limit.turn(now, priority)
-        if turn <= 0 or run.is_suspect:
+        if turn <= 0 or run.is_alone:
             self._enter(limit, run, now)
         elif turn <= NEAR and self._waiting[run.served] < run.served.room:
             limit.waiting[priority][run] = now

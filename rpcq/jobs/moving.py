@@ -67,7 +67,10 @@ class Mover:
         self._seldom = logs.Seldom(log)
 
     def move(self, run: JobRun, fate: Again | Dead | Suspect, incident: str) -> None:
-        """Publish a job to where it is to go; `incident` is for its dead letter, empty for none."""
+        """Publish a job to where it is to go; `incident` is for its dead letter, empty for none.
+
+        A job of an ordered lane that runs again stays there.
+        """
         served, job, now_ms = run.served, run.job, self._transport.now_ms()
         match fate:
             case Suspect():
@@ -79,10 +82,14 @@ class Mover:
                     job,
                     attempt=job.attempt + fate.attempts,
                     unknown=job.unknown + fate.unknown,
-                    earlier=0 if fate.attempts else job.earlier + job.returns,
+                    # In an ordered lane it keeps its delivery, and the broker goes on counting.
+                    earlier=0 if fate.attempts or run.lane is not None else job.earlier + job.returns,
                 )
                 write = log.info if fate.is_retry else log.debug
                 write("job runs again later", **run.names, seconds=fate.steps / 4, cause=fate.error)
+                if run.lane is not None:
+                    run.lane.again(run, again, fate.steps / 4)
+                    return
                 exchange, key = self._topology.ladder.route(fate.steps, served.address(job))
                 properties = encode_job(again, now_ms)
             case Dead():

@@ -7,8 +7,9 @@ attempt can have begun.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
+from zlib import crc32
 
 from rpcq.errors import CallError, Executed, GiveUp, RetryLater
 from rpcq.invocation import Interruption, Refused
@@ -16,13 +17,17 @@ from rpcq.once import Found, NotCommitted
 from rpcq.options import JobOptions, Retry
 from rpcq.results import Claim, StoredResult
 from rpcq.wire.delays import coarse, steps_of
-from rpcq.wire.jobs import DELIVERY_LIMIT, SUSPECT_FROM, SUSPECT_LIMIT, JobMessage
+from rpcq.wire.jobs import ALONE_FROM, DELIVERY_LIMIT, ORDERED_LIMIT, SUSPECT_FROM, SUSPECT_LIMIT, JobMessage
 
 UNKNOWN_PAUSES: Final = (5.0, 30.0, 180.0, 600.0)
 """Seconds that a job waits whose name the worker does not know: while a deploy rolls, some workers are older."""
 
 HELD_PAUSE: Final = 5.0
 """Seconds that a job waits while another one with its key runs."""
+
+LONGEST_PAUSE: Final = 60.0
+LONGEST_TRIED: Final = 20 * 60.0
+"""Seconds that a job of an ordered lane waits at most before it runs again, and that it holds up its key in all."""
 
 MAX_ERROR: Final = 1000
 """Characters of an exception's text that a dead letter carries."""
@@ -103,6 +108,7 @@ def of_delivery(
     known: JobOptions | None,
     unknown: Callable[[JobMessage], Again | Dead | Filtered],
     now_ms: int,
+    is_first: bool = True,
 ) -> Again | Dead | Suspect | Filtered | None:
     """What becomes of a job as it arrives; None if it may run.
 
@@ -112,19 +118,25 @@ def of_delivery(
         known: the options of what runs it; None if the worker has nothing that does.
         unknown: says what becomes of it then.
         now_ms: the time, in milliseconds since the epoch.
+        is_first: of a job with an order key: whether no other job of its key has been settled since the worker has the
+            lane. One that has only waited for such a job came back as often as that, and is not what killed workers.
 
     """
     if job.problem:
         return Dead("invalid", before(job), job.problem)
-    if (dead := of_returns(job, is_suspects=is_suspects)) is not None:
+    if (dead := of_returns(job, is_suspects=is_suspects, is_first=is_first)) is not None:
         return dead
     if job.expires_ms is not None and now_ms >= job.expires_ms:
         return Dead("expired", before(job), f"it expired {(now_ms - job.expires_ms) / 1000:.3f} s ago")
     if known is None:
         return unknown(job)
+    if known.at_most_once and job.order_key is not None:
+        said = "it runs at most once, and has an order key: send it without, or define it without at_most_once"
+        return Dead("invalid", before(job), said)
     if known.at_most_once and (job.returns or job.earlier):
         return Dead("interrupted", "maybe", "its worker was lost while it had it, and it runs at most once")
-    if job.returns + job.earlier >= SUSPECT_FROM and not is_suspects and not known.at_most_once:
+    suspect_from = SUSPECT_FROM if job.order_key is None else ALONE_FROM
+    if job.returns + job.earlier >= suspect_from and not is_suspects and not known.at_most_once:
         return Suspect()
     return None
 
@@ -139,14 +151,45 @@ def of_unknown(job: JobMessage, *, is_method: bool) -> Again | Dead | Filtered:
 
 def of_stranger(job: JobMessage, said: str, last: Dead | Filtered, reason: str) -> Again | Dead | Filtered:
     """What becomes of a job that another worker may know, while a deploy rolls; `last`, if none that got it did."""
-    if job.unknown >= len(UNKNOWN_PAUSES):
+    longest = len(UNKNOWN_PAUSES) - 1
+    if job.unknown > longest and job.order_key is None:
         return last
-    return Again(steps_of(UNKNOWN_PAUSES[job.unknown]), reason, said, unknown=1)
+    return Again(steps_of(UNKNOWN_PAUSES[min(job.unknown, longest)]), reason, said, unknown=1)
 
 
-def of_returns(job: JobMessage, *, is_suspects: bool) -> Dead | None:
+def of_ordered(job: JobMessage, fate: Again, waited: float) -> Again | Dead:
+    """What becomes of a job of an ordered lane that is to run again: it waits in its worker, and holds up its key.
+
+    Args:
+        job: the job.
+        fate: as of another job.
+        waited: seconds since it had its turn first.
+
+    """
+    steps = min(fate.steps, steps_of(LONGEST_PAUSE))
+    if not fate.is_retry or waited + steps / 4 <= LONGEST_TRIED:
+        return replace(fate, steps=steps)
+    reason, executed = ("attempts", "yes") if fate.attempts else ("unknown_method", before(job))
+    said = f"{fate.error}; it has held up its order key for {waited:.0f} s"[:MAX_ERROR]
+    return Dead(reason, executed, said)  # type: ignore[arg-type]  # one of `Executed`
+
+
+def turn_of(job: JobMessage) -> int:
+    """Which suspect comes first, of several: the lowest.
+
+    Those of ordered lanes come back together when one of them kills the worker. The order of two keys is reversed each
+    second time, and is another one every two times; jobs of one key have the same turn.
+    """
+    if job.order_key is None:
+        return -1
+    turn = crc32(f"{job.returns // 2} {job.order_key}".encode())
+    return turn if job.returns % 2 else turn ^ 0xFFFFFFFF
+
+
+def of_returns(job: JobMessage, *, is_suspects: bool, is_first: bool = True) -> Dead | None:
     """What becomes of a job that came back so often; None if it may come back again."""
-    if job.returns + job.earlier < DELIVERY_LIMIT and not (is_suspects and job.returns >= SUSPECT_LIMIT):
+    limit = DELIVERY_LIMIT if is_first else ORDERED_LIMIT
+    if job.returns + job.earlier < limit and not (is_suspects and job.returns >= SUSPECT_LIMIT):
         return None
     times = job.returns + job.earlier
     return Dead("delivery_limit", "maybe", f"its workers were lost, or held it too long, {times} times")

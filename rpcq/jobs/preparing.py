@@ -52,7 +52,7 @@ def prepare(
 
     Args:
         found: the service, the name of the job, and the job itself, which checks the parameters; see `find_job`.
-        options: of these, `idempotency_key`, `metadata` and `priority` are used.
+        options: of these, `idempotency_key`, `metadata`, `priority` and `order_key` are used.
         args: parameters by position.
         params: parameters by name.
         job_id: its ID.
@@ -64,10 +64,11 @@ def prepare(
         NotSerializable: JSON cannot carry a parameter.
         TooLarge: parameters or headers are over the limit.
         TypeError: there are too many parameters by position, or one is given twice.
-        UsageError: it has a priority, and its service has no lanes.
+        UsageError: it has a priority, and its service has no lanes; or it has an order key, and its service is not
+            ordered, or the job runs at most once.
 
     """
-    service, name, method = found
+    _, name, method = found
     if not isinstance(params, Mapping):
         msg = f"send_many must have the parameters of each job by name, as in {{'to': 'ada'}}; got {params!r:.100}"
         raise InvalidParams(msg)
@@ -82,11 +83,26 @@ def prepare(
         check_headers(options.metadata)
     if options.priority is not None:
         message.priority = options.priority
-    priority = message.priority
-    if priority != "normal" and isinstance(method, Method) and not method.lanes:
-        msg = f"priority must not be {priority!r} for jobs of service {service!r}, which has no lanes"
-        raise UsageError(f"{msg}: define it with Service(..., lanes=True), or send them without a priority")
+    message.order_key = options.order_key
+    if isinstance(method, Method):
+        _check_lane(message, method)
     return message
+
+
+def _check_lane(message: JobMessage, method: Method) -> None:
+    """Check that the service of a job has the lane that it is to go to."""
+    of_service = f"for jobs of service {method.service!r}"
+    if message.priority != "normal" and not method.lanes:
+        msg = f"priority must not be {message.priority!r} {of_service}, which has no lanes"
+        raise UsageError(f"{msg}: define it with Service(..., lanes=True), or send them without a priority")
+    if message.order_key is None:
+        return
+    if not method.ordered:
+        msg = f"order_key must not be given {of_service}, which is not ordered"
+        raise UsageError(f"{msg}: define it with Service(..., ordered=True), or send them without an order key")
+    if runs_at_most_once(method):
+        msg = f"{method.label} runs at most once, and what a lane's worker has not begun comes again when it stops"
+        raise UsageError(f"{msg}: send it without order_key, or define it without at_most_once")
 
 
 def runs_at_most_once(method: Method | RemoteJob | None) -> bool:

@@ -10,12 +10,13 @@ from rpcq.jobs.invocation import Served
 from rpcq.options import JobOptions
 from rpcq.service import Offered
 from rpcq.transport.base import Delivery
-from rpcq.wire.jobs import JobMessage
+from rpcq.wire.jobs import ALONE_FROM, JobMessage
 
 if TYPE_CHECKING:
     from rpcq.jobs.keys import Claimed
     from rpcq.jobs.limits import Limit
     from rpcq.jobs.observing import Observation
+    from rpcq.jobs.ordering import Lane
 
 
 class Settler(Protocol):
@@ -95,6 +96,26 @@ class JobRun(Run):
     def names(self) -> dict[str, Any]:
         """The fields that identify the job in logs."""
         return self.served.names(self.job)
+
+    @property
+    def lane(self) -> Lane | None:
+        """The ordered lane that it came through; None for another queue."""
+        return self.served.lane
+
+    @property
+    def order_key(self) -> str:
+        """Its order key; empty if it has none."""
+        return self.job.order_key or ""
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other job may run beside it, because it may be what kills its workers."""
+        return self.is_suspect or (self.lane is not None and self.job.returns >= ALONE_FROM)
+
+    @property
+    def longest(self) -> float:
+        """Seconds that one attempt may run; 0 if nothing here runs it."""
+        return 0.0 if self.method is None or self.method.job is None else self.method.job.timeout
 
     @property
     def options(self) -> JobOptions:

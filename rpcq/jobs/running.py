@@ -4,6 +4,7 @@
              -> its key is that of a job that is done       -> acknowledged
              -> it may not run (`outcomes.of_delivery`)     -> moved: delayed, to the suspects, or to the dead letters
              -> nobody here wants it                         -> acknowledged
+             -> it has an order key                         -> at its turn (`ordering`), as below
              -> it may run, within its own limits (`limits`) -> Executor.begin
     run ended -> done                                       -> acknowledged
               -> again, or dead (`outcomes.of_error`)       -> moved
@@ -21,7 +22,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 from rpcq import logs
 from rpcq.errors import GiveUp, InvalidParams, RetryLater
@@ -34,6 +35,7 @@ from rpcq.jobs.limits import Limits
 from rpcq.jobs.moving import Mover
 from rpcq.jobs.observing import JobObservers, JobObserving
 from rpcq.jobs.once import OnceRunner
+from rpcq.jobs.ordering import Ordering
 from rpcq.jobs.outcomes import (
     Again,
     Dead,
@@ -49,6 +51,7 @@ from rpcq.jobs.outcomes import (
     of_twin,
     of_wait,
 )
+from rpcq.jobs.overdue import Overdue
 from rpcq.jobs.run import JobRun
 from rpcq.jobs.suspects import Suspects
 from rpcq.observer import OK
@@ -57,19 +60,10 @@ from rpcq.runtime.backlog import Backlog
 from rpcq.runtime.backoff import full_jitter
 from rpcq.runtime.threads import Ended
 from rpcq.transport.base import Delivery, Transport
-from rpcq.wire.jobs import JobMessage, JobTopology, read_job
+from rpcq.wire.jobs import JobMessage, JobTopology, misplaced, read_job
 from rpcq.wire.properties import MalformedProperties
 
 log = logs.get_logger("rpcq.worker")
-
-LOOK_PAUSE: Final = 5.0
-"""Seconds between two looks at how long the jobs in hand are held; RabbitMQ bounds that to 30 minutes."""
-
-LONGEST_WAIT: Final = 30.0
-"""Seconds that a job waits here for its turn, until it is put off."""
-
-LONGEST_RUN: Final = 28 * 60.0
-"""Seconds after which a job is settled although its handler does not end. It is longer than any timeout."""
 
 
 class JobRunner:
@@ -79,7 +73,7 @@ class JobRunner:
         transport: the worker's.
         executor: what runs handlers.
         topology: of the namespace.
-        may_begin: whether a job may begin now: what becomes of it must be published.
+        may_begin: whether a job may begin now: what becomes of it must be published. An attribute, too.
         ready: waits for that.
         remember: bytes for the keys of jobs that are done.
         observers: of jobs, as `Observers.jobs` has them.
@@ -92,6 +86,7 @@ class JobRunner:
         filtered: events that no pattern of their subscription takes any more.
         dead: jobs that became dead letters here.
         spread: makes the longest pause before a retry into the pause, in seconds.
+        ordering: the ordered lanes.
 
     """
 
@@ -109,7 +104,7 @@ class JobRunner:
         self._transport = transport
         self._executor = executor
         self._observing = JobObserving(observers, transport.now_ms) if observers else None
-        self._may_begin = may_begin
+        self.may_begin = may_begin
         self._in_hand = Hand()
         self._running: set[JobRun] = set()
         self._arriving: Backlog[tuple[Served, Delivery, bool]] = Backlog(may_begin, ready, self._take)
@@ -120,7 +115,9 @@ class JobRunner:
         self._once = OnceRunner()
         self._limits = Limits(self._start, self._put_off, lambda: not self._suspects)
         self._suspects = Suspects(self._running, self._begin, self._limits.go_on)
-        self._look: asyncio.TimerHandle | None = None
+        self.ordering = Ordering(transport, self, self._in_hand)
+        waiting = (self._suspects, self._limits, self.ordering)
+        self._overdue = Overdue(self._in_hand, self._running, waiting, self._write_off_overdue, self._put_off)
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopping = False
@@ -147,18 +144,22 @@ class JobRunner:
     def lost(self) -> None:
         """The consuming session is down: the broker delivers again what has not begun."""
         self._arriving.clear()
+        self.ordering.lost()
         for run in self._take_waiting():
-            self._in_hand.forget(run)
+            self._forget(run)
         self._note_idle()
 
     async def stop(self) -> None:
         """Begin nothing more, give back what has not begun, and wait until the rest is settled."""
         self._stopping = True
+        self.ordering.stop()
         for served, delivery, is_suspects in [*self._arriving.items]:
             self._take((served, delivery, is_suspects))
         self._arriving.clear()
         for run in self._take_waiting():
             self._turn_away(run)
+        self._note_idle()
+        await self.ordering.stopped()
         self._note_idle()
         await self._idle.wait()
 
@@ -176,6 +177,8 @@ class JobRunner:
     def vanish(self) -> None:
         """Go on as if the process was killed: begin and publish nothing more, and cancel what runs."""
         self._abandoned = True
+        self._overdue.close()
+        self.ordering.close()
         self._mover.stop()
         self._keys.vanish()
         self._take_waiting()
@@ -185,8 +188,8 @@ class JobRunner:
     async def close(self) -> None:
         """Publish nothing more. What is not settled, the broker delivers again."""
         self._abandoned = True
-        if self._look is not None:
-            self._look.cancel()
+        self._overdue.close()
+        self.ordering.close()
         await self._arriving.close()
         await self._mover.close()
         await self._keys.close()
@@ -194,7 +197,8 @@ class JobRunner:
     # Taking.
 
     def _on_delivery(self, served: Served, delivery: Delivery, is_suspects: bool) -> None:
-        if self._arriving.items or not (self._may_begin() or self._stopping):
+        # A lane waits by itself: what it holds may go back to its queue meanwhile.
+        if served.lane is None and (self._arriving.items or not (self.may_begin() or self._stopping)):
             self._arriving.add((served, delivery, is_suspects))
             self._idle.clear()
         else:
@@ -212,34 +216,43 @@ class JobRunner:
             return
         if delivery.redelivered and self._adopt(served, job, delivery, is_suspects):
             return
-        method = served.find(job)
-        run = JobRun(self, served, delivery, job, method, is_suspect=is_suspects)
+        lane = served.lane
+        job.problem = job.problem or misplaced(job, served.service.name, None if lane is None else lane.name)
+        run = JobRun(self, served, delivery, job, served.find(job), is_suspect=is_suspects)
         self._in_hand.add(run)
         self._idle.clear()
-        if self._stopping:
+        if lane is not None:
+            lane.take(run)
+            self._overdue.look_later()
+        elif self._stopping:
             self._turn_away(run)
-            return
-        service = served.service
-        if self._remembered is not None and service.result_store is None:
-            run.key = key_of(service.name, job, served.subscription)
+        else:
+            self.consider(run)
+
+    def consider(self, run: JobRun) -> None:
+        """Begin a job, or settle it without a run."""
+        job, served, method, lane = run.job, run.served, run.method, run.lane
+        if self._remembered is not None and served.service.result_store is None:
+            run.key = key_of(served.service.name, job, served.subscription)
             same = self._remembered.get(run.key, job.body)
             if same is not None:
                 self._not_run(run, of_done(job, same=same))
                 return
         fate = of_delivery(
             job,
-            is_suspects=is_suspects,
+            is_suspects=run.is_suspect,
             known=None if method is None else method.job,
             unknown=served.unknown,
             now_ms=self._transport.now_ms(),
+            is_first=lane is None or lane.is_first(run),
         )
-        if fate is not None:
-            self._turn_down(run, fate)
-        elif is_suspects:
+        if run.is_suspect if fate is None else (lane is not None and isinstance(fate, Suspect)):
             self._suspects.add(run)
+        elif fate is not None:
+            self._turn_down(run, fate)
         elif self._suspects:
             self._suspects.hold(run)
-            self._look_later()
+            self._overdue.look_later()
         else:
             self._begin(run)
 
@@ -265,7 +278,7 @@ class JobRunner:
     def _begin(self, run: JobRun) -> None:
         if run.options.is_limited:
             self._limits.enter(run)
-            self._look_later()
+            self._overdue.look_later()
         else:
             self._start(run)
 
@@ -284,7 +297,7 @@ class JobRunner:
                 self._running.add(run)
                 if run.key is not None:
                     self._busy.add(run.key)
-                self._look_later()
+                self._overdue.look_later()
                 store = served.service.result_store
                 around: Around | None = None
                 if run.options.once is not None:
@@ -384,26 +397,10 @@ class JobRunner:
         self._suspects.go_on()
         self._note_idle()
 
-    # What is held for too long.
-
-    def _look_later(self) -> None:
-        if self._look is None and not self._abandoned:
-            self._look = asyncio.get_running_loop().call_later(LOOK_PAUSE, self._look_after)
-
-    def _look_after(self) -> None:
-        """Put off what has waited too long, and write off what has run too long: threads, for example."""
-        self._look = None
-        now = time.monotonic()
-        for run in [run for run in self._running if run.since <= now - LONGEST_RUN]:
-            log.error("handler does not end: its job is settled, and its thread may be lost", **run.names)
-            fate = of_interruption(run.job, run.options, Interruption.TIMED_OUT, now - run.since, self.spread)
-            assert fate is not None  # noqa: S101 - a timeout has one
-            self._write_off(run, fate)
-        for run in self._suspects.take_held(now - LONGEST_WAIT):
-            self._put_off(run, LONGEST_WAIT)
-        self._limits.put_off_since(now - LONGEST_WAIT)
-        if self._in_hand:
-            self._look_later()
+    def _write_off_overdue(self, run: JobRun, seconds: float) -> None:
+        fate = of_interruption(run.job, run.options, Interruption.TIMED_OUT, seconds, self.spread)
+        assert fate is not None  # noqa: S101 - a timeout has one
+        self._write_off(run, fate)
 
     def _write_off(self, run: JobRun, fate: Again | Dead) -> None:
         """Settle a job although its handler goes on."""
@@ -436,12 +433,14 @@ class JobRunner:
             self._settle(run, fate)
 
     def _put_off(self, run: JobRun, seconds: float) -> None:
-        """Have the broker hold a job whose turn is not near."""
+        """Have the broker, or its ordered lane, hold a job whose turn is not near."""
         self._settle(run, of_wait(seconds))
 
     def _settle(
         self, run: JobRun, fate: Again | Dead | Suspect, error: BaseException | None = None, incident: str = ""
     ) -> None:
+        if run.lane is not None and isinstance(fate, Again):
+            fate = run.lane.fate(run, fate)
         if self._observing is not None:
             if self._abandoned:
                 self._observing.given_back(run)
@@ -475,8 +474,9 @@ class JobRunner:
     def _give_back(self, run: JobRun) -> None:
         if self._observing is not None:
             self._observing.given_back(run)
-        self._release(run)
-        run.delivery.reject(requeue=True)
+        self._forget(run)
+        if run.lane is None:
+            run.delivery.reject(requeue=True)
 
     def _acknowledge(self, run: JobRun) -> None:
         self.finished += 1
@@ -485,6 +485,15 @@ class JobRunner:
 
     def _release(self, run: JobRun) -> None:
         self._in_hand.forget(run)
+        if run.lane is not None:
+            run.lane.settled(run)
+        self._note_idle()
+
+    def _forget(self, run: JobRun) -> None:
+        """Let a job go that is not settled."""
+        self._in_hand.forget(run)
+        if run.lane is not None:
+            run.lane.put_back(run)
         self._note_idle()
 
     def _note_idle(self) -> None:

@@ -17,7 +17,7 @@ from rpcq.options import MAX_DELAY, CallOptions, ClientOptions
 from rpcq.service import Method
 from rpcq.transport.base import Transport
 from rpcq.wire.delays import STEP, steps_of
-from rpcq.wire.jobs import DECLARE, Job, JobTopology, encode_job, no_queue
+from rpcq.wire.jobs import DECLARE, Job, JobTopology, encode_job, lane_of, no_queue
 
 
 class _Sending(Sending):
@@ -35,7 +35,8 @@ class _Sending(Sending):
         """See `Sending`."""
         msg = f"no queue takes jobs that are delayed: {DECLARE}"
         if self.job.due is None:
-            msg = no_queue(self.job.service, self.job.priority)
+            key = self.job.order_key
+            msg = no_queue(self.job.service, self.job.priority if key is None else lane_of(key))
         self.fail(msg, is_certain=True)
 
 
@@ -142,7 +143,8 @@ class JobSender:
         for args, params in several:
             sendings.append(self._prepare(service, name, method, options, when, args, params, observations))
         del several  # while many wait, the collector has less to look at
-        await self._confirms.send(sendings, options.timeout, self._later if when.steps else self._now)
+        declared = self._later if when.steps else self._now
+        await self._confirms.send(sendings, options.timeout, declared, in_order=options.order_key is not None)
         return [sending.job for sending in sendings]
 
     def _when(self, options: CallOptions) -> _When:
@@ -192,18 +194,17 @@ class JobSender:
             app_id=self._name,
             max_body=self._max_body,
         )
-        priority = message.priority
-        due, route = None, (self.exchange, self._topology.key(service, priority).encode())
+        due, route = None, (self.exchange, self._topology.key(service, message.lane).encode())
         if when is not _AT_ONCE:
             message.due_ms, message.expires_ms = when.due_ms, when.expires_ms
             if when.due_ms is not None:
                 due = datetime.fromtimestamp(when.due_ms / 1000, UTC)
-                route = self._topology.ladder.route(when.steps, self._topology.address(service, priority))
+                route = self._topology.ladder.route(when.steps, self._topology.address(service, message.lane))
         is_once = runs_at_most_once(method)
         if is_once and due is not None:
             msg = f"{service}.{name} runs at most once, and what is delayed may come twice after a crash of the broker"
             raise UsageError(f"{msg}: send it without delay and at")
-        job = Job(message.id, service, name, message.key, due, priority)
+        job = Job(message.id, service, name, message.key, due, message.priority, message.order_key)
         if self._observers:
             observed = ObservedSend(self.exchange, service, name, f"{service}.{name}")
             observations.append(SendObservation(self._observers, observed, message))

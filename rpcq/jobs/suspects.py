@@ -1,4 +1,8 @@
-"""Suspects: jobs that came back too often. Each runs with no other job beside it, and the others wait meanwhile."""
+"""Suspects: jobs that came back too often. Each runs with no other job beside it, and the others wait meanwhile.
+
+Those of ordered lanes stay where they are, so whatever else the worker holds comes back with them when one kills it. So
+their turns are in another order each time (`outcomes.turn_of`): who comes after the culprit once, comes before it next.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
+
+from rpcq.jobs.outcomes import turn_of
 
 if TYPE_CHECKING:
     from rpcq.jobs.run import JobRun
@@ -37,7 +43,11 @@ class Suspects:
 
     def add(self, run: JobRun) -> None:
         """Take a suspect, and begin it if nothing runs."""
-        self._suspects.append(run)
+        at = 1 if self._suspects and self._suspects[0] in self._running else 0
+        turn = turn_of(run.job)
+        while at < len(self._suspects) and turn_of(self._suspects[at].job) <= turn:
+            at += 1
+        self._suspects.insert(at, run)
         self.go_on()
 
     def hold(self, run: JobRun) -> None:

@@ -20,13 +20,13 @@ from rpcq.environment import broker_url, options_from
 from rpcq.errors import AccessRefused, BrokerError, ConfigurationError
 from rpcq.jobs.ticking import schedules_of
 from rpcq.observability.management import UNANSWERED, Management, management_of
-from rpcq.options import ConnectionKwargs, ConnectionOptions, Priority
+from rpcq.options import ConnectionKwargs, ConnectionOptions
 from rpcq.service import Service
 from rpcq.transport.opening import open_admin
 from rpcq.transport.rabbitmq.admin import Admin, QueueState
 from rpcq.url import parse
 from rpcq.wire.events import EventTopology
-from rpcq.wire.jobs import LANES, JobTopology
+from rpcq.wire.jobs import LANES, ORDERED_LANES, JobTopology
 from rpcq.wire.topology import Topology
 
 MANAGEMENT_AGAIN: Final = 20
@@ -261,9 +261,11 @@ def _queues(topology: Topology, events: EventTopology, service: Service | str) -
         found = [topology.request_queue(name, "classic"), topology.request_queue(name, "quorum")]
     queues: list[tuple[str, Kind, str]] = [(name, "calls", queue.name) for queue in found]
     if not isinstance(service, Service) or service.jobs:
-        lanes: tuple[Priority, ...] = LANES if not isinstance(service, Service) or service.lanes else ()
+        lanes: tuple[str, ...] = LANES if not isinstance(service, Service) or service.lanes else ()
+        if not isinstance(service, Service) or service.ordered:
+            lanes += ORDERED_LANES
         queues += [
-            *((name, "jobs", jobs.queue(name, priority).name) for priority in ("normal", *lanes)),
+            *((name, "jobs", jobs.queue(name, lane).name) for lane in ("normal", *lanes)),
             (name, "suspects", jobs.suspects(name).name),
         ]
     if isinstance(service, Service):

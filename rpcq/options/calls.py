@@ -36,6 +36,7 @@ class UntypedCallKwargs(TypedDict, total=False):
     at: datetime | None
     expires: float | datetime | None
     priority: Priority | None
+    order_key: str | None
 
 
 class CallKwargs(UntypedCallKwargs, total=False):
@@ -65,6 +66,8 @@ class CallOptions:
             letter then; only for `send`.
         priority: the lane of a job: "high", "low", or "normal", which None means too; only for `send`. The service must
             have lanes (`Service(lanes=True)`) for the first two.
+        order_key: 1 to 255 bytes, such as "customer-7": the jobs of a service that have the same one are done one by
+            one, in the order in which they were sent; only for `send`. It must be a `Service(ordered=True)`.
 
     """
 
@@ -80,6 +83,7 @@ class CallOptions:
     at: datetime | None = None
     expires: float | datetime | None = None
     priority: Priority | None = None
+    order_key: str | None = None
 
     def __post_init__(self) -> None:
         check_seconds("timeout", self.timeout, MAX_TIMEOUT)
@@ -87,6 +91,7 @@ class CallOptions:
             self._check_times()
             if self.priority is not None and self.priority not in get_args(Priority):
                 raise ConfigurationError(f"priority must be 'high', 'normal', 'low' or None; got {self.priority!r}")
+            self._check_order()
         object.__setattr__(self, "errors", check_errors(self.errors))
         check_short("queue", self.queue)
         check_short("idempotency_key", self.idempotency_key)
@@ -111,7 +116,17 @@ class CallOptions:
     @cached_property
     def is_for_jobs(self) -> bool:
         """Whether they say when or before what something is to be done, which only a job can be told."""
-        return (self.delay, self.at, self.expires, self.priority) != (None, None, None, None)
+        return (self.delay, self.at, self.expires, self.priority, self.order_key) != (None,) * 5
+
+    def _check_order(self) -> None:
+        check_short("order_key", self.order_key)
+        if self.order_key is None:
+            return
+        for name in ("delay", "at", "priority"):
+            if getattr(self, name) is not None:
+                msg = f"{name} must not be given with order_key: it would let a job overtake others of its order key"
+                fix = f"send it without {name}, or with_options(order_key=None)"
+                raise ConfigurationError(f"{msg}; {fix}")
 
     def _check_times(self) -> None:
         if self.delay is not None and self.at is not None:

@@ -142,7 +142,7 @@ class WorkerOptions(ConnectionOptions):
         blocked_after: seconds that a handler may block the event loop before a warning names it.
         job_prefetch: jobs of each service that run at once, besides its calls. Of a service with lanes, as many more of
             high priority, and a quarter as many, at least one, of low priority. Each subscription runs as many events
-            at once.
+            at once. Of a service that is ordered, as many more jobs with an order key.
 
     """
 

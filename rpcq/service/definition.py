@@ -56,6 +56,8 @@ class Service:
             a tenant: callers with different strings never share an idempotency key. None stands for the broker's user.
         lanes: whether jobs may have a priority: those of high and of low priority then have a queue each, which workers
             consume besides the one for all others. True must remain while such jobs wait.
+        ordered: whether jobs may have an order key: they then go through 16 further queues, which workers consume
+            besides the others, each by one worker at a time. True must remain while such jobs wait.
 
     Raises:
         ConfigurationError: an argument is not valid; the message names it.
@@ -79,6 +81,7 @@ class Service:
         allow: Mapping[str, Iterable[str]] | None = None,
         authorize: Authorize | None = None,
         lanes: bool = False,
+        ordered: bool = False,
     ) -> None:
         self._obligation = obligation = None if api is None else Obligation(api, name)
         if obligation is not None:
@@ -111,6 +114,9 @@ class Service:
         if not isinstance(lanes, bool):
             raise ConfigurationError(f"lanes of service {name!r} must be True or False; got {lanes!r}")
         self.lanes = lanes
+        if not isinstance(ordered, bool):
+            raise ConfigurationError(f"ordered of service {name!r} must be True or False; got {ordered!r}")
+        self.ordered = ordered
         self.methods: dict[str, Method] = {}
         self.jobs: dict[str, Method] = {}
         self.subscriptions: dict[str, Subscriber] = {}
@@ -253,7 +259,7 @@ class Service:
                 allow=None,
                 job=declared,
             )
-            job.lanes = self.lanes
+            job.lanes, job.ordered = self.lanes, self.ordered
             if self._obligation is not None:
                 self._obligation.check_job(called, job.signature)
             if declared.schedule is not None:

@@ -52,6 +52,7 @@ class Context(Generic[State]):
         metadata: the caller's own headers, whose names begin with `x-`.
         state: what the service's `lifespan` yielded, or None.
         due: when a job was to be done: the tick of its schedule, or the end of its delay, in UTC; None for at once.
+        order_key: the order key of a job; None for none.
 
     """
 
@@ -66,6 +67,7 @@ class Context(Generic[State]):
     metadata: Mapping[str, str] = field(default_factory=dict)
     state: State = cast("State", None)  # noqa: RUF009 - None
     due: datetime | None = None
+    order_key: str | None = None
 
 
 Authorize = Callable[[Context], Awaitable[str | None]]
@@ -219,7 +221,7 @@ class Method(Offered):
         self.errors = errors
         self.allow = allow
         self.batch = batch
-        self.lanes = False
+        self.lanes = self.ordered = False
         if batch is not None:
             self._check_contexts()
             self.signature = signature_of_one(self.label, self.signature)

@@ -64,6 +64,7 @@ class FakeService(Service):
         name: name of the service.
         queue_type: "classic" or "quorum", as for the real service.
         lanes: whether its jobs may have a priority, as for the real service.
+        ordered: whether its jobs may have an order key, as for the real service.
 
     Attributes:
         calls: the calls that it got, in order, with each attempt; also those that failed or whose worker vanished.
@@ -74,8 +75,15 @@ class FakeService(Service):
 
     """
 
-    def __init__(self, name: str, *, queue_type: Literal["classic", "quorum"] = "classic", lanes: bool = False) -> None:
-        super().__init__(name, queue_type=queue_type, lanes=lanes)
+    def __init__(
+        self,
+        name: str,
+        *,
+        queue_type: Literal["classic", "quorum"] = "classic",
+        lanes: bool = False,
+        ordered: bool = False,
+    ) -> None:
+        super().__init__(name, queue_type=queue_type, lanes=lanes, ordered=ordered)
         self.calls: list[Received] = []
         self.received: list[Received] = []
         self._contract: dict[str, Callable[..., Any]] | None = None
@@ -91,6 +99,7 @@ class FakeService(Service):
         *,
         queue_type: Literal["classic", "quorum"] = "classic",
         lanes: bool = False,
+        ordered: bool = False,
     ) -> FakeService:
         """Make a fake of the service that a Protocol class describes; the fake must keep to that contract.
 
@@ -103,13 +112,14 @@ class FakeService(Service):
             service: name of the service; if None, the name in the class's `contract`.
             queue_type: "classic" or "quorum", as for the real service.
             lanes: whether its jobs may have a priority, as for the real service.
+            ordered: whether its jobs may have an order key, as for the real service.
 
         Raises:
             ConfigurationError: no service is named, or the class has an attribute that is not an `async def`.
 
         """
         declared = contract_of(api, service)
-        fake = cls(declared.service, queue_type=queue_type, lanes=lanes)
+        fake = cls(declared.service, queue_type=queue_type, lanes=lanes, ordered=ordered)
         functions = methods_of(api, is_awaited=not declared.blocking)
         fake._contract = {name: it for name, it in functions.items() if name not in declared.jobs}
         fake._idempotent = declared.idempotent

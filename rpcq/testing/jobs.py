@@ -20,7 +20,7 @@ from rpcq.wire import bodies
 from rpcq.wire.bodies import text
 from rpcq.wire.delays import LEVELS, STEP
 from rpcq.wire.events import EventTopology
-from rpcq.wire.jobs import JobMessage, read_job
+from rpcq.wire.jobs import ORDERED_LANES, JobMessage, read_job
 from rpcq.wire.properties import MalformedProperties
 
 Target = Service | Callable[..., Any] | str | None
@@ -75,6 +75,7 @@ class WaitingJob:
         attempt: the number of its next attempt, from 1.
         due: when its delay ends; None if it is in a queue of its service, and no worker has taken it.
         priority: its lane.
+        order_key: its order key; None for none.
 
     """
 
@@ -86,6 +87,7 @@ class WaitingJob:
     due: datetime | None
     priority: Priority = "normal"
     event: str = ""
+    order_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,7 @@ class Jobs:
         """The queues in which jobs wait: for each service its lanes, its suspects, and its subscriptions."""
         found = []
         for service in self._known():
-            lanes = [self._topology.queue(service, priority).name for priority in get_args(Priority)]
+            lanes = [self._topology.queue(service, lane).name for lane in (*get_args(Priority), *ORDERED_LANES)]
             found += [*lanes, self._topology.suspects(service).name]
         subscriptions = self._events.queue("", "", ()).name.removesuffix(":")
         return [*found, *(queue for queue in self._broker.queues if queue.startswith(subscriptions))]
@@ -246,6 +248,7 @@ def _waiting_job(to: _Addressee, job: JobMessage, due: datetime | None) -> Waiti
         attempt=job.attempt,
         due=due,
         priority=job.priority,
+        order_key=job.order_key,
     )
 
 

@@ -66,6 +66,16 @@ class MortalWorker(Worker):
         """Whether it is about to send the jobs of a schedule."""
         return any(ticker.is_at_work for ticker in self._tickers)
 
+    @property
+    def is_ordered(self) -> bool:
+        """Whether jobs with an order key may wait here for a time."""
+        return any(service.ordered for service in self.services)
+
+    @property
+    def paused(self) -> int:
+        """Jobs with an order key that it holds until a time of the world."""
+        return 0 if self._jobs is None else sum(lane.paused() for lane in self._jobs.ordering)
+
     def runs(self, invocation: object) -> bool:
         """Whether this is an invocation of a job that runs here."""
         return self._jobs is not None and any(run.invocation is invocation for run in self._jobs)
@@ -178,14 +188,20 @@ class World:
                         await self._changed()
                     elif any(worker.is_ticking for worker in self._workers):
                         await asyncio.sleep(0)
-                    elif self._broker.is_at_work or next(self._jobs.in_hand(), None):
-                        await self._broker.worked()
-                    else:
+                    elif not self._broker.is_at_work and not self._runs():
                         break
+                    elif any(worker.is_ordered for worker in self._workers):
+                        await asyncio.sleep(0.001)  # that a job begins to wait for a time is no work of the broker
+                    else:
+                        await self._broker.worked()
         except TimeoutError as error:
             run = ", ".join(sorted({*self._jobs.in_hand()})) or "no job"
             msg = f"after {PATIENCE:g} s of real time, still running: {run}. A world moves the delays of jobs, and not"
             raise TimeoutError(f"{msg} what a handler waits for") from error
+
+    def _runs(self) -> bool:
+        """Whether workers hold jobs that do not wait for a time."""
+        return sum(1 for _ in self._jobs.in_hand()) > sum(worker.paused for worker in self._workers)
 
     async def _changed(self) -> None:
         """Wait until workers have been ended and replaced.

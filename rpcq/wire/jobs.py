@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
+from zlib import crc32
 
 from rpcq.errors import TooLarge
 from rpcq.options import MAX_HEADERS, OWNED_HEADERS, Priority
@@ -22,6 +23,7 @@ FIRST_SENT: Final = "rpcq-first-sent"
 EXPIRES: Final = "rpcq-expires"
 DUE: Final = "rpcq-due"
 PRIORITY: Final = "rpcq-priority"
+ORDER_KEY: Final = "rpcq-order-key"
 UNKNOWN: Final = "rpcq-unknown"
 """How often a worker got the job that has no such job."""
 VERSION: Final = "rpcq-event-version"
@@ -41,12 +43,24 @@ TRACE: Final = ("traceparent", "tracestate", "baggage")
 LANES: Final[tuple[Priority, ...]] = ("high", "low")
 """The priorities whose jobs have a queue of their own, in services with lanes."""
 
+ORDERED_LANES: Final = tuple(f"k{number:02}" for number in range(16))
+"""The lanes of services that are ordered. Their number never changes: a key would change its lane with it."""
+
 DELIVERY_LIMIT: Final = 20
 SUSPECT_LIMIT: Final = 5
 """How often a job may come back to its queue, and to the queue for suspects, because a worker was lost."""
 
 SUSPECT_FROM: Final = 2
 """Returns from which on a job is a suspect: it may be what kills its workers."""
+
+ORDERED_LIMIT: Final = 100
+"""How often a job may come back to an ordered lane. Those that wait for a job of their key come back as often as it."""
+
+ALONE_FROM: Final = 5
+"""Returns from which on a job of an ordered lane runs with no other job beside it.
+
+It is higher than `SUSPECT_FROM`: each worker that hands a lane over gives back what has not begun, too.
+"""
 
 UNLIMITED: Final = 1_000_000_000
 """As a delivery limit: -1 means no limit for RabbitMQ 4, and 0 for RabbitMQ 3.10."""
@@ -94,10 +108,18 @@ class JobTopology:
         lost = Queue(self.lost.name, durable=True, arguments=_KEPT, bindings=((self.lost.name, ""),))
         return [*self.ladder.queues(), lost]
 
-    def queue(self, service: str, priority: Priority = "normal") -> Queue:
-        """The queue of a service's jobs of one priority."""
-        key = self.key(service, priority)
-        bindings = ((self.jobs.name, key), (self.due.name, f"{ANY_DELAY}{self.address(service, priority)}"))
+    def queue(self, service: str, lane: str = "normal") -> Queue:
+        """The queue of a lane: a priority, or one of `ORDERED_LANES`."""
+        key = self.key(service, lane)
+        if lane in ORDERED_LANES:
+            # Nothing comes here after a delay: it would have been overtaken.
+            return Queue(
+                f"{self._namespace}.job.{key}",
+                durable=True,
+                arguments={**self._arguments(service, ORDERED_LIMIT), "x-single-active-consumer": True},
+                bindings=((self.jobs.name, key),),
+            )
+        bindings = ((self.jobs.name, key), (self.due.name, f"{ANY_DELAY}{self.address(service, lane)}"))
         return Queue(
             f"{self._namespace}.job.{key}",
             durable=True,
@@ -105,14 +127,21 @@ class JobTopology:
             bindings=bindings,
         )
 
-    def queues(self, service: str, *, lanes: bool) -> list[Queue]:
-        """The queues of a service's jobs and of its dead letters; `lanes` says whether it has lanes."""
-        return [*self.waiting(service, lanes=lanes), self.dead_queue(service)]
+    def queues(self, service: str, *, lanes: bool, ordered: bool) -> list[Queue]:
+        """The queues of a service's jobs and of its dead letters; see `waiting`."""
+        return [*self.waiting(service, lanes=lanes, ordered=ordered), self.dead_queue(service)]
 
-    def waiting(self, service: str, *, lanes: bool) -> list[Queue]:
-        """The queues in which a service's jobs wait for a worker."""
-        own = [self.queue(service, priority) for priority in LANES] if lanes else []
-        return [self.queue(service), *own, self.suspects(service)]
+    def waiting(self, service: str, *, lanes: bool, ordered: bool) -> list[Queue]:
+        """The queues in which a service's jobs wait for a worker.
+
+        Args:
+            service: the service's name.
+            lanes: whether it has lanes for priorities.
+            ordered: whether it has lanes for order keys.
+
+        """
+        own = (*(LANES if lanes else ()), *(ORDERED_LANES if ordered else ()))
+        return [self.queue(service), *(self.queue(service, lane) for lane in own), self.suspects(service)]
 
     def suspects(self, service: str) -> Queue:
         """The queue of jobs that came back too often: each runs with no other job beside it."""
@@ -149,13 +178,13 @@ class JobTopology:
         """The routing key of the queue for suspects, at the exchange for what is due."""
         return f"{service}:suspects"
 
-    def key(self, service: str, priority: Priority = "normal") -> str:
-        """The routing key of the queue of a service's jobs of one priority, at the exchange for jobs."""
-        return service if priority == "normal" else f"{service}:{priority}"
+    def key(self, service: str, lane: str = "normal") -> str:
+        """The routing key of the queue of a lane, at the exchange for jobs."""
+        return service if lane == "normal" else f"{service}:{lane}"
 
-    def address(self, service: str, priority: Priority = "normal") -> str:
-        """Where a service's jobs go after a delay. Dead letters of every priority go to the address for normal jobs."""
-        return f"job.{self.key(service, priority)}"
+    def address(self, service: str, lane: str = "normal") -> str:
+        """Where a service's jobs go after a delay. Dead letters of every lane go to the address for normal jobs."""
+        return f"job.{self.key(service, lane)}"
 
     def arguments(self, address: str, limit: int) -> dict[str, Any]:
         """The arguments of a queue whose dead letters have this address; `limit` bounds its deliveries."""
@@ -167,6 +196,11 @@ class JobTopology:
             "x-dead-letter-strategy": "at-least-once",
             "x-overflow": "reject-publish",
         }
+
+
+def lane_of(order_key: str) -> str:
+    """The lane of the jobs with an order key."""
+    return ORDERED_LANES[crc32(order_key.encode()) % len(ORDERED_LANES)]
 
 
 _KEPT: Final[Mapping[str, Any]] = {"x-queue-type": "quorum", "x-delivery-limit": UNLIMITED}
@@ -183,6 +217,7 @@ class Job:
         key: its idempotency key.
         due: when it is to be done, in UTC: at the end of its delay; None for at once.
         priority: the lane that it is in.
+        order_key: its order key; None for none.
 
     """
 
@@ -192,6 +227,7 @@ class Job:
     key: str
     due: datetime | None = None
     priority: Priority = "normal"
+    order_key: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -208,7 +244,8 @@ class JobMessage:
         published_s: when this message was published, in seconds since the epoch; None if it does not say.
         expires_ms: when it need not be done any more; None for never.
         due_ms: when it is to be done: a tick of its schedule, or the end of its delay; None for at once.
-        priority: the lane that it goes to, also when it runs again.
+        priority: the lane that it goes to, also when it runs again, if it has no order key.
+        order_key: the order key; None for none.
         version: the version of the event; None for a job, and if the message does not say.
         unknown: how often a worker got it that has no job of this name, or that the event does not fit.
         app_id: the name of the program that sent it.
@@ -231,6 +268,7 @@ class JobMessage:
     due_ms: int | None = None
     priority: Priority = "normal"
     version: int | None = None
+    order_key: str | None = None
     unknown: int = 0
     app_id: str = ""
     user: str = ""
@@ -238,6 +276,11 @@ class JobMessage:
     problem: str = ""
     returns: int = 0
     earlier: int = 0
+
+    @property
+    def lane(self) -> str:
+        """The lane that it goes to."""
+        return self.priority if self.order_key is None else lane_of(self.order_key)
 
     @property
     def waits_since_ms(self) -> int | None:
@@ -258,12 +301,17 @@ class JobMessage:
         return {name: value for name, value in self.headers.items() if name.startswith("x-") and isinstance(value, str)}
 
 
-def no_queue(service: str, priority: Priority) -> str:
+def no_queue(service: str, lane: str) -> str:
     """Why the broker returned a job of a service."""
-    if priority == "normal":
+    if lane == "normal":
         return f"no queue takes jobs of service {service!r}: {DECLARE}"
+    if lane in ORDERED_LANES:
+        return (
+            f"no queue takes jobs of service {service!r} with an order key: "
+            f"define the service as ordered, Service(..., ordered=True), and {DECLARE}"
+        )
     return (
-        f"no queue takes jobs of service {service!r} with priority {priority!r}: "
+        f"no queue takes jobs of service {service!r} with priority {lane!r}: "
         f"define the service with lanes, Service(..., lanes=True), and {DECLARE}"
     )
 
@@ -321,6 +369,8 @@ def encode_job(job: JobMessage, now_ms: int) -> bytes:
         headers[PRIORITY] = job.priority
     if job.version is not None:
         headers[VERSION] = job.version
+    if job.order_key is not None:
+        headers[ORDER_KEY] = job.order_key
     if job.unknown:
         headers[UNKNOWN] = job.unknown
     if job.earlier:
@@ -346,7 +396,7 @@ def read_job(data: bytes, body: bytes, *, redelivered: bool) -> JobMessage:
     found = amqp.decode(data)
     headers = found.headers or {}
     name = text(found.message_id or found.correlation_id)
-    key = headers.get(KEY, name)
+    key, order_key = headers.get(KEY, name), headers.get(ORDER_KEY)
     job = JobMessage(
         id=name,
         name=text(found.type),
@@ -359,6 +409,7 @@ def read_job(data: bytes, body: bytes, *, redelivered: bool) -> JobMessage:
         due_ms=_whole(headers.get(DUE)),
         priority=_lane(headers.get(PRIORITY)) or "normal",
         version=_whole(headers.get(VERSION)),
+        order_key=order_key if isinstance(order_key, str) else None,
         unknown=_count(headers.get(UNKNOWN, 0)),
         app_id=text(found.app_id),
         user=text(found.user_id),
@@ -369,6 +420,23 @@ def read_job(data: bytes, body: bytes, *, redelivered: bool) -> JobMessage:
     )
     job.problem = _problem(found, headers, job)
     return job
+
+
+def misplaced(job: JobMessage, service: str, lane: str | None) -> str:
+    """Why a job must not run, because it came through a queue where its order cannot be kept; empty if it may.
+
+    Args:
+        job: the job.
+        service: the name of its service.
+        lane: the ordered lane that it came through; None for another queue.
+
+    """
+    if job.order_key is None:
+        return "" if lane is None else f"a job in the lane {lane} must have the header {ORDER_KEY}; got none"
+    wanted = lane_of(job.order_key)
+    if wanted == lane:
+        return ""
+    return f"a job with this {ORDER_KEY} must be sent with the routing key {service}:{wanted}, and without a delay"
 
 
 def _returns(headers: Mapping[str, Any]) -> int:
@@ -413,6 +481,15 @@ def _problem(found: Properties, headers: Mapping[str, Any], job: JobMessage) -> 
             return f"the header {name} must be a whole number of milliseconds; got {headers[name]!r:.50}"
     if VERSION in headers and (job.version is None or job.version < 1):
         return f"the header {VERSION} must be a whole number of at least 1; got {headers[VERSION]!r:.50}"
+    return _problem_of_lane(headers, job)
+
+
+def _problem_of_lane(headers: Mapping[str, Any], job: JobMessage) -> str:
+    """Why the lane of a job cannot be read, or an empty string."""
     if PRIORITY in headers and _lane(headers[PRIORITY]) is None:
         return f"the header {PRIORITY} must be 'high' or 'low'; got {headers[PRIORITY]!r:.50}"
+    if ORDER_KEY in headers and not 1 <= len((job.order_key or "").encode()) <= 255:
+        return f"the header {ORDER_KEY} must be a string of 1 to 255 bytes; got {headers[ORDER_KEY]!r:.50}"
+    if ORDER_KEY in headers and PRIORITY in headers:
+        return f"a job must not have both {ORDER_KEY} and {PRIORITY}: each says which lane it is in"
     return ""

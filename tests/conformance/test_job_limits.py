@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rpcq import Retry, Service
-from rpcq.jobs import limits, running
+from rpcq.jobs import limits, overdue
 from support.jobs import Done, dead_queue, settled
 from support.letters import letters
 from support.load import until
@@ -157,8 +157,8 @@ async def test_a_worker_that_stops_gives_back_what_waits_for_its_turn(
 async def test_a_job_that_has_waited_too_long_is_put_off(
     home: Place, service: Service, done: Done, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "LOOK_PAUSE", 0.05)
-    monkeypatch.setattr(running, "LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(overdue, "LOOK_PAUSE", 0.05)
+    monkeypatch.setattr(overdue, "LONGEST_WAIT", 0.05)
     go_on = asyncio.Event()
 
     @service.job(max_concurrency=1)
@@ -185,8 +185,8 @@ async def test_a_job_that_has_waited_too_long_is_put_off(
 async def test_a_handler_that_never_ends_has_a_bound_and_harms_no_other_job(
     home: Place, service: Service, done: Done, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(running, "LOOK_PAUSE", 0.05)
-    monkeypatch.setattr(running, "LONGEST_RUN", 0.2)
+    monkeypatch.setattr(overdue, "LOOK_PAUSE", 0.05)
+    monkeypatch.setattr(overdue, "LONGEST_RUN", 0.2)
     end = threading.Event()
     ended = asyncio.Event()
 
@@ -223,6 +223,6 @@ async def test_a_handler_that_never_ends_has_a_bound_and_harms_no_other_job(
 
 
 def test_a_job_is_not_held_as_long_as_rabbitmq_allows() -> None:
-    longest = running.LONGEST_RUN + running.LONGEST_WAIT + 2 * running.LOOK_PAUSE
-    assert limits.NEAR < running.LONGEST_WAIT
+    longest = overdue.LONGEST_RUN + overdue.LONGEST_WAIT + 2 * overdue.LOOK_PAUSE
+    assert limits.NEAR < overdue.LONGEST_WAIT
     assert 25 * 60 < longest < 30 * 60

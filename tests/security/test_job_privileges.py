@@ -66,7 +66,7 @@ class Home:
         jobs = self.jobs
         queues = [*jobs.shared_queues(), Topology(self.namespace).request_queue("calculator", "classic")]
         for name in ("calculator", "others"):
-            queues += [*jobs.queues(name, lanes=True), jobs.tickets(name)]
+            queues += [*jobs.queues(name, lanes=True, ordered=True), jobs.tickets(name)]
         return Topology(self.namespace).exchanges(self.exchange) + jobs.exchanges(), queues
 
     async def declare(self) -> None:
