@@ -19,7 +19,6 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -120,7 +119,8 @@ class Lane:
         self._keys: dict[str, deque[JobRun]] = {}  # the first one of each key has its turn
         self._arrived: dict[Delivery, float] = {}  # what is held, in its order, since when
         self._begun: set[JobRun] = set()  # jobs that have a place
-        self._pauses: dict[JobRun, tuple[asyncio.Task[None], int]] = {}  # until when, in ms since the epoch
+        self._pauses: dict[JobRun, asyncio.Task[None]] = {}
+        self._asleep: dict[JobRun, int] = {}  # until when, in milliseconds since the epoch
         self._settled: list[JobRun] = []  # the broker does not have their acknowledgements yet
         self._orphans: set[JobRun] = set()  # begun jobs whose session is lost: another worker may have them
         self._passed: set[str] = set()  # keys of which a job that came back often was settled here
@@ -206,7 +206,7 @@ class Lane:
     def paused(self) -> int:
         """How many jobs wait for a time, or for one that does."""
         now = self._transport.now_ms()
-        return sum(len(self._keys[run.order_key]) for run, (_, until) in self._pauses.items() if until > now)
+        return sum(len(self._keys[run.order_key]) for run, until in self._asleep.items() if until > now)
 
     def look(self, now: float) -> None:
         """Hand the lane over if it has held a delivery for too long."""
@@ -225,7 +225,7 @@ class Lane:
     def close(self) -> None:
         """Do nothing more. What is not settled, the broker delivers again."""
         self._stopping = self._ends = True
-        for pause, _ in self._pauses.values():
+        for pause in self._pauses.values():
             pause.cancel()
         if self._task is not None:
             self._task.cancel()
@@ -256,12 +256,17 @@ class Lane:
         if not self._ends:
             until_ms = self._transport.now_ms() + round(seconds * 1000)
             task = asyncio.get_running_loop().create_task(self._turn_at(run, until_ms, seconds + CLOCK_SLACK))
-            self._pauses[run] = task, until_ms
+            self._pauses[run] = task
 
     async def _turn_at(self, run: JobRun, until_ms: int, most: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(most):  # the machine's clock may be set back
+        self._asleep[run] = until_ms
+        try:
+            async with asyncio.timeout(most):
                 await self._transport.sleep_until(until_ms)
+        except TimeoutError:
+            pass  # the machine's clock was set back
+        finally:
+            del self._asleep[run]
         self.turn(run)
 
     def _oldest(self, now: float) -> float:
@@ -289,7 +294,7 @@ class Lane:
 
     def _drop_waiting(self) -> None:
         """Forget what is held and has not begun."""
-        for pause, _ in self._pauses.values():
+        for pause in self._pauses.values():
             pause.cancel()
         self._pauses.clear()
         dropped = [run for runs in self._keys.values() for run in runs if run not in self._begun]

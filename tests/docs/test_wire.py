@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import time
+import zlib
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,6 +134,7 @@ def test_every_header_of_a_job_in_the_contract_is_one_that_is_sent_and_the_other
         id="7", name="work", body=b"", key="k", attempt=2, first_sent_ms=1, expires_ms=2, due_ms=1, unknown=1, earlier=1
     )
     job.priority = "high"
+    job.order_key = "a"
     dead = {jobs.REASON, jobs.EXECUTED, jobs.ERROR, jobs.INCIDENT, jobs.FROM, jobs.DIED_AT}
     assert said == {*(decode(jobs.encode_job(job, 1)).headers or {}), *dead}
 
@@ -167,6 +169,13 @@ def test_the_queues_of_a_subscription_are_those_of_the_contract() -> None:
     own = topology.instance_queue(["#"])
     assert (own.arguments["x-max-length"], own.arguments["x-overflow"]) == (100_000, "drop-head")
     assert "`x-max-length` 100000 and `x-overflow` `drop-head`" in part
+
+
+def test_the_lanes_of_order_keys_are_those_of_the_contract() -> None:
+    said = re.findall(r"`([\w-]+)`\s(?:is\s)?in\s`(k[0-9]{2})`", section("wire.md", "Jobs"))
+    assert len(said) == 3
+    assert {key: f"k{zlib.crc32(key.encode()) % 16:02}" for key, _ in said} == dict(said)
+    assert {key: jobs.lane_of(key) for key, _ in said} == dict(said)
 
 
 def test_every_reason_of_a_dead_letter_is_in_the_contract() -> None:

@@ -178,6 +178,8 @@ async def jobs(client: Client) -> None:
     assert_type(await client.send(api.tidy), Job)
     assert_type(await client.with_options(idempotency_key="k").send(api.welcome, to="ada"), Job)
     assert_type(await client.with_options(priority="high").send(api.welcome, to="ada"), Job)
+    assert_type(await client.with_options(order_key="customer-7").send(api.welcome, to="ada"), Job)
+    assert_type(await client.with_options(order_key="a").send_many(api.welcome, [{"to": "ada"}]), list[Job])
     assert_type(await client.send_many(api.welcome, [{"to": "ada"}]), list[Job])
     assert_type(await api.sent("ada"), int)
 

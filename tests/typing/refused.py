@@ -143,6 +143,7 @@ async def jobs(client: Client) -> None:
     await client.send(welcome)  # error: call-overload
     await client.send(welcome, name="ada")  # error: call-overload
     client.with_options(priority="urgent")  # error: arg-type
+    client.with_options(order_key=7)  # error: arg-type
     api = client.bind(EmailsApi)
     await client.send(api.welcome, 5)  # error: call-overload
     await client.send(api.welcome)  # error: call-overload

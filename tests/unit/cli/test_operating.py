@@ -21,7 +21,7 @@ JOBS = """
 from pathlib import Path
 from rpcq import Service
 
-mailing = Service("mailing", lanes=True)
+mailing = Service("mailing", lanes=True, ordered=True)
 
 @mailing.job
 async def welcome(to: str) -> None:
@@ -242,6 +242,7 @@ async def test_jobs_can_be_sent_once_setup_has_declared_their_queues(rpcq: Rpcq)
         assert f"{rpcq.namespace}.job.mailing" in told
         assert f"{rpcq.namespace}.req." not in told
         assert f"{rpcq.namespace}.job.mailing:low" in told
+        assert f"{rpcq.namespace}.job.mailing:k15" in told
         await client.with_options(priority="low").send("mailing.welcome", to="ada")
         await asyncio.to_thread(
             rpcq.worker, "mailing:mailing"
@@ -249,7 +250,9 @@ async def test_jobs_can_be_sent_once_setup_has_declared_their_queues(rpcq: Rpcq)
         await asyncio.to_thread(rpcq.until_there_is, "welcomed-ada")
     own = {"RPCQ_NAMESPACE": rpcq.namespace}
     told = shown(await asyncio.to_thread(rpcq.run, "describe", "mailing", **own))
-    assert told.startswith(f"mailing  jobs: queue {rpcq.namespace}.job.mailing, lanes high and low\n")
+    assert told.startswith(
+        f"mailing  jobs: queue {rpcq.namespace}.job.mailing, lanes high and low, ordered lanes k00 to k15\n"
+    )
     assert "welcome(to: str) -> None\n      job, at most 8 attempts; runs at most 300 s each time" in told
     assert re.search(r"worker \S+ on \S+, process \d+: rpcq \S+, job prefetch 20\n", told), told
     found = json.loads(shown(await asyncio.to_thread(rpcq.run, "describe", "mailing", "--json", **own)))
@@ -264,7 +267,15 @@ def test_the_doctor_looks_at_the_queues_of_jobs(rpcq: Rpcq) -> None:
     own = {"RPCQ_NAMESPACE": rpcq.namespace}
     ran = rpcq.run("doctor", "mailing:mailing", **own)
     missing = "\n".join(lines(ran, "warn"))
-    for name in ("delay.07", "lost", "job.mailing", "job.mailing:low", "job.mailing:suspects", "dead.mailing"):
+    for name in (
+        "delay.07",
+        "lost",
+        "job.mailing",
+        "job.mailing:low",
+        "job.mailing:k07",
+        "job.mailing:suspects",
+        "dead.mailing",
+    ):
         assert f"queue {rpcq.namespace}.{name}: does not exist" in missing
     assert ".req.mailing" not in ran.stdout
     shown(rpcq.run("setup", "mailing:mailing", **own))

@@ -27,6 +27,7 @@ from rpcq.cli.supervising import supervise
 from rpcq.errors import ConfigurationError
 from rpcq.options import WorkerOptions
 from rpcq.url import parse
+from rpcq.wire.jobs import ORDERED_LANES
 from support.command import Rpcq
 from support.ports import free_ports
 
@@ -203,11 +204,19 @@ async def until(condition: Callable[[], bool]) -> None:
 async def test_the_depth_is_that_of_all_queues_of_jobs_and_of_none_that_does_not_exist(
     rabbitmq_url: str, namespace: str
 ) -> None:
-    one, two, calls = Service("one"), Service("two", lanes=True), Service("calls")
+    one, two, calls = Service("one"), Service("two", lanes=True, ordered=True), Service("calls")
     one.job(name="work")(asyncio.sleep)
     two.job(name="work")(asyncio.sleep)
     queues = job_queues([one, two, calls], namespace)
-    names = ("one", "one:suspects", "two", "two:high", "two:low", "two:suspects")
+    names = (
+        "one",
+        "one:suspects",
+        "two",
+        "two:high",
+        "two:low",
+        *(f"two:{lane}" for lane in ORDERED_LANES),
+        "two:suspects",
+    )
     assert queues == [f"{namespace}.job.{name}" for name in names]
     with watching(rabbitmq_url, queues) as found:
         await until(lambda: found == [0] or len(found) > 1)

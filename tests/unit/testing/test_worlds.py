@@ -221,6 +221,17 @@ async def test_jobs_in_lanes_are_jobs_of_their_service() -> None:
         assert (w.waiting(), w.dead()) == ([], [])
 
 
+async def test_a_fake_takes_order_keys_where_the_real_service_does() -> None:
+    ordered, plain = FakeService("one", ordered=True).takes("work"), FakeService("two").takes("work")
+    async with world(ordered, plain) as w:
+        maker = w.client.with_options(order_key="a")
+        await maker.send("one.work")
+        with pytest.raises(SendError, match="ordered=True"):
+            await maker.send("two.work")
+        await w.settled()
+    assert [job.context.order_key for job in ordered.received] == ["a"]
+
+
 async def test_a_fake_takes_priorities_where_the_real_service_does() -> None:
     with_lanes, without = FakeService("one", lanes=True).takes("work"), FakeService("two").takes("work")
     async with world(with_lanes, without) as w:
