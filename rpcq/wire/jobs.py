@@ -116,7 +116,7 @@ class JobTopology:
             return Queue(
                 f"{self._namespace}.job.{key}",
                 durable=True,
-                arguments={**self._arguments(service, ORDERED_LIMIT), "x-single-active-consumer": True},
+                arguments={**self.arguments(self.address(service), ORDERED_LIMIT), "x-single-active-consumer": True},
                 bindings=((self.jobs.name, key),),
             )
         bindings = ((self.jobs.name, key), (self.due.name, f"{ANY_DELAY}{self.address(service, lane)}"))

@@ -28,6 +28,7 @@ from rpcq.jobs import ordering, outcomes
 from rpcq.jobs.letters import read_letter, replay_of
 from rpcq.results import MemoryResults
 from rpcq.transport.base import Message, Published
+from rpcq.wire.events import EventTopology
 from rpcq.wire.jobs import ORDERED_LANES, JobMessage, JobTopology, encode_job, lane_of, read_job
 from rpcq.wire.properties import encode
 from support.jobs import Done, dead_queue, settled
@@ -428,7 +429,8 @@ async def test_a_replay_comes_after_the_jobs_of_its_key_that_were_sent_meanwhile
             raise GiveUp("not yet")
         log.note(context, number)
 
-    topology = JobTopology(home.namespace)
+    events = EventTopology(home.namespace)
+    topology = events.jobs
     async with home.client() as client, home.worker(service) as worker:
         for number in range(2):
             await client.with_options(order_key="a").send(work, number)
@@ -437,17 +439,17 @@ async def test_a_replay_comes_after_the_jobs_of_its_key_that_were_sent_meanwhile
         async with letters(home.url, dead_queue(home, service)) as dead:
             (found,) = await dead.wait_for(1)
         raw = encode(found.properties)
-        letter = read_letter(topology, topology.dead.name.encode(), f"job.{service.name}".encode(), raw, found.body)
-        replay = replay_of(letter, None, 0)
+        letter = read_letter(events, topology.dead.name.encode(), f"job.{service.name}".encode(), raw, found.body)
+        replay = replay_of(events, letter, None, 0)
         assert not isinstance(replay, str)
-        assert replay.lane == lane_of("a")
+        assert replay.routing_key.decode() == topology.key(service.name, lane_of("a"))
         heals = True
-        await publish(client, topology.key(replay.service, replay.lane), replay.properties, replay.body)
+        await publish(client, replay.routing_key.decode(), replay.properties, replay.body)
         await log.until(2)
         await settled(worker)
-        elsewhere = replay_of(letter, "other", 0)
+        elsewhere = replay_of(events, letter, "other", 0)
         assert not isinstance(elsewhere, str)
-        assert elsewhere.lane == "normal"
+        assert elsewhere.routing_key == b"other"
         assert read_job(elsewhere.properties, b"", redelivered=False).order_key is None
     assert log.of["a"] == [1, 0]
 

@@ -42,7 +42,7 @@ async def work(number: int, poison: bool, context: Context) -> None:
 
 
 async def main() -> None:
-    worker = Worker(service, namespace=os.environ["RPCQ_NAMESPACE"])
+    worker = Worker(service, namespace=os.environ["RPCQ_NAMESPACE"], connect_timeout=60)  # many start at once
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.request_stop)
 
     async def say_that_it_serves() -> None:
