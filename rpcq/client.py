@@ -31,6 +31,7 @@ from rpcq.events.publishing import EventPublisher
 from rpcq.jobs.confirming import Confirms
 from rpcq.jobs.sending import JobSender
 from rpcq.observer import Observer, Observers
+from rpcq.once import GivenSession
 from rpcq.options import (
     CallKwargs,
     CallOptions,
@@ -55,6 +56,7 @@ from rpcq.wire.replies import Reply
 from rpcq.wire.topology import Topology
 
 P = ParamSpec("P")
+SessionT = TypeVar("SessionT", bound=GivenSession)
 T = TypeVar("T")
 
 log = logs.get_logger("rpcq.client")
@@ -280,6 +282,16 @@ class Client:
 
     @overload
     def send(self, job: Callable[P, Any], /, *args: P.args, **params: P.kwargs) -> Coroutine[Any, Any, Job]: ...
+
+    @overload
+    def send(
+        self, job: Callable[Concatenate[SessionT, P], Any], /, *args: P.args, **params: P.kwargs
+    ) -> Coroutine[Any, Any, Job]: ...
+
+    @overload
+    def send(
+        self, job: Callable[Concatenate[Context, SessionT, P], Any], /, *args: P.args, **params: P.kwargs
+    ) -> Coroutine[Any, Any, Job]: ...
 
     @overload
     def send(self, job: str, /, *args: Any, **params: Any) -> Coroutine[Any, Any, Job]: ...

@@ -11,6 +11,19 @@ from enum import Enum, auto
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
+class GivenSession(Protocol):
+    """What an inbox gives to a handler, as type checkers see it: senders leave that parameter out.
+
+    It has what a `Session` and an `AsyncSession` of SQLAlchemy have, and few other types.
+    """
+
+    def expunge_all(self) -> None:
+        """See SQLAlchemy."""
+
+    def in_nested_transaction(self) -> bool:
+        """See SQLAlchemy."""
+
+
 class OnceKey(NamedTuple):
     """Under which key something is done once.
 

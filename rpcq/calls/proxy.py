@@ -21,6 +21,7 @@ from rpcq.contracts import (
 )
 from rpcq.errors import ConfigurationError, UsageError
 from rpcq.event_types import Event
+from rpcq.once import GivenSession
 from rpcq.options import CallKwargs, CallOptions, check_name
 from rpcq.service import Context
 from rpcq.validation.attributes import check_attributes
@@ -32,6 +33,7 @@ from rpcq.wire.jobs import Job
 from rpcq.wire.topology import Topology
 
 P = ParamSpec("P")
+SessionT = TypeVar("SessionT", bound=GivenSession)
 T = TypeVar("T")
 
 
@@ -217,6 +219,16 @@ class CallMaker:
 
     @overload
     def send(self, job: Callable[P, Any], /, *args: P.args, **params: P.kwargs) -> Coroutine[Any, Any, Job]: ...
+
+    @overload
+    def send(
+        self, job: Callable[Concatenate[SessionT, P], Any], /, *args: P.args, **params: P.kwargs
+    ) -> Coroutine[Any, Any, Job]: ...
+
+    @overload
+    def send(
+        self, job: Callable[Concatenate[Context, SessionT, P], Any], /, *args: P.args, **params: P.kwargs
+    ) -> Coroutine[Any, Any, Job]: ...
 
     @overload
     def send(self, job: str, /, *args: Any, **params: Any) -> Coroutine[Any, Any, Job]: ...

@@ -9,6 +9,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, Unpa
 from rpcq.calls import proxy
 from rpcq.errors import ConfigurationError, UsageError
 from rpcq.event_types import Event
+from rpcq.once import GivenSession
 from rpcq.options import CallKwargs, CallOptions, UntypedCallKwargs
 from rpcq.service import Context
 from rpcq.wire.events import Publication
@@ -16,6 +17,7 @@ from rpcq.wire.jobs import Job
 from rpcq.wire.topology import Topology
 
 P = ParamSpec("P")
+SessionT = TypeVar("SessionT", bound=GivenSession)
 R = TypeVar("R")
 T = TypeVar("T")
 
@@ -177,6 +179,14 @@ class CallMaker(Generic[R]):
 
     @overload
     def send(self, job: Callable[P, Any], /, *args: P.args, **params: P.kwargs) -> Job: ...
+
+    @overload
+    def send(self, job: Callable[Concatenate[SessionT, P], Any], /, *args: P.args, **params: P.kwargs) -> Job: ...
+
+    @overload
+    def send(
+        self, job: Callable[Concatenate[Context, SessionT, P], Any], /, *args: P.args, **params: P.kwargs
+    ) -> Job: ...
 
     @overload
     def send(self, job: str, /, *args: Any, **params: Any) -> Job: ...

@@ -30,6 +30,7 @@ from rpcq.errors import (
 from rpcq.event_types import Event, named
 from rpcq.jobs.preparing import find_job
 from rpcq.observer import Observer
+from rpcq.once import GivenSession
 from rpcq.options import (
     CallKwargs,
     CallOptions,
@@ -49,6 +50,7 @@ from rpcq.wire.jobs import Job
 from rpcq.wire.replies import Reply
 
 P = ParamSpec("P")
+SessionT = TypeVar("SessionT", bound=GivenSession)
 T = TypeVar("T")
 
 _clients: Final[WeakSet[Client]] = WeakSet()
@@ -277,6 +279,14 @@ class Client:
 
     @overload
     def send(self, job: Callable[P, Any], /, *args: P.args, **params: P.kwargs) -> Job: ...
+
+    @overload
+    def send(self, job: Callable[Concatenate[SessionT, P], Any], /, *args: P.args, **params: P.kwargs) -> Job: ...
+
+    @overload
+    def send(
+        self, job: Callable[Concatenate[Context, SessionT, P], Any], /, *args: P.args, **params: P.kwargs
+    ) -> Job: ...
 
     @overload
     def send(self, job: str, /, *args: Any, **params: Any) -> Job: ...

@@ -12,10 +12,14 @@ from rpcq import Service
 from rpcq.outbox import Outbox
 from support.jobs import Done
 from support.places import Place, cut_memory
-from support.stores import ONE_OF_EACH, Store, url_of
+from support.stores import DRIVERS, Store, url_of
 
 
-@pytest.fixture(params=ONE_OF_EACH)
+QUICK = ("asyncpg", "sqlite3")
+"""Of each database, and of each kind of driver, one; the others run with `make test-faults`; `make test` has its time."""
+
+
+@pytest.fixture(params=[pytest.param(it, marks=() if it in QUICK else pytest.mark.long) for it in DRIVERS])
 def driver(request: pytest.FixtureRequest) -> str:
     return request.param
 

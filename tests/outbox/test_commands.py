@@ -27,7 +27,9 @@ from support.places import Place
 from support.ports import free_ports
 from support.stores import Store
 
-pytestmark = pytest.mark.parametrize("driver", ["psycopg", "sqlite3"], indirect=True)
+pytestmark = pytest.mark.parametrize(
+    "driver", [pytest.param("psycopg", marks=pytest.mark.long), "sqlite3"], indirect=True
+)
 
 
 def rpcq(store: Store, *arguments: str, code: int = 0) -> str:

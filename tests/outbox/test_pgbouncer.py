@@ -42,7 +42,11 @@ def through(database_url: str) -> Iterator[str]:
         yield url
 
 
-@pytest.mark.parametrize("driver", [*SETTINGS], indirect=True)
+@pytest.mark.parametrize(
+    "driver",
+    ["asyncpg", *(pytest.param(it, marks=pytest.mark.long) for it in SETTINGS if it != "asyncpg")],
+    indirect=True,
+)
 async def test_jobs_are_sent_in_order_and_done_once_through_a_pool_of_transactions(
     driver: str, database_url: str, through: str, home: Place, service: Service
 ) -> None:

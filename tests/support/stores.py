@@ -22,7 +22,6 @@ DRIVERS = {
     "sqlite3": "sqlite",
 }
 BLOCKING = ("psycopg", "sqlite3")
-ONE_OF_EACH = ("asyncpg", "psycopg", "aiosqlite", "sqlite3")
 
 own = MetaData()
 orders = Table(
@@ -128,4 +127,4 @@ def url_of(driver: str, folder: Path, database: Callable[[], str]) -> str:
     return f"sqlite:///{folder}/app.db" if "sqlite" in driver else database()
 
 
-__all__ = ["DRIVERS", "ONE_OF_EACH", "AsyncSession", "Order", "Store", "orders", "url_of", "write_ahead"]
+__all__ = ["DRIVERS", "AsyncSession", "Order", "Store", "orders", "url_of", "write_ahead"]
