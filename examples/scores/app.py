@@ -27,6 +27,9 @@ LANES: tuple[Lane, ...] = ("high", "normal", "low")
 RECENT = 60.0
 """Seconds that the page looks back."""
 
+SEND_TIMEOUT = 5.0
+"""Seconds that a request waits for a broker that is away; then its user hears that."""
+
 LOOK_EVERY = 0.5
 """Seconds between two looks at the depth of the queues."""
 
@@ -142,7 +145,7 @@ def create_app(store: Store | None = None, workers: Workers | None = None, *, wa
         watches: whether to ask the broker how deep the lanes are: it must be RabbitMQ then.
 
     """
-    rpc = Rpc(name="scores-web")
+    rpc = Rpc(name="scores-web", timeout=SEND_TIMEOUT)
     shop = Shop(store or Store(Path(os.environ.get("SCORES_DATABASE", "scores.sqlite"))), rpc, workers)
 
     @asynccontextmanager

@@ -13,6 +13,8 @@ from playwright.sync_api import Browser, Page, expect
 from support.examples import example
 from support.pages import MS, assert_fits, assert_legible, opened
 
+pytestmark = pytest.mark.timeout(120)  # of the first one, with the start of all programs
+
 
 @pytest.fixture(scope="module")
 def base(vhost: str) -> Iterator[str]:
