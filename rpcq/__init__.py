@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from rpcq.calls.proxy import CallMaker, ServiceProxy, with_options
+from rpcq.calls.proxy import CallMaker, ServiceProxy, WatchingCallMaker, with_options
 from rpcq.client import Client
 from rpcq.contracts import contract
 from rpcq.control import JobInfo, MethodInfo, ServiceInfo, SubscriptionInfo, WorkerInfo, WorkerStats
@@ -16,7 +16,9 @@ from rpcq.errors import (
     GiveUp,
     InvalidParams,
     InvalidReply,
+    JobFailed,
     MethodNotFound,
+    NoResult,
     NotSerializable,
     OutcomeUnknown,
     Overloaded,
@@ -46,8 +48,10 @@ from rpcq.runtime.deadline import Deadline
 from rpcq.runtime.process import own_version
 from rpcq.schedules import Cron, Every
 from rpcq.service import Context, Service
+from rpcq.watching import WatchedJob
 from rpcq.wire.events import Publication
 from rpcq.wire.jobs import Job
+from rpcq.wire.watching import Progress
 from rpcq.worker import Worker
 
 __all__ = [
@@ -74,10 +78,12 @@ __all__ = [
     "InvalidParams",
     "InvalidReply",
     "Job",
+    "JobFailed",
     "JobInfo",
     "JobOptions",
     "MethodInfo",
     "MethodNotFound",
+    "NoResult",
     "NotSerializable",
     "Observed",
     "ObservedBatch",
@@ -90,6 +96,7 @@ __all__ = [
     "OutcomeUnknown",
     "Overloaded",
     "PermissionDenied",
+    "Progress",
     "Publication",
     "RemoteError",
     "ResultStore",
@@ -105,6 +112,8 @@ __all__ = [
     "SubscriptionInfo",
     "TooLarge",
     "UsageError",
+    "WatchedJob",
+    "WatchingCallMaker",
     "Worker",
     "WorkerInfo",
     "WorkerOptions",

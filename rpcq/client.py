@@ -10,12 +10,12 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mappi
 from contextlib import aclosing
 from enum import Enum
 from types import TracebackType
-from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar, Unpack, overload
+from typing import Any, Concatenate, Final, Literal, ParamSpec, Self, TypeVar, Unpack, overload
 
 from rpcq import logs
 from rpcq.calls.invoking import Invoker
 from rpcq.calls.pending import PendingCalls
-from rpcq.calls.proxy import CallMaker, ServiceProxy
+from rpcq.calls.proxy import CallMaker, ServiceProxy, WatchingCallMaker
 from rpcq.calls.receiving import Receiver
 from rpcq.calls.sending import Sender
 from rpcq.control import PING_TIMEOUT, Control, WorkerInfo, WorkerStats
@@ -37,6 +37,7 @@ from rpcq.options import (
     CallOptions,
     ClientKwargs,
     ClientOptions,
+    UnwatchedCallKwargs,
     check_name,
     check_seconds,
 )
@@ -128,6 +129,7 @@ class Client:
             events.jobs,
             self._calls.next_id,
             self.options,
+            self._sender.reply_queue,
             self._observers.sends,
         )
         self._maker = CallMaker(self, CallOptions(timeout=self.options.timeout))
@@ -153,7 +155,14 @@ class Client:
         self._confirms.open()
         self._invoker.open()
         self._phase = Phase.OPEN
-        receiver = Receiver(self._calls, self._sender, self._control, self._observers, self.topology.notices.name)
+        receiver = Receiver(
+            self._calls,
+            self._sender,
+            self._control,
+            self._observers,
+            self.topology.notices.name,
+            self._jobs.watches.take,
+        )
         own = self.topology.reply_queue(self.options.reply_exchange, parse(self._url).user)
         reply_queue = Subscription(own, receiver.on_delivery, no_ack=True)
         listener = self._sessions.listener(
@@ -235,6 +244,7 @@ class Client:
         calls = self._calls
         return {
             "pending_replies": len(calls),
+            "watched_jobs": len(self._jobs.watches),
             "late_replies": calls.late,
             "duplicate_replies": calls.duplicate,
             "stray_replies": calls.stray,
@@ -270,10 +280,17 @@ class Client:
         """A proxy of a Protocol's type; see `CallMaker.bind`."""
         return self._maker.bind(api, service)
 
+    @overload
+    def with_options(self, *, watch: Literal[True], **options: Unpack[UnwatchedCallKwargs]) -> WatchingCallMaker: ...
+
+    @overload
+    def with_options(self, **options: Unpack[CallKwargs]) -> CallMaker: ...
+
     @lists_options(CallOptions, changes=True)
-    def with_options(self, **options: Unpack[CallKwargs]) -> CallMaker:
+    def with_options(self, **options: Any) -> CallMaker:
         """The same client, with other options for its calls; see `CallOptions`."""
-        return self._maker.with_options(**options)
+        made: CallMaker = self._maker.with_options(**options)
+        return made
 
     @overload
     def send(
@@ -387,6 +404,7 @@ class Client:
 
     def _on_consuming_lost(self, cause: BrokerError) -> None:
         self._invoker.consuming_lost(str(cause))
+        self._jobs.watches.lost(str(cause))
 
     def _on_blocked(self, reason: str) -> None:
         log.warning("the broker takes no messages", reason=reason)

@@ -421,6 +421,19 @@ class RemoteJob:
         # To pydantic, a parameter with the default `...` is required; to a contract, it has some default.
         given = [it.replace(default=None) if it.default is ... else it for it in signature.parameters.values()]
         self.parameters = Parameters(self.label, signature.replace(parameters=given))
+        self._result: Result | None = None
+
+    def read_result(self, body: bytes) -> Any:
+        """Read the result of the job from JSON, as the contract annotates it.
+
+        Raises:
+            ConfigurationError: pydantic has no schema for the annotation.
+            ValidationError, NotRead, InvalidReply, ValueError: it does not fit the annotation, or is not JSON.
+
+        """
+        if self._result is None:
+            self._result = result_adapter(self.label, self.__signature__.return_annotation)
+        return self._result.read(body)
 
     def with_options(self, **_: Any) -> NoReturn:
         """Refuse: the options of a job are those of the client that sends it."""
@@ -476,6 +489,24 @@ class Result:
         if body.find(b"*") >= 0 or len(body) > MAX_DIGITS or OWN_SECRETS():
             refuse_changed(valid, body)
         return body
+
+
+def adapter_of(label: str, returns: Any) -> Result:
+    """The `Result` that reads values of a type; it is made once for each type.
+
+    Raises:
+        ConfigurationError: as for `result_adapter`.
+
+    """
+    try:
+        return _adapter_of(label, returns)
+    except TypeError:  # unhashable, such as Annotated[..., []]
+        return result_adapter(label, returns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _adapter_of(label: str, returns: Any) -> Result:
+    return result_adapter(label, returns)
 
 
 def result_adapter(label: str, returns: Any, *, written: bool = False) -> Result:

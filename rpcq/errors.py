@@ -15,6 +15,8 @@
     |   |   +-- TopologyMismatch              a queue or exchange exists with other arguments
     |   +-- ProtocolError                     the peer violated AMQP 0-9-1
     +-- SendError                             a job is not queued, or may not be; says which
+    +-- JobFailed                             a watched job is dead, or its end is not known; says whether it ran
+    +-- NoResult                              a watched job is done, and its result cannot be had
     +-- RetryLater                            raised by the handler of a job: run it again later
     +-- GiveUp                                raised by the handler of a job: never run it again
     +-- CallError                             how a call failed; says whether it ran      executed  retryable
@@ -156,6 +158,82 @@ class SendError(RpcqError):
     def __str__(self) -> str:
         named = "" if self.message_id is None else f", id={self.message_id}"
         return f"{self.message} (queued={self.queued}{named})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).__new__, (type(self),), {**self.__dict__, "args": self.args}
+
+
+class JobFailed(RpcqError):
+    """A watched job is dead, or its end cannot be known any more.
+
+    Attributes:
+        message: what happened, for people. It never has the text of an exception; look for `incident`.
+        executed: whether an attempt ran: "no", "maybe" or "yes".
+        reason: one word: that of its dead letter ("attempts", "gave_up", "expired", ...); or "session_lost": the
+            connection over which its sender listened is gone, and the job goes on unheard.
+        attempts: attempts that ran, as far as is known.
+        incident: what to look for in the worker's log; None for nothing.
+        job_id: the job's ID.
+
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        executed: Executed,
+        reason: str,
+        attempts: int = 0,
+        incident: str | None = None,
+        job_id: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.executed: Executed = executed
+        self.reason = reason
+        self.attempts = attempts
+        self.incident = incident
+        self.job_id = job_id
+
+    def __str__(self) -> str:
+        marks = [f"reason={self.reason}", f"executed={self.executed}", f"attempts={self.attempts}"]
+        if self.incident:
+            marks.append(f"incident={self.incident}")
+        if self.job_id:
+            marks.append(f"job={self.job_id}")
+        return f"{self.message} ({', '.join(marks)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).__new__, (type(self),), {**self.__dict__, "args": self.args}
+
+
+class NoResult(RpcqError):
+    """A watched job is done, and its result cannot be had. Do not send the job again for it.
+
+    Attributes:
+        message: why, for people.
+        reason: one word: "done_already": a job with its key had been done, so it did not run; "invalid_result": the
+            worker cannot send the result, for example because it is too large; "unreadable": it does not fit the type
+            that its sender expects.
+        job_id: the job's ID.
+        incident: what to look for in the worker's log; None for nothing.
+
+    """
+
+    def __init__(self, message: str, *, reason: str, job_id: str | None = None, incident: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason
+        self.job_id = job_id
+        self.incident = incident
+
+    def __str__(self) -> str:
+        marks = [f"reason={self.reason}"]
+        if self.incident:
+            marks.append(f"incident={self.incident}")
+        if self.job_id:
+            marks.append(f"job={self.job_id}")
+        return f"the job is done, and there is no result: {self.message} ({', '.join(marks)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).__new__, (type(self),), {**self.__dict__, "args": self.args}

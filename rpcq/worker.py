@@ -31,6 +31,7 @@ from rpcq.jobs.invocation import Served
 from rpcq.jobs.observing import JobObserving
 from rpcq.jobs.ordering import ORDERED_PREFETCH, Room
 from rpcq.jobs.running import JobRunner
+from rpcq.jobs.telling import Teller
 from rpcq.jobs.ticking import Ticker, schedules_of
 from rpcq.observer import ObservedBatch, Observer, Observers
 from rpcq.options import Priority, WorkerKwargs, WorkerOptions
@@ -108,6 +109,12 @@ class Worker:
                 self._job_topology,
                 may_begin=lambda: self._sessions.can_exchange,
                 ready=self._sessions.ready,
+                teller=Teller(
+                    self._transport,
+                    may_reply_to=lambda reply_to: self._intake.may_reply_to(reply_to),  # noqa: PLW0108 - made below
+                    reply_exchange=self.options.reply_exchange,
+                    max_body=self.options.max_body,
+                ),
                 remember=self.options.remember // 8,
                 observers=self._observers.jobs,
             )

@@ -103,7 +103,7 @@ class Intake:
         self._options = options
         self._observers = observers
         self._reply_prefixes = topology.reply_prefixes(options.reply_exchange)
-        self._may_reply_to = [re.compile(pattern.encode()) for pattern in options.reply_to]
+        self._allowed = [re.compile(pattern.encode()) for pattern in options.reply_to]
         self._cancels: dict[Key, float] = {}
         self._seldom = logs.Seldom(log)
         self.taking = Taking.ALL
@@ -119,6 +119,10 @@ class Intake:
     def is_reply_queue(self, reply_to: bytes) -> bool:
         """Whether a queue is the reply queue of an rpcq client, by its name."""
         return reply_to.startswith(self._reply_prefixes)
+
+    def may_reply_to(self, reply_to: bytes) -> bool:
+        """Whether this worker replies to a queue: a reply queue, or one that its option `reply_to` allows."""
+        return reply_to.startswith(self._reply_prefixes) or any(it.fullmatch(reply_to) for it in self._allowed)
 
     def cancel(self, key: Key, found: Properties) -> None:
         """The caller of a call is gone; `found` are the properties of the control message."""
@@ -200,7 +204,7 @@ class Intake:
             return request
         if not request.correlation_id:
             why = "it wants a reply and has no correlation_id"
-        elif any(it.fullmatch(reply_to) for it in self._may_reply_to):
+        elif self.may_reply_to(reply_to):
             return request
         else:
             why = f"its reply_to is {reply_to!r}; the worker's option reply_to says what else is allowed"

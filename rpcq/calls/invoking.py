@@ -88,9 +88,8 @@ class Invoker:
     ) -> Coroutine[Any, Any, Any]:
         """Make one call, from its parameters to its result. `CallMaker` and the proxies use it."""
         if options.is_for_jobs:
-            raise UsageError(
-                f"delay, at, expires, priority and order_key are for send; got one for a call of {target.label}"
-            )
+            names = "delay, at, expires, priority, order_key and watch"
+            raise UsageError(f"{names} are for send; got one for a call of {target.label}")
         if self._observers:
             return self._observed(target, options, args, params)
         if options.retry is None:

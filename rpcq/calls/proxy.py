@@ -8,7 +8,7 @@ import inspect
 import typing
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, Unpack, overload
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
 from rpcq.contracts import (
     METHOD_NAME,
@@ -22,12 +22,13 @@ from rpcq.contracts import (
 from rpcq.errors import ConfigurationError, UsageError
 from rpcq.event_types import Event
 from rpcq.once import GivenSession
-from rpcq.options import CallKwargs, CallOptions, check_name
+from rpcq.options import CallKwargs, CallOptions, UnwatchedCallKwargs, check_name
 from rpcq.service import Context
 from rpcq.validation.attributes import check_attributes
 from rpcq.validation.listing import lists_options
 from rpcq.validation.parameters import by_name, positional_names
 from rpcq.validation.schemas import type_hints
+from rpcq.watching import WatchedJob
 from rpcq.wire.events import Publication
 from rpcq.wire.jobs import Job
 from rpcq.wire.topology import Topology
@@ -169,10 +170,17 @@ class CallMaker:
         self._options = options
         self._targets: dict[str, Target] = {}
 
+    @overload
+    def with_options(self, *, watch: Literal[True], **options: Unpack[UnwatchedCallKwargs]) -> WatchingCallMaker: ...
+
+    @overload
+    def with_options(self, **options: Unpack[CallKwargs]) -> CallMaker: ...
+
     @lists_options(CallOptions, changes=True)
-    def with_options(self, **options: Unpack[CallKwargs]) -> CallMaker:
+    def with_options(self, **options: Any) -> CallMaker:
         """The same, with further options; see `CallOptions`."""
-        return CallMaker(self._caller, _changed(self._options, options))
+        changed = _changed(self._options, cast("CallKwargs", options))
+        return (WatchingCallMaker if changed.watch else CallMaker)(self._caller, changed)
 
     def call(self, target: str, /, *args: Any, **params: Any) -> Coroutine[Any, Any, Any]:
         """Call a method by its name.
@@ -236,7 +244,8 @@ class CallMaker:
     async def send(self, job: str | Callable[..., Any], /, *args: Any, **params: Any) -> Job:
         """Send a job: it returns when the broker has the job in a queue that survives the loss of a node.
 
-        Of the options, `timeout`, `idempotency_key` and `metadata` are used.
+        Of the options, `timeout`, `idempotency_key`, `metadata`, `delay`, `at`, `expires`, `priority` and `watch` are
+        used; with `watch` also `returns`.
 
         Args:
             job: a function with `@service.job`, or a job of a bound contract, such as `client.bind(EmailsApi).welcome`:
@@ -246,7 +255,7 @@ class CallMaker:
             params: parameters by name.
 
         Returns:
-            The job's ID and key.
+            The job's ID and key; with `watch=True` in the options a `WatchedJob`.
 
             If the task that awaits it is cancelled, the job may be queued all the same.
 
@@ -349,6 +358,71 @@ class CallMaker:
         """As `bind`, whether callers await the methods or not. `rpcq.sync` uses it."""
         declared = contract_of(api, service)
         return typing.cast("T", _Bound(self._caller, api, declared, self._options, is_awaited=False))
+
+
+class WatchingCallMaker(CallMaker):
+    """A `CallMaker` whose jobs are watched: `send` returns a `WatchedJob`, of whose result type checkers know the type.
+
+    `with_options(watch=True)` makes it. It makes no calls.
+    """
+
+    def with_options(self, **options: Unpack[UnwatchedCallKwargs]) -> WatchingCallMaker:  # type: ignore[override]  # its jobs stay watched
+        """The same, with further options; see `CallOptions`."""
+        return cast("WatchingCallMaker", super().with_options(**options))
+
+    @overload
+    def send(
+        self, job: Callable[Concatenate[Context, P], Coroutine[Any, Any, T]], /, *args: P.args, **params: P.kwargs
+    ) -> Coroutine[Any, Any, WatchedJob[T]]: ...
+
+    @overload
+    def send(
+        self, job: Callable[Concatenate[Context, P], T], /, *args: P.args, **params: P.kwargs
+    ) -> Coroutine[Any, Any, WatchedJob[T]]: ...
+
+    @overload
+    def send(
+        self, job: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **params: P.kwargs
+    ) -> Coroutine[Any, Any, WatchedJob[T]]: ...
+
+    @overload
+    def send(self, job: Callable[P, T], /, *args: P.args, **params: P.kwargs) -> Coroutine[Any, Any, WatchedJob[T]]: ...
+
+    @overload
+    def send(
+        self, job: Callable[Concatenate[SessionT, P], Any], /, *args: P.args, **params: P.kwargs
+    ) -> Coroutine[Any, Any, WatchedJob[Any]]: ...
+
+    @overload
+    def send(
+        self, job: Callable[Concatenate[Context, SessionT, P], Any], /, *args: P.args, **params: P.kwargs
+    ) -> Coroutine[Any, Any, WatchedJob[Any]]: ...
+
+    @overload
+    def send(self, job: str, /, *args: Any, **params: Any) -> Coroutine[Any, Any, WatchedJob[Any]]: ...
+
+    def send(self, job: Any, /, *args: Any, **params: Any) -> Any:
+        """Send a job; see `CallMaker.send`."""
+        return super().send(job, *args, **params)
+
+    @overload  # type: ignore[override]  # a list of watched jobs is no list of jobs to which others are added
+    def send_many(
+        self, job: Callable[..., Coroutine[Any, Any, T]], several: Iterable[Mapping[str, Any]], /
+    ) -> Coroutine[Any, Any, list[WatchedJob[T]]]: ...
+
+    @overload
+    def send_many(
+        self, job: Callable[..., T], several: Iterable[Mapping[str, Any]], /
+    ) -> Coroutine[Any, Any, list[WatchedJob[T]]]: ...
+
+    @overload
+    def send_many(
+        self, job: str, several: Iterable[Mapping[str, Any]], /
+    ) -> Coroutine[Any, Any, list[WatchedJob[Any]]]: ...
+
+    def send_many(self, job: Any, several: Any, /) -> Any:
+        """Send several jobs of one name; see `CallMaker.send_many`."""
+        return super().send_many(job, several)
 
 
 @lists_options(CallOptions, changes=True)

@@ -37,17 +37,25 @@ class Receiver:
         control: what takes the answers of workers to questions.
         observers: called with notices.
         notices: the name of the exchange that notices come through.
+        take_of_jobs: takes a message about a job; returns False if it is about none.
 
     """
 
     def __init__(
-        self, calls: PendingCalls, sender: Sender, control: Control, observers: Observers, notices: str
+        self,
+        calls: PendingCalls,
+        sender: Sender,
+        control: Control,
+        observers: Observers,
+        notices: str,
+        take_of_jobs: Callable[[Reply], bool],
     ) -> None:
         self._calls = calls
         self._sender = sender
         self._control = control
         self._observers = observers
         self._notices = notices.encode()
+        self._take_of_jobs = take_of_jobs
         self._seldom = logs.Seldom(log)
 
     def on_delivery(self, delivery: Delivery) -> None:
@@ -76,6 +84,8 @@ class Receiver:
             return
         request_id = came.correlation_id
         if self._control.answered(request_id, delivery.body):
+            return
+        if isinstance(came, Reply) and self._take_of_jobs(came):
             return
         if isinstance(came, Notice):
             self._observers.notice(came.reason)

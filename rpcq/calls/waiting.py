@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
+from typing import (
+    Any,
+    Concatenate,
+    Generic,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    Unpack,
+    cast,
+    overload,
+)
 
 from rpcq.calls import proxy
 from rpcq.errors import ConfigurationError, UsageError
 from rpcq.event_types import Event
 from rpcq.once import GivenSession
-from rpcq.options import CallKwargs, CallOptions, UntypedCallKwargs
+from rpcq.options import CallKwargs, CallOptions, UntypedCallKwargs, UnwatchedCallKwargs
 from rpcq.service import Context
+from rpcq.watching import BlockingJob
 from rpcq.wire.events import Publication
 from rpcq.wire.jobs import Job
 from rpcq.wire.topology import Topology
@@ -93,6 +105,9 @@ class CallMaker(Generic[R]):
         self._methods: dict[Any, Callable[..., Any]] = {}
 
     @overload
+    def with_options(self, *, watch: Literal[True], **options: Unpack[UnwatchedCallKwargs]) -> WatchingCallMaker: ...
+
+    @overload
     def with_options(self, *, returns: type[T], **options: Unpack[UntypedCallKwargs]) -> CallMaker[T]: ...
 
     @overload
@@ -100,7 +115,8 @@ class CallMaker(Generic[R]):
 
     def with_options(self, **options: Any) -> CallMaker[Any]:
         """The same, with further options; see `rpcq.CallOptions`. Type checkers know the result from `returns=`."""
-        return CallMaker(self._caller, replace(self._options, **options))
+        changed = replace(self._options, **options)
+        return (WatchingCallMaker if changed.watch else CallMaker)(self._caller, changed)
 
     @overload
     def call(self, target: str, /, *args: Any, **params: Any) -> R: ...
@@ -194,7 +210,8 @@ class CallMaker(Generic[R]):
     def send(self, job: str | Callable[..., Any], /, *args: Any, **params: Any) -> Job:
         """Send a job: it returns when the broker has the job in a queue that survives the loss of a node.
 
-        Of the options, `timeout`, `idempotency_key` and `metadata` are used.
+        Of the options, `timeout`, `idempotency_key`, `metadata`, `delay`, `at`, `expires`, `priority` and `watch` are
+        used; with `watch` also `returns`.
 
         Args:
             job: a function with `@service.job`, or a job of a bound contract, such as `client.bind(EmailsApi).welcome`:
@@ -204,7 +221,7 @@ class CallMaker(Generic[R]):
             params: parameters by name.
 
         Returns:
-            The job's ID and key.
+            The job's ID and key; with `watch=True` in the options an `rpcq.sync.WatchedJob`.
 
             If the thread is interrupted (Ctrl-C), the job may be queued all the same.
 
@@ -256,3 +273,64 @@ class CallMaker(Generic[R]):
 
         """
         return self._caller.publish_event(event, self._options)
+
+
+class WatchingCallMaker(CallMaker[Any]):
+    """A `CallMaker` whose jobs are watched: `send` returns a `WatchedJob`, of whose result type checkers know the type.
+
+    `with_options(watch=True)` makes it. It makes no calls.
+    """
+
+    def with_options(self, **options: Unpack[UnwatchedCallKwargs]) -> WatchingCallMaker:  # type: ignore[override]  # its jobs stay watched
+        """The same, with further options; see `CallOptions`."""
+        return cast("WatchingCallMaker", super().with_options(**options))
+
+    @overload
+    def send(
+        self, job: Callable[Concatenate[Context, P], Coroutine[Any, Any, T]], /, *args: P.args, **params: P.kwargs
+    ) -> BlockingJob[T]: ...
+
+    @overload
+    def send(
+        self, job: Callable[Concatenate[Context, P], T], /, *args: P.args, **params: P.kwargs
+    ) -> BlockingJob[T]: ...
+
+    @overload
+    def send(
+        self, job: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **params: P.kwargs
+    ) -> BlockingJob[T]: ...
+
+    @overload
+    def send(self, job: Callable[P, T], /, *args: P.args, **params: P.kwargs) -> BlockingJob[T]: ...
+
+    @overload
+    def send(
+        self, job: Callable[Concatenate[SessionT, P], Any], /, *args: P.args, **params: P.kwargs
+    ) -> BlockingJob[Any]: ...
+
+    @overload
+    def send(
+        self, job: Callable[Concatenate[Context, SessionT, P], Any], /, *args: P.args, **params: P.kwargs
+    ) -> BlockingJob[Any]: ...
+
+    @overload
+    def send(self, job: str, /, *args: Any, **params: Any) -> BlockingJob[Any]: ...
+
+    def send(self, job: Any, /, *args: Any, **params: Any) -> Any:
+        """Send a job; see `CallMaker.send`."""
+        return super().send(job, *args, **params)
+
+    @overload  # type: ignore[override]  # a list of watched jobs is no list of jobs to which others are added
+    def send_many(
+        self, job: Callable[..., Coroutine[Any, Any, T]], several: Iterable[Mapping[str, Any]], /
+    ) -> list[BlockingJob[T]]: ...
+
+    @overload
+    def send_many(self, job: Callable[..., T], several: Iterable[Mapping[str, Any]], /) -> list[BlockingJob[T]]: ...
+
+    @overload
+    def send_many(self, job: str, several: Iterable[Mapping[str, Any]], /) -> list[BlockingJob[Any]]: ...
+
+    def send_many(self, job: Any, several: Any, /) -> Any:
+        """Send several jobs of one name; see `CallMaker.send_many`."""
+        return super().send_many(job, several)

@@ -90,7 +90,7 @@ class Instance:
 
     # What the run of its handler reports; see `Run`.
 
-    def returned(self, run: JobRun) -> None:
+    def returned(self, run: JobRun, value: Any) -> None:  # noqa: ARG002 - nobody gets it
         """The handler returned."""
         if self._observing is not None:
             self._observing.end(run, "done", OK)

@@ -45,7 +45,7 @@ def declared(topology: EventTopology, services: Iterable[ServiceInfo]) -> tuple[
     queues, bindings, jobs = set(), set(), topology.jobs
     for service in services:
         if service.jobs:
-            queues |= {queue.name for queue in jobs.waiting(service.name, lanes=service.lanes)}
+            queues |= {queue.name for queue in jobs.waiting(service.name, lanes=service.lanes, ordered=service.ordered)}
         if any(job.schedule for job in service.jobs):
             queues.add(jobs.tickets(service.name).name)
         for each in service.subscriptions:

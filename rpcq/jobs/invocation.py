@@ -12,7 +12,7 @@ from rpcq.jobs.outcomes import Again, Dead, Filtered, of_refusal, of_unknown
 from rpcq.once import Found, NotBegun, OnceKey
 from rpcq.results import fingerprint
 from rpcq.runtime.deadline import Deadline
-from rpcq.service import Context, Offered, Service
+from rpcq.service import Context, Offered, Report, Service
 from rpcq.wire.jobs import JobMessage, JobTopology
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -102,11 +102,12 @@ class JobInvocation(Invocation):
     Attributes:
         job: the message.
         served: the queue that it came from.
+        report: takes what its handler says of its progress; None if nobody watches it.
         given: what an `async def` handler of a job with `once` gets from that.
 
     """
 
-    __slots__ = ("given", "job", "served")
+    __slots__ = ("given", "job", "report", "served")
 
     def __init__(
         self,
@@ -115,10 +116,12 @@ class JobInvocation(Invocation):
         arguments: Arguments,
         deadline: float,
         served: Served,
+        report: Report | None = None,
     ) -> None:
         super().__init__(method, arguments, deadline)
         self.job = job
         self.served = served
+        self.report = report
         self.given: Any = None
 
     def call(self) -> Any:
@@ -153,4 +156,5 @@ class JobInvocation(Invocation):
             state=self.served.state,
             due=None if job.due_ms is None else datetime.fromtimestamp(job.due_ms / 1000, UTC),
             order_key=job.order_key,
+            _report=self.report,
         )

@@ -48,7 +48,7 @@ LONGEST_PAUSE: Final = 60.0
 """Seconds that a job is put off at most after a store has failed once; after it has failed again and again."""
 
 _DONE: Final = b"null"
-"""The result that is stored for a job: what its handler returned is not used."""
+"""The result that is stored for a job: what its handler returned is for a sender that watches it, and not stored."""
 
 log = logs.get_logger("rpcq.worker")
 

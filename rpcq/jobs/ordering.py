@@ -165,6 +165,7 @@ class Lane:
             self._gone(run)
             return
         again = JobRun(run.runner, run.served, run.delivery, job, run.method, is_suspect=False)
+        run.runner.waits_here(run, again)
         self._keys[run.order_key][0] = again
         self._trying[again] = tried = self._trying.pop(run)
         tried.pauses += seconds

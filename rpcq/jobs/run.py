@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from rpcq.jobs.limits import Limit
     from rpcq.jobs.observing import Observation
     from rpcq.jobs.ordering import Lane
+    from rpcq.jobs.telling import Watcher
 
 
 class Settler(Protocol):
     """What is called with the end of a run, and settles its delivery."""
 
-    def returned(self, run: JobRun) -> None:
+    def returned(self, run: JobRun, value: Any) -> None:
         """The handler returned."""
 
     def raised(self, run: JobRun, invocation: Invocation, error: BaseException) -> None:
@@ -47,6 +48,7 @@ class JobRun(Run):
         key: its key in the worker's memory; None if the service has a store, or nothing is remembered.
         claimed: its key in the store of its service.
         observation: what observers see of its handler's run; None without observers, and after it ended.
+        watcher: the sender that watches it; None if nobody does.
 
     """
 
@@ -62,6 +64,7 @@ class JobRun(Run):
         "runner",
         "served",
         "since",
+        "watcher",
     )
 
     def __init__(
@@ -86,6 +89,7 @@ class JobRun(Run):
         self.key: str | None = None
         self.claimed: Claimed | None = None
         self.observation: Observation | None = None
+        self.watcher: Watcher | None = None
 
     @property
     def id(self) -> str:
@@ -124,9 +128,9 @@ class JobRun(Run):
         assert self.method.job is not None  # noqa: S101 - `Service` sets it
         return self.method.job
 
-    def returned(self, invocation: Invocation, value: Any) -> None:  # noqa: ARG002 - what a job returns is not used
+    def returned(self, invocation: Invocation, value: Any) -> None:  # noqa: ARG002 - its service has the method
         """See `Run`."""
-        self.runner.returned(self)
+        self.runner.returned(self, value)
 
     def raised(self, invocation: Invocation, error: BaseException) -> None:
         """See `Run`."""

@@ -54,6 +54,7 @@ from rpcq.jobs.outcomes import (
 from rpcq.jobs.overdue import Overdue
 from rpcq.jobs.run import JobRun
 from rpcq.jobs.suspects import Suspects
+from rpcq.jobs.telling import Teller
 from rpcq.observer import OK
 from rpcq.once import NotBegun
 from rpcq.runtime.backlog import Backlog
@@ -75,6 +76,7 @@ class JobRunner:
         topology: of the namespace.
         may_begin: whether a job may begin now: what becomes of it must be published. An attribute, too.
         ready: waits for that.
+        teller: tells the senders that watch jobs.
         remember: bytes for the keys of jobs that are done.
         observers: of jobs, as `Observers.jobs` has them.
 
@@ -98,6 +100,7 @@ class JobRunner:
         *,
         may_begin: Callable[[], bool],
         ready: Callable[[], Any],
+        teller: Teller,
         remember: int = 0,
         observers: JobObservers = (),
     ) -> None:
@@ -105,10 +108,11 @@ class JobRunner:
         self._executor = executor
         self._observing = JobObserving(observers, transport.now_ms) if observers else None
         self.may_begin = may_begin
+        self._teller = teller
         self._in_hand = Hand()
         self._running: set[JobRun] = set()
         self._arriving: Backlog[tuple[Served, Delivery, bool]] = Backlog(may_begin, ready, self._take)
-        self._mover = Mover(transport, topology, self._acknowledge, self._reject)
+        self._mover = Mover(transport, topology, self._moved, self._reject)
         self._remembered = Remembered(remember) if remember else None
         self._busy: set[str] = set()  # keys of jobs that run
         self._keys = Keys()
@@ -180,6 +184,7 @@ class JobRunner:
         self._overdue.close()
         self.ordering.close()
         self._mover.stop()
+        self._teller.stop()
         self._keys.vanish()
         self._take_waiting()
         for run in self:
@@ -192,6 +197,7 @@ class JobRunner:
         self.ordering.close()
         await self._arriving.close()
         await self._mover.close()
+        await self._teller.close()
         await self._keys.close()
 
     # Taking.
@@ -220,6 +226,8 @@ class JobRunner:
         job.problem = job.problem or misplaced(job, served.service.name, None if lane is None else lane.name)
         run = JobRun(self, served, delivery, job, served.find(job), is_suspect=is_suspects)
         self._in_hand.add(run)
+        if job.reply_to and not served.subscription:
+            self._teller.watched(run)
         self._idle.clear()
         if lane is not None:
             lane.take(run)
@@ -293,7 +301,9 @@ class JobRunner:
         else:
             if run.key not in self._busy:
                 run.since = now = time.monotonic()
-                invocation = JobInvocation(run.job, method, arguments, now + run.options.timeout, served)
+                report = None if run.watcher is None else self._teller.begins(run, run.watcher)
+                deadline = now + run.options.timeout
+                invocation = JobInvocation(run.job, method, arguments, deadline, served, report)
                 self._running.add(run)
                 if run.key is not None:
                     self._busy.add(run.key)
@@ -318,12 +328,14 @@ class JobRunner:
 
     # Ends of a run.
 
-    def returned(self, run: JobRun) -> None:
-        """The handler returned: the job is done."""
+    def returned(self, run: JobRun, value: Any) -> None:
+        """The handler returned: the job is done. The result is on its way before the job is acknowledged."""
         if run.key is not None and self._remembered is not None:
             self._remembered.put(run.key, run.job.body)
         if self._observing is not None:
             self._observing.end(run, "done", OK)
+        if run.watcher is not None:
+            self._teller.done(run, run.watcher, value)
         self._acknowledge(run)
         self._ended(run)
 
@@ -373,7 +385,7 @@ class JobRunner:
         if run.claimed is not None:
             (self._keys.put if is_done else self._keys.release)(run.claimed)
         if is_done:
-            self.returned(run)
+            self.returned(run, result.result().value)
         else:
             self._interrupted(run, invocation, why)
 
@@ -417,6 +429,8 @@ class JobRunner:
             log.info("job is done already, by its key", **run.names, key=run.job.key)
             if self._observing is not None:
                 self._observing.end(run, "suppressed", "done_already")
+            if run.watcher is not None:
+                self._teller.suppressed(run, run.watcher)
             self._acknowledge(run)
         else:
             self._settle(run, fate)
@@ -454,7 +468,21 @@ class JobRunner:
                 self.put_off += not fate.is_retry
             case Dead():
                 self.dead += 1
+        if run.watcher is not None:
+            self._teller.decided(run, run.watcher, fate, incident)
         self._mover.move(run, fate, incident)
+
+    def _moved(self, run: JobRun) -> None:
+        """The broker has the job in its new queue."""
+        if run.watcher is not None:
+            self._teller.moved(run, run.watcher)
+        self._acknowledge(run)
+
+    def waits_here(self, run: JobRun, again: JobRun) -> None:
+        """A job of an ordered lane waits here until it runs again, as another run."""
+        if run.watcher is not None:
+            self._teller.moved(run, run.watcher)
+            self._teller.watched(again)
 
     def _reject(self, run: JobRun) -> None:
         log.error("a job is larger than the broker takes: the broker itself makes it a dead letter", **run.names)
@@ -474,6 +502,8 @@ class JobRunner:
     def _give_back(self, run: JobRun) -> None:
         if self._observing is not None:
             self._observing.given_back(run)
+        if run.watcher is not None:
+            self._teller.forget(run, run.watcher)
         self._forget(run)
         if run.lane is None:
             run.delivery.reject(requeue=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from rpcq.contracts import RemoteJob
-from rpcq.errors import ConfigurationError, UsageError
+from rpcq.contracts import RemoteJob, adapter_of
+from rpcq.errors import ConfigurationError, SendError, UsageError
 from rpcq.jobs.confirming import Confirms, Declared, Sending
 from rpcq.jobs.observing import SendObservation, SendObservers
 from rpcq.jobs.preparing import find_job, prepare, runs_at_most_once
@@ -16,6 +18,7 @@ from rpcq.observer import ObservedSend
 from rpcq.options import MAX_DELAY, CallOptions, ClientOptions
 from rpcq.service import Method
 from rpcq.transport.base import Transport
+from rpcq.watching import Read, WatchedJob, Watches
 from rpcq.wire.delays import STEP, steps_of
 from rpcq.wire.jobs import DECLARE, Job, JobTopology, encode_job, lane_of, no_queue
 
@@ -41,22 +44,24 @@ class _Sending(Sending):
 
 
 @dataclass(frozen=True, slots=True)
-class _When:
-    """When a job is to be done.
+class _Terms:
+    """When a job is to be done, and who watches it.
 
     Attributes:
         steps: of 250 ms that the broker holds it; 0 for at once.
         due_ms: the end of that time, in milliseconds since the epoch; None for at once.
         expires_ms: when it need not be begun any more; None for never.
+        reply_to: the queue in which its sender listens; empty if it does not.
 
     """
 
     steps: int = 0
     due_ms: int | None = None
     expires_ms: int | None = None
+    reply_to: bytes = b""
 
 
-_AT_ONCE: Final = _When()
+_AT_ONCE: Final = _Terms()
 
 
 class JobSender:
@@ -68,7 +73,11 @@ class JobSender:
         topology: of the namespace.
         next_id: makes an ID that nobody can guess.
         options: the client's.
+        reply_queue: waits until the client has a reply queue, and returns its name.
         observers: of sends, as `Observers.sends` has them.
+
+    Attributes:
+        watches: the jobs that are watched.
 
     """
 
@@ -79,6 +88,7 @@ class JobSender:
         topology: JobTopology,
         next_id: Callable[[], bytes],
         options: ClientOptions,
+        reply_queue: Callable[[], Awaitable[bytes]],
         observers: SendObservers = (),
     ) -> None:
         self._transport = transport
@@ -87,6 +97,8 @@ class JobSender:
         self._next_id = next_id
         self._name = options.name
         self._max_body = options.max_body
+        self._reply_queue = reply_queue
+        self.watches = Watches(options.max_in_flight)
         self._observers = observers
         self._now = Declared([topology.jobs])
         self._later = Declared([*topology.ladder.exchanges(), topology.due])
@@ -139,15 +151,32 @@ class JobSender:
     ) -> list[Job]:
         """Send jobs; `sendings` gets them, and `observations` what observers see of each."""
         service, name, method = find_job(target)
-        when = self._when(options) if options.is_for_jobs else _AT_ONCE
+        terms = self._terms(options) if options.is_for_jobs else _AT_ONCE
+        until = time.monotonic() + options.timeout
+        if options.watch:
+            terms = replace(terms, reply_to=await self._where_to_reply(options.timeout))
         for args, params in several:
-            sendings.append(self._prepare(service, name, method, options, when, args, params, observations))
+            sendings.append(self._prepare(service, name, method, options, terms, args, params, observations))
         del several  # while many wait, the collector has less to look at
-        declared = self._later if when.steps else self._now
-        await self._confirms.send(sendings, options.timeout, declared, in_order=options.order_key is not None)
+        declared = self._later if terms.steps else self._now
+        seconds = max(0.0, until - time.monotonic()) if options.watch else options.timeout
+        await self._confirms.send(sendings, seconds, declared, in_order=options.order_key is not None)
         return [sending.job for sending in sendings]
 
-    def _when(self, options: CallOptions) -> _When:
+    async def _where_to_reply(self, seconds: float) -> bytes:
+        """Wait for the reply queue.
+
+        Raises:
+            SendError: there is none in time.
+
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._reply_queue()
+        except TimeoutError as error:
+            raise SendError(f"there was no connection to the broker within {seconds:g} s", queued="no") from error
+
+    def _terms(self, options: CallOptions) -> _Terms:
         """When a job is to be done, and when it need not be done any more.
 
         Raises:
@@ -172,7 +201,7 @@ class JobSender:
         if expires_ms is not None and expires_ms <= (due or now):
             msg = f"expires must be after the job is due, and in the future; got {options.expires}"
             raise ConfigurationError(msg)
-        return _When(steps, due, expires_ms)
+        return _Terms(steps, due, expires_ms)
 
     def _prepare(
         self,
@@ -180,7 +209,7 @@ class JobSender:
         name: str,
         method: Method | RemoteJob | None,
         options: CallOptions,
-        when: _When,
+        terms: _Terms,
         args: tuple[Any, ...],
         params: Mapping[str, Any],
         observations: list[SendObservation[ObservedSend]],
@@ -195,18 +224,29 @@ class JobSender:
             max_body=self._max_body,
         )
         due, route = None, (self.exchange, self._topology.key(service, message.lane).encode())
-        if when is not _AT_ONCE:
-            message.due_ms, message.expires_ms = when.due_ms, when.expires_ms
-            if when.due_ms is not None:
-                due = datetime.fromtimestamp(when.due_ms / 1000, UTC)
-                route = self._topology.ladder.route(when.steps, self._topology.address(service, message.lane))
+        if terms is not _AT_ONCE:
+            message.due_ms, message.expires_ms, message.reply_to = terms.due_ms, terms.expires_ms, terms.reply_to
+            if terms.due_ms is not None:
+                due = datetime.fromtimestamp(terms.due_ms / 1000, UTC)
+                route = self._topology.ladder.route(terms.steps, self._topology.address(service, message.lane))
         is_once = runs_at_most_once(method)
         if is_once and due is not None:
             msg = f"{service}.{name} runs at most once, and what is delayed may come twice after a crash of the broker"
             raise UsageError(f"{msg}: send it without delay and at")
         job = Job(message.id, service, name, message.key, due, message.priority, message.order_key)
+        if options.watch:
+            label = f"{service}.{name}"
+            watch, read = self.watches.add(label, job.id), _reader(label, method, options)
+            job = WatchedJob(job.id, service, name, job.key, due, job.priority, job.order_key, _watch=watch, _read=read)
         if self._observers:
             observed = ObservedSend(self.exchange, service, name, f"{service}.{name}")
             observations.append(SendObservation(self._observers, observed, message))
         properties = encode_job(message, self._transport.now_ms())
         return _Sending(self._confirms, job, route, properties, message.body, is_once=is_once)
+
+
+def _reader(label: str, method: Method | RemoteJob | None, options: CallOptions) -> Read | None:
+    """What reads the result of a job: by the options, else by its function or contract; None for plain JSON."""
+    if options.returns is not None:
+        return adapter_of(label, options.returns).read
+    return None if method is None else method.read_result

@@ -86,6 +86,7 @@ HEARD: Final[Mapping[bool | None, str]] = {True: "yes", False: "no", None: "unkn
 
 OWNED: Final[Mapping[str, tuple[str, str, Mapping[str, str]]]] = {
     "pending_replies": ("rpcq_client_pending_replies", "Calls that wait for a reply.", {}),
+    "watched_jobs": ("rpcq_client_watched_jobs", "Jobs that the client watches, and that have not ended.", {}),
     "late_replies": ("rpcq_client_unmatched_replies", "Replies for no call under way.", {"reason": "late"}),
     "duplicate_replies": ("rpcq_client_unmatched_replies", "", {"reason": "duplicate"}),
     "stray_replies": ("rpcq_client_unmatched_replies", "", {"reason": "stray"}),
@@ -110,7 +111,7 @@ OWNED: Final[Mapping[str, tuple[str, str, Mapping[str, str]]]] = {
 }
 """Key of `Counted.counts` -> name, help and labels of the metric."""
 
-GAUGES: Final = frozenset({"pending_replies", "in_flight", "jobs_in_hand"})
+GAUGES: Final = frozenset({"pending_replies", "watched_jobs", "in_flight", "jobs_in_hand"})
 """Keys of `OWNED` whose numbers can also fall."""
 
 

@@ -6,7 +6,7 @@ Times are seconds, sizes are bytes.
 """
 
 from rpcq.options.batches import Batch
-from rpcq.options.calls import CallKwargs, CallOptions, UntypedCallKwargs
+from rpcq.options.calls import CallKwargs, CallOptions, UntypedCallKwargs, UnwatchedCallKwargs
 from rpcq.options.checks import (
     MAX_DELAY,
     MAX_HEADERS,
@@ -15,10 +15,12 @@ from rpcq.options.checks import (
     NAME,
     NAMESPACE,
     OWNED_HEADERS,
+    check_amount,
     check_delay,
     check_errors,
     check_name,
     check_seconds,
+    size_of,
 )
 from rpcq.options.connections import (
     ClientKwargs,
@@ -51,10 +53,13 @@ __all__ = [
     "Priority",
     "Retry",
     "UntypedCallKwargs",
+    "UnwatchedCallKwargs",
     "WorkerKwargs",
     "WorkerOptions",
+    "check_amount",
     "check_delay",
     "check_errors",
     "check_name",
     "check_seconds",
+    "size_of",
 ]

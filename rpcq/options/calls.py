@@ -39,10 +39,16 @@ class UntypedCallKwargs(TypedDict, total=False):
     order_key: str | None
 
 
-class CallKwargs(UntypedCallKwargs, total=False):
-    """The keyword arguments of `with_options`; see `CallOptions`."""
+class UnwatchedCallKwargs(UntypedCallKwargs, total=False):
+    """The keyword arguments of `with_options` besides `watch`, which decides what `send` returns; see `CallOptions`."""
 
     returns: Any
+
+
+class CallKwargs(UnwatchedCallKwargs, total=False):
+    """The keyword arguments of `with_options`; see `CallOptions`."""
+
+    watch: bool
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class CallOptions:
             have lanes (`Service(lanes=True)`) for the first two.
         order_key: 1 to 255 bytes, such as "customer-7": the jobs of a service that have the same one are done one by
             one, in the order in which they were sent; only for `send`. It must be a `Service(ordered=True)`.
+        watch: whether `send` returns a `WatchedJob`, which tells how far the job is and what it returned, as long as
+            the client is connected.
 
     """
 
@@ -84,6 +92,7 @@ class CallOptions:
     expires: float | datetime | None = None
     priority: Priority | None = None
     order_key: str | None = None
+    watch: bool = False
 
     def __post_init__(self) -> None:
         check_seconds("timeout", self.timeout, MAX_TIMEOUT)
@@ -92,6 +101,8 @@ class CallOptions:
             if self.priority is not None and self.priority not in get_args(Priority):
                 raise ConfigurationError(f"priority must be 'high', 'normal', 'low' or None; got {self.priority!r}")
             self._check_order()
+        if not isinstance(self.watch, bool):
+            raise ConfigurationError(f"watch must be True or False; got {self.watch!r}")
         object.__setattr__(self, "errors", check_errors(self.errors))
         check_short("queue", self.queue)
         check_short("idempotency_key", self.idempotency_key)
@@ -115,8 +126,8 @@ class CallOptions:
 
     @cached_property
     def is_for_jobs(self) -> bool:
-        """Whether they say when or before what something is to be done, which only a job can be told."""
-        return (self.delay, self.at, self.expires, self.priority, self.order_key) != (None,) * 5
+        """Whether they say when, before what or in what order something is to be done, or watch it: only for jobs."""
+        return self.watch or (self.delay, self.at, self.expires, self.priority, self.order_key) != (None,) * 5
 
     def _check_order(self) -> None:
         check_short("order_key", self.order_key)

@@ -96,6 +96,18 @@ def check_count(name: str, value: int, least: int, most: int) -> None:
         raise ConfigurationError(f"{name} must be a whole number from {least} to {most}; got {value!r}")
 
 
+def check_amount(name: str, value: float) -> None:
+    """Check how much of something there is.
+
+    Raises:
+        ConfigurationError: it is not a finite number of at least 0.
+
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= sys.float_info.max:
+        raise ConfigurationError(f"{name} must be a number of at least 0; got {value!r:.100}")
+
+
 def size_of(value: Any) -> int:
     """Bytes of a string in UTF-8; -1 if the value is not a string, or cannot be encoded."""
     try:

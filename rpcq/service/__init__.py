@@ -5,6 +5,6 @@ the handlers' annotations; without an annotation, a value is what JSON gives.
 """
 
 from rpcq.service.definition import EVERY_METHOD, Service
-from rpcq.service.methods import Authorize, Context, Method, Offered, Subscriber, jobs_of
+from rpcq.service.methods import Authorize, Context, Method, Offered, Report, Subscriber, jobs_of
 
-__all__ = ["EVERY_METHOD", "Authorize", "Context", "Method", "Offered", "Service", "Subscriber", "jobs_of"]
+__all__ = ["EVERY_METHOD", "Authorize", "Context", "Method", "Offered", "Report", "Service", "Subscriber", "jobs_of"]

@@ -235,7 +235,8 @@ class Service:
         given to `Client.send`.
 
         Args:
-            handler: an `async def`, or a `def`, which runs in a thread. What it returns is not used.
+            handler: an `async def`, or a `def`, which runs in a thread. What it returns reaches a sender that
+                watches the job, and nobody else.
             name: the name under which it is sent; None for the function's own name.
             options: as in `rpcq.JobOptions`.
 

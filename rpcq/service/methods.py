@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from types import FunctionType
-from typing import Any, Generic, cast
+from typing import Any, Final, Generic, cast
 
 import pydantic
 from typing_extensions import TypeVar
@@ -19,7 +19,7 @@ from typing_extensions import TypeVar
 from rpcq.contracts import Parameters, result_adapter
 from rpcq.errors import ConfigurationError, DomainError, InvalidReply
 from rpcq.event_types import Topics
-from rpcq.options import Batch, JobOptions
+from rpcq.options import Batch, JobOptions, check_amount, size_of
 from rpcq.runtime.deadline import Deadline
 from rpcq.validation.attributes import check_attributes
 from rpcq.validation.batches import signature_of_one
@@ -31,6 +31,12 @@ State = TypeVar("State", default=Any)
 
 Place = tuple[int, str]
 """The position and the name of a parameter."""
+
+Report = Callable[[float, float | None, str | None], None]
+"""Takes how much is done, how much there is to do, and a note; may be called in any thread."""
+
+MAX_NOTE: Final = 1000
+"""Bytes of a note on the progress of a job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,31 @@ class Context(Generic[State]):
     state: State = cast("State", None)  # noqa: RUF009 - None
     due: datetime | None = None
     order_key: str | None = None
+    _report: Report | None = field(default=None, repr=False, compare=False)
+
+    def progress(self, done: float, total: float | None = None, note: str | None = None) -> None:
+        """Say how far the job is, to a sender that watches it (`with_options(watch=True)`).
+
+        It may be called as often as you like, from `def` and `async def` handlers and from other threads: the sender is
+        told at most ten times a second, always of the newest, and of the last one before the result. In a job that
+        nobody watches, and in a call, it checks its arguments and does nothing.
+
+        Args:
+            done: how much is done, a number of at least 0, in a unit of your choice.
+            total: how much there is to do, in the same unit; None if that is not known. It may change.
+            note: what people are to know besides, at most 1000 bytes; None for nothing.
+
+        Raises:
+            ConfigurationError: an argument is not valid.
+
+        """
+        check_amount("done", done)
+        if total is not None:
+            check_amount("total", total)
+        if note is not None and not 0 <= size_of(note) <= MAX_NOTE:
+            raise ConfigurationError(f"note must be a string of at most {MAX_NOTE} bytes; got {note!r:.100}")
+        if self._report is not None:
+            self._report(done, total, note)
 
 
 Authorize = Callable[[Context], Awaitable[str | None]]
@@ -278,6 +309,15 @@ class Method(Offered):
             msg = f"{self.label} returned {len(body)} bytes of JSON; the limit is {max_body} (max_body)"
             raise InvalidReply(msg)
         return body
+
+    def read_result(self, body: bytes) -> Any:
+        """Read what the handler returned from JSON.
+
+        Raises:
+            ValidationError, NotRead, InvalidReply, ValueError: it does not fit the annotation, or is not JSON.
+
+        """
+        return bodies.loads(body) if self._result is None else self._result.read(body)
 
 
 def jobs_of(function: Any) -> tuple[Method, ...]:

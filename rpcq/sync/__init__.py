@@ -8,8 +8,18 @@
 Calls have the same options, the same outcomes and the same errors. All threads of a process may share one client.
 """
 
-from rpcq.calls.waiting import CallMaker, RemoteMethod, ServiceProxy
+from rpcq.calls.waiting import CallMaker, RemoteMethod, ServiceProxy, WatchingCallMaker
 from rpcq.contracts import blocking_contract as contract
 from rpcq.sync.client import Client, disconnect_all
+from rpcq.watching import BlockingJob as WatchedJob
 
-__all__ = ["CallMaker", "Client", "RemoteMethod", "ServiceProxy", "contract", "disconnect_all"]
+__all__ = [
+    "CallMaker",
+    "Client",
+    "RemoteMethod",
+    "ServiceProxy",
+    "WatchedJob",
+    "WatchingCallMaker",
+    "contract",
+    "disconnect_all",
+]

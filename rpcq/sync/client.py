@@ -10,13 +10,13 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import asdict, replace
 from types import TracebackType
-from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar, Unpack, cast, overload
+from typing import Any, Concatenate, Final, Literal, ParamSpec, Self, TypeVar, Unpack, cast, overload
 from weakref import WeakSet
 
 from rpcq import client as asynchronous
 from rpcq.calls import late
 from rpcq.calls.proxy import Target
-from rpcq.calls.waiting import CallMaker, ServiceProxy
+from rpcq.calls.waiting import CallMaker, ServiceProxy, WatchingCallMaker
 from rpcq.control import WorkerInfo, WorkerStats
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import (
@@ -37,6 +37,7 @@ from rpcq.options import (
     ClientKwargs,
     ClientOptions,
     UntypedCallKwargs,
+    UnwatchedCallKwargs,
     check_name,
     check_seconds,
 )
@@ -45,6 +46,7 @@ from rpcq.runtime.deadline import Deadline, inherit
 from rpcq.service import Context
 from rpcq.sync.connection import Connection, left_open, loop_of
 from rpcq.url import parse
+from rpcq.watching import BlockingJob, WatchedJob
 from rpcq.wire.events import Publication
 from rpcq.wire.jobs import Job
 from rpcq.wire.replies import Reply
@@ -263,6 +265,9 @@ class Client:
         return self._maker.bind(api, service)
 
     @overload
+    def with_options(self, *, watch: Literal[True], **options: Unpack[UnwatchedCallKwargs]) -> WatchingCallMaker: ...
+
+    @overload
     def with_options(self, *, returns: type[T], **options: Unpack[UntypedCallKwargs]) -> CallMaker[T]: ...
 
     @overload
@@ -270,7 +275,8 @@ class Client:
 
     def with_options(self, **options: Any) -> CallMaker[Any]:
         """The same client, with other options for its calls; see `rpcq.CallOptions`."""
-        return self._maker.with_options(**options)
+        made: CallMaker[Any] = self._maker.with_options(**options)
+        return made
 
     # Sending jobs.
 
@@ -388,9 +394,10 @@ class _Caller:
         several = [*several]  # here, and not in the thread of the connections
         connection, options = self._to_send(options, lambda: find_job(job))
         try:
-            return blocking.run(connection.loop, connection.client.send_jobs, job, options, several)
+            sent = blocking.run(connection.loop, connection.client.send_jobs, job, options, several)
         except blocking.Abandoned:
             raise SendError(_ENDED, queued="maybe") from None
+        return [BlockingJob.of(each, connection.loop) if isinstance(each, WatchedJob) else each for each in sent]
 
     def publish_event(self, event: Event, options: CallOptions) -> Publication:
         """Publish an event, and wait until the broker has it."""

@@ -86,6 +86,7 @@ class FakeService(Service):
         super().__init__(name, queue_type=queue_type, lanes=lanes, ordered=ordered)
         self.calls: list[Received] = []
         self.received: list[Received] = []
+        self._results: dict[str, Any] = {}
         self._contract: dict[str, Callable[..., Any]] | None = None
         self._idempotent: frozenset[str] = frozenset()
         self._next: dict[str, deque[_Act]] = {}
@@ -215,8 +216,10 @@ class FakeService(Service):
     def takes(self, *jobs: str) -> Self:
         """Take jobs of these names. A job is done at once, whatever its parameters are, and is in `received`.
 
-        A sender does not wait for its job, so there is nothing that a job could answer. In `world`, all jobs that were
+        In `world`, all jobs that were
         sent are in `received` after `await w.settled()`.
+
+        A sender that watches a job (`watch=True`) gets what `returns` says, or None.
 
         Args:
             jobs: names of jobs, without the service's. Call `takes` before the fake is served, because its worker
@@ -235,6 +238,29 @@ class FakeService(Service):
             raise ConfigurationError(msg)
         for name in jobs:
             self.job(name=name)(self._job_handler(name, None))
+        return self
+
+    def returns(self, job: str, value: Any) -> Self:
+        """Set the result of a job, for senders that watch it (`watch=True`); without it, the result is None.
+
+        Args:
+            job: name of the job, without the service's; one that `takes` has named, or of the contract.
+            value: the result of each job of this name from now on.
+
+        Raises:
+            ConfigurationError: the fake takes no such job; or JSON cannot carry the value, or the value does not have
+                the type that the contract gives the result.
+
+        """
+        if job not in self.jobs:
+            has = ", ".join(sorted(self.jobs)) or "none"
+            raise ConfigurationError(f"job must be one that the fake takes; it has {has}; got {job!r}")
+        try:
+            self.jobs[job].write_result(value, sys.maxsize)
+        except InvalidReply as error:
+            msg = f"value must be a result that the job can return; got {value!r}: {error.message}"
+            raise ConfigurationError(msg) from error
+        self._results[job] = value
         return self
 
     def check(self) -> None:
@@ -300,8 +326,9 @@ class FakeService(Service):
     def _job_handler(self, name: str, function: Callable[..., Any] | None) -> Callable[..., Any]:
         """What a worker runs for a job; `function` is that of the contract."""
 
-        async def handle(*args: Any, rpcq_context: Context, **params: Any) -> None:
-            self.received.append(Received(name, args, params, replace(rpcq_context, state=None)))
+        async def handle(*args: Any, rpcq_context: Context, **params: Any) -> Any:
+            self.received.append(Received(name, args, params, replace(rpcq_context, state=None, _report=None)))
+            return self._results.get(name)
 
         if function is not None:
             _take_types(handle, function, f"{self.name}.{name}")

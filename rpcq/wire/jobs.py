@@ -6,10 +6,10 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 from zlib import crc32
 
-from rpcq.errors import TooLarge
+from rpcq.errors import TooLarge, UsageError
 from rpcq.options import MAX_HEADERS, OWNED_HEADERS, Priority
 from rpcq.wire import properties as amqp
 from rpcq.wire.bodies import JSON, is_json, text
@@ -74,7 +74,8 @@ _U64: Final = struct.Struct(">Q")
 _I64: Final = struct.Struct(">q")
 
 # The properties of a job, as `encode_job` packs them by hand: U16 flags | content_type | headers | delivery_mode 2 |
-# correlation_id | message_id | timestamp | type | app_id. The last two are only there with their flags.
+# correlation_id | reply_to | message_id | timestamp | type | app_id. `reply_to` and the last two are only there with
+# their flags.
 _FLAGS: Final = (
     amqp.CONTENT_TYPE | amqp.HEADERS | amqp.DELIVERY_MODE | amqp.CORRELATION_ID | amqp.MESSAGE_ID | amqp.TIMESTAMP
 )
@@ -229,6 +230,21 @@ class Job:
     priority: Priority = "normal"
     order_key: str | None = None
 
+    if not TYPE_CHECKING:  # to a type checker, only a watched job has them
+
+        def result(self, *_: Any, **__: Any) -> NoReturn:
+            """Refuse: nobody listens for the result."""
+            raise UsageError(self._unwatched)
+
+        def progress(self, *_: Any, **__: Any) -> NoReturn:
+            """Refuse: nobody listens."""
+            raise UsageError(self._unwatched)
+
+        @property
+        def _unwatched(self) -> str:
+            label = f"{self.service}.{self.name}"
+            return f"this job of {label} is not watched: send it by client.with_options(watch=True).send(...)"
+
 
 @dataclass(slots=True, kw_only=True)
 class JobMessage:
@@ -254,6 +270,7 @@ class JobMessage:
         problem: why it cannot be read; empty if it can.
         returns: how often it came back to its queue; 0 if it was not delivered before.
         earlier: how often it came back to a queue, in the same attempt, before it was published again.
+        reply_to: the queue of a sender that watches it; empty if nobody does.
 
     """
 
@@ -276,6 +293,7 @@ class JobMessage:
     problem: str = ""
     returns: int = 0
     earlier: int = 0
+    reply_to: bytes = b""
 
     @property
     def lane(self) -> str:
@@ -329,7 +347,7 @@ def check_headers(headers: Mapping[str, Any]) -> None:
 
 
 def encode_dead(data: bytes, further: Mapping[str, Any]) -> bytes:
-    """Encode the properties of a dead letter: those that the job came with, without the broker's headers.
+    """Encode the properties of a dead letter: those of the job, without the broker's headers and without `reply_to`.
 
     Args:
         data: the properties of the job, as `read_job` has read them.
@@ -341,6 +359,7 @@ def encode_dead(data: bytes, further: Mapping[str, Any]) -> bytes:
     found.headers = {**kept, **further}
     found.delivery_mode = 2
     found.expiration = found.user_id = None  # it would expire again; RabbitMQ refuses another user than the publisher
+    found.reply_to = None  # its watcher is told now, and of nothing that becomes of it later
     return amqp.encode(found)
 
 
@@ -355,12 +374,28 @@ def encode_job(job: JobMessage, now_ms: int) -> bytes:
         now_ms: the time, in milliseconds since the epoch.
 
     """
+    headers = _headers_of(job)
+    first_sent = headers[FIRST_SENT] = now_ms if job.first_sent_ms is None else job.first_sent_ms
+    name = short(job.id.encode())
+    flags, last = _FLAGS, b""
+    if job.name:
+        flags, last = flags | amqp.TYPE, short(job.name.encode())
+    if job.app_id:
+        flags, last = flags | amqp.APP_ID, last + short(job.app_id.encode())
+    table = _FIRST_SENT_START + _I64.pack(first_sent) if len(headers) == 1 else amqp.encode_table(headers)
+    sent = _U64.pack(now_ms // 1000)
+    watcher = b""
+    if job.reply_to:
+        flags, watcher = flags | amqp.REPLY_TO, short(job.reply_to)
+    return b"".join((_U16.pack(flags), _CONTENT_TYPE, table, b"\x02", name, watcher, name, sent, last))
+
+
+def _headers_of(job: JobMessage) -> dict[str, Any]:
     headers: dict[str, Any] = dict(job.headers)
     if job.key != job.id:
         headers[KEY] = job.key
     if job.attempt > 1:
         headers[ATTEMPT] = job.attempt
-    first_sent = headers[FIRST_SENT] = now_ms if job.first_sent_ms is None else job.first_sent_ms
     if job.expires_ms is not None:
         headers[EXPIRES] = job.expires_ms
     if job.due_ms is not None:
@@ -375,15 +410,7 @@ def encode_job(job: JobMessage, now_ms: int) -> bytes:
         headers[UNKNOWN] = job.unknown
     if job.earlier:
         headers[RETURNS] = job.earlier
-    name = short(job.id.encode())
-    flags, last = _FLAGS, b""
-    if job.name:
-        flags, last = flags | amqp.TYPE, short(job.name.encode())
-    if job.app_id:
-        flags, last = flags | amqp.APP_ID, last + short(job.app_id.encode())
-    table = _FIRST_SENT_START + _I64.pack(first_sent) if len(headers) == 1 else amqp.encode_table(headers)
-    sent = _U64.pack(now_ms // 1000)
-    return b"".join((_U16.pack(flags), _CONTENT_TYPE, table, b"\x02", name, name, sent, last))
+    return headers
 
 
 def read_job(data: bytes, body: bytes, *, redelivered: bool) -> JobMessage:
@@ -417,6 +444,7 @@ def read_job(data: bytes, body: bytes, *, redelivered: bool) -> JobMessage:
         # A sender may write these headers itself: they are the broker's only where the message was delivered before.
         returns=_returns(headers) if redelivered else 0,
         earlier=_count(headers.get(RETURNS, 0)),
+        reply_to=found.reply_to or b"",
     )
     job.problem = _problem(found, headers, job)
     return job

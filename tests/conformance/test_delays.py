@@ -135,7 +135,9 @@ async def test_times_are_for_jobs_and_for_those_that_may_run_twice(namespace: st
         with pytest.raises(UsageError, match="runs at most once, and what is delayed may come twice"):
             await client.with_options(delay=1).send(mail.charge)
         await client.with_options(expires=60).send(mail.charge)
-        with pytest.raises(UsageError, match="delay, at, expires and priority are for send; got one for a call of"):
+        with pytest.raises(
+            UsageError, match="delay, at, expires, priority and watch are for send; got one for a call of"
+        ):
             await client.with_options(delay=1).call(f"{mail.service.name}.count")
         with pytest.raises(UsageError, match="are for send"):
             await client.with_options(expires=1).service(mail.service.name).count()

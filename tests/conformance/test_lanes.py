@@ -182,7 +182,7 @@ async def test_a_priority_is_for_jobs_alone(memory: Place, service: Service) -> 
 
     async with memory.client() as client, memory.worker(service):
         for priority in LANES:
-            with pytest.raises(UsageError, match="priority and order_key are for send; got one for a call of"):
+            with pytest.raises(UsageError, match="priority, order_key and watch are for send; got one for a call of"):
                 await client.with_options(priority=priority).call(f"{service.name}.count")
         assert await client.with_options(priority="low").with_options(priority=None).call(f"{service.name}.count") == 0
 

@@ -14,9 +14,8 @@ from support.jobs import Done
 from support.places import Place, cut_memory
 from support.stores import DRIVERS, Store, url_of
 
-
 QUICK = ("asyncpg", "sqlite3")
-"""Of each database, and of each kind of driver, one; the others run with `make test-faults`; `make test` has its time."""
+"""One of each database, and of each kind of driver; the others run with `make test-faults`."""
 
 
 @pytest.fixture(params=[pytest.param(it, marks=() if it in QUICK else pytest.mark.long) for it in DRIVERS])

@@ -16,7 +16,10 @@ from rpcq import (
     DomainError,
     Job,
     JobInfo,
+    Progress,
     Service,
+    WatchedJob,
+    WatchingCallMaker,
     Worker,
     contract,
     with_options,
@@ -158,6 +161,12 @@ def plain(to: str) -> str:
     return to
 
 
+@emails.job
+async def render(context: Context, path: str, size: int) -> bytes:
+    context.progress(1, 2, note=path)
+    return bytes(size)
+
+
 @contract("emails", jobs=["welcome", "tidy"])
 class EmailsApi(Protocol):
     async def welcome(self, to: str, copies: int = ...) -> None: ...
@@ -182,6 +191,19 @@ async def jobs(client: Client) -> None:
     assert_type(await client.with_options(order_key="a").send_many(api.welcome, [{"to": "ada"}]), list[Job])
     assert_type(await client.send_many(api.welcome, [{"to": "ada"}]), list[Job])
     assert_type(await api.sent("ada"), int)
+    watching = client.with_options(watch=True)
+    assert_type(watching, WatchingCallMaker)
+    assert_type(await watching.send(plain, to="ada"), WatchedJob[str])
+    assert_type(await watching.send(render, "a.png", 5), WatchedJob[bytes])
+    assert_type(await watching.with_options(delay=5).send(render, "a.png", 5), WatchedJob[bytes])
+    assert_type(await watching.send("emails.render", path="a.png"), WatchedJob[Any])
+    assert_type(await watching.send(api.welcome, to="ada"), WatchedJob[None])
+    assert_type(await watching.send_many(render, [{"path": "a.png", "size": 5}]), list[WatchedJob[bytes]])
+    job = await watching.send(render, "a.png", 5)
+    async for step in job.progress():
+        assert_type(step, Progress)
+        assert_type(step.done, float | None)
+    assert_type(await job.result(timeout=5), bytes)
 
 
 async def workers(client: Client) -> None:

@@ -75,3 +75,7 @@ def jobs(client: Client) -> None:
     assert_type(client.send("emails.welcome", to="ada"), Job)
     assert_type(client.with_options(timeout=1.0).send(welcome, "ada"), Job)
     assert_type(client.send_many(welcome, [{"to": "ada"}]), list[Job])
+    watching = client.with_options(watch=True)
+    assert_type(watching.send(welcome, "ada"), sync.WatchedJob[None])
+    assert_type(watching.send("emails.welcome", to="ada").result(timeout=5), Any)
+    assert_type(watching.send_many(welcome, [{"to": "ada"}]), list[sync.WatchedJob[None]])

@@ -95,18 +95,18 @@ async def clients() -> None:
     client.bind(Things, 5)  # error: arg-type
     client.bind("things")  # error: arg-type
 
-    client.with_options(timeut=1)  # error: call-arg
-    client.with_options(timeout="1")  # error: arg-type
-    client.with_options(idempotent="yes")  # error: arg-type
+    client.with_options(timeut=1)  # error: call-overload
+    client.with_options(timeout="1")  # error: call-overload
+    client.with_options(idempotent="yes")  # error: call-overload
     client.with_options(errors=(ValueError,))  # error: arg-type
     client.with_options(errors=[ValueError])  # error: list-item
-    client.with_options(errors=OutOfStock)  # error: arg-type
+    client.with_options(errors=OutOfStock)  # error: call-overload
     with_options(things, timeut=1)  # error: call-arg
     with_options(things, timeout="1")  # error: arg-type
     await with_options(things.add, timeout=1)("1")  # error: arg-type
     client.with_options(metadata={"x-a": 5})  # error: dict-item
-    client.with_options(queue=5)  # error: arg-type
-    client.with_options(5)  # error: call-arg
+    client.with_options(queue=5)  # error: call-overload
+    client.with_options(5)  # error: call-overload
     client.service("things").with_options(timeut=1)  # error: call-arg
     client.service("things").with_options(timeout="1")  # error: arg-type
     client.service(5)  # error: arg-type
@@ -121,6 +121,12 @@ emails = Service("emails")
 
 @emails.job
 async def welcome(context: Context, to: str, copies: int = 1) -> None: ...
+
+
+@emails.job
+def render(context: Context, path: str) -> bytes:
+    context.progress("half")  # error: arg-type
+    return b""
 
 
 emails.job(timeout="60")  # error: call-overload
@@ -142,8 +148,15 @@ async def jobs(client: Client) -> None:
     await client.send(welcome, 5)  # error: call-overload
     await client.send(welcome)  # error: call-overload
     await client.send(welcome, name="ada")  # error: call-overload
-    client.with_options(priority="urgent")  # error: arg-type
-    client.with_options(order_key=7)  # error: arg-type
+    client.with_options(priority="urgent")  # error: call-overload
+    client.with_options(order_key=7)  # error: call-overload
+    client.with_options(watch="yes")  # error: call-overload
+    (await client.send(welcome, "ada")).result(timeout=5)  # error: attr-defined
+    watching = client.with_options(watch=True)
+    await watching.send(welcome, 5)  # error: call-overload
+    await (await watching.send(welcome, "ada")).result()  # error: call-arg
+    number: int = await (await watching.send(render, "a.png")).result(timeout=5)  # error: assignment
+    del number
     api = client.bind(EmailsApi)
     await client.send(api.welcome, 5)  # error: call-overload
     await client.send(api.welcome)  # error: call-overload

@@ -197,7 +197,7 @@ def test_an_error_of_a_call_can_be_pickled_and_copied(error: CallError, again: A
     assert str(other) == str(error)
 
 
-ABOUT_JOBS = (errors.SendError, errors.RetryLater)
+ABOUT_JOBS = (errors.SendError, errors.RetryLater, errors.JobFailed, errors.NoResult)
 """Their arguments are others than a message."""
 
 
@@ -209,7 +209,14 @@ def test_other_errors_can_be_pickled(kind: type[RpcqError]) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [errors.SendError("away", queued="maybe", message_id="7", key="k"), errors.RetryLater(2.5)], ids=repr
+    "error",
+    [
+        errors.SendError("away", queued="maybe", message_id="7", key="k"),
+        errors.RetryLater(2.5),
+        errors.JobFailed("bad", executed="yes", reason="attempts", attempts=3, incident="i", job_id="7"),
+        errors.NoResult("too large", reason="invalid_result", job_id="7", incident="i"),
+    ],
+    ids=repr,
 )
 def test_errors_about_jobs_can_be_pickled(error: RpcqError) -> None:
     other = pickle.loads(pickle.dumps(error))
