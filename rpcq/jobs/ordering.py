@@ -60,6 +60,9 @@ class Runner(Protocol):
     def consider(self, run: JobRun) -> None:
         """Begin a job, or settle it without a run."""
 
+    def waits_here(self, run: JobRun, again: JobRun) -> None:
+        """A job waits here until it runs again, as another run."""
+
 
 @dataclass(slots=True)
 class _Tried:
@@ -165,7 +168,7 @@ class Lane:
             self._gone(run)
             return
         again = JobRun(run.runner, run.served, run.delivery, job, run.method, is_suspect=False)
-        run.runner.waits_here(run, again)
+        self._runner.waits_here(run, again)
         self._keys[run.order_key][0] = again
         self._trying[again] = tried = self._trying.pop(run)
         tried.pauses += seconds
