@@ -109,7 +109,8 @@ async def test_many_reports_of_a_thread_become_few_messages_and_the_last_one_com
         assert await job.result(timeout=SECONDS) == 50_000
         assert job._watch._number <= took[0] / 0.05 + 2  # as many as were sent
     assert steps[-1] == Progress(state="running", attempt=1, done=50_000, total=50_000)
-    assert [step.done for step in steps] == sorted(step.done or 0 for step in steps)
+    said = [step.done or 0 for step in steps]  # the first may be told before the thread has begun
+    assert said == sorted(said)
 
 
 async def _now() -> float:
