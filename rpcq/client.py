@@ -212,6 +212,7 @@ class Client:
         self._control.close()
         await self._sender.close()
         await self._confirms.close()
+        self._jobs.watches.close()
 
     async def __aenter__(self) -> Self:
         return await self.connect()
