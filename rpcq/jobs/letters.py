@@ -274,7 +274,16 @@ def replay_of(topology: EventTopology, letter: DeadLetter, to: str | None, now_m
         return f"it has no ID that a worker would take: {job.problem}"
     is_over = job.expires_ms is not None and job.expires_ms <= now_ms
     expires_ms = None if is_over else job.expires_ms
-    again = replace(job, attempt=1, unknown=0, earlier=0, expires_ms=expires_ms, priority=priority, order_key=order_key)
+    again = replace(
+        job,
+        attempt=1,
+        unknown=0,
+        earlier=0,
+        expires_ms=expires_ms,
+        priority=priority,
+        order_key=order_key,
+        reply_to=b"",  # who watched it has been told that it is dead
+    )
     try:
         properties = encode_job(again, now_ms)
     except (ValueError, TypeError) as error:

@@ -19,7 +19,7 @@ from rpcq import Client
 from rpcq.calls.outcomes import CallEvent, event_of_notice
 from rpcq.calls.proxy import make_target
 from rpcq.contracts import METHOD_NAME
-from rpcq.control import JobInfo, MethodInfo, ServiceInfo, WorkerInfo, WorkerStats
+from rpcq.control import JobInfo, MethodInfo, ServiceInfo, SubscriptionInfo, WorkerInfo, WorkerStats
 from rpcq.errors import (
     BY_CODE,
     CallError,
@@ -424,7 +424,7 @@ def test_control_messages_are_those_of_the_contract() -> None:
     assert [*kinds] == [kind.decode() for kind in known]
     assert f"under `{EVERY_SERVICE}`" in text
     words = {kind: set(re.findall(r'"(\w+)"', effect)) for kind, effect in kinds.items()}
-    described = (WorkerInfo, ServiceInfo, MethodInfo, JobInfo)
+    described = (WorkerInfo, ServiceInfo, MethodInfo, JobInfo, SubscriptionInfo)
     assert words["describe"] == {it.name for kind in described for it in fields(kind)}
     assert words["stats"] == {it.name for it in fields(WorkerStats)}
 
