@@ -147,7 +147,7 @@ class Eight:
 async def pacing(url: str, rounds: int, events: int) -> dict[str, float]:
     """What a dead and a failing subscription cost eight others."""
     ratios: list[float] = []
-    async with running(Service("none"), url=url) as client:
+    async with running(url=url) as client:
         namespace = client.options.namespace
         good, bad = (Eight(it, url, namespace, with_bad=it == "bad") for it in ("good", "bad"))
         workers = [await good.open(), await bad.open()]
@@ -170,18 +170,15 @@ async def pacing(url: str, rounds: int, events: int) -> dict[str, float]:
     return {"pace_ratio": statistics.median(ratios), "lost": lost, "late_for_the_dead_one": len(bad.late)}
 
 
-async def measure(url: str, rounds: int, events: int) -> dict[str, float]:
-    """All figures."""
-    return {**await publishing(url, rounds, events), **await pacing(url, rounds, events)}
-
-
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--events", type=int, default=1000, help="events of a round")
     given = parser.parse_args()
-    print(json.dumps(asyncio.run(measure(os.environ["RPCQ_URL"], given.rounds, given.events)), indent=2))
+    for measure in (publishing, pacing):
+        found = asyncio.run(measure(os.environ["RPCQ_URL"], given.rounds, given.events))
+        print(json.dumps(found, indent=2), flush=True)
 
 
 if __name__ == "__main__":
