@@ -5,6 +5,7 @@
 Figures are ratios within one run, of rounds that alternate:
 
 - `publish_ratio`: the time to publish to ten subscriptions, by the time to publish to one; one by one, and 100 at once.
+  No worker runs meanwhile.
 - `pace_ratio`: the time until eight subscriptions have run all events, with a dead one (no worker) and one that always
   fails beside them, by the time without these two.
 
@@ -20,10 +21,16 @@ import os
 import statistics
 import time
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from rpcq import Client, Event, Retry, Service, Worker
+from rpcq.events import queues
+from rpcq.options import ConnectionOptions
 from rpcq.testing import running
+from rpcq.transport.opening import open_admin
+from rpcq.url import parse
+from rpcq.wire.events import EventTopology
 
 WINDOW = 100
 NEVER = Retry(max_attempts=8, initial_backoff=600, max_backoff=3600)
@@ -65,18 +72,29 @@ async def timed(client: Client, kind: type[Any], events: int, window: int) -> fl
     return time.perf_counter() - began
 
 
+async def clear(url: str, namespace: str, services: Iterable[Service]) -> None:
+    """Delete the queues and exchanges that workers of these services have declared."""
+    topology, broker, services = EventTopology(namespace), parse(url), [*services]
+    found = [*queues.shared(topology, services), *(it for each in services for it in queues.waiting(topology, each))]
+    exchanges = [*queues.exchanges(topology, services)]
+    async with open_admin(broker, ConnectionOptions(), *broker.hosts[0]) as admin:
+        await admin.delete([it.name for it in found], [it.name for it in exchanges])
+
+
 async def publishing(url: str, rounds: int, events: int) -> dict[str, float]:
     """What ten subscriptions cost a publisher, by what one costs."""
     ratios: dict[int, list[float]] = {1: [], WINDOW: []}
     one, ten = listening(One, 1, "one"), listening(Ten, 10, "ten")
-    async with running(one, ten, url=url, job_prefetch=100) as client:
+    async with running(url=url) as client:
+        async with Worker(one, ten, url=url, namespace=client.options.namespace, connect_timeout=60):
+            pass  # it declares the queues; workers would share the CPU with the publisher
         for window, found in ratios.items():
             many = events if window > 1 else max(10, events // 20)
             for turn in range(rounds + 1):
                 seconds = {kind: await timed(client, kind, many, window) for kind in (One, Ten)}
-                await asyncio.sleep(0.2)  # the workers take what is left
                 if turn:  # the first round declares, and warms up
                     found.append(seconds[Ten] / seconds[One])
+        await clear(url, client.options.namespace, [one, ten])
     return {
         "publish_ratio_one_by_one": statistics.median(ratios[1]),
         f"publish_ratio_{WINDOW}_at_once": statistics.median(ratios[WINDOW]),
@@ -108,12 +126,12 @@ class Eight:
         self.dead, self.failing = Service(f"{name}-dead"), Service(f"{name}-failing")
 
         @self.dead.on(Happened)
-        async def count(event: Happened) -> None:
+        async def count(event: Any) -> None:
             self.late[event.number] += 1
             self.changed.set()
 
         @self.failing.on(Happened, retry=NEVER)
-        async def fail(_: Happened) -> None:
+        async def fail(_: Any) -> None:
             raise ValueError("always")
 
         self._served = [*self.services, self.failing] if with_bad else self.services
@@ -167,6 +185,9 @@ async def pacing(url: str, rounds: int, events: int) -> dict[str, float]:
             await bad.until([bad.late], total)
         for worker in workers:
             await worker.stop()
+        await clear(
+            url, namespace, [it for eight in (good, bad) for it in (*eight.services, eight.dead, eight.failing)]
+        )
     return {"pace_ratio": statistics.median(ratios), "lost": lost, "late_for_the_dead_one": len(bad.late)}
 
 
