@@ -180,7 +180,8 @@ class Soak:
             rows = connection.execute(select(effects.c.order_id, effects.c.is_ghost)).all()
             self.found.effects = Counter(order for order, is_ghost in rows if not is_ghost)
             self.found.ghosts = sum(is_ghost for _, is_ghost in rows)
-            self.found.orders = dict(connection.execute(select(orders.c.id, orders.c.key)).tuples().all())
+            rows = connection.execute(select(orders.c.id, orders.c.key)).all()
+            self.found.orders = {row.id: row.key for row in rows}
             for name, table in (("outbox", outbox), ("dead", dead), ("inbox", inbox)):
                 self.found.left[name] = connection.execute(select(func.count()).select_from(table)).scalar_one()
 
