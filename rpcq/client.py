@@ -51,6 +51,7 @@ from rpcq.transport.sessions import Sessions
 from rpcq.url import checked_user, mask, parse
 from rpcq.validation.listing import lists_options
 from rpcq.wire import control
+from rpcq.wire.batches import MAX_BATCH
 from rpcq.wire.events import EventTopology, Publication
 from rpcq.wire.jobs import Job
 from rpcq.wire.replies import Reply
@@ -105,6 +106,8 @@ class Client:
             self._calls,
             name=self.options.name,
             user=checked_user(self._url) if self.options.identify else "",
+            # A worker does not know this client's limit, and could exceed it only with a batch.
+            batches=self.options.batching and self.options.max_body >= MAX_BATCH,
             unrun_within=self.options.unrun_within,
         )
         self._control = Control(self._transport, self.topology, self._sender.reply_queue, self._calls.next_id)

@@ -329,6 +329,7 @@ class Worker:
             "expired_on_arrival": self.expired_on_arrival,
             "unroutable_replies": self._replier.unroutable_replies,
             "replayed": self._replier.replayed,
+            "reply_messages": self._replier.reply_messages,
             "loop_blocks": 0 if watchdog is None else watchdog.blocks,
         }
 

@@ -165,6 +165,7 @@ class Intake:
             delivery.ack()  # a copy of a call that is in hand here, and will be replied to
             return
         run = CallRun(replier, delivery, key, may_have_run)
+        run.reads_batches = request.reads_batches and served.service.batching
         if self._observers.requests:
             run.observed = self._observe(served.service, request, delivery)
         now = time.monotonic()

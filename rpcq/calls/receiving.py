@@ -20,6 +20,7 @@ from rpcq.transport.base import Delivery
 from rpcq.validation.attributes import read_attributes
 from rpcq.validation.bounds import NotRead, first_error
 from rpcq.wire import replies
+from rpcq.wire.batches import read_replies
 from rpcq.wire.properties import MalformedProperties
 from rpcq.wire.replies import Notice, Reply
 
@@ -82,8 +83,30 @@ class Receiver:
             # Clients can have the broker send anything through the notices, and workers anything that looks like one.
             self._drop("a forged reply or notice came to the reply queue, and is dropped")
             return
+        if isinstance(came, Reply) and came.kind == replies.REPLIES:
+            self._take_several(came)
+            return
+        self._take_news(came, delivery.body)
+
+    def _take_several(self, batch: Reply) -> None:
+        """Take the replies in a message batch, each for itself."""
+        try:
+            found = read_replies(batch)
+        except ValueError as error:
+            self._drop("a malformed batch of replies is dropped", cause=str(error))
+            return
+        calls = self._calls
+        for reply in found:
+            call = calls.get(reply.correlation_id) if reply.kind == replies.RESULT else None
+            if call is not None:
+                calls.happened(call, _REPLY, reply)
+            else:
+                self._take_news(reply, reply.body)
+
+    def _take_news(self, came: Reply | Notice, body: bytes | None) -> None:
+        """Take a reply that is not the result of a call under way, or a notice."""
         request_id = came.correlation_id
-        if self._control.answered(request_id, delivery.body):
+        if self._control.answered(request_id, body):
             return
         if isinstance(came, Reply) and self._take_of_jobs(came):
             return

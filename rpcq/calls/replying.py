@@ -5,7 +5,7 @@ A request is in hand from `begin` or `refuse` until it is acknowledged, once the
     begin -> execution.Executor -> CallRun.returned | raised | interrupted -+
     refuse -----------------------------------------------------------------+-> reply -> confirmed -> acknowledged
 
-A reply that was not confirmed because a session was lost is published again. Whether a request may run is decided
+How a reply is published, alone or with others, is decided in `rpcq.calls.posting`; whether a request may run is decided
 before, in `rpcq.calls.admission`.
 """
 
@@ -21,6 +21,7 @@ from typing import Any, Final
 from rpcq import logs, observer
 from rpcq.calls.admission import CallInvocation, MayHaveRun, never_no
 from rpcq.calls.authorization import authorize
+from rpcq.calls.posting import Post
 from rpcq.calls.replaying import Replays
 from rpcq.errors import (
     CallError,
@@ -37,18 +38,14 @@ from rpcq.execution import Enter, Executor, Run
 from rpcq.invocation import Interruption, Invocation, Refused, Unfit
 from rpcq.observer import CANCELLED, OK, Endings, ObservedRequest
 from rpcq.results import StoredResult
-from rpcq.runtime.backlog import Backlog
-from rpcq.transport.base import Delivery, Outgoing, Published, Transport
+from rpcq.transport.base import Delivery, Published, Transport
 from rpcq.validation.attributes import write_details
 from rpcq.wire import bodies, replies
-from rpcq.wire.topology import DIRECT_REPLY_TO
 
 log = logs.get_logger("rpcq.worker")
 
 CUT_OFF_TIMEOUT: Final = 2.0
 """Seconds that the broker has to confirm the replies to callers whose handlers were cut off."""
-
-_CONFIRMED: Final = Published.CONFIRMED  # a name of its own: getting at an enum's member is slow in CPython 3.11
 
 Key = tuple[bytes, bytes]
 """reply_to and correlation ID: they name a call among those of all clients. Without reply_to, no reply is wanted."""
@@ -63,13 +60,24 @@ class CallRun(Run):
         key: the key of the call.
         may_have_run: why the call may have run before; None if it certainly has not.
         queue_ms: milliseconds since the caller sent it; None if the request does not say.
+        reads_batches: whether the reply may go with others, in a message batch.
         said: the content of an error reply; None for a result.
         observed: what observers see of it; None without observers, and after their callbacks at its end.
         endings: the callbacks of observers for its end; None before they were called with its beginning.
 
     """
 
-    __slots__ = ("delivery", "endings", "key", "may_have_run", "observed", "queue_ms", "replier", "said")
+    __slots__ = (
+        "delivery",
+        "endings",
+        "key",
+        "may_have_run",
+        "observed",
+        "queue_ms",
+        "reads_batches",
+        "replier",
+        "said",
+    )
 
     def __init__(self, replier: Replier, delivery: Delivery, key: Key, may_have_run: MayHaveRun | None = None) -> None:
         super().__init__()
@@ -78,6 +86,7 @@ class CallRun(Run):
         self.key = key
         self.may_have_run = may_have_run
         self.queue_ms: float | None = None
+        self.reads_batches = False
         self.said: dict[str, Any] | None = None
         self.observed: ObservedRequest | None = None
         self.endings: Endings[ObservedRequest] | None = None
@@ -98,26 +107,6 @@ class CallRun(Run):
     def interrupted(self, invocation: Invocation, why: Interruption) -> None:
         """See `Run`."""
         self.replier.interrupted(self, invocation, why)
-
-
-class _Reply(Outgoing):
-    """The reply to a request in hand."""
-
-    __slots__ = ("run",)
-
-    def __init__(self, run: CallRun, exchange: bytes, properties: bytes, body: bytes) -> None:
-        # Not by super(): one is made for each call.
-        self.exchange = exchange
-        self.routing_key, self.correlation_id = run.key
-        # RabbitMQ may return a message for direct reply-to even if it delivers it.
-        self.mandatory = not self.routing_key.startswith(DIRECT_REPLY_TO)
-        self.properties = properties
-        self.body = body
-        self.run = run
-
-    def on_published(self, published: Published) -> None:
-        """See `Outgoing`."""
-        self.run.replier.published(self, published)
 
 
 class CallsInHand:
@@ -209,11 +198,9 @@ class Replier:
         self._transport = transport
         self._executor = executor
         self._replays = replays
-        self._exchange = (reply_exchange or "").encode()
+        self._post = Post(transport, self, (reply_exchange or "").encode(), max_body)
         self._max_body = max_body
         self._observers = observers
-        self._encoder = replies.ReplyEncoder()
-        self._unsent: Backlog[_Reply] = Backlog(lambda: transport.can_publish, transport.writable, transport.publish)
         self._abandoned = False
         self._seldom = logs.Seldom(log)
         self.in_hand = CallsInHand()
@@ -224,6 +211,12 @@ class Replier:
     def open(self) -> None:
         """From now on, in this event loop."""
         self._executor.open()
+        self._post.open()
+
+    @property
+    def reply_messages(self) -> int:
+        """Messages that its replies took."""
+        return self._post.messages
 
     @property
     def replayed(self) -> int:
@@ -271,6 +264,7 @@ class Replier:
         runs are cancelled at the same time.
         """
         self._abandoned = True
+        self._post.abandon()
         runs = list(self.in_hand)
         if runs:
             log.error("calls cut off", count=len(runs), correlation_ids=[run.id for run in runs[:20]])
@@ -282,7 +276,7 @@ class Replier:
         for run in runs:
             if run.result is not None:
                 run.result.cancel()  # its thread may end after the loop
-        await self._unsent.close()
+        await self._post.close()
         await self._replays.close()
 
     # Running.
@@ -334,7 +328,7 @@ class Replier:
             case Interruption.CANCELLED:
                 if run.observed is not None:
                     self._observe_end(run, run.observed, CANCELLED)
-                self._acknowledge(run)
+                self.acknowledge(run)
             case Interruption.TIMED_OUT:
                 self._reply_error(run, CallTimeout(f"{label} ran into the deadline after {seconds}", executed="yes"))
             case Interruption.TIMED_OUT_UNBEGUN:
@@ -392,25 +386,18 @@ class Replier:
     def _reply(self, run: CallRun, kind: bytes, body: bytes) -> None:
         run.task = None
         if not run.key[0]:
-            self._acknowledge(run)
+            self.acknowledge(run)
             return
-        properties = self._encoder.encode(kind, run.key[1], run.queue_ms, run.handler_ms)
-        self._transport.publish(_Reply(run, self._exchange, properties, body))
+        self._post.post(run, kind, body)
 
-    def published(self, reply: _Reply, published: Published) -> None:
-        """What became of a reply."""
-        run = reply.run
-        if published is _CONFIRMED:
-            self._acknowledge(run)
-        elif published in (Published.UNSENT, Published.UNKNOWN):
-            if not self._abandoned:
-                self._unsent.add(reply)  # published again as soon as that is possible
-        elif published is Published.TOO_LARGE:
-            self._reply_in_short(run, len(reply.body))
+    def not_taken(self, run: CallRun, published: Published, size: int) -> None:
+        """The broker does not have a reply, whose body is `size` bytes, and never will."""
+        if published is Published.TOO_LARGE:
+            self._reply_in_short(run, size)
         else:
             self.unroutable_replies += 1
             log.debug("a reply did not reach its caller", correlation_id=run.id, reply=published.value)
-            self._acknowledge(run)
+            self.acknowledge(run)
 
     def _reply_in_short(self, run: CallRun, size: int) -> None:
         """The broker does not take a message of this size: reply with a short error."""
@@ -423,13 +410,13 @@ class Replier:
         if len(body) < size:
             self._reply(run, replies.ERROR, body)
         else:
-            self._acknowledge(run)  # no reply can reach the caller
+            self.acknowledge(run)  # no reply can reach the caller
 
-    def _acknowledge(self, run: CallRun) -> None:
+    def acknowledge(self, run: CallRun) -> None:
         """Acknowledge, but not before the thread has ended: until then, its slot of the prefetch is in use."""
         if run.outlasts and not self._abandoned:
             assert run.result is not None  # noqa: S101 - made with the thread
-            run.result.add_done_callback(lambda _: self._acknowledge(run))
+            run.result.add_done_callback(lambda _: self.acknowledge(run))
             return
         self.in_hand.remove(run)
         self.finished += 1

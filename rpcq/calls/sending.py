@@ -140,6 +140,7 @@ class Sender:
         calls: the table of calls under way.
         name: the client's name, for the requests.
         user: the broker's user, for the requests of a client that identifies itself; else empty.
+        batches: whether the client reads message batches.
         unrun_within: seconds; if a request expires within this time after it was sent, it was never delivered.
 
     Attributes:
@@ -158,6 +159,7 @@ class Sender:
         *,
         name: str,
         user: str,
+        batches: bool,
         unrun_within: float,
     ) -> None:
         self._transport = transport
@@ -165,6 +167,7 @@ class Sender:
         self.calls = calls
         self._name = name
         self._user = user
+        self._batches = batches
         self._unrun_within = unrun_within
         # Services that have no queue which delivers once -> when that was found, on the monotonic clock.
         self._not_once: dict[bytes, float] = {}
@@ -187,7 +190,7 @@ class Sender:
 
     def consuming(self, reply_queue: str) -> None:
         """The consuming session is up, with this reply queue."""
-        self.encoder = requests.RequestEncoder(reply_queue, self._name, self._user)
+        self.encoder = requests.RequestEncoder(reply_queue, self._name, self._user, batches=self._batches)
 
     def consuming_lost(self) -> None:
         """The consuming session is down: there is no reply queue."""

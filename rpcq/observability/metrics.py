@@ -107,6 +107,7 @@ OWNED: Final[Mapping[str, tuple[str, str, Mapping[str, str]]]] = {
     ),
     "unroutable_replies": ("rpcq_worker_unroutable_replies", "Replies whose caller was gone.", {}),
     "replayed": ("rpcq_worker_replayed_results", "Requests answered with a stored result.", {}),
+    "reply_messages": ("rpcq_worker_reply_messages", "Messages that replies took: one may have several.", {}),
     "loop_blocks": ("rpcq_event_loop_blocks", "Times that a handler blocked the event loop (blocked_after).", {}),
 }
 """Key of `Counted.counts` -> name, help and labels of the metric."""

@@ -72,6 +72,7 @@ class ClientKwargs(ConnectionKwargs, total=False):
     identify: bool
     disconnected_timeout: float
     unheard_kept: bool
+    batching: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,8 @@ class ClientOptions(ConnectionOptions):
             subtracts two heartbeats, in which its own clock may have stood still.
         unheard_kept: whether a queue is bound to the exchange for events that nobody hears, to keep them. The broker
             then returns none, so `Publication.heard` is None instead of True.
+        batching: whether workers may send it several replies in one message, which costs the broker less. What a call
+            returns or raises does not depend on it.
 
     """
 
@@ -97,12 +100,13 @@ class ClientOptions(ConnectionOptions):
     identify: bool = False
     disconnected_timeout: float = 60.0
     unheard_kept: bool = False
+    batching: bool = True
 
     def __post_init__(self) -> None:
         ConnectionOptions.__post_init__(self)
         check_seconds("timeout", self.timeout, MAX_TIMEOUT)
         check_count("max_in_flight", self.max_in_flight, 1, 10_000_000)
-        for name in ("identify", "unheard_kept"):
+        for name in ("identify", "unheard_kept", "batching"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"{name} must be True or False; got {getattr(self, name)!r}")
         check_seconds("disconnected_timeout", self.disconnected_timeout)

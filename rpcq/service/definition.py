@@ -54,6 +54,8 @@ class Service:
         authorize: an `async def` that is called with the `Context` of each request, before its handler runs or a
             stored result is replayed. It raises `PermissionDenied` to refuse the call. It may return a string, such as
             a tenant: callers with different strings never share an idempotency key. None stands for the broker's user.
+        batching: whether workers send several replies to one client in one message, if the client reads that. What a
+            call returns or raises does not depend on it.
         lanes: whether jobs may have a priority: those of high and of low priority then have a queue each, which workers
             consume besides the one for all others. True must remain while such jobs wait.
         ordered: whether jobs may have an order key: they then go through 16 further queues, which workers consume
@@ -82,6 +84,7 @@ class Service:
         authorize: Authorize | None = None,
         lanes: bool = False,
         ordered: bool = False,
+        batching: bool = True,
     ) -> None:
         self._obligation = obligation = None if api is None else Obligation(api, name)
         if obligation is not None:
@@ -117,6 +120,9 @@ class Service:
         if not isinstance(ordered, bool):
             raise ConfigurationError(f"ordered of service {name!r} must be True or False; got {ordered!r}")
         self.ordered = ordered
+        if not isinstance(batching, bool):
+            raise ConfigurationError(f"batching of service {name!r} must be True or False; got {batching!r}")
+        self.batching = batching
         self.methods: dict[str, Method] = {}
         self.jobs: dict[str, Method] = {}
         self.subscriptions: dict[str, Subscriber] = {}

@@ -16,6 +16,12 @@ RESULT: Final = b"result"
 ERROR: Final = b"error"
 """The two types of a reply."""
 
+REPLIES: Final = b"replies"
+"""The type of a message batch, which has several replies; see `rpcq.wire.batches`."""
+
+LINES: Final = b"application/x-ndjson"
+"""The content type of a message batch."""
+
 _U16: Final = struct.Struct(">H")
 _U32: Final = struct.Struct(">I")
 _F64: Final = struct.Struct(">d")
@@ -83,10 +89,11 @@ class Reply:
     """A reply, not validated yet.
 
     Attributes:
-        kind: RESULT, ERROR or another `type`; a reply without a `type` counts as a result.
+        kind: RESULT, ERROR, REPLIES or another `type`; a reply without a `type` counts as a result.
         body: None if it was over the client's `max_body`.
         problem: why its body is not read as JSON, by its properties; empty if it is.
-        properties: all properties, as bytes.
+        properties: all properties, as bytes; empty for a reply from a message batch.
+        times: what `read_times` finds for a reply from a message batch.
 
     """
 
@@ -95,6 +102,7 @@ class Reply:
     body: bytes | None
     problem: str = ""
     properties: bytes = field(default=b"", compare=False, repr=False)
+    times: tuple[float | None, float] | None = None
 
 
 _FAST_REPLY: Final = _U16.pack(_FLAGS) + short(JSON) + _U32.pack(_TIMES_SIZE) + _QUEUE_MS
@@ -131,7 +139,10 @@ def read_reply(data: bytes, body: bytes | None, own: bytes) -> Reply | Notice | 
     if not found.reply_to or found.reply_to != own:
         if body == b"" and kind == RESULT:
             body = b"null"  # of a foreign server that returns nothing; workers of rpcq always write JSON
-        return Reply(correlation_id, kind, body, why_not_read(found.content_type, found.content_encoding), data)
+        problem = ""
+        if kind != REPLIES or found.content_type != LINES or found.content_encoding:
+            problem = why_not_read(found.content_type, found.content_encoding)
+        return Reply(correlation_id, kind, body, problem, data)
     match (found.headers or {}).get("x-death"):
         case [{"reason": str(reason), "queue": str(queue)}, *_]:
             return Notice(correlation_id, reason, queue)
@@ -141,6 +152,8 @@ def read_reply(data: bytes, body: bytes | None, own: bytes) -> Reply | Notice | 
 def read_times(reply: Reply) -> tuple[float | None, float] | None:
     """Milliseconds from the client to the handler (None if not known), and in the handler; None without the latter."""
     data = reply.properties
+    if not data:
+        return reply.times
     at = 3 + data[2] + 4  # past the flags, the content type and the table's length, if a worker of rpcq sent it
     if data.startswith(_QUEUE_MS, at) and data.startswith(_HANDLER_MS, at + _QUEUE_TIME_SIZE):
         _, queue_ms, _, handler_ms = _TIMES.unpack_from(data, at)

@@ -19,6 +19,7 @@ DEADLINE: Final = "rpcq-deadline"
 TIMEOUT: Final = "rpcq-timeout"
 KEY: Final = "rpcq-idempotency-key"
 ATTEMPT: Final = "rpcq-attempt"
+BATCHES: Final = "rpcq-batches"
 
 _U16: Final = struct.Struct(">H")
 _U32: Final = struct.Struct(">I")
@@ -33,6 +34,7 @@ _MAX_I32: Final = (1 << 31) - 1
 #   U32    bytes of the headers' table, up to delivery_mode
 #            short "CC", "A", U32 bytes of the array:   _CC_START; only if the caller is to be notified of an expiry
 #              "S", U32 length, reply_to
+#            short "rpcq-batches", "t", 1               _BATCHES; only after `CC`, if the client reads message batches
 #            short "rpcq-deadline", "l", I64            _TIMES: _TIMES_SIZE bytes
 #            short "rpcq-timeout", "l", I64
 #            or, to a queue that foreign programs may serve, in types that old clients know:
@@ -47,6 +49,8 @@ _MAX_I32: Final = (1 << 31) - 1
 #   short  user_id                                       only with the flag USER_ID
 #   short  app_id           the client's name
 _CC_START: Final = short(b"CC") + b"A"
+_BATCHES: Final = short(BATCHES.encode()) + b"t\x01"
+_BATCHES_SIZE: Final = len(_BATCHES)
 _DEADLINE_NAME: Final = short(DEADLINE.encode()) + b"l"
 _TIMEOUT_NAME: Final = short(TIMEOUT.encode()) + b"l"
 _TIMES: Final = struct.Struct(f">{len(_DEADLINE_NAME)}sq{len(_TIMEOUT_NAME)}sq")
@@ -113,13 +117,14 @@ class RequestEncoder:
         reply_to: the client's reply queue, in the current session.
         app_id: the client's name.
         user: the client's user at the broker if its requests carry it; else empty.
+        batches: whether the client reads message batches, as requests through the requests exchange then say.
 
     """
 
-    def __init__(self, reply_to: str, app_id: str, user: str = "") -> None:
+    def __init__(self, reply_to: str, app_id: str, user: str = "", *, batches: bool = False) -> None:
         self.reply_to = reply_to.encode()
         address = b"S" + _U32.pack(len(self.reply_to)) + self.reply_to
-        self._cc = _CC_START + _U32.pack(len(address)) + address
+        self._cc = _CC_START + _U32.pack(len(address)) + address + (_BATCHES if batches else b"")
         flags = _REQUEST_FLAGS | amqp.USER_ID if user else _REQUEST_FLAGS
         self._start = _U16.pack(flags) + short(JSON)
         self._start_typed = _U16.pack(flags | amqp.TYPE) + short(JSON)
@@ -196,6 +201,7 @@ class Request:
         problem: why it may not run; empty if it may.
         has_copy: whether it has the header `CC`: only requests sent through the requests exchange have it.
         user: the broker's user that sent it, checked by the broker; empty if the request does not carry it.
+        reads_batches: whether the client reads several replies in one message.
 
     """
 
@@ -211,6 +217,7 @@ class Request:
     problem: str = ""
     has_copy: bool = False
     user: str = ""
+    reads_batches: bool = False
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -260,6 +267,7 @@ def read_request(data: bytes) -> Request:
         headers=headers,
         has_copy="CC" in headers,
         user=text(found.user_id),
+        reads_batches=headers.get(BATCHES) is True,
     )
     request.problem = problem or _problem(found, request)
     if type(request.method) is not str:
@@ -274,7 +282,7 @@ def _number(value: Any) -> Any:
 
 
 def _read_fast(data: bytes, at: int, is_named: bool) -> Request | None:
-    """Read a request whose headers are its times and perhaps `CC`; None if it has others.
+    """Read a request whose headers are its times, and perhaps `CC` and `rpcq-batches`; None if it has others.
 
     `at` is where the length of the headers' table is; `is_named` says that there is a `user_id`.
     """
@@ -283,6 +291,9 @@ def _read_fast(data: bytes, at: int, is_named: bool) -> Request | None:
     has_copy = data.startswith(_CC_START, at)
     if has_copy:  # skip it: 4 bytes of `_CC_START`, 4 bytes of length, and the array
         at += 8 + _U32.unpack_from(data, at + 4)[0]
+    reads_batches = data.startswith(_BATCHES, at)
+    if reads_batches:
+        at += _BATCHES_SIZE
     if at + _TIMES_SIZE == end:
         deadline_name, deadline, timeout_name, timeout = _TIMES.unpack_from(data, at)
         if deadline_name != _DEADLINE_NAME or timeout_name != _TIMEOUT_NAME:
@@ -310,7 +321,19 @@ def _read_fast(data: bytes, at: int, is_named: bool) -> Request | None:
         raise IndexError(end)
     app_id = data[at + 1 : end].decode()
     return Request(
-        correlation_id, reply_to, method or None, deadline, timeout, app_id, 1, None, _NO_HEADERS, "", has_copy, user
+        correlation_id,
+        reply_to,
+        method or None,
+        deadline,
+        timeout,
+        app_id,
+        1,
+        None,
+        _NO_HEADERS,
+        "",
+        has_copy,
+        user,
+        reads_batches,
     )
 
 

@@ -35,7 +35,7 @@ from rpcq.events import subscriptions
 from rpcq.jobs import outcomes
 from rpcq.options import MAX_HEADERS, NAME, CallOptions, ClientOptions, ConnectionOptions
 from rpcq.validation.schemas import make_codec
-from rpcq.wire import bodies, control, events, jobs, replies, requests
+from rpcq.wire import batches, bodies, control, events, jobs, replies, requests
 from rpcq.wire.events import EventTopology
 from rpcq.wire.jobs import JobTopology
 from rpcq.wire.properties import Properties, decode, encode
@@ -81,12 +81,37 @@ def quoted(text: str) -> list[str]:
     return re.findall(r"`([^`]+)`", text)
 
 
+# Several replies in one message.
+
+
+def test_the_example_of_a_message_batch_is_one() -> None:
+    part = section("wire.md", "Reply").partition("### Several replies in one message")[2]
+    (example,) = re.findall(r"```json\n(.*?)\n```", part, re.DOTALL)
+    batch = replies.read_reply(batches.write_properties(b"1"), example.encode(), b"")
+    assert isinstance(batch, Reply)
+    first, second = batches.read_replies(batch)
+    assert (first.correlation_id, first.kind, first.body, first.times) == (b"id-1", b"result", b"3", (0.412, 0.051))
+    assert (second.correlation_id, second.kind) == (b"id-2", b"error")
+    assert {*json.loads(second.body or b"")} == {"code", "message", "executed", "retryable", "details", "incident"}
+    again = [batches.Entry(it.correlation_id, it.kind, *(it.times or ()), it.body or b"") for it in (first, second)]
+    assert batches.write_replies(again) == example.encode()
+
+
+def test_the_limits_of_a_message_batch_are_those_of_the_contract() -> None:
+    part = section("wire.md", "Reply").partition("### Several replies in one message")[2]
+    assert re.findall(r"(\d+) KiB", part)[:2] == [str(batches.MAX_BATCH // 1024), str(batches.MAX_ENTRY // 1024)]
+    sent = decode(batches.write_properties(b"1"))
+    assert (sent.type, sent.content_type) == (b"replies", b"application/x-ndjson")
+    assert "| `type` | `replies` |" in part
+    assert "| `content_type` | `application/x-ndjson` |" in part
+
+
 # Requests.
 
 
 def request(*, method: bytes = b"add", key: str | None = "k", attempt: int = 2, notify: bool = True) -> bytes:
     more = requests.encode_headers(key=key, attempt=attempt, metadata={"x-user": "ada"})
-    return requests.RequestEncoder("amq.gen-1", "app").encode(
+    return requests.RequestEncoder("amq.gen-1", "app", batches=True).encode(
         b"id-1", method, 5000, 1_700_000_005_000, more, notify=notify
     )
 
@@ -249,7 +274,9 @@ def types_of(data: bytes) -> dict[str, str]:
         kind = chr(data[name_end])
         found[data[at + 1 : name_end].decode()] = kind
         at = name_end + 1
-        at += {"I": 4, "l": 8, "d": 8}[kind] if kind not in "SA" else 4 + int.from_bytes(data[at : at + 4], "big")
+        at += (
+            {"I": 4, "l": 8, "d": 8, "t": 1}[kind] if kind not in "SA" else 4 + int.from_bytes(data[at : at + 4], "big")
+        )
     assert at == end
     return found
 

@@ -185,6 +185,82 @@ async def test_node_and_pika_clients_and_an_rpcq_client_share_one_service(
     assert by_name == 28657
 
 
+# A plain client reads several replies in one message
+
+
+async def test_a_plain_client_that_says_so_gets_several_replies_in_one_message_and_reads_them_by_the_contract(
+    rabbitmq_url: str, namespace: str
+) -> None:
+    service, opened = Service("gate"), asyncio.Event()
+    inside = 0
+
+    @service.method
+    async def wait(x: int) -> int:
+        nonlocal inside
+        inside += 1
+        if inside == 20:
+            opened.set()
+        await opened.wait()
+        if x == 7:
+            raise LookupError(x)
+        return 10 * x
+
+    place = {"exchange": f"{namespace}.requests", "routing_key": "gate", "properties": {"type": "wait"}}
+    ids = [f"id-{x}" for x in range(20)]
+    async with Worker(service, url=rabbitmq_url, namespace=namespace):
+        messages = await send(
+            rabbitmq_url,
+            *(
+                {
+                    **place,
+                    "body": str(x),
+                    "correlation_id_hex": ids[x].encode().hex(),
+                    "headers": {"rpcq-batches": True}
+                    | ({"rpcq-timeout": 10_000, "rpcq-deadline": _soon()} if x else {}),
+                }
+                for x in range(20)
+            ),
+            expect=2,
+            linger=0.2,
+        )
+    found: dict[str, tuple[str, Any]] = {}
+    timed = 0
+    for message in messages:
+        if message["properties"]["type"] != "replies":
+            found[bytes.fromhex(message["correlation_id_hex"]).decode()] = (
+                message["properties"]["type"],
+                json.loads(message["body"]),
+            )
+            continue
+        assert message["properties"]["content_type"] == "application/x-ndjson"
+        assert message["properties"]["delivery_mode"] == 1
+        assert bytes.fromhex(message["correlation_id_hex"]).decode() not in ids
+        assert message["headers"] == {}
+        first, *bodies = message["body"].split("\n")
+        for (correlation_id, kind, queue_ms, handler_ms), body in zip(json.loads(first), bodies, strict=True):
+            assert (queue_ms is None) is (handler_ms is None)
+            timed += queue_ms is not None
+            found[correlation_id] = kind, json.loads(body)
+    assert len(messages) < 10
+    assert found.keys() == set(ids)
+    assert timed >= 10
+    for x in range(20):
+        kind, value = found[ids[x]]
+        assert kind == ("error" if x == 7 else "result")
+        assert value == 10 * x if x != 7 else value["code"] == "UNKNOWN"
+
+
+async def test_a_plain_client_that_does_not_say_so_gets_each_reply_alone(rabbitmq_url: str, namespace: str) -> None:
+    toolbox = Toolbox()
+    async with Worker(toolbox.service, url=rabbitmq_url, namespace=namespace):
+        found = await ask(rabbitmq_url, *(request(namespace, "note", json.dumps(str(x))) for x in range(30)))
+        assert [result_of(it) for it in found] == [str(x) for x in range(30)]
+
+
+def _soon() -> int:
+    return int(time.time() * 1000) + 10_000
+
+
 # 2. An rpcq client calls plain servers
 
 

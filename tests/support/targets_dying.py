@@ -20,7 +20,7 @@ __all__ = ["target"]
 if "RPCQ_TEST_DIES_AFTER" in os.environ:
     dies_after, prefetch = int(os.environ["RPCQ_TEST_DIES_AFTER"]), int(os.environ["RPCQ_PREFETCH"])
     answered: list[CallRun] = []
-    acknowledge = Replier._acknowledge
+    acknowledge = Replier.acknowledge
 
     def die(self: Replier, run: CallRun) -> None:
         if self.finished < dies_after:
@@ -30,7 +30,7 @@ if "RPCQ_TEST_DIES_AFTER" in os.environ:
         if len(answered) == prefetch:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Replier._acknowledge = die  # type: ignore[method-assign]
+    Replier.acknowledge = die  # type: ignore[method-assign]
 
 if "RPCQ_TEST_LINGERS" in os.environ:
     stop_consuming = RabbitMQTransport.stop_consuming

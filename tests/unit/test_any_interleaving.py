@@ -25,7 +25,7 @@ from rpcq import CallError, Client, Overloaded, Retry
 from rpcq.calls.outcomes import MAX_ATTEMPTS
 from rpcq.errors import BrokerUnreachable
 from rpcq.transport.base import Delivery, Listener, Outgoing, Published, Subscription
-from rpcq.wire import properties, replies, requests
+from rpcq.wire import batches, properties, replies, requests
 from rpcq.wire.topology import Exchange
 
 CUT = BrokerUnreachable("cut by the test")
@@ -158,8 +158,8 @@ class HeldTransport:
         self.listener.publishing()
         self.room.set()
 
-    def deliver(self, data: bytes, body: bytes) -> None:
-        self.on_delivery(Delivery(None, 1, False, data, body, len(body)))  # type: ignore[arg-type]  # never settled
+    def deliver(self, data: bytes, body: bytes, exchange: bytes = b"") -> None:
+        self.on_delivery(Delivery(None, 1, False, data, body, len(body), exchange))  # type: ignore[arg-type]  # never settled
 
 
 class Caller:
@@ -173,6 +173,9 @@ class Caller:
         self.retries = retries
         self.is_cancelled = False
 
+
+SAID = ["result", "busy", "UNKNOWN", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED"]
+"""What workers say."""
 
 INDEX = st.integers(0, 10_000)
 
@@ -267,17 +270,48 @@ class AnyInterleaving(RuleBasedStateMachine):
 
     # What a worker does; also twice, late, and for what is long over.
 
-    @rule(
-        index=INDEX, said=st.sampled_from(["result", "busy", "UNKNOWN", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED"])
-    )
+    @rule(index=INDEX, said=st.sampled_from(SAID))
     def reply(self, index: int, said: str) -> None:
         it = self.pick(index)
-        if it is None or it.settled in NOT_TAKEN:
+        if it is not None and (reply := self.reply_to(it, said)) is not None:
+            data = replies.ReplyEncoder().encode(reply.kind, reply.correlation_id, 0.1, 0.1)
+            self.deliver(it, data, reply.body)
+
+    @rule(
+        indices=st.lists(INDEX, min_size=2, max_size=6),
+        said=st.lists(st.sampled_from(SAID), min_size=6, max_size=6),
+        fault=st.sampled_from(["", "", "", "twice", "malformed", "forged"]),
+    )
+    def replies_together(self, indices: list[int], said: list[str], fault: str) -> None:
+        """Several replies in one message, which may come twice, be cut short, or come through the notices."""
+        picked = [self.pick(index) for index in indices]
+        together = [
+            (it, reply)
+            for it, kind in zip(picked, said, strict=False)
+            if it is not None
+            and it.generation == self.transport.generation
+            and (reply := self.reply_to(it, kind)) is not None
+        ]
+        if not together or not self.transport.consumes:
             return
+        body = batches.write_replies([reply for _, reply in together])
+        exchange = b""
+        if fault == "malformed":
+            body = body.rpartition(b"\n")[0]
+        elif fault == "forged":
+            exchange = self.client.topology.notices.name.encode()
+        for _ in range(2 if fault == "twice" else 1):
+            self.transport.deliver(batches.write_properties(b"replies-1"), body, exchange)
+        self.loop.settle_down()
+
+    def reply_to(self, it: Sent, said: str) -> batches.Entry | None:
+        """What a worker says; None if no worker would say it now."""
+        if it.settled in NOT_TAKEN:
+            return None
         executed = {"busy": "yes", "UNKNOWN": "yes", "ABORTED": "maybe"}.get(said, "no")
         ran = said == "result" or executed == "yes"
         if (ran and not it.may_run) or (it.has_run and not ran and executed == "no"):
-            return  # no worker says both
+            return None  # no worker says both
         it.has_run |= ran
         if ran:
             body = json.dumps({"ran": json.loads(it.message.body)["nonce"]}).encode()
@@ -286,7 +320,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         if said != "result":
             body = json.dumps({"code": said, "message": said, "executed": executed, "retryable": False}).encode()
         kind = replies.RESULT if said == "result" else replies.ERROR
-        self.deliver(it, replies.ReplyEncoder().encode(kind, it.message.correlation_id, 0.1, 0.1), body)
+        return batches.Entry(it.message.correlation_id, kind, 0.1, 0.1, body)
 
     @rule(stray=st.sampled_from([b"", b"nobody", b"nobody.2", b"\xff" * 255]))
     def stray_reply(self, stray: bytes) -> None:

@@ -98,6 +98,7 @@ SET = {
     "RPCQ_IDENTIFY": ("true", True),
     "RPCQ_DISCONNECTED_TIMEOUT": ("90", 90.0),
     "RPCQ_UNHEARD_KEPT": ("true", True),
+    "RPCQ_BATCHING": ("false", False),
     "RPCQ_PREFETCH": ("7", 7),
     "RPCQ_GRACE": ("1", 1.0),
     "RPCQ_REPLY_TO": ("orders\\..*  audit", ("orders\\..*", "audit")),

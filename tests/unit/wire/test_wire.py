@@ -383,19 +383,25 @@ def test_a_request_is_read_as_it_was_written(
 
 
 @dozens
-@given(IDS, NAMES, MILLISECONDS, MILLISECONDS, st.text(max_size=60), NAMES, st.booleans())
+@given(IDS, NAMES, MILLISECONDS, MILLISECONDS, st.text(max_size=60), NAMES, st.booleans(), st.booleans())
 def test_any_request_is_read_as_it_was_written(
-    correlation_id: bytes, method: str, left: int, deadline: int, reply_to: str, app_id: str, notify: bool
+    correlation_id: bytes, method: str, left: int, deadline: int, reply_to: str, app_id: str, notify: bool, reads: bool
 ) -> None:
-    encoder = RequestEncoder(reply_to, app_id)
+    encoder = RequestEncoder(reply_to, app_id, batches=reads)
     data = encoder.encode(correlation_id, method.encode(), left, deadline, b"", notify=notify)
     expected = Request(correlation_id, reply_to.encode(), method, deadline, left, app_id, has_copy=notify)
+    expected.reads_batches = notify and reads  # said only to workers of rpcq
     found = amqp.decode(data)
     seen = requests.read_request(data)
     assert seen == expected if not seen.headers else dataclasses.replace(expected, headers=found.headers)
     assert requests.read_request(amqp.encode(dataclasses.replace(found, message_id=b"m"))) == dataclasses.replace(
         expected, headers=found.headers
     )
+
+
+@pytest.mark.parametrize(("value", "reads"), [(True, True), (False, False), (1, False), ("true", False), (None, False)])
+def test_a_client_reads_batches_if_it_says_so_with_a_boolean(value: Any, reads: bool) -> None:
+    assert read(headers={requests.BATCHES: value}).reads_batches is reads
 
 
 @pytest.mark.parametrize(
@@ -623,11 +629,12 @@ def test_whatever_bytes_a_request_has_they_are_read_or_malformed(data: bytes) ->
 
 
 _REQUEST = RequestEncoder("amq.gen-1", "shop").encode(b"id", b"add", 5000, 10**12, b"", notify=True)
+_READS = RequestEncoder("amq.gen-1", "shop", batches=True).encode(b"id", b"add", 5000, 10**12, b"", notify=True)
 _KNOWN = RequestEncoder("amq.gen-1", "shop", "billing").encode(b"id", b"add", 5000, 10**12, b"", notify=True)
 _REPLY = ReplyEncoder().encode(RESULT, b"id", 1.0, 2.0)
 
 
-@pytest.mark.parametrize("data", [_REQUEST, _KNOWN, _REPLY])
+@pytest.mark.parametrize("data", [_REQUEST, _READS, _KNOWN, _REPLY])
 def test_properties_that_end_early_or_go_on_too_long_are_malformed(data: bytes) -> None:
     reader = requests.read_request if data is not _REPLY else lambda it: replies.read_reply(it, b"", OWN)
     assert reader(data)
@@ -641,7 +648,7 @@ def test_properties_that_end_early_or_go_on_too_long_are_malformed(data: bytes) 
 @dozens
 @given(st.data())
 def test_flipped_bytes_of_a_request_are_read_as_the_slow_way_reads_them_or_malformed(data: st.DataObject) -> None:
-    raw = bytearray(_REQUEST)
+    raw = bytearray(data.draw(st.sampled_from([_REQUEST, _READS])))
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     try:
@@ -654,6 +661,7 @@ def test_flipped_bytes_of_a_request_are_read_as_the_slow_way_reads_them_or_malfo
     assert fast.reply_to == (found.reply_to or b"")
     assert (fast.method or "").encode() == (found.type or b"") or fast.headers
     assert (fast.deadline_ms, fast.timeout_ms) == (headers.get(requests.DEADLINE), headers.get(requests.TIMEOUT))
+    assert fast.reads_batches is (headers.get(requests.BATCHES) is True)
 
 
 # Replies.
