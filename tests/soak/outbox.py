@@ -199,10 +199,16 @@ class Soak:
     async def _read_tap(self) -> None:
         async with await aio_pika.connect(self.broker.url) as connection:
             channel = await connection.channel()
-            queue = await channel.get_queue(f"{self.namespace}.tap")
-            while (message := await queue.get(no_ack=True, fail=False)) is not None:
-                found = json.loads(message.body)
-                self.found.copies.append((found["order_id"], found["key"], found["is_ghost"]))
+            queue = await channel.declare_queue(f"{self.namespace}.tap", passive=True)
+            count = queue.declaration_result.message_count or 0
+            if not count:
+                return
+            async with queue.iterator(no_ack=True) as copies:
+                async for message in copies:
+                    found = json.loads(message.body)
+                    self.found.copies.append((found["order_id"], found["key"], found["is_ghost"]))
+                    if len(self.found.copies) == count:
+                        break
 
 
 def verdict(plan: Plan, found: Found) -> list[str]:
