@@ -569,7 +569,7 @@ async def test_a_call_has_no_order_key(home: Place, service: Service) -> None:
         return 2 * x
 
     async with home.client() as client, home.worker(service):
-        with pytest.raises(UsageError, match="order_key are for send"):
+        with pytest.raises(UsageError, match="order_key and watch are for send"):
             await client.with_options(order_key="a").call(f"{service.name}.double", x=1)
 
 

@@ -202,6 +202,12 @@ def test_properties_that_end_early_are_refused(world: World, properties: bytes) 
         world.vhost.publish(b"", b"q", properties, b"", True, 0.0)
 
 
+def test_a_full_queue_may_drop_what_has_waited_longest(world: World) -> None:
+    world.queue("q", max_length=2, overflow="drop-head")
+    assert [world.publish("q", body) for body in (b"a", b"b", b"c")] == [Published.CONFIRMED] * 3
+    assert world.ready("q") == [b"b", b"c"]
+
+
 # -------------------------------------------------------------------------------------------------- declarations
 
 
@@ -252,7 +258,8 @@ def test_redeclaring_an_exchange_keeps_its_bindings(world: World) -> None:
         ({"x-max-length": -1, "x-overflow": "reject-publish"}, "x-max-length"),
         ({"x-max-length": True, "x-overflow": "reject-publish"}, "x-max-length"),
         ({"x-max-length": 5}, "x-overflow"),
-        ({"x-overflow": "drop-head"}, "x-overflow"),
+        ({"x-overflow": "drop-head", "x-dead-letter-exchange": "d"}, "x-overflow"),
+        ({"x-overflow": "reject-publish-dlx"}, "x-overflow"),
         ({"x-delivery-limit": 5}, "x-delivery-limit"),
         ({"x-single-active-consumer": 1}, "x-single-active-consumer"),
         ({"x-delivery-limit": "5", "x-queue-type": "quorum"}, "x-delivery-limit"),
