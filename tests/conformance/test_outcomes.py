@@ -31,6 +31,8 @@ from rpcq.wire.properties import Properties, decode, encode
 from rpcq.wire.topology import Queue, Topology
 from support.places import Place
 
+QUEUE_TYPE_MATTERS = False  # one kind of queue for each transport; `make test-faults` has the others
+
 
 class Stranger:
     """A program that is not rpcq's: a transport that publishes, and keeps what comes to its queues."""

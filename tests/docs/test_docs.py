@@ -44,7 +44,17 @@ PAGES: Final = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob(
 DATABASE: Final = ("shared-results",)
 """Pages that have a PostgreSQL at DATABASE_URL."""
 
-LONG: Final = ("load-testing", "tutorial-jobs", "replacing-jobs", "long-jobs", "dead-letters", "production")
+LONG: Final = (
+    "dead-letters",
+    "load-testing",
+    "long-jobs",
+    "production",
+    "replacing-jobs",
+    "sync",
+    "testing",
+    "tutorial",
+    "tutorial-jobs",
+)
 """Pages that take long."""
 
 PASTED: Final = ("README", "tutorial", "tutorial-jobs", "project")

@@ -437,6 +437,7 @@ async def answered(counts: list[int], more: int = 50) -> None:
     await until(lambda: counts[0] >= enough)
 
 
+@pytest.mark.long
 async def test_sessions_that_are_cut_under_load_come_back_over_tls(
     rabbitmq_url: str, namespace: str, authority: Authority, server: Certificate
 ) -> None:
@@ -453,6 +454,7 @@ async def test_sessions_that_are_cut_under_load_come_back_over_tls(
         assert len(front) == 4
 
 
+@pytest.mark.long
 async def test_a_session_does_not_come_back_to_a_stranger_and_does_where_the_new_ca_is_in_the_file(
     rabbitmq_url: str,
     namespace: str,
@@ -485,6 +487,7 @@ async def test_a_session_does_not_come_back_to_a_stranger_and_does_where_the_new
         await works(client)
 
 
+@pytest.mark.long
 async def test_large_bodies_arrive_intact(
     rabbitmq_url: str, namespace: str, authority: Authority, server: Certificate
 ) -> None:
@@ -609,6 +612,7 @@ async def test_rabbitmq_takes_clients_and_workers_that_trust_its_ca(
         assert {it.tls for it in await tls_broker.connections(namespace)} == {"true"}
 
 
+@pytest.mark.long
 async def test_rabbitmq_sees_the_client_certificate_on_every_connection_also_when_they_come_back(
     tls_broker: TLSBroker, namespace: str, authority: Authority, ada: Certificate
 ) -> None:
@@ -627,6 +631,7 @@ async def test_rabbitmq_sees_the_client_certificate_on_every_connection_also_whe
         assert "CN=ada" in connection.subject
 
 
+@pytest.mark.long
 async def test_rabbitmq_that_wants_a_client_certificate_is_told_as_that(
     opening: Open, tls_broker: TLSBroker, namespace: str, authority: Authority, stranger: Authority
 ) -> None:
@@ -637,6 +642,7 @@ async def test_rabbitmq_that_wants_a_client_certificate_is_told_as_that(
             assert_about_the_clients_certificate(error, tls_broker.host, port, files)
 
 
+@pytest.mark.long
 async def test_rabbitmqs_certificate_is_checked(
     opening: Open, tls_broker: TLSBroker, namespace: str, stranger: Authority
 ) -> None:
@@ -647,6 +653,7 @@ async def test_rabbitmqs_certificate_is_checked(
         assert "name its CA with cafile" in str(error)
 
 
+@pytest.mark.long
 async def test_rabbitmqs_port_with_tls_says_to_amqp_that_it_may_want_tls(
     opening: Open, tls_broker: TLSBroker, namespace: str
 ) -> None:

@@ -33,6 +33,8 @@ from support.broker import Setup
 from support.broker import broker as a_broker
 from support.command import Rpcq, one_line, wait_until
 
+pytestmark = pytest.mark.long
+
 SHARED = f"t{secrets.token_hex(8)}"
 TOPOLOGY = JobTopology(SHARED)
 EVENTS = EventTopology(SHARED)
@@ -400,7 +402,6 @@ def test_a_rate_holds_replays_back(bureau: Bureau) -> None:
     assert (datetime.now(UTC) - began).total_seconds() > 9 / 5
 
 
-@pytest.mark.long
 def test_thousands_of_letters_are_gone_through_once_and_none_is_left_or_lost(bureau: Bureau) -> None:
     bureau.bury()
     headers = {"rpcq-dead-reason": "gave_up", "rpcq-executed": "yes"}
@@ -492,7 +493,6 @@ def test_a_command_that_is_killed_loses_no_letter(bureau: Bureau) -> None:
 # All services.
 
 
-@pytest.mark.long
 def test_the_management_api_knows_the_queues_of_all_services(tmp_path: Path) -> None:
     setup = Setup(
         config="management.tcp.port = {ports[0]}\nloopback_users.guest = false\n",

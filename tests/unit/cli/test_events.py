@@ -16,6 +16,8 @@ from support.broker import Broker, Setup
 from support.broker import broker as a_broker
 from support.command import Rpcq
 
+pytestmark = pytest.mark.long
+
 SHARED = f"t{secrets.token_hex(8)}"
 WORD = f"e{secrets.token_hex(6)}"
 
@@ -54,7 +56,6 @@ async def ran(rpcq: Rpcq, *arguments: str, code: int = 0, given: str | None = No
     return json.loads(found.stdout)
 
 
-@pytest.mark.long
 async def test_subscriptions_are_listed_an_event_is_published_by_hand_and_watched(rpcq: Rpcq, service: Service) -> None:
     got: asyncio.Queue[Any] = asyncio.Queue()
 
@@ -88,7 +89,6 @@ async def test_subscriptions_are_listed_an_event_is_published_by_hand_and_watche
     assert (unheard["heard"], unheard["version"]) == (False, 2)
 
 
-@pytest.mark.long
 @pytest.mark.timeout(120)
 async def test_what_a_deploy_left_is_shown_and_pruned_and_what_holds_events_stays(
     rpcq: Rpcq, service: Service, managed: tuple[Broker, str]

@@ -28,6 +28,8 @@ from support.broker import broker as a_broker
 from support.command import Process, Rpcq, wait_until
 from support.load import until
 
+pytestmark = pytest.mark.long
+
 SHARED = f"t{secrets.token_hex(8)}"
 
 
@@ -211,7 +213,6 @@ def managed() -> Iterator[tuple[Broker, str]]:
         yield own, f"http://127.0.0.1:{next(iter(own.ports.values()))}"
 
 
-@pytest.mark.long
 async def test_the_management_api_knows_all_services_all_columns_and_no_age_of_jobs(
     managed: tuple[Broker, str], tmp_path: Path
 ) -> None:
@@ -261,7 +262,6 @@ async def test_the_management_api_knows_all_services_all_columns_and_no_age_of_j
         mailing.go_on.set()
 
 
-@pytest.mark.long
 async def test_rabbitmq_does_not_tell_the_time_of_the_first_message_of_a_quorum_queue(
     managed: tuple[Broker, str],
 ) -> None:
