@@ -40,6 +40,7 @@ from rpcq.observer import (
     ObservedPublish,
     ObservedRequest,
     ObservedSend,
+    ObservedWrite,
     Observer,
 )
 from rpcq.options import Batch, CallOptions, ClientOptions, ConnectionOptions, JobOptions, Retry, WorkerOptions
@@ -92,6 +93,7 @@ __all__ = [
     "ObservedPublish",
     "ObservedRequest",
     "ObservedSend",
+    "ObservedWrite",
     "Observer",
     "OutcomeUnknown",
     "Overloaded",

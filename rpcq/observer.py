@@ -155,6 +155,24 @@ class ObservedPublish(ObservedSend):
         self.heard: bool | None = None
 
 
+class ObservedWrite(ObservedSend):
+    """A job or an event that is written into an outbox. Whether it is ever sent depends on the user's transaction.
+
+    Attributes:
+        service: of a job; empty for an event.
+        event: name of the event; empty for a job.
+        headers: as for a send: W3C trace context, which is in the row, and so in what a relay sends.
+        queued: stays empty, as `code` does: nothing is sent yet.
+
+    """
+
+    __slots__ = ("event",)
+
+    def __init__(self, exchange: bytes, service: str, method: str, label: str, *, event: str = "") -> None:
+        super().__init__(exchange, service, method, label)
+        self.event = event
+
+
 class ObservedJob(Observed):
     """An attempt of a job, or of an event in a subscription, at a worker.
 
@@ -252,6 +270,12 @@ class Observer:
     def on_publish(self, publish: ObservedPublish) -> Callable[[ObservedPublish], None] | None:
         """A client publishes an event. If this returns a function, it is called once that has ended."""
 
+    def on_write(self, write: ObservedWrite) -> None:
+        """A job or an event is written into an outbox: `Outbox(observers=[...])`.
+
+        It is called in the thread that writes, which may have no event loop. That a relay sends it is not observed.
+        """
+
     def on_job(self, job: ObservedJob) -> Callable[[ObservedJob], None] | None:
         """An attempt of a job, or of an event in a subscription, begins at a worker.
 
@@ -300,11 +324,7 @@ class Observers:
     """
 
     def __init__(self, observers: Iterable[Observer], owner: Counted) -> None:
-        self._observers: Sequence[Observer] = tuple(observers)
-        for observer in self._observers:
-            if not isinstance(observer, Observer):
-                msg = f"observers must hold instances of rpcq.observer.Observer; got {observer!r}"
-                raise ConfigurationError(msg)
+        self._observers = _checked(observers)
         self._owner = owner
         self.calls = tuple(it.on_call for it in self._overriding("on_call"))
         self.requests = tuple(it.on_request for it in self._overriding("on_request"))
@@ -314,7 +334,7 @@ class Observers:
         self.has_batches = bool(self._overriding("on_batch"))
 
     def _overriding(self, name: str) -> list[Observer]:
-        return [it for it in self._observers if getattr(type(it), name) is not getattr(Observer, name)]
+        return _overriding(self._observers, name)
 
     def opened(self) -> None:
         """See `Observer.on_opened`."""
@@ -342,6 +362,29 @@ class Observers:
                 getattr(observer, name)(*args)
             except Exception:
                 log.exception("observer failed", observer=type(observer).__name__, method=name)
+
+
+def writes_of(observers: Iterable[Observer]) -> Sequence[Callable[[ObservedWrite], None]]:
+    """Functions to call with each job or event that is written into an outbox.
+
+    Raises:
+        ConfigurationError: one of them is not an `Observer`.
+
+    """
+    return tuple(it.on_write for it in _overriding(_checked(observers), "on_write"))
+
+
+def _checked(observers: Iterable[Observer]) -> Sequence[Observer]:
+    found = tuple(observers)
+    for observer in found:
+        if not isinstance(observer, Observer):
+            msg = f"observers must hold instances of rpcq.observer.Observer; got {observer!r}"
+            raise ConfigurationError(msg)
+    return found
+
+
+def _overriding(observers: Sequence[Observer], name: str) -> list[Observer]:
+    return [it for it in observers if getattr(type(it), name) is not getattr(Observer, name)]
 
 
 def begin(observers: Sequence[Callable[[Kind], Callable[[Kind], None] | None]], observed: Kind) -> Endings[Kind]:

@@ -31,6 +31,7 @@ from rpcq.observer import (
     ObservedPublish,
     ObservedRequest,
     ObservedSend,
+    ObservedWrite,
     Observer,
 )
 from rpcq.runtime.process import own_version
@@ -38,7 +39,7 @@ from rpcq.runtime.process import own_version
 MAX_STATE: Final = 2048
 """Largest size of `tracestate` and of `baggage`, bytes; a longer one is not sent, as W3C allows."""
 
-Sent = TypeVar("Sent", ObservedCall, ObservedSend, ObservedPublish)
+Sent = TypeVar("Sent", ObservedCall, ObservedSend, ObservedPublish, ObservedWrite)
 
 _CARRIED: Final = ("traceparent", "tracestate", "baggage")
 
@@ -90,8 +91,22 @@ class Tracing(Observer):
         }
         return self._sent(publish, more, _end_publish)
 
+    def on_write(self, write: ObservedWrite) -> None:
+        """See `Observer`. The conventions call the span "create": what is sent later, by a relay, has its context."""
+        more = {**_of_job(write), "messaging.message.body.size": write.body_size}
+        if write.event:
+            more["messaging.destination.name"] = write.exchange.decode()
+            more["messaging.rabbitmq.destination.routing_key"] = write.event
+        ended = self._sent(write, more, _end_write, "create")
+        if ended is not None:
+            ended(write)
+
     def _sent(
-        self, call: Sent, more: Mapping[str, str | int], end: Callable[[Span, Sent], None]
+        self,
+        call: Sent,
+        more: Mapping[str, str | int],
+        end: Callable[[Span, Sent], None],
+        operation: str = "send",
     ) -> Callable[[Sent], None] | None:
         parent = trace.get_current_span().get_span_context()
         if parent.is_valid:
@@ -104,7 +119,7 @@ class Tracing(Observer):
         elif not self._picked(call.correlation_id):
             return None
         span = self._tracer.start_span(
-            f"send {call.label}", kind=SpanKind.PRODUCER, attributes={**_attributes(call, "send"), **more}
+            f"{operation} {call.label}", kind=SpanKind.PRODUCER, attributes={**_attributes(call, operation), **more}
         )
         call.headers = self._carried(span)
         return partial(end, span)
@@ -205,9 +220,15 @@ def _end(span: Span, observed: Observed) -> None:
 
 
 def _of_job(job: ObservedSend | ObservedJob) -> dict[str, str | int]:
-    event = job.event if isinstance(job, ObservedJob) else job.label if isinstance(job, ObservedPublish) else ""
+    event = job.label if isinstance(job, ObservedPublish) else ""
+    if isinstance(job, ObservedJob | ObservedWrite):
+        event = job.event
     found: dict[str, str | int] = {"messaging.message.id": job.correlation_id}
     return found | {"rpcq.event": event} if event else found
+
+
+def _end_write(span: Span, _write: ObservedWrite) -> None:
+    span.end()
 
 
 def _end_send(span: Span, send: ObservedSend) -> None:

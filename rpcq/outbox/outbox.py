@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from types import TracebackType
@@ -17,7 +17,9 @@ from rpcq.environment import broker_url, options_from
 from rpcq.errors import ConfigurationError, UsageError
 from rpcq.event_types import Event
 from rpcq.events.encoding import message_of
+from rpcq.jobs.observing import SendObservation
 from rpcq.jobs.preparing import find_job, prepare, runs_at_most_once
+from rpcq.observer import ObservedWrite, Observer, writes_of
 from rpcq.options import ClientKwargs, ClientOptions
 from rpcq.outbox import rows, writing
 from rpcq.outbox.databases import AnyEngine, Database
@@ -57,6 +59,8 @@ class Outbox:
         engine: an `Engine` or an `AsyncEngine` of SQLAlchemy, for PostgreSQL or SQLite; the tables must exist, see
             `rpcq.outbox.metadata`. Sessions may have another engine of the same database.
         url: the broker, as for `Client`; `RPCQ_URL` if None. It is needed for the relay.
+        observers: called with what is written, see `Observer.on_write`. With `Tracing()`, the trace of the writer goes
+            on in whoever gets the job or the event.
         options: as in `ClientOptions`: of the relay's connections; `namespace`, `name` and `max_body` are also those of
             the jobs. What is not given is read from the environment.
 
@@ -65,8 +69,16 @@ class Outbox:
 
     """
 
-    def __init__(self, engine: AnyEngine, url: str | None = None, **options: Unpack[ClientKwargs]) -> None:
+    def __init__(
+        self,
+        engine: AnyEngine,
+        url: str | None = None,
+        *,
+        observers: Iterable[Observer] = (),
+        **options: Unpack[ClientKwargs],
+    ) -> None:
         self.options = options_from(ClientOptions, options)
+        self._observers = writes_of(observers)
         if url:
             parse(url)
         self._url = url
@@ -177,6 +189,9 @@ class Outbox:
             max_body=self.options.max_body,
         )
         message.due_ms, message.expires_ms = due, expires
+        if self._observers:
+            observed = ObservedWrite(self._topology.jobs.name.encode(), service, name, f"{service}.{name}")
+            SendObservation(self._observers, observed, message)
         route = self._topology.jobs.name, self._topology.key(service, message.priority)
         self._write(session, message, f"{service}.{name}", route, encode_job(message, now), now, due)
         when = None if due is None else datetime.fromtimestamp(due / 1000, UTC)
@@ -213,6 +228,9 @@ class Outbox:
             app_id=self.options.name,
             max_body=self.options.max_body,
         )
+        if self._observers:
+            exchange, name = self._events.events.name.encode(), message.name
+            SendObservation(self._observers, ObservedWrite(exchange, "", name, name, event=name), message)
         encoded = encode_event(self._events, message, now if due is None else due)
         route = encoded.exchange.decode(), encoded.routing_key.decode()
         self._write(session, message, message.name, route, encoded.properties, now, due)
