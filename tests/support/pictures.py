@@ -34,7 +34,23 @@ def scores(page: Page) -> None:
     page.mouse.move(0, 0)
 
 
-STATES = {"scores": scores}
+def orders(page: Page) -> None:
+    """Payment is killed, and orders go on being taken."""
+    expect(page.locator("#service-analytics > :nth-child(3)")).to_have_text("0", timeout=3 * MS)
+    for kind in ("country", "plain"):
+        page.select_option("#kind", kind)
+        page.click("#order button.main")
+    expect(page.locator("#verdict")).to_contain_text("Settled", timeout=3 * MS)
+    page.click("#switch-payment")
+    expect(page.locator("#service-payment > :nth-child(2)")).to_have_text("none", timeout=MS)
+    page.select_option("#kind", "plain")
+    for _ in range(12):
+        page.click("#order button.main")
+    expect(page.locator("#service-payment > :nth-child(3)")).to_have_text("12", timeout=3 * MS)
+    page.mouse.move(0, 0)
+
+
+STATES = {"orders": orders, "scores": scores}
 
 
 def main(name: str) -> None:

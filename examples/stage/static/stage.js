@@ -35,10 +35,11 @@ export function poll(url, draw) {
   ask();
 }
 
-/** Post: what the app answers, or null after it was said that it failed. */
-export async function post(url) {
+/** Post, with a body or without: what the app answers, or null after it was said that it failed. */
+export async function post(url, body = null) {
+  const json = body === null ? {} : { body: JSON.stringify(body), headers: { "content-type": "application/json" } };
   try {
-    const response = await fetch(url, { method: "POST" });
+    const response = await fetch(url, { method: "POST", ...json });
     const found = await response.json();
     if (!response.ok) throw new Error(found.detail ?? found.title);
     trouble(null);

@@ -1,0 +1,43 @@
+"""Serve the page of the shop, with a process for each of its services, on the broker of RPCQ_URL.
+
+Open the address that is printed. Ctrl-C ends all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import tempfile
+
+from examples.stage import pages
+from examples.stage.workers import Workers
+
+
+def main() -> int:
+    """Run the command."""
+    parser = pages.parser("python -m examples.orders", __doc__)
+    parser.add_argument("--no-workers", action="store_true", help="start no services: they run elsewhere")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="orders-") as folder:
+        # The services inherit it. Without a database that is given, this run has files of its own.
+        os.environ.setdefault("ORDERS_DATABASE", f"sqlite+aiosqlite:///{folder}/{{service}}.sqlite")
+        from examples.orders import setup  # noqa: PLC0415 - the modules of the services read the environment
+        from examples.orders.app import create_app  # noqa: PLC0415
+
+        asyncio.run(setup.create_tables())
+        setup.declare()
+        workers: dict[str, Workers] = {}
+        if not asked.no_workers:
+            workers = {name: Workers(setup.target(name), "--job-prefetch", "4", most=2) for name in setup.NAMES}
+        try:
+            for each in workers.values():
+                each.start()
+            return pages.serve(create_app(workers or None), asked.host, asked.port)
+        finally:
+            for each in workers.values():
+                each.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
