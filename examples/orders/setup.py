@@ -46,6 +46,7 @@ async def create_tables() -> None:
                 await db.commit()
             except IntegrityError:
                 await db.rollback()  # it is there
+    await inventory.engine.dispose()  # as in `_create`
 
 
 async def _create(engine: AsyncEngine, *tables: MetaData) -> None:
