@@ -1,4 +1,4 @@
-"""Worker processes that somebody may kill and start."""
+"""Processes that somebody may kill and start: workers, and other programs."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import sys
 from collections.abc import Sequence
 
 STOP_SECONDS = 10.0
-"""Seconds that a worker has to end when it is stopped in an orderly way."""
+"""Seconds that a process has to end when it is stopped in an orderly way."""
 
 
-class Workers:
-    """Processes of `rpcq worker`, each with the same arguments. They inherit the environment, so the broker's URL too.
+class Programs:
+    """Processes of one Python module, each with the same arguments. They inherit the environment.
 
     Args:
-        arguments: those of `rpcq worker`: services, as in `package.module:service`, and options.
-        most: the most workers at once.
+        arguments: those of `python -m`: the module and its own arguments.
+        most: the most processes at once.
 
     """
 
-    def __init__(self, *arguments: str, most: int = 8) -> None:
-        self._command = [sys.executable, "-m", "rpcq", "worker", *arguments, "--grace", str(STOP_SECONDS / 2)]
+    def __init__(self, *arguments: str, most: int = 1) -> None:
+        self._command = [sys.executable, "-m", *arguments]
         self._processes: list[subprocess.Popen[bytes]] = []
         self.most = most
 
     @property
     def running(self) -> Sequence[int]:
-        """The process IDs of the workers that run, the oldest first."""
+        """The IDs of the processes that run, the oldest first."""
         self._processes = [process for process in self._processes if process.poll() is None]
         return [process.pid for process in self._processes]
 
@@ -48,7 +48,7 @@ class Workers:
         return process.pid
 
     def stop(self) -> None:
-        """Stop all: each gives its jobs back. One that does not end in time is killed. Blocks until then."""
+        """Stop all: workers give their jobs back. One that does not end in time is killed. Blocks until then."""
         for process in self._processes:
             process.terminate()
         for process in self._processes:
@@ -57,3 +57,16 @@ class Workers:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+class Workers(Programs):
+    """Processes of `rpcq worker`, each with the same arguments. They inherit the broker's URL, too.
+
+    Args:
+        arguments: those of `rpcq worker`: services, as in `package.module:service`, and options.
+        most: the most workers at once.
+
+    """
+
+    def __init__(self, *arguments: str, most: int = 8) -> None:
+        super().__init__("rpcq", "worker", *arguments, "--grace", str(STOP_SECONDS / 2), most=most)

@@ -50,7 +50,23 @@ def orders(page: Page) -> None:
     page.mouse.move(0, 0)
 
 
-STATES = {"orders": orders, "scores": scores}
+def mail(page: Page) -> None:
+    """Users who signed up: one confirmed, one bounced, and the others have their e-mails one after the other."""
+    expect(page.locator("#queues-analytics td").first).not_to_have_text("?", timeout=MS)
+    expect(page.locator("#dead")).to_have_text("0 dead letters.", timeout=MS)
+    for address in ("nobody@example.org", "ada@example.org"):
+        page.fill("#address", address)
+        page.click("#up button.main")
+    page.click("button[aria-label='Confirm ada@example.org']", timeout=MS)
+    expect(page.locator("#letters li")).to_have_count(1, timeout=MS)
+    expect(page.locator("#queues-welcome-mails td").nth(1)).to_have_text("1", timeout=MS)
+    page.click("button[aria-label='Kill billing']")
+    page.click("#many")
+    expect(page.locator("#queues-confirmation-mails td").nth(1)).to_have_text("9", timeout=MS)
+    page.mouse.move(0, 0)
+
+
+STATES = {"mail": mail, "orders": orders, "scores": scores}
 
 
 def main(name: str) -> None:

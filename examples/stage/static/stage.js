@@ -35,13 +35,19 @@ export function poll(url, draw) {
   ask();
 }
 
+/** What an answer says went wrong: a problem document, or FastAPI's list of what it could not read. */
+function said({ detail, title }) {
+  if (Array.isArray(detail)) return detail.map((it) => `${it.loc.at(-1)}: ${it.msg}`).join("; ");
+  return detail ?? title;
+}
+
 /** Post, with a body or without: what the app answers, or null after it was said that it failed. */
 export async function post(url, body = null) {
   const json = body === null ? {} : { body: JSON.stringify(body), headers: { "content-type": "application/json" } };
   try {
     const response = await fetch(url, { method: "POST", ...json });
     const found = await response.json();
-    if (!response.ok) throw new Error(found.detail ?? found.title);
+    if (!response.ok) throw new Error(said(found));
     trouble(null);
     return found;
   } catch (error) {
