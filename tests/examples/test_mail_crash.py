@@ -216,7 +216,6 @@ async def check(system: System) -> None:
     }
 
     doubles = sum(mail.times - 1 for mail in system.postbox.mails())
-    print(f"{len(users)} users, {len(refused)} bounced, {len(asked)} welcomed, {doubles} came twice")
     assert doubles <= system.excused
     assert system.postbox.most_in_a_second() <= MOST
 
