@@ -6,6 +6,7 @@ Each example has a function here that brings its page into the state that is wor
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sys
 from pathlib import Path
@@ -62,7 +63,8 @@ def mail(page: Page) -> None:
     expect(page.locator("#queues-welcome-mails td").nth(1)).to_have_text("1", timeout=MS)
     page.click("button[aria-label='Kill billing']")
     page.click("#many")
-    expect(page.locator("#queues-confirmation-mails td").nth(1)).to_have_text("9", timeout=MS)
+    some = re.compile(r"^[1-4]\d$")  # of 51: the others wait
+    expect(page.locator("#queues-confirmation-mails td").nth(1)).to_have_text(some, timeout=MS)
     page.mouse.move(0, 0)
 
 

@@ -36,8 +36,8 @@ function draw(state) {
   put($("said"), state.signed_up === 0 ? "Nobody has signed up yet."
     : `${plural(state.signed_up, "user")} signed up. `
       + (open.length ? `Not all done: ${open.join(", ")}.` : "All of it is done, for each of them."));
-  put($("delayed"), `${plural(state.delayed, "message")} put off until later. ${plural(state.doubles, "e-mail")} came twice `
-    + "with the same Message-ID, because a sender was killed before it could note that it had sent them.");
+  put($("delayed"), `${plural(state.delayed, "message")} put off until later. `
+    + `${plural(state.doubles, "e-mail")} came twice, with the same Message-ID.`);
   drawUsers(state.users);
   drawDead(state.dead);
 }
