@@ -22,7 +22,7 @@ _DOCUMENT: Final[dict[str, Any]] = {
         "title": {**_TEXT, "description": "The same for each type."},
         "status": {"type": "integer", "description": "The HTTP status."},
         "detail": {**_TEXT, "description": "What is wrong with this request, for people."},
-        "instance": {**_TEXT, "format": "uri", "description": "Names the call."},
+        "instance": {**_TEXT, "format": "uri", "description": "Names the call, or the job."},
         "code": {**_TEXT, "description": "The name of a gRPC status, or the code of a domain error in lower case."},
         "executed": {"enum": sorted(EXECUTED), "description": "Whether the request was executed, as far as is known."},
         "queued": {
@@ -30,6 +30,8 @@ _DOCUMENT: Final[dict[str, Any]] = {
             "description": "Whether the broker has the job or the event that was sent.",
         },
         "retryable": {"type": "boolean", "description": "Whether the same request may be sent again."},
+        "reason": {**_TEXT, "description": "Why a job that the app waited for gave no result, in one word."},
+        "attempts": {"type": "integer", "description": "How often that job ran, as far as is known."},
         "incident": {**_TEXT, "description": "An ID for the operators of the service."},
         "details": {"description": "What the service attached to its error."},
     },

@@ -15,10 +15,14 @@
     BrokerError, ClosedError          503   no connection yet, or the app is shutting down; with Retry-After
     SendError                         503   the broker does not have the job or the event, or did not confirm it:
                                             `queued` says which; with Retry-After
+    JobFailed                         502   a watched job failed, or its end cannot be known; `reason` says which
+    NoResult                          502   a watched job is done, and its result cannot be had; `reason` says why
     anything else                     500   an error in the app
 
 The statuses are from RFC 9110: 403 in 15.5.4, 413 in 15.5.14, 422 in 15.5.21, 500 in 15.6.1, 502 to 504 in 15.6.3 to
-15.6.5. A status does not say whether a request may be sent again: `executed` and `retryable` do.
+15.6.5. A status does not say whether a request may be sent again: `executed` and `retryable` do. They are about the job
+after `JobFailed` and `NoResult`, and `retryable` is false: a dead letter may be replayed, and what is done must not be
+done again. The `TimeoutError` of `WatchedJob.result` is no error of the job, which goes on: the app says what it means.
 """
 
 from __future__ import annotations
@@ -42,7 +46,9 @@ from rpcq.errors import (
     DomainError,
     InvalidParams,
     InvalidReply,
+    JobFailed,
     MethodNotFound,
+    NoResult,
     NotSerializable,
     OutcomeUnknown,
     Overloaded,
@@ -74,7 +80,7 @@ class Problem:
     Attributes:
         status: HTTP status.
         document: members of RFC 9457, and rpcq's own: `code`, `executed`, `queued`, `retryable`, `incident`, `details`,
-            `errors`.
+            `errors`, `reason`, `attempts`.
         headers: all headers of the response, with its content type.
 
     """
@@ -134,6 +140,10 @@ _KINDS: Final[dict[type[BaseException], _Kind]] = {
     BrokerError: _Kind(503, "Service unavailable", "There is no connection yet; the request did not run."),
     ClosedError: _Kind(503, "Service unavailable", "The app is starting or shutting down; the request did not run."),
     SendError: _Kind(503, "Not queued", "The app could not hand this work over, or cannot know that; see 'queued'."),
+    JobFailed: _Kind(
+        502, "Job failed", "The work did not succeed, or its end cannot be known; see 'reason' and 'executed'."
+    ),
+    NoResult: _Kind(502, "No result", "The work is done, but its result cannot be had; see 'reason'."),
     BaseException: _Kind(500, "Internal error", "The app failed."),
 }
 
@@ -144,8 +154,8 @@ def problem(error: BaseException, domain: Domain | None = None, *, retry_after: 
     `type` (3.1.1) is a URN for each class of errors, `urn:rpcq:problem:call-timeout`, and for each code of a domain
     error, `urn:rpcq:domain:out_of_stock`: names to compare, not addresses to open. `title` (3.1.3) is the same for each
     type. `detail` (3.1.4) is the error's own message only for `InvalidParams` and for domain errors in the table; the
-    messages of other errors may name hosts and queues (section 5). `instance` (3.1.5) names the call: its correlation
-    ID without the last part, which is secret.
+    messages of other errors may name hosts and queues (section 5). `instance` (3.1.5) names the call, or the job: its
+    correlation ID, or its ID, without the last part, which is secret.
 
     Args:
         error: any exception; one that is not rpcq's becomes 500, without its message.
@@ -167,6 +177,8 @@ def problem(error: BaseException, domain: Domain | None = None, *, retry_after: 
     elif isinstance(error, SendError):
         # What may be queued may be sent again under the same key alone, which the user of the app does not have.
         document |= {"code": "UNAVAILABLE", "queued": error.queued, "retryable": error.queued == "no"}
+    elif isinstance(error, JobFailed | NoResult):
+        document |= _of_job(error)
     if isinstance(error, DomainError):
         answer = _answer(error, domain or {})
         if isinstance(answer, Problem):
@@ -249,6 +261,22 @@ def _extensions(error: CallError) -> dict[str, Any]:
         found["incident"] = error.incident
     if type(error) is InvalidParams:
         found |= {"detail": error.message, "errors": error.details if isinstance(error.details, list) else []}
+    return found
+
+
+def _of_job(error: JobFailed | NoResult) -> dict[str, Any]:
+    """Return the members of a watched job that gave no result."""
+    found: dict[str, Any] = {"reason": error.reason, "retryable": False}
+    if isinstance(error, JobFailed):
+        code = "ABORTED" if error.reason == "session_lost" else "UNKNOWN"
+        found |= {"code": code, "executed": error.executed, "attempts": error.attempts}
+    else:
+        code = "ALREADY_EXISTS" if error.reason == "done_already" else "INTERNAL"
+        found |= {"code": code, "executed": "yes"}
+    if error.job_id and (public := public_id(error.job_id)):
+        found["instance"] = _urn("job", public)
+    if error.incident:
+        found["incident"] = error.incident
     return found
 
 

@@ -27,9 +27,13 @@ from rpcq import (
     ClosedError,
     ConfigurationError,
     DomainError,
+    GiveUp,
     InvalidParams,
+    JobFailed,
+    NoResult,
     Overloaded,
     RemoteError,
+    Retry,
     RpcqError,
     SendError,
     Service,
@@ -285,6 +289,74 @@ def test_a_job_that_could_not_be_sent_may_be_asked_for_again_if_it_is_certainly_
     assert (made.document["queued"], made.document["retryable"]) == (queued, queued == "no")
     assert SECRET not in str(made.document)
     assert "retry-after" in made.headers
+
+
+@pytest.mark.parametrize(
+    ("reason", "code", "executed"),
+    [("attempts", "UNKNOWN", "yes"), ("expired", "UNKNOWN", "no"), ("session_lost", "ABORTED", "maybe")],
+)
+def test_a_failed_job_is_a_bad_gateway_that_says_why_and_nothing_of_its_message(
+    reason: str, code: str, executed: Any
+) -> None:
+    error = JobFailed(SECRET, executed=executed, reason=reason, attempts=2, incident="i1", job_id="5f0c-1a-0123456789")
+    made = problem(error)
+    assert (made.status, made.document["type"]) == (502, "urn:rpcq:problem:job-failed")
+    wanted = {"reason": reason, "code": code, "executed": executed, "attempts": 2, "incident": "i1", "retryable": False}
+    assert made.document.items() >= wanted.items()
+    assert made.document["instance"] == "urn:rpcq:job:5f0c-1a"
+    assert SECRET not in str(made.document)
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [("done_already", "ALREADY_EXISTS"), ("invalid_result", "INTERNAL"), ("unreadable", "INTERNAL")],
+)
+def test_a_job_without_a_result_is_done_and_must_not_be_sent_again(reason: str, code: str) -> None:
+    made = problem(NoResult(SECRET, reason=reason))
+    assert (made.status, made.document["type"]) == (502, "urn:rpcq:problem:no-result")
+    assert made.document.items() >= {"reason": reason, "code": code, "executed": "yes", "retryable": False}.items()
+    assert not made.document.keys() & {"attempts", "incident", "instance"}
+    assert SECRET not in str(made.document)
+
+
+@pytest.mark.parametrize(
+    ("way", "kind", "reason", "executed", "attempts"),
+    [
+        ("give_up", "job-failed", "gave_up", "yes", 1),
+        ("fail", "job-failed", "attempts", "yes", 2),
+        ("large", "no-result", "invalid_result", "yes", None),
+        ("word", "no-result", "unreadable", "yes", None),
+    ],
+)
+async def test_a_request_that_waits_for_a_job_gets_what_became_of_it(
+    way: str, kind: str, reason: str, executed: str, attempts: int | None, namespace: str
+) -> None:
+    service = Service("works")
+
+    @service.job(retry=Retry(max_attempts=2, initial_backoff=0.01, max_backoff=0.01))
+    async def work(way: str) -> Any:
+        if way == "give_up":
+            raise GiveUp("no such picture")
+        if way == "fail":
+            raise ValueError(SECRET)
+        return "x" * 2_000_000 if way == "large" else "no number"
+
+    rpc = Rpc(f"memory://{namespace}", services=[service], grace=0, worker_options={"max_body": 1_000_000})
+
+    async def endpoint(request: Request) -> Response:
+        job = await rpc.client.with_options(watch=True, returns=int).send("works.work", way=request.path_params["way"])
+        return JSONResponse(await job.result(timeout=10))
+
+    app = Starlette(
+        routes=[Route("/{way}", endpoint)], lifespan=rpc.lifespan, exception_handlers={RpcqError: on_call_error()}
+    )
+    async with served(app) as client:
+        response = await client.get(f"/{way}")
+    document = response.json()
+    assert (response.status_code, document["type"]) == (502, f"urn:rpcq:problem:{kind}")
+    assert (document["reason"], document["executed"], document.get("attempts")) == (reason, executed, attempts)
+    assert document["instance"].startswith("urn:rpcq:job:")
+    assert SECRET not in response.text
 
 
 @pytest.mark.parametrize(("seconds", "header"), [(0, "1"), (0.2, "1"), (1, "1"), (1.01, "2"), (30, "30")])
