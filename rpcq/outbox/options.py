@@ -38,8 +38,10 @@ class OutboxOptions:
         at: when the job is sent, with a time zone, however far away; instead of `delay`.
         expires: when a job need not be begun any more: seconds from now, or a time with a time zone.
         priority: the lane of a job: "high", "low", or "normal", which None means too.
-        order_key: 1 to 255 bytes: jobs with the same key are sent in the order in which their transactions wrote them.
-            Not together with `delay`, `at` or `priority`.
+        order_key: 1 to 255 bytes: jobs and events with the same key are sent in the order in which their transactions
+            wrote them. Jobs of an ordered service are also done in that order, as with `Client.with_options`; so it
+            must be `Service(..., ordered=True)` if the job is given by its name or by a contract. Not together with
+            `delay`, `at` or `priority`.
 
     """
 
@@ -59,13 +61,16 @@ class OutboxOptions:
             isinstance(delay, bool) or not isinstance(delay, int | float) or not 0 <= delay < inf
         ):
             raise ConfigurationError(f"delay must be a number of seconds from 0 on; got {delay!r}")
+        self._check_order_key()
         _ = self.call
+
+    def _check_order_key(self) -> None:
         key = self.order_key
         if key is None:
             return
         if not isinstance(key, str) or not 1 <= len(key.encode("utf-8", "surrogatepass")) <= 255 or "\0" in key:
             raise ConfigurationError(f"order_key must be a string of 1 to 255 bytes; got {key!r}")
-        if (delay, self.at, self.priority) != (None, None, None):
+        if (self.delay, self.at, self.priority) != (None, None, None):
             msg = "order_key must not be given with delay, at or priority: jobs of a key are sent in order, at once"
             raise ConfigurationError(msg)
 
@@ -78,6 +83,7 @@ class OutboxOptions:
             at=self.at,
             expires=self.expires,
             priority=self.priority,
+            order_key=self.order_key,
         )
 
     def times(self, now_ms: int) -> tuple[int | None, int | None]:

@@ -28,7 +28,7 @@ from rpcq.outbox.relay import Counts, Relay
 from rpcq.outbox.tables import OutboxRow
 from rpcq.outbox.writing import AnySession
 from rpcq.runtime import clock
-from rpcq.service import Context
+from rpcq.service import Context, Method
 from rpcq.url import parse
 from rpcq.validation.listing import lists_options
 from rpcq.wire.events import EventTopology, Publication, encode_event
@@ -150,7 +150,8 @@ class Outbox:
         """Write a job with the transaction of a session; it is sent after the commit, and never after a rollback.
 
         Nothing is executed now: the row is written when the session is flushed, at the latest by its commit. With an
-        `order_key` on PostgreSQL, the flush waits for other transactions that have written jobs of that key.
+        `order_key` on PostgreSQL, the flush waits for other transactions that have written jobs of that key. See
+        `OutboxOptions` for what is in order then.
 
         Args:
             db: your `Session` or `AsyncSession`, in a transaction.
@@ -159,7 +160,8 @@ class Outbox:
             params: parameters by name.
 
         Returns:
-            The job's ID and key: it is sent under them, however often the relay has to try.
+            The job's ID and key: it is sent under them, however often the relay has to try. Its `order_key` is None if
+            its service is known not to be ordered.
 
         Raises:
             UsageError: no transaction has begun; or it is not a job, or one that runs at most once, because a relay
@@ -179,9 +181,12 @@ class Outbox:
             raise UsageError(f"{msg}: send it with a client, after the commit")
         given, now = self._given, clock.now_ms()
         due, expires = given.times(now)
+        options = given.call
+        if isinstance(method, Method) and not method.ordered:
+            options = replace(options, order_key=None)  # it is sent in order, and done beside others
         message = prepare(
             found,
-            given.call,
+            options,
             args,
             params,
             job_id=secrets.token_hex(16),
@@ -192,10 +197,10 @@ class Outbox:
         if self._observers:
             observed = ObservedWrite(self._topology.jobs.name.encode(), service, name, f"{service}.{name}")
             SendObservation(self._observers, observed, message)
-        route = self._topology.jobs.name, self._topology.key(service, message.priority)
+        route = self._topology.jobs.name, self._topology.key(service, message.lane)
         self._write(session, message, f"{service}.{name}", route, encode_job(message, now), now, due)
         when = None if due is None else datetime.fromtimestamp(due / 1000, UTC)
-        return Job(message.id, service, name, message.key, when, message.priority)
+        return Job(message.id, service, name, message.key, when, message.priority, message.order_key)
 
     def publish(self, db: AnySession, event: Event, /) -> Publication:
         """Write an event with the transaction of a session; it is published after the commit, and never otherwise.
@@ -219,8 +224,8 @@ class Outbox:
         writing.check_session(session, self._database.engine)
         given, now = self._given, clock.now_ms()
         due, _ = given.times(now)
-        # When it is published, its row says; a message has no time for that.
-        options = replace(given, at=None, delay=None).call
+        # When it is published, and after which others, its row says; a message has nothing for that.
+        options = replace(given, at=None, delay=None, order_key=None).call
         message = message_of(
             event,
             options,

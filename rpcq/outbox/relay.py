@@ -30,6 +30,7 @@ from rpcq.transport.base import Listener, Published, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.url import mask
 from rpcq.wire.events import EventTopology
+from rpcq.wire.jobs import no_queue
 
 log = logs.get_logger("rpcq.outbox")
 
@@ -73,11 +74,11 @@ def fate_of(row: Row, published: Published) -> Fate | None:
             error = f"the parameters are {len(row.body)} bytes of JSON, more than the broker takes"
             return Fate(row.id, error, reason="too_large")
         case Published.RETURNED:
-            error = f"no queue takes it from exchange {row.exchange!r} with key {row.routing_key!r}"
-            fix = "run `rpcq setup`, or start a worker of the service"
+            service, _, lane = row.routing_key.partition(":")
+            error = no_queue(service, lane or "normal")
             if row.tries < len(UNROUTABLE_PAUSES):
-                return Fate(row.id, f"{error}: {fix}", UNROUTABLE_PAUSES[row.tries])
-            return Fate(row.id, f"{error}: {fix}, and retry it", reason="unroutable")
+                return Fate(row.id, error, UNROUTABLE_PAUSES[row.tries])
+            return Fate(row.id, f"{error}; then retry it", reason="unroutable")
         case Published.REFUSED | Published.UNKNOWN:
             error = "the broker refused it: its queue is full, or has no leader"
             if published is Published.UNKNOWN:

@@ -73,7 +73,7 @@ async def test_dead_rows_are_listed_retried_and_deleted(
     assert [line["label"] for line in lines] == ["nobody.work0", "nobody.work1", "nobody.work2"]
     assert [line["body"] for line in lines] == ["0", "1", "2"]
     assert {line["reason"] for line in lines} == {"unroutable"}
-    assert "no queue takes it" in rpcq(store, "dead")
+    assert "no queue takes jobs of service" in rpcq(store, "dead")
     assert "1 rows go back" in rpcq(store, "dead", "--retry", "--yes", "--id", str(lines[1]["id"]))
     assert [row[2] for row in store.asked(rows_table.select())] == ["nobody.work1"]
     assert "2 rows are deleted" in rpcq(store, "dead", "--delete", "--yes")

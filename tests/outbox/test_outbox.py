@@ -12,7 +12,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import async_scoped_session, create_async_engine
 from sqlalchemy.orm import scoped_session, sessionmaker
 
-from rpcq import ConfigurationError, Context, InvalidParams, Service, UsageError
+from rpcq import ConfigurationError, Context, InvalidParams, Retry, Service, UsageError
 from rpcq.outbox import Outbox, relay
 from rpcq.outbox.tables import dead as dead_table
 from rpcq.outbox.tables import outbox as rows_table
@@ -174,6 +174,61 @@ async def test_jobs_of_a_key_are_sent_in_the_order_of_their_transactions(
         await asyncio.gather(*(one(number) for number in range(40)))
         await done.until(lambda counts: counts["note"] == 40)
     assert order == sent
+
+
+@pytest.mark.parametrize("way", ["function", "name"])
+async def test_jobs_of_a_key_of_an_ordered_service_are_done_in_the_order_of_their_transactions(
+    store: Store, outbox: Outbox, home: Place, service: Service, way: str
+) -> None:
+    service, done, keys = Service(service.name, ordered=True), list[tuple[str, int]](), set[str | None]()
+
+    @service.job(retry=Retry(initial_backoff=0.05, max_backoff=0.05))
+    async def note(key: str, number: int, context: Context) -> None:
+        if number == 0 and context.attempt < 3:
+            raise ConnectionError("not yet")
+        keys.add(context.order_key)
+        done.append((key, number))
+
+    target = note if way == "function" else f"{service.name}.note"
+    async with outbox, home.worker(service, job_prefetch=20):
+        for number in range(6):
+            for key in ("a", "b"):
+                keyed = outbox.with_options(order_key=key)
+                job = await store.write(lambda db, k=keyed, n=number, key=key: k.send(db, target, key=key, number=n))
+                assert job.order_key == key
+        await until(lambda: len(done) == 12)
+    for key in ("a", "b"):
+        assert [number for its_key, number in done if its_key == key] == [*range(6)]
+    assert keys == {"a", "b"}
+
+
+async def test_an_order_key_of_a_function_whose_service_is_not_ordered_is_not_in_the_job(
+    store: Store, outbox: Outbox, home: Place, service: Service
+) -> None:
+    seen: asyncio.Queue[str | None] = asyncio.Queue()
+
+    @service.job
+    async def note(context: Context) -> None:
+        seen.put_nowait(context.order_key)
+
+    async with outbox, home.worker(service):
+        job = await store.write(lambda db: outbox.with_options(order_key="a").send(db, note))
+        assert await asyncio.wait_for(seen.get(), 20) is None
+    assert job.order_key is None
+
+
+async def test_a_named_job_with_an_order_key_whose_service_is_not_ordered_is_a_dead_row_that_says_so(
+    store: Store, outbox: Outbox, home: Place, service: Service, work: Any, done: Done, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(relay, "UNROUTABLE_PAUSES", ())
+    async with outbox, home.worker(service):
+        named = outbox.with_options(order_key="a")
+        await store.write(lambda db: named.send(db, f"{service.name}.work", number=1))
+        await until(lambda: store.count(dead_table) == 1)
+    (row,) = store.asked(dead_table.select())
+    assert "unroutable" in row
+    assert "Service(..., ordered=True)" in row[-1]
+    assert done.counts == {}
 
 
 async def test_a_job_that_no_queue_takes_is_tried_again_and_then_dead_and_the_others_go_on(

@@ -50,6 +50,7 @@ def through(database_url: str) -> Iterator[str]:
 async def test_jobs_are_sent_in_order_and_done_once_through_a_pool_of_transactions(
     driver: str, database_url: str, through: str, home: Place, service: Service
 ) -> None:
+    service = Service(f"{service.name}-ordered", ordered=True)
     direct = Store("psycopg", database_url)  # it makes the tables
     store = Store(driver, through, create=False, **SETTINGS[driver])
     outbox = Outbox(store.engine, home.url, namespace=home.namespace)

@@ -5,8 +5,9 @@
 One program writes orders on PostgreSQL, each with its job in the same transaction, and relays them; another one relays,
 too; two do the jobs, whose effect is a row. Some transactions are rolled back, some to a savepoint. At random moments,
 one of the programs, the broker or the database is killed with SIGKILL, and started again. At the end, every order that
-is committed must have exactly one effect, and nothing else must have one. A queue beside that of the service gets a
-copy of each job: for each order key, the first copies must be in the order of the commits.
+is committed must have exactly one effect, and nothing else must have one. A queue beside those of the service gets a
+copy of each job: for each order key, the first copies must be in the order of the commits. The service is ordered: for
+each order key, the effects must be in that order, too.
 
 Every choice of what to kill comes from the seed; what the machine makes of it does not.
 """
@@ -24,15 +25,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import aio_pika
 from sqlalchemy import create_engine, func, select
 
+from rpcq.options import ConnectionOptions
 from rpcq.outbox import metadata
 from rpcq.outbox.tables import dead, inbox, outbox
-from rpcq.wire.jobs import JobTopology
+from rpcq.transport.opening import open_admin
+from rpcq.url import parse
+from rpcq.wire.jobs import ORDERED_LANES, JobTopology
 from soak.jobs import show_logs
 from soak.outbox_programs import SERVICE, effects, orders, own
 from soak.report import say
@@ -62,6 +67,8 @@ class Found:
     orders: dict[int, int] = field(default_factory=dict)
     """The ID of an order that is committed -> its key."""
     effects: Counter[int] = field(default_factory=Counter)
+    done: list[int] = field(default_factory=list)
+    """The orders of the effects, in the order in which these happened."""
     ghosts: int = 0
     left: dict[str, int] = field(default_factory=dict)
     copies: list[tuple[int, int, bool]] = field(default_factory=list)
@@ -177,8 +184,9 @@ class Soak:
     def _read(self) -> None:
         with self._engine.connect() as connection:
             # Effects first: an order that is committed in between may lack its effect, and none has one too many.
-            rows = connection.execute(select(effects.c.order_id, effects.c.is_ghost)).all()
-            self.found.effects = Counter(order for order, is_ghost in rows if not is_ghost)
+            rows = connection.execute(select(effects.c.order_id, effects.c.is_ghost).order_by(effects.c.id)).all()
+            self.found.done = [order for order, is_ghost in rows if not is_ghost]
+            self.found.effects = Counter(self.found.done)
             self.found.ghosts = sum(is_ghost for _, is_ghost in rows)
             rows = connection.execute(select(orders.c.id, orders.c.key)).all()
             self.found.orders = {row.id: row.key for row in rows}
@@ -186,15 +194,18 @@ class Soak:
                 self.found.left[name] = connection.execute(select(func.count()).select_from(table)).scalar_one()
 
     async def _tap(self) -> None:
-        """Have a copy of each job kept."""
-        jobs = JobTopology(self.namespace).jobs
+        """Have a copy of each job kept. The service's queues come first: a job that only has a copy counts as sent."""
+        topology, url = JobTopology(self.namespace), parse(self.broker.url)
+        async with open_admin(url, ConnectionOptions(), *url.hosts[0]) as admin:
+            await admin.declare(topology.exchanges(), topology.queues(SERVICE, lanes=False, ordered=True))
         async with await aio_pika.connect(self.broker.url) as connection:
             channel = await connection.channel()
-            exchange = await channel.declare_exchange(jobs.name, "direct", durable=True)
+            exchange = await channel.get_exchange(topology.jobs.name)
             queue = await channel.declare_queue(
                 f"{self.namespace}.tap", durable=True, arguments={"x-queue-type": "quorum"}
             )
-            await queue.bind(exchange, SERVICE)
+            for key in (SERVICE, *(f"{SERVICE}:{lane}" for lane in ORDERED_LANES)):
+                await queue.bind(exchange, key)
 
     async def _read_tap(self) -> None:
         async with await aio_pika.connect(self.broker.url) as connection:
@@ -229,17 +240,22 @@ def verdict(plan: Plan, found: Found) -> list[str]:
         problems.append(f"rows are left: {found.left}")
     if found.left["inbox"] != sum(found.effects.values()):
         problems.append(f"{found.left['inbox']} keys are in the inbox, and {sum(found.effects.values())} effects")
-    last: Counter[int] = Counter()
-    seen: set[int] = set()
-    for number, key, _ in found.copies:
-        if number in seen:
-            continue
-        seen.add(number)
-        if key and number < last[key]:
-            problems.append(f"order {number} of key {key} was sent after order {last[key]}")
-        last[key] = max(last[key], number)
-    if missing := found.orders.keys() - seen:
+    sent = {number: key for number, key, _ in found.copies}  # each at the place of its first copy
+    problems += _out_of_order("sent", sent.items())
+    problems += _out_of_order("done", ((number, found.orders.get(number, 0)) for number in found.done))
+    if missing := found.orders.keys() - sent.keys():
         problems.append(f"{len(missing)} orders are not in the copies: {sorted(missing)[:10]}")
+    return problems
+
+
+def _out_of_order(what: str, found: Iterable[tuple[int, int]]) -> list[str]:
+    """Which orders came after a later one of their order key; key 0 stands for none."""
+    problems = []
+    last: Counter[int] = Counter()
+    for number, key in found:
+        if key and number < last[key]:
+            problems.append(f"order {number} of key {key} was {what} after order {last[key]}")
+        last[key] = max(last[key], number)
     return problems
 
 

@@ -83,7 +83,7 @@ async def app(folder: Path) -> None:
 async def worker(_: Path) -> None:
     """Do the jobs, each with its effect in one transaction."""
     engine = engine_of(dict(os.environ))
-    service = Service(SERVICE)
+    service = Service(SERVICE, ordered=True)
 
     @service.job(once=Inbox(engine), retry=SOON, timeout=30)
     async def charge(db: AsyncSession, order_id: int, key: int, is_ghost: bool) -> None:
