@@ -105,6 +105,8 @@ Measure = tuple[str, Literal["time", "rate", "percent"], Callable[[Run], float |
 def _measures() -> list[Measure]:
     found: list[Measure] = [("achieved", "rate", lambda run: run.achieved)]
     found += [(name, "time", _point("latency", name)) for name in ("p50", "p90", "p99", "p99.9", "max")]
+    found += [("confirmed", "rate", lambda run: run.confirmed), ("confirm p50", "time", _point("confirm", "p50"))]
+    found += [("confirm p99", "time", _point("confirm", "p99"))]
     found += [("service p99", "time", _point("service_time", "p99")), ("errors", "percent", _errors)]
     found += [(f"{part} p50", "time", _point(part, "p50")) for part in ("queue", "handler", "transport")]
     return found
@@ -171,6 +173,8 @@ def _warnings(
         found.append(
             f"the models differ ({first}, {second}): the closed model hides stalls, so their latencies do not compare"
         )
+    elif len(kinds := {run.kind for run in (*a.runs, *b.runs)}) > 1:
+        found.append(f"one is of {' and the other of '.join(sorted(kinds))}: their latencies do not compare")
     elif models[0] == "closed":
         found.append("both use the closed model, which hides stalls")
     if settings:
@@ -181,7 +185,7 @@ def _warnings(
         if report.interrupted:
             found.append(f"the {name} was interrupted")
         if not all(run.correct for run in report.runs):
-            found.append(f"the {name} lost, duplicated or mixed up calls")
+            found.append(f"the {name} lost, duplicated or mixed up {report.runs[0].kind}")
         reasons = dict.fromkeys(why for run in report.runs for why in run.bottleneck)
         if reasons:
             found.append(f"in the {name}, the generator itself may be what was measured: {'; '.join(reasons)}")

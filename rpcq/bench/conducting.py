@@ -26,6 +26,7 @@ from rpcq.runtime.process import own_version
 from rpcq.transport.memory.broker import MemoryBroker
 from rpcq.transport.rabbitmq.admin import Admin, open_admin
 from rpcq.url import parse
+from rpcq.wire.jobs import JobTopology
 from rpcq.wire.topology import Topology
 from rpcq.worker import Worker
 
@@ -38,9 +39,9 @@ class LoadTest:
         plan: the plan of all generators together, also for `in_flight`. If the target is the built-in echo (`checks`),
             each run gives it another name.
         workers: processes of the built-in echo.
-        prefetch: prefetch limit of each of them.
+        prefetch: prefetch limit of each of them, for calls or for jobs.
         simulate: seconds that the handler of the built-in echo takes.
-        queue_type: type of its request queue.
+        queue_type: type of its request queue; queues of jobs are always quorum queues.
 
     """
 
@@ -112,7 +113,7 @@ class Conductor:
                 watching.cancel()
                 await asyncio.gather(watching, return_exceptions=True)
             nonces = await stop_echo() if stop_echo is not None else None
-        return merge_run(plan.phases, found, nonces, self._depths)
+        return merge_run(plan, found, nonces, self._depths)
 
     # The target.
 
@@ -122,8 +123,14 @@ class Conductor:
         test, plan = self._test, self._plan
         async with AsyncExitStack() as stack:
             if test.in_memory:
-                service, nonces = echo_service(self._service, test.queue_type, test.simulate)
-                worker = Worker(service, url=plan.url, namespace=plan.namespace, prefetch=test.prefetch)
+                service, nonces = echo_service(self._service, test.queue_type, test.simulate, is_job=plan.is_job)
+                worker = Worker(
+                    service,
+                    url=plan.url,
+                    namespace=plan.namespace,
+                    prefetch=test.prefetch,
+                    job_prefetch=test.prefetch,
+                )
                 await stack.enter_async_context(worker)
 
                 async def stop_worker() -> NonceRecord:
@@ -138,8 +145,9 @@ class Conductor:
                 "queue_type": test.queue_type,
                 "simulate": test.simulate,
                 "prefetch": test.prefetch,
+                "is_job": plan.is_job,
             }
-            stack.push_async_callback(self._delete_queue)
+            stack.push_async_callback(self._delete_queues)
             processes = [await stack.enter_async_context(running("rpcq.bench.echo")) for _ in range(test.workers)]
             for process in processes:
                 process.send(json.dumps(settings).encode())
@@ -153,11 +161,16 @@ class Conductor:
 
             yield stop_workers
 
-    async def _delete_queue(self) -> None:
-        topology = Topology(self._plan.namespace)
-        queue = topology.request_queue(self._service, self._test.queue_type, None).name
+    async def _delete_queues(self) -> None:
+        """Delete the queues of the built-in echo. What all services of the namespace share stays."""
+        if self._plan.is_job:
+            jobs = JobTopology(self._plan.namespace)
+            queues = [it.name for it in jobs.queues(self._service, lanes=False, ordered=False)]
+        else:
+            topology = Topology(self._plan.namespace)
+            queues = [topology.request_queue(self._service, self._test.queue_type, None).name]
         async with self._admin() as admin:
-            await admin.delete(queues=[queue])
+            await admin.delete(queues=queues)
 
     async def _wait_for_service(self) -> None:
         async with Client(self._plan.url, namespace=self._plan.namespace, name="rpcq-bench") as client:
@@ -179,11 +192,8 @@ class Conductor:
         raise failure
 
     async def _watch_depth(self) -> None:
-        """Record once a second how many requests wait in the queue."""
-        plan = self._plan
-        topology = Topology(plan.namespace)
-        kinds: tuple[Literal["classic", "quorum"], ...] = ("classic", "quorum")
-        queues = [topology.request_queue(self._service, kind, None).name for kind in kinds]
+        """Record once a second how many requests or jobs wait in the queue."""
+        plan, queues = self._plan, self._queues()
         if self._test.in_memory:
             while (broker := MemoryBroker.named(parse(plan.url).hosts[0][0])) is not None:
                 depths = [broker.depth(queue) for queue in queues if queue in broker.queues]
@@ -198,6 +208,16 @@ class Conductor:
                     if any(states):
                         self._add_depth(sum(it.messages for it in states if it is not None))
                     await asyncio.sleep(1)
+
+    def _queues(self) -> list[str]:
+        """The queues in which the target's work waits: those that there may be."""
+        if self._plan.is_job:
+            # Without a priority and an order key, as they are sent here.
+            jobs = JobTopology(self._plan.namespace)
+            return [it.name for it in jobs.waiting(self._service, lanes=False, ordered=False)]
+        topology = Topology(self._plan.namespace)
+        kinds: tuple[Literal["classic", "quorum"], ...] = ("classic", "quorum")
+        return [topology.request_queue(self._service, kind, None).name for kind in kinds]
 
     def _add_depth(self, depth: int) -> None:
         second = int(time.time() - self._began)

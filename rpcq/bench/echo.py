@@ -80,23 +80,33 @@ def read_nonces(text: str | bytes) -> NonceRecord:
     return NonceRecord(found["runs"], found["doubled"], bits)
 
 
-def echo_service(name: str, queue_type: Literal["classic", "quorum"], simulate: float) -> tuple[Service, NonceRecord]:
-    """A service whose method returns its nonce after `simulate` seconds, and the record of the nonces it sees."""
+def echo_service(
+    name: str, queue_type: Literal["classic", "quorum"], simulate: float, *, is_job: bool = False
+) -> tuple[Service, NonceRecord]:
+    """A service that returns its nonce after `simulate` seconds, and the record of the nonces it sees.
+
+    Its only method is `METHOD`, or with `is_job` its only job; the queues of jobs have one type.
+    """
     service, nonces = Service(name, queue_type=queue_type), NonceRecord()
 
-    @service.method(name=METHOD)
     async def echo(nonce: int, payload: str) -> int:  # noqa: ARG001 - it only makes the request larger
         nonces.add(nonce)
         if simulate:
             await asyncio.sleep(simulate)
         return nonce
 
+    if is_job:
+        service.job(name=METHOD)(echo)
+    else:
+        service.method(name=METHOD)(echo)
     return service, nonces
 
 
 async def serve(settings: Mapping[str, Any]) -> None:
     """Serve until standard input closes."""
-    service, nonces = echo_service(settings["service"], settings["queue_type"], settings["simulate"])
+    service, nonces = echo_service(
+        settings["service"], settings["queue_type"], settings["simulate"], is_job=settings["is_job"]
+    )
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     ended = asyncio.Event()
@@ -112,6 +122,7 @@ async def serve(settings: Mapping[str, Any]) -> None:
             url=settings["url"],
             namespace=settings["namespace"],
             prefetch=settings["prefetch"],
+            job_prefetch=settings["prefetch"],
             name="rpcq-bench-worker",
         ):
             _say("ready")

@@ -1,8 +1,10 @@
-"""Makes calls when they are due, and has each one recorded.
+"""Makes calls or sends jobs when they are due, and has each one recorded.
 
 In the open model, calls are sent when they are due, and latency counts from then. A target that stalls gets as many
 calls as one that does not, and the waiting time of each of them is measured. In the closed model, each caller waits for
 its reply before it calls again.
+
+A job is sent with `watch=True`: its worker tells when it is done.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from itertools import cycle
 from typing import Any, Final
 
 from rpcq.bench.plan import Plan
-from rpcq.bench.recording import Measured, Recorder, Tally
+from rpcq.bench.recording import Failure, Measured, Recorder, Tally
+from rpcq.bench.result import NOT_DONE
 from rpcq.client import Client
-from rpcq.errors import CallError
+from rpcq.errors import CallError, JobFailed, NoResult, SendError
 from rpcq.wire.replies import Reply
 
 BEAT: Final = 0.010
@@ -56,6 +59,7 @@ class Generator:
         self._plan = plan
         self._ask = self._ask_target if ask is None else ask
         self._call = client.with_options(timeout=plan.timeout, idempotent=plan.idempotent).call
+        self._send = client.with_options(watch=True, timeout=plan.timeout).send
         self._client = client
         self._on_second = on_second
         self._recorder = Recorder(plan)
@@ -169,31 +173,53 @@ class Generator:
         self._next = number + 1
         recorder, sent = self._recorder, time.perf_counter()
         measures = recorder.sent(due, sent)
-        error: CallError | None = None
+        failure: Failure | None = None
         try:
-            own = await self._ask(number)
+            own = await (self._do_job(number, due, sent) if self._plan.is_job else self._ask(number))
             # Two statements: `+=` with the await in it would read the counter before the wait.
             recorder.measured.mismatched += not own
-        except CallError as failed:
-            error = failed
+        except CallError as error:
+            failure = Failure(type(error).__name__, error.executed)
+        except SendError as error:
+            failure = Failure("SendError", error.queued)  # what is not queued has not run
+        except JobFailed as error:
+            failure = Failure(f"JobFailed {error.reason}", error.executed)
+        except TimeoutError:
+            failure = Failure(NOT_DONE, "maybe")
         except asyncio.CancelledError:
             if measures:
                 recorder.cancelled()
             raise
         reply, self._reply = self._reply, None  # it is this call's: no other task ran since it came
         if measures:
-            recorder.ended(due, sent, time.perf_counter(), error, reply)
+            recorder.ended(due, sent, time.perf_counter(), failure, reply)
 
     async def _ask_target(self, number: int) -> bool:
+        args, params = self._parameters(number)
+        result = await self._call(self._plan.target, *args, **params)
+        return not self._plan.checks or bool(result == params["nonce"])
+
+    async def _do_job(self, number: int, due: float, sent: float) -> bool:
+        """Send a job and wait until it is done; returns whether its result belongs to it."""
+        plan = self._plan
+        args, params = self._parameters(number)
+        job = await self._send(plan.target, *args, **params)
+        now = time.perf_counter()
+        self._recorder.confirmed(due, sent, now)
+        try:
+            result = await job.result(timeout=max(0.001, sent + plan.timeout - now))
+        except NoResult:
+            return True  # it is done, and what it returned does not matter
+        return not plan.checks or bool(result == params["nonce"])
+
+    def _parameters(self, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The parameters of a call, by position and by name."""
         plan = self._plan
         if plan.checks:
-            nonce = plan.number * NONCES + number
-            return bool(await self._call(plan.target, nonce=nonce, payload=self._payload) == nonce)
+            return (), {"nonce": plan.number * NONCES + number, "payload": self._payload}
         if self._lines is not None:
-            await self._call(plan.target, **next(self._lines))
-        else:
-            await self._call(plan.target, *plan.args, **plan.params)
-        return True
+            return (), next(self._lines)
+        return plan.args, plan.params
 
     def _on_reply(self, reply: Reply) -> None:
         self._reply = reply  # of the call that continues next

@@ -11,9 +11,9 @@ from typing import Final
 from hdrh.histogram import HdrHistogram
 
 from rpcq.bench.echo import NonceRecord
-from rpcq.bench.plan import Phase
+from rpcq.bench.plan import Phase, Plan
 from rpcq.bench.recording import Measured, Tally
-from rpcq.bench.result import Distribution, Run, Second, Step, merged
+from rpcq.bench.result import NOT_DONE, Distribution, Run, Second, Step, merged
 
 BUSY: Final = 0.9
 """Share of a core. A generator that uses more is short of processor time."""
@@ -22,18 +22,17 @@ LAG: Final = 20.0
 """Milliseconds. A generator whose event loop is later than this at the 99th percentile is too slow."""
 
 
-def merge_run(
-    phases: Sequence[Phase], found: Sequence[Measured], nonces: NonceRecord | None, depths: Mapping[int, int]
-) -> Run:
+def merge_run(plan: Plan, found: Sequence[Measured], nonces: NonceRecord | None, depths: Mapping[int, int]) -> Run:
     """One run from the measurements of all generators.
 
     Args:
-        phases: rates of the open model; empty in the closed model.
+        plan: the plan of all generators together.
         found: measurements of each generator.
         nonces: what the handlers of the built-in echo saw; None if the target is another service.
         depths: number of the second -> depth of the queue.
 
     """
+    phases = plan.phases
     histograms = {
         name: merged(HdrHistogram.decode(it.histograms[name].encode()) for it in found if name in it.histograms)
         for name in {name for it in found for name in it.histograms}
@@ -45,21 +44,22 @@ def merge_run(
     nothing = Distribution.of(merged([]))
     seconds = max(it.seconds for it in found)
     ended, sent = sum(it.ended for it in found), sum(it.sent for it in found)
-    lag = histograms.get("lag")
+    lag, errors = histograms.get("lag"), _total([it.errors for it in found])
     run = Run(
         model="open" if phases else "closed",
         began=datetime.fromtimestamp(min(it.began for it in found), UTC).isoformat(timespec="milliseconds"),
         seconds=round(seconds, 6),
         offered=_offered(phases, found, seconds),
-        achieved=ended / seconds if seconds else 0.0,
+        achieved=(ended - errors.get(NOT_DONE, 0)) / seconds if seconds else 0.0,
         sent=sent,
         ok=sum(it.ok for it in found),
-        errors=_total([it.errors for it in found]),
+        errors=errors,
         executed=_total([it.executed for it in found]),
         warm_up=sum(it.warm_up for it in found),
         checked=nonces is not None,
         lost=sent - ended,
-        duplicated=sum(it.stray for it in found) + (nonces.doubled if nonces is not None else 0),
+        # What is told late of a job that is not watched any more is no second run of it.
+        duplicated=(nonces.doubled if nonces is not None else 0) + sum(it.stray for it in found if not plan.is_job),
         mismatched=sum(it.mismatched for it in found),
         handled=None if nonces is None else nonces.runs,
         latency=spread("latency") or nothing,
@@ -75,6 +75,8 @@ def merge_run(
         bottleneck=(),
         series=_series(found, depths, is_open=bool(phases)),
         steps=_steps(phases, found, histograms),
+        kind="jobs" if plan.is_job else "calls",
+        confirm=(spread("confirm") or nothing) if plan.is_job else None,
     )
     return replace(run, bottleneck=tuple(_bottleneck(run)))
 
@@ -159,7 +161,7 @@ def _bottleneck(run: Run) -> list[str]:
     if run.lag_p99 > LAG:
         why.append(f"the event loop of a generator was {run.lag_p99:.0f} ms late at the 99th percentile")
     if run.dropped:
-        why.append(f"{run.dropped} calls were not sent, because too many were under way")
+        why.append(f"{run.dropped} {run.kind} were not sent, because too many were under way")
     if run.late > 0.01 * max(run.sent, 1):
-        why.append(f"{run.late} of {run.sent} calls were sent more than 10 ms after they were due")
+        why.append(f"{run.late} of {run.sent} {run.kind} were sent more than 10 ms after they were due")
     return why

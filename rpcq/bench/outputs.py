@@ -41,6 +41,11 @@ OPEN: Final = (
     "was due, so it includes the time that a caller waits during a stall."
 )
 
+OPEN_JOBS: Final = (
+    "Open model: jobs are sent when they are due, and do not wait for earlier ones. Latency counts from when a job was "
+    "due until its sender heard that it was done, so it includes the time that it waits during a stall."
+)
+
 CLOSED: Final = (
     "Closed model: it hides stalls. Each caller waits for its reply before it calls again, so a stall delays the "
     "calls that would have shown it: the percentiles look better than what independent callers would see. "
@@ -95,9 +100,15 @@ def _digits(number: float) -> str:
     return text.rstrip("0").rstrip(".") if places else text
 
 
+def model_text(run: Run) -> str:
+    """What the model of a run means for its latencies."""
+    return CLOSED if run.model == "closed" else OPEN_JOBS if run.kind == "jobs" else OPEN
+
+
 def subject(report: Report) -> str:
     """The target and the load of a test, in one line."""
-    target = str(report.settings.get("target") or "calls")
+    kind = report.runs[0].kind if report.runs else "calls"
+    target = str(report.settings.get("target") or kind)
     return f"{target} {load(report)}" if report.runs else target
 
 
@@ -106,9 +117,9 @@ def load(report: Report) -> str:
     run = report.runs[0]
     if len(run.steps) > 1:
         rates = [step.rate for step in run.steps]
-        return f"at {number_text(min(rates))} to {number_text(max(rates))} calls/s in {len(rates)} steps"
+        return f"at {number_text(min(rates))} to {number_text(max(rates))} {run.kind}/s in {len(rates)} steps"
     if run.model == "open":
-        return f"at {number_text(run.offered)} calls/s"
+        return f"at {number_text(run.offered)} {run.kind}/s"
     callers = report.settings.get("concurrency")
     if isinstance(callers, int):
         return f"with {number_text(callers)} {'callers' if callers != 1 else 'caller'} in a closed loop"
@@ -118,7 +129,9 @@ def load(report: Report) -> str:
 def checks(run: Run) -> str:
     """Whether results were correct, in one line."""
     if not run.checked:
-        return "not checked: only calls of the built-in echo carry a nonce"
+        return f"not checked: only {run.kind} of the built-in echo carry a nonce"
+    if run.kind == "jobs":
+        return f"done twice {run.duplicated:,}, mismatched {run.mismatched:,}, lost by the generator {run.lost:,}"
     return f"lost {run.lost:,}, duplicated {run.duplicated:,}, mismatched {run.mismatched:,}"
 
 
@@ -153,12 +166,18 @@ def summary(run: Run, report: Report) -> RenderableType:
 def _facts(run: Run, report: Report) -> list[tuple[str, str, str]]:
     ended = run.ok + run.failed
     offered = "" if run.offered is None else f" of {number_text(run.offered)} offered"
+    ended_as = "ended" if run.kind == "jobs" else "achieved"
     facts = [
-        ("model", OPEN if run.model == "open" else CLOSED, "" if run.model == "open" else "bold yellow"),
-        ("rate", f"{number_text(run.achieved)} calls/s achieved{offered}", ""),
-        ("calls", f"{run.sent:,} in {number_text(run.seconds)} s, after {run.warm_up:,} to warm up", ""),
-        ("ok", f"{run.ok:,} ({share_text(run.ok, ended)})", ""),
+        ("model", model_text(run), "" if run.model == "open" else "bold yellow"),
+        ("rate", f"{number_text(run.achieved)} {run.kind}/s {ended_as}{offered}", ""),
+        (run.kind, f"{run.sent:,} in {number_text(run.seconds)} s, after {run.warm_up:,} to warm up", ""),
+        ("done" if run.kind == "jobs" else "ok", f"{run.ok:,} ({share_text(run.ok, ended)})", ""),
     ]
+    if run.confirmed is not None:
+        facts.insert(1, ("send rate", f"{number_text(run.confirmed)} jobs/s confirmed{offered}", ""))
+        facts.append(
+            ("not done", f"{run.not_done:,} in time, as far as their sender heard", "bold red" if run.not_done else "")
+        )
     if run.failed:
         facts.append(
             ("errors", f"{run.failed:,} ({share_text(run.failed, ended)}): {by_count(run.errors)}", "bold red")
@@ -168,7 +187,7 @@ def _facts(run: Run, report: Report) -> list[tuple[str, str, str]]:
         facts.append(("errors", "0", ""))
     facts.append(("results", checks(run), "" if run.correct else "bold red"))
     if run.handled is not None:
-        facts.append(("handled", f"{run.handled:,} calls, warm-up included", ""))
+        facts.append(("handled", f"{run.handled:,} {run.kind}, warm-up included", ""))
     if run.late or run.dropped:
         facts.append(("late", f"{run.late:,} sent late, {run.dropped:,} not sent at all", "yellow"))
     lag = f"event loop late by {time_text(run.lag_p99)} (p99), {time_text(run.lag_max)} (max)"
@@ -193,8 +212,12 @@ def _percentiles(run: Run) -> Table:
     latency = "latency, from when due" if run.model == "open" else "latency (stalls hidden)"
     table.add_column(latency, justify="right", style="bold")
     table.add_column("service time, from when sent", justify="right")
-    for (name, latency_ms), (_, service_ms) in zip(rows(run.latency), rows(run.service_time), strict=True):
-        table.add_row(name, time_text(latency_ms), time_text(service_ms))
+    columns = [run.latency, run.service_time]
+    if run.confirm is not None:
+        table.add_column("confirm, from when sent", justify="right")
+        columns.append(run.confirm)
+    for each in zip(*(rows(it) for it in columns), strict=True):
+        table.add_row(each[0][0], *(time_text(milliseconds) for _, milliseconds in each))
     return table
 
 
@@ -247,13 +270,14 @@ Kind = Literal["time", "rate", "percent", "count"]
 DISTRIBUTIONS: Final[Mapping[str, str]] = {
     "": "latency",
     "service_": "service_time",
+    "confirm_": "confirm",
     "queue_": "queue",
     "handler_": "handler",
     "transport_": "transport",
 }
 """Prefix of the name of a percentile -> attribute of `Run`."""
 
-COUNTS: Final = ("errors", "lost", "duplicated", "mismatched", "late", "dropped")
+COUNTS: Final = ("errors", "lost", "duplicated", "mismatched", "late", "dropped", "not_done")
 POINTS: Final = (*(f"p{it:g}" for it in PERCENTILES), "max", "mean")
 UNITS: Final[Mapping[Kind, Mapping[str, float]]] = {
     "time": {"us": 0.001, "µs": 0.001, "ms": 1.0, "s": 1000.0},
@@ -273,7 +297,7 @@ _MEASURES: Final[Mapping[str, Kind]] = {
     **{prefix + point: "time" for prefix in DISTRIBUTIONS for point in POINTS},
     **dict.fromkeys(COUNTS, "count"),
     **dict.fromkeys(("errors%", "error_rate"), "percent"),
-    **dict.fromkeys(("achieved", "offered"), "rate"),
+    **dict.fromkeys(("achieved", "offered", "confirmed"), "rate"),
 }
 _SPLIT: Final = re.compile(r"([^<>=!]*)([<>=!]+)(.*)", re.DOTALL)
 _NUMBER: Final = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(\S*)")
@@ -285,9 +309,10 @@ class Condition:
 
     Attributes:
         measure: the measure. `p50`, `p75`, `p90`, `p95`, `p99`, `p99.9`, `p99.99`, `max` and `mean` are those of the
-            latency; with the prefix `service_`, `queue_`, `handler_` or `transport_`, those of that part. `errors`,
-            `lost`, `duplicated`, `mismatched`, `late` and `dropped` are numbers of calls; `errors%` (or `error_rate`)
-            is the share of the calls that ended; `achieved` and `offered` are calls a second.
+            latency; with the prefix `service_`, `confirm_`, `queue_`, `handler_` or `transport_`, those of that part.
+            `errors`, `lost`, `duplicated`, `mismatched`, `late`, `dropped` and `not_done` are numbers of calls;
+            `errors%` (or `error_rate`) is the share of the calls that ended; `achieved`, `offered` and `confirmed` are
+            calls a second.
         operator: `>`, `>=`, `<`, `<=`, `==` or `!=`.
         limit: the value to compare with, in milliseconds, percent, calls a second, or calls.
 
@@ -357,14 +382,17 @@ class Condition:
     def value(self, run: Run) -> float | None:
         """The value in a run, in the unit of `limit`.
 
-        None if it is not known: a percentile of no calls, `offered` in the closed model, `lost` if nothing was checked.
+        None if it is not known: a percentile of no calls, `offered` in the closed model, `lost` if nothing was checked,
+        `confirmed` and `not_done` of calls.
         """
         ended = run.ok + run.failed
         if self.measure in {"errors%", "error_rate"}:
             return 100 * run.failed / ended if ended else None
         if self.measure in {"lost", "duplicated", "mismatched"} and not run.checked:
             return None
-        if self.measure in COUNTS or self.measure in {"achieved", "offered"}:
+        if self.measure == "not_done" and run.kind == "calls":
+            return None
+        if self.measure in COUNTS or self.measure in {"achieved", "offered", "confirmed"}:
             value: float | None = getattr(run, "failed" if self.measure == "errors" else self.measure)
             return value
         prefix, point = re.fullmatch(r"([a-z]+_|)(.+)", self.measure).groups()  # type: ignore[union-attr]  # was parsed

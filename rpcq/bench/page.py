@@ -17,10 +17,10 @@ from markupsafe import Markup
 
 from rpcq.bench.outputs import (
     CLOSED,
-    OPEN,
     PARTS,
     by_count,
     checks,
+    model_text,
     number_text,
     rows,
     share_text,
@@ -56,7 +56,7 @@ def page(report: Report) -> str:
         began=report.runs[0].began if report.runs else "",
         facts=_facts(report),
         notes=_notes(report, run),
-        open_model=OPEN,
+        open_model="" if run is None else model_text(run),
         run=None if run is None else _shown(run),
         runs=_all_runs(report.runs, shown) if shown is not None and len(report.runs) > 1 else None,
         details=[(name, _texts(values)) for name, values in _details(report) if values],
@@ -163,24 +163,25 @@ def _notes(report: Report, run: Run | None) -> list[_Note]:
         )
     wrong = [str(at) for at, one in enumerate(report.runs, 1) if not one.correct]
     if wrong and len(report.runs) > 1:
-        text = f"Calls were lost, duplicated or mixed up in run {', '.join(wrong)}."
+        text = f"{report.runs[0].kind.capitalize()} were lost, duplicated or mixed up in run {', '.join(wrong)}."
         notes.append(_Note("Results are wrong", text, is_wrong=True))
     return notes
 
 
 def _cards(run: Run) -> list[_Card]:
     of = dict(rows(run.latency))
+    offered = "" if run.offered is None else f"of {number_text(run.offered)} offered"
+    sent = [] if run.confirmed is None else [_Card("Confirmed", f"{number_text(run.confirmed)}/s", offered)]
+    if run.confirm is not None:
+        sent.append(_Card("Confirm p99", time_text(dict(rows(run.confirm))["p99"]), "from when a job was sent"))
     return [
-        _Card(
-            "Achieved",
-            f"{number_text(run.achieved)}/s",
-            "" if run.offered is None else f"of {number_text(run.offered)} offered",
-        ),
+        *sent,
+        _Card("Ended" if sent else "Achieved", f"{number_text(run.achieved)}/s", offered),
         _Card("Latency p50", time_text(of["p50"]), "50% are slower"),
         _Card("Latency p99", time_text(of["p99"]), "1% are slower"),
         _Card("Latency p99.9", time_text(of["p99.9"]), "0.1% are slower"),
         _Card("Latency max", time_text(of["max"]), "the longest"),
-        _Card("Failed", share_text(run.failed, run.ok + run.failed), f"{run.failed:,} calls"),
+        _Card("Failed", share_text(run.failed, run.ok + run.failed), f"{run.failed:,} {run.kind}"),
         _Card("Generator", share_text(run.cpu, 1.0), f"of a core; lag {time_text(run.lag_p99)} at p99"),
     ]
 
@@ -232,17 +233,21 @@ def _latency_point(name: str) -> Callable[[Run | Step], float | None]:
 
 
 def _latency(run: Run) -> tuple[_Table, Markup]:
+    columns = [("Latency", run.latency), ("Service time", run.service_time)]
+    lines = [Line("service time", "b", curve(run.service_time)), Line("latency", "a", curve(run.latency))]
+    if run.confirm is not None:
+        columns.append(("Confirm", run.confirm))
+        lines.insert(0, Line("confirm", "c", curve(run.confirm)))
     table = _Table(
-        heads=["Percentile", "Latency", "Service time"],
+        heads=["Percentile", *(name for name, _ in columns)],
         rows=[
-            (name, [time_text(latency), time_text(service)])
-            for (name, latency), (_, service) in zip(rows(run.latency), rows(run.service_time), strict=True)
+            (each[0][0], [time_text(milliseconds) for _, milliseconds in each])
+            for each in zip(*(rows(it) for _, it in columns), strict=True)
         ],
     )
-    lines = [Line("service time", "b", curve(run.service_time)), Line("latency", "a", curve(run.latency))]
     return table, figure(
         "Latency by percentile",
-        "The share of all calls that ended within a time; each mark to the right is ten times rarer.",
+        f"The share of all {run.kind} that ended within a time; each mark to the right is ten times rarer.",
         percentile_axis(run.latency.count),
         time_axis(lines),
         lines,
@@ -269,7 +274,7 @@ def _over_time(run: Run) -> list[Markup]:
     def line(name: str, style: str, of: Callable[[Second], float | None], *, both: bool = False) -> Line:
         return Line(name, style, [(it.at + 0.5, of(it)) for it in run.series], both)
 
-    x = second_axis(run.series)
+    x, kind = second_axis(run.series), run.kind.capitalize()
     together = math.ceil(len(run.series) / CHUNKS)
     most = f" The maximum of each {together} seconds." if together > 1 else ""
     both = f" The median of each {together} seconds, and the range of what was ok." if together > 1 else ""
@@ -282,18 +287,21 @@ def _over_time(run: Run) -> list[Markup]:
     if any(it.offered is not None for it in run.series):
         rate.insert(0, line("offered", "wide", lambda it: it.offered, both=True))
     plots = [
-        figure("Latency over time", "Of the calls that ended in each second." + most, x, time_axis(latency), latency),
-        figure("Calls a second", "What was due, sent, and ended with a result." + both, x, count_axis(rate), rate),
+        figure(
+            "Latency over time", f"Of the {run.kind} that ended in each second.{most}", x, time_axis(latency), latency
+        ),
+        figure(f"{kind} a second", "What was due, sent, and ended with a result." + both, x, count_axis(rate), rate),
     ]
     if any(it.depth is not None for it in run.series):
+        waiting = "Jobs" if run.kind == "jobs" else "Requests"
         depth = [line("waiting", "a", lambda it: it.depth)]
         plots.append(
-            figure("Queue depth", "Requests that waited, at each second's end." + most, x, count_axis(depth), depth)
+            figure("Queue depth", f"{waiting} that waited, at each second's end.{most}", x, count_axis(depth), depth)
         )
     if any(it.failed for it in run.series):
         failed = [line("failed", "bars", lambda it: it.failed)]
         plots.append(
-            figure("Errors", "Calls that ended with an error, in each second." + most, x, count_axis(failed), failed)
+            figure("Errors", f"{kind} that ended with an error, in each second.{most}", x, count_axis(failed), failed)
         )
     lag = [line("lag", "a", lambda it: it.lag)]
     about = "How late its event loop was, at most. Where this is high, the generator is what was measured." + most
@@ -327,7 +335,7 @@ def _by_rate(steps: Sequence[Step]) -> tuple[_Table, Sequence[Markup]]:
     )
     return table, [
         figure("Latency by rate", "Where it rises steeply, the target is at its limit.", x, time_axis(times), times),
-        figure("Achieved by rate", "Calls that ended, a second.", x, count_axis(rates), rates),
+        figure("Achieved by rate", "What ended, a second.", x, count_axis(rates), rates),
     ]
 
 

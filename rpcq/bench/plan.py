@@ -50,14 +50,14 @@ class Plan:
     It has more than 15 fields because a user sets each of them on its own.
 
     Attributes:
-        target: the method to call, as `service.method`.
+        target: the method to call, as `service.method`, or the job to send.
         url: URL of the broker. It is only read when the generator is a process of its own, as `namespace` is.
         namespace: namespace of the service.
         args: parameters by position.
         params: parameters by name.
         lines: parameters by name of each call in turn, from a file; used instead of `args` and `params`.
         payload: bytes of text that each call of the built-in echo carries.
-        timeout: seconds that each call may take.
+        timeout: seconds that each call may take, or each job until it is done.
         idempotent: whether the calls are marked as idempotent.
         warm_up: seconds of load before measuring begins.
         phases: rates of the open model, for all generators together; empty in the closed model.
@@ -69,7 +69,8 @@ class Plan:
         in_flight: calls that may be under way at once in this generator; the open model drops the calls above it.
         processes: number of generators; each makes its share of the calls.
         number: number of this generator, from 0.
-        checks: whether the target is the built-in echo, which is called with a nonce.
+        checks: whether the target is the built-in echo, which gets a nonce.
+        is_job: whether the target is a job, which is sent and watched; the fields say "call" for either.
 
     """
 
@@ -93,6 +94,7 @@ class Plan:
     processes: int = 1
     number: int = 0
     checks: bool = False
+    is_job: bool = False
 
     @property
     def own_concurrency(self) -> int:

@@ -6,14 +6,14 @@ import math
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 import pydantic
 from hdrh.histogram import HdrHistogram
 
 from rpcq.bench.plan import Plan
-from rpcq.bench.result import HIGHEST, new_histogram
-from rpcq.errors import CallError
+from rpcq.bench.result import HIGHEST, NOT_DONE, new_histogram
+from rpcq.errors import Executed
 from rpcq.wire.replies import Reply, read_times
 
 LATE: Final = 0.010
@@ -56,13 +56,13 @@ class Measured:
         errors: class of the error -> calls that ended with it.
         executed: "no", "maybe" or "yes" -> calls that failed and did not, may have, or did run.
         warm_up: calls that were made before measuring began.
-        ended: calls of `sent` that ended with a result or an error.
+        ended: calls of `sent` that ended with a result or an error, or were not done in time.
         stray: replies that belonged to no call.
         mismatched: results that belonged to another call.
         late: calls that were sent late.
         dropped: calls that were not sent, because too many were under way.
         cpu: seconds of processor time.
-        histograms: "latency", "service", "queue", "handler", "transport", "lag", and "step-0", "step-1", ...
+        histograms: "latency", "service", "confirm", "queue", "handler", "transport", "lag", and "step-0", "step-1", ...
         series: number of the second -> its counts.
         failed_by_step: number of the step -> calls that ended in it with an error.
         ended_by_step: number of the step -> calls that ended in it.
@@ -104,6 +104,19 @@ def read_measured(text: bytes) -> Measured:
     return pydantic.TypeAdapter(Measured).validate_json(text)
 
 
+class Failure(NamedTuple):
+    """How a call or a job failed.
+
+    Attributes:
+        kind: class of the error, or `NOT_DONE`.
+        executed: whether its handler ran.
+
+    """
+
+    kind: str
+    executed: Executed
+
+
 class Recorder:
     """Records the calls of one generator. Times are those of `time.perf_counter()`.
 
@@ -120,6 +133,7 @@ class Recorder:
 
     def __init__(self, plan: Plan) -> None:
         self.measured = Measured()
+        self._is_job = plan.is_job
         self.began = 0.0
         self._counts: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))  # microseconds -> calls
         self._latencies: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))  # the same, by second
@@ -154,10 +168,15 @@ class Recorder:
     def cancelled(self) -> None:
         """A call was cancelled, because the test ended."""
         self.measured.ended += 1
-        self.measured.errors["cancelled"] += 1
+        self.measured.errors[NOT_DONE if self._is_job else "cancelled"] += 1
         self.measured.executed["maybe"] += 1
 
-    def ended(self, due: float, sent: float, now: float, error: CallError | None, reply: Reply | None) -> None:
+    def confirmed(self, due: float, sent: float, now: float) -> None:
+        """The broker confirmed a job."""
+        if due >= self.began:
+            self._counts["confirm"][int((now - sent) * 1e6)] += 1
+
+    def ended(self, due: float, sent: float, now: float, failure: Failure | None, reply: Reply | None) -> None:
         """A call ended, with a result or with an error."""
         measured = self.measured
         measured.ended += 1
@@ -169,18 +188,19 @@ class Recorder:
         if reply is not None:
             self._count_parts(reply, service)
         self._latencies[self.second_of(now)][latency] += 1
-        if error is None:
+        if failure is None:
             measured.ok += 1
             tally.ok += 1
         else:
-            measured.errors[type(error).__name__] += 1
-            measured.executed[error.executed] += 1
+            measured.errors[failure.kind] += 1
+            measured.executed[failure.executed] += 1
             tally.failed += 1
         if len(self._step_ends) > 1:
             self._counts[f"step-{self._step_of(due)}"][latency] += 1
             step = self._step_of(now)
-            measured.ended_by_step[step] = measured.ended_by_step.get(step, 0) + 1
-            if error is not None:
+            if failure is None or failure.kind != NOT_DONE:
+                measured.ended_by_step[step] = measured.ended_by_step.get(step, 0) + 1
+            if failure is not None:
                 measured.failed_by_step[step] = measured.failed_by_step.get(step, 0) + 1
 
     def lagged(self, now: float, seconds: float) -> None:

@@ -1,6 +1,7 @@
 """The results of a load test, and their JSON. Pure.
 
-Times of calls are milliseconds, times of a run are seconds since it began, rates are calls a second.
+Times of calls are milliseconds, times of a run are seconds since it began, rates are calls a second. In a run whose
+`kind` is "jobs", "call" stands for a job, "request" too, and a job "ended with a result" when it was done.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ FORMAT: Final = "rpcq-bench/1"
 """Version of the schema. New fields keep it; a field whose meaning changes needs a new one."""
 
 PERCENTILES: Final = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99)
+
+NOT_DONE: Final = "not done"
+"""Instead of the class of an error: a job that was not known to be done within its timeout, or when the test ended."""
 
 HIGHEST: Final = 3_600_000_000
 """Microseconds: an hour. Longer calls count as this."""
@@ -144,15 +148,16 @@ class Run:
         began: when measuring began, in UTC (ISO 8601).
         seconds: how long it measured, without warm-up.
         offered: calls a second that were due; None in the closed model.
-        achieved: calls a second that ended.
+        achieved: calls a second that ended; of jobs, those that were done or failed.
         sent: calls that were sent.
         ok: calls that ended with a result.
-        errors: class of the error -> calls that ended with it.
+        errors: class of the error -> calls that ended with it. For jobs also `NOT_DONE`, and JobFailed has its reason.
         executed: "no", "maybe" and "yes" -> calls that failed and did not, may have, or did run.
         warm_up: calls of the warm-up; they are counted nowhere else.
         checked: whether `lost`, `duplicated` and `mismatched` were checked, with the nonces of the built-in echo.
         lost: calls that did not end: `sent` without `ok` and `errors`.
-        duplicated: runs of handlers with a nonce that was seen before, and replies that belonged to no call.
+        duplicated: runs of handlers with a nonce that was seen before, and replies that belonged to no call. Jobs may
+            run again, so it is no fault of theirs.
         mismatched: results that belonged to another call.
         handled: runs of handlers, warm-up included; None if the target is not the built-in echo.
         latency: from when a call was due until it ended, with a result or an error. In the closed model, a call is due
@@ -169,6 +174,9 @@ class Run:
         bottleneck: reasons why the generator may have limited the result; empty if there are none.
         series: the run second by second.
         steps: the steps of the run, if it had several rates.
+        kind: what was sent: "calls" or "jobs".
+        confirm: from when a job was sent until the broker confirmed it; it counts those that were confirmed. None
+            for calls.
 
     """
 
@@ -200,6 +208,8 @@ class Run:
     bottleneck: tuple[str, ...]
     series: tuple[Second, ...]
     steps: tuple[Step, ...] = ()
+    kind: Literal["calls", "jobs"] = "calls"
+    confirm: Distribution | None = None
 
     @property
     def failed(self) -> int:
@@ -208,8 +218,18 @@ class Run:
 
     @property
     def correct(self) -> bool:
-        """Whether no call was lost, duplicated or mixed up."""
-        return not (self.lost or self.duplicated or self.mismatched)
+        """Whether no call was lost, duplicated or mixed up. A job may run again: that is not wrong."""
+        return not (self.lost or self.mismatched or (self.duplicated and self.kind == "calls"))
+
+    @property
+    def not_done(self) -> int:
+        """Jobs that were not known to be done within their timeout, or when the test ended; part of `failed`."""
+        return self.errors.get(NOT_DONE, 0)
+
+    @property
+    def confirmed(self) -> float | None:
+        """Jobs a second that the broker confirmed: the send rate; None for calls."""
+        return None if self.confirm is None else self.confirm.count / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True, slots=True)

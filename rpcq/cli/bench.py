@@ -72,13 +72,16 @@ def bench(  # long: each parameter is an option of the command, and typer reads 
     target: Annotated[
         str | None,
         typer.Argument(
-            help="The method to call: service.method. Without it, rpcq starts a built-in echo service and checks its "
-            "results. Or: compare A.json B.json."
+            help="The method to call: service.method; with --job, the job to send. Without it, rpcq starts a built-in "
+            "echo service and checks its results. Or: compare A.json B.json."
         ),
     ] = None,
     parameters: Annotated[
         list[str] | None, typer.Argument(help="Parameters: key=value by name, or values by position.")
     ] = None,
+    is_job: Annotated[
+        bool, typer.Option("--job", help="Send jobs, and measure until they are confirmed and done. Open model only.")
+    ] = False,
     rate: Annotated[
         float | None,
         typer.Option(min=0.001, help="Open model: calls a second, each sent when it is due.", show_default="1000"),
@@ -112,7 +115,10 @@ def bench(  # long: each parameter is an option of the command, and typer reads 
     warm_up: Annotated[
         float, typer.Option("--warmup", parser=duration, metavar="TIME", help="Time of load before measuring begins.")
     ] = "1s",  # type: ignore[assignment]
-    timeout: Annotated[float, typer.Option(parser=duration, metavar="TIME", help="Timeout of each call.")] = "30s",  # type: ignore[assignment]
+    timeout: Annotated[
+        float,
+        typer.Option(parser=duration, metavar="TIME", help="Timeout of each call, or of each job until it is done."),
+    ] = "30s",  # type: ignore[assignment]
     idempotent: Annotated[
         bool, typer.Option("--idempotent", help="Mark the calls as idempotent: they may be sent again.")
     ] = False,
@@ -128,14 +134,20 @@ def bench(  # long: each parameter is an option of the command, and typer reads 
     processes: Annotated[int, typer.Option(min=1, max=100, help="Number of load generators.")] = 1,
     workers: Annotated[int, typer.Option(min=1, max=100, help="Number of worker processes of the built-in echo.")] = 1,
     prefetch: Annotated[
-        int, typer.Option(min=1, help="Prefetch limit of each worker of the built-in echo.")
-    ] = WORKER.prefetch,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Prefetch limit of each worker of the built-in echo.",
+            show_default=f"{WORKER.prefetch}; with --job {WORKER.job_prefetch}",
+        ),
+    ] = None,
     simulate: Annotated[
         float, typer.Option(parser=duration, metavar="TIME", help="How long the handler of the built-in echo takes.")
     ] = "0",  # type: ignore[assignment]
     queue_type: Annotated[
-        QueueType, typer.Option(help="Type of the request queue of the built-in echo.")
-    ] = QueueType.CLASSIC,
+        QueueType | None,
+        typer.Option(help="Type of the request queue of the built-in echo.", show_default="classic; of jobs quorum"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random arrivals.")] = 0,
     repeat: Annotated[
         int, typer.Option(min=1, max=100, help="Number of runs; several show how much results vary by chance.")
@@ -159,6 +171,7 @@ def bench(  # long: each parameter is an option of the command, and typer reads 
 
     The open model (--rate, --step, --ramp) sends calls when they are due and counts latency from then: it shows stalls.
     The closed model (--concurrency) waits for replies, and so hides stalls: it measures throughput.
+    With --job, it sends jobs instead of making calls, and watches them until they are done.
     """
     logs.configure(log_level.upper())
     _check_extra(html_file)
@@ -174,6 +187,8 @@ def bench(  # long: each parameter is an option of the command, and typer reads 
         raise ConfigurationError("-n is an option of the closed model: it needs --concurrency")
     if concurrency is not None and (rate is not None or step is not None or ramp):
         raise ConfigurationError("--concurrency is the closed model; --rate, --step and --ramp are the open model")
+    if is_job:
+        _check_job(concurrency, queue_type, idempotent=idempotent)
     conditions = _conditions(fail_if or ())
     files = _Files(json_file, csv_file, hgrm_file, html_file)
     files.check_writable()
@@ -200,8 +215,11 @@ def bench(  # long: each parameter is an option of the command, and typer reads 
         in_flight=in_flight,
         processes=processes,
         checks=target is None,
+        is_job=is_job,
     )
-    test = LoadTest(plan=plan, workers=workers, prefetch=prefetch, simulate=simulate, queue_type=queue_type.value)
+    queue = queue_type or (QueueType.QUORUM if is_job else QueueType.CLASSIC)
+    most = prefetch or (WORKER.job_prefetch if is_job else WORKER.prefetch)
+    test = LoadTest(plan=plan, workers=workers, prefetch=most, simulate=simulate, queue_type=queue.value)
     _check_test(test)
     report = run(_measure(test, repeat))
     files.write(report)
@@ -233,7 +251,7 @@ def _exit_unless_good(report: Any, conditions: Sequence[Any]) -> None:
         f"{it}: the value is {it.text(it.value(one))}" for it in conditions for one in report.runs if it.holds(one)
     ]
     if any(one.checked and not one.correct for one in report.runs):
-        failed.append("calls were lost, duplicated or mixed up")
+        failed.append(f"{report.runs[0].kind} were lost, duplicated or mixed up")
     for why in dict.fromkeys(failed):
         progress.print(f"[red]failed:[/] {why}")
     if failed:
@@ -414,6 +432,16 @@ def _lines(path: Path) -> tuple[dict[str, Any], ...]:
     if not found:
         raise ConfigurationError(f"--params-file must have a line for at least one call; got none in {path}")
     return tuple(found)
+
+
+def _check_job(concurrency: int | None, queue_type: QueueType | None, *, idempotent: bool) -> None:
+    """Check the options that jobs do not have."""
+    if concurrency is not None:
+        raise ConfigurationError("--job is for the open model: give --rate or --step instead of --concurrency")
+    if queue_type is QueueType.CLASSIC:
+        raise ConfigurationError("jobs wait in quorum queues only: leave out --queue-type")
+    if idempotent:
+        raise ConfigurationError("--idempotent is for calls: each job has a key of its own; leave it out with --job")
 
 
 def _check_test(test: Any) -> None:

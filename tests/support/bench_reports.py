@@ -130,6 +130,21 @@ def a_run(seed: int = 1, stall: int | None = 38, middle: float = 1.2, **changes:
     )
 
 
+def jobs(**changes: Any) -> Run:
+    """A minute of jobs: some were not done in time, one failed, two were done twice."""
+    failed = {"not done": 38, "JobFailed attempts": 1, "SendError": 1}
+    found = a_run(
+        kind="jobs",
+        errors=failed,
+        executed={"maybe": 38, "yes": 1, "no": 1},
+        duplicated=2,
+        queue=None,
+        handler=None,
+        transport=None,
+    )
+    return replace(found, confirm=spread([value * 0.4 for value in latencies(6000)]), **changes)
+
+
 def no_calls() -> Run:
     """A run that ended before any call was made."""
     return a_run(

@@ -107,6 +107,15 @@ def test_models_that_differ_are_the_first_warning() -> None:
     assert both.warnings[0] == "both use the closed model, which hides stalls"
 
 
+def test_jobs_are_compared_by_their_confirms_too_and_not_with_calls() -> None:
+    of_jobs = bench_reports.a_report(bench_reports.jobs())
+    found = compare(of_jobs, of_jobs)
+    assert {"confirmed", "confirm p50", "confirm p99"} <= {it.name for it in found.changes}
+    assert not any("do not compare" in warning for warning in found.warnings)
+    mixed = compare(bench_reports.a_report(), of_jobs)
+    assert mixed.warnings[0] == "one is of calls and the other of jobs: their latencies do not compare"
+
+
 def test_a_report_that_is_not_to_be_trusted_is_warned_of() -> None:
     bad = bench_reports.a_report(replace(bench_reports.stepped(), lost=1), interrupted=True)
     warnings = compare(bench_reports.a_report(), bad).warnings

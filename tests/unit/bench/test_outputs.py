@@ -129,6 +129,28 @@ def test_the_summary_of_the_closed_model_says_that_it_hides_stalls() -> None:
     assert "offered" not in text
 
 
+def test_the_summary_of_jobs_has_the_send_rate_the_confirms_and_what_was_not_done() -> None:
+    run = bench_reports.jobs()
+    assert run.confirm
+    text = shown(run, bench_reports.a_report(run, target=None))
+    assert "jobs at 2,000 jobs/s" in text
+    assert "send rate 100 jobs/s confirmed of 2,000 offered" in text
+    assert "rate 1,999 jobs/s ended of 2,000 offered" in text
+    assert "done 119,960 (>99.9%)" in text
+    assert "not done 38 in time, as far as their sender heard" in text
+    assert "errors 40 (0.03%): not done 38, JobFailed attempts 1, SendError 1" in text
+    assert "done twice 2, mismatched 0" in text
+    three = [time_text(it.percentiles["99"]) for it in (run.latency, run.service_time, run.confirm)]
+    assert f"p99 {' '.join(three)}" in text
+    assert not re.search(r"\bcalls?\b", text)
+
+
+def test_a_job_that_was_done_twice_is_counted_and_is_not_wrong() -> None:
+    assert bench_reports.jobs(duplicated=2).correct
+    assert not bench_reports.a_run(duplicated=2).correct
+    assert not bench_reports.jobs(mismatched=1).correct
+
+
 def test_the_summary_warns_of_a_generator_that_was_too_slow() -> None:
     run = bench_reports.stepped()
     text = shown(run, bench_reports.a_report(run, interrupted=True))
@@ -316,6 +338,13 @@ def test_a_condition_knows_its_value_in_a_run() -> None:
     assert {text: Condition.parse(text).value(run) for text in expected} == pytest.approx(expected)
 
 
+def test_a_condition_knows_its_value_in_a_run_of_jobs() -> None:
+    run = bench_reports.jobs()
+    assert run.confirm
+    expected = {"confirm_p99>0": run.confirm.percentiles["99"], "confirmed>0": 100.0, "not_done>0": 38, "errors>0": 40}
+    assert {text: Condition.parse(text).value(run) for text in expected} == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("text", "run"),
     [
@@ -323,6 +352,9 @@ def test_a_condition_knows_its_value_in_a_run() -> None:
         ("errors%>50", bench_reports.no_calls()),
         ("offered<1", bench_reports.closed()),
         ("queue_p99>1s", bench_reports.all_failed()),
+        ("confirm_p99>1s", bench_reports.one_second()),
+        ("confirmed<1", bench_reports.one_second()),
+        ("not_done>0", bench_reports.one_second()),
         ("lost>0", replace(bench_reports.one_second(), checked=False)),
     ],
 )

@@ -30,6 +30,7 @@ REPORTS = {
     "no calls": lambda: bench_reports.a_report(bench_reports.no_calls(), interrupted=True),
     "one second": lambda: bench_reports.a_report(bench_reports.one_second()),
     "all failed": lambda: bench_reports.a_report(bench_reports.all_failed()),
+    "jobs": lambda: bench_reports.a_report(bench_reports.jobs(), target=None),
     "no runs": lambda: Report({}, {}, ()),
 }
 
@@ -114,6 +115,21 @@ def test_the_page_says_what_was_tested_and_how_it_went(pages: dict[str, str]) ->
         assert f"<h3>{head}" in text
     for setting in ("amqp://guest:***@localhost:5672/", "poisson", "1 process, prefetch 100", "RabbitMQ 4.0.5"):
         assert setting in text
+
+
+def test_a_page_about_jobs_says_what_was_confirmed_and_what_was_done(pages: dict[str, str]) -> None:
+    text = pages["jobs"]
+    assert "<title>rpcq bench: jobs at 2,000 jobs/s</title>" in text
+    assert "<b>120,000</b> jobs in 60 s: <b>119,960</b> done" in text
+    assert "not done 38, JobFailed attempts 1, SendError 1; did they run: maybe 38, no 1, yes 1" in text
+    assert "No result was mixed up.</span> Jobs that were done twice: 2." in text
+    assert "<dt>Confirmed</dt><dd>100/s<small>of 2,000 offered</small>" in text
+    assert "<dt>Confirm p99</dt>" in text
+    assert re.search(r"<th scope=.col.>Service time</th><th scope=.col.>Confirm</th>", text)
+    assert "until its sender heard that it was done" in text
+    assert "<h3>Jobs a second" in text
+    without_settings = re.sub(r"<h2>What was asked for.*", "", text, flags=re.DOTALL)
+    assert not re.search(r"\bcalls?\b", re.sub(r"<style>.*</style>", "", without_settings, flags=re.DOTALL))
 
 
 def test_plots_that_have_nothing_to_show_are_left_out(pages: dict[str, str]) -> None:

@@ -174,6 +174,69 @@ def test_a_target_slower_than_the_rate_is_reported_and_calls_above_the_limit_are
     assert any("not sent" in why for why in one.bottleneck)
 
 
+# Jobs.
+
+
+@pytest.mark.parametrize("memory", [True, False], ids=["memory", "rabbitmq"])
+def test_jobs_are_sent_when_they_are_due_and_each_is_followed_until_it_is_done(rpcq: Rpcq, memory: bool) -> None:
+    ran, report = run(rpcq, "--job", "--rate", "200", "--duration", "1s", "--simulate", "20ms", memory=memory)
+    (one,) = report.runs
+    assert (one.kind, one.model, one.sent, one.ok, one.failed) == ("jobs", "open", 200, 200, 0)
+    assert (one.checked, one.correct, one.lost, one.duplicated, one.mismatched) == (True, True, 0, 0, 0)
+    assert one.handled == one.sent + one.warm_up == 240
+    assert one.confirm is not None
+    assert one.confirm.count == one.latency.count == one.service_time.count == 200
+    assert one.confirmed == pytest.approx(200)
+    assert one.latency.min >= one.service_time.min >= 19
+    assert report.settings["is_job"]
+    assert "200 jobs/s confirmed of 200 offered" in re.sub(r"\s+", " ", ran.stdout)
+    if not memory:
+        with pika.BlockingConnection(pika.URLParameters(rpcq.url)) as connection:
+            channel = connection.channel()
+            waiting = f"{rpcq.namespace}.delay.00"
+            assert channel.queue_declare(waiting, passive=True).method.message_count == 0
+        assert "bench-" not in rpcq.run("queues", "--namespace", rpcq.namespace).stdout
+
+
+def test_jobs_that_are_not_done_in_time_are_counted_and_no_success(rpcq: Rpcq) -> None:
+    arguments = ("--job", "--rate", "20", "--duration", "1s", "--simulate", "1500ms", "--timeout", "500ms")
+    ran, report = run(rpcq, *arguments, "--fail-if", "not_done>0", code=1, memory=True)
+    (one,) = report.runs
+    assert (one.sent, one.ok, one.not_done) == (20, 0, 20)
+    assert one.errors == {"not done": 20}
+    assert one.executed == {"maybe": 20}
+    assert one.confirm is not None
+    assert (one.confirm.count, one.achieved) == (20, 0.0)
+    assert one.latency.min >= 490
+    assert "failed: not_done > 0: the value is 20" in ran.stderr
+
+
+def test_jobs_of_a_service_of_yours_are_counted_by_what_became_of_them(rpcq: Rpcq) -> None:
+    (rpcq.folder / "mails.py").write_text(
+        "from rpcq import GiveUp, Service\n"
+        "mails = Service('mails')\n"
+        "@mails.job\n"
+        "async def post(x: int) -> None:\n"
+        "    print(x, file=file, flush=True)\n"
+        "    if x == 3:\n"
+        "        raise GiveUp('no')\n"
+        "file = open('posted', 'a')\n"
+    )
+    rpcq.worker("mails:mails")
+    lines = rpcq.folder / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"x": x}) + "\n" for x in range(10)))
+    _, report = run(rpcq, "mails.post", "--job", "--rate", "100", "--duration", "1s", "--params-file", str(lines))
+    (one,) = report.runs
+    assert (one.sent, one.ok, one.errors, one.executed) == (100, 90, {"JobFailed gave_up": 10}, {"yes": 10})
+    assert (one.checked, one.handled) == (False, None)
+    posted = (rpcq.folder / "posted").read_text().split()
+    assert len(posted) == one.sent + one.warm_up
+    with pika.BlockingConnection(pika.URLParameters(rpcq.url)) as connection:
+        channel = connection.channel()
+        for queue in ("job.mails", "job.mails:suspects", "dead.mails"):
+            channel.queue_delete(f"{rpcq.namespace}.{queue}")
+
+
 # What comes out.
 
 
@@ -219,6 +282,9 @@ def test_errors_of_the_target_are_counted_by_kind(rpcq: Rpcq) -> None:
     [
         (("--rate", "5", "--concurrency", "5"), "closed model"),
         (("-n", "5"), "--concurrency"),
+        (("--job", "--concurrency", "5"), "--rate or --step"),
+        (("--job", "--queue-type", "classic"), "leave out --queue-type"),
+        (("--job", "--idempotent"), "leave it out with --job"),
         (("x=5",), "service.method"),
         (("--fail-if", "p99>>50"), "p99>>50"),
         (("--step", "5:1:1"), "FROM:TO:BY"),
