@@ -127,7 +127,7 @@ class Store:
         wanted = []
         with self._writing() as database:
             edition = _edition(database)
-            for product in products:
+            for product in dict.fromkeys(products):
                 (fresh,) = database.execute(
                     "SELECT count(*) FROM scores WHERE product = ? AND edition = ?", (product, edition)
                 ).fetchone()
