@@ -31,6 +31,7 @@ from support.broker import broker as a_broker
 from support.ports import free_ports
 from support.producers import ROOT, SECONDS, environment
 
+# After a kill of the broker, what is on its way between two delay queues may stand still for 180 s.
 pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 
 SERVICES = ("emails", "billing", "analytics")
