@@ -24,6 +24,7 @@ from rpcq.jobs.replaying import Letters, Wanted
 from rpcq.options import ConnectionOptions
 from rpcq.transport.opening import open_admin
 from rpcq.url import parse
+from rpcq.wire.events import EventTopology
 from rpcq.wire.jobs import JobTopology
 from support.ordered import keys_in
 
@@ -94,7 +95,7 @@ class Workers:
         url, found = parse(self.url), {}
         topology = JobTopology(NAMESPACE)
         async with open_admin(url, ConnectionOptions(), *url.hosts[0]) as admin:
-            letters = Letters(admin, topology, topology.dead_queue(self.service).name)
+            letters = Letters(admin, EventTopology(NAMESPACE), topology.dead_queue(self.service).name)
             bound = (await letters.state()).messages
             async for letter in letters.look(Wanted(), bound):
                 assert letter.job.order_key is not None

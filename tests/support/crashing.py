@@ -27,6 +27,7 @@ from rpcq.options import ConnectionOptions
 from rpcq.transport.opening import open_admin
 from rpcq.transport.rabbitmq.admin import Admin
 from rpcq.url import parse
+from rpcq.wire.events import EventTopology
 from rpcq.wire.jobs import JobTopology
 from rpcq.wire.topology import Queue, Topology
 
@@ -175,7 +176,7 @@ class Home:
         while True:
             try:
                 async with self.admin() as admin:
-                    letters = Letters(admin, self.topology, (queue or self.dead_queue).name)
+                    letters = Letters(admin, EventTopology(SHARED), (queue or self.dead_queue).name)
                     bound = (await letters.state()).messages
                     return [letter async for letter in letters.look(Wanted(), bound)]
             except BrokerUnreachable:
