@@ -60,7 +60,7 @@ test: $(VENV)/.installed-test $(VENV)/.installed-uvloop $(VENV)/.installed-docs
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-faults: $(VENV)/.installed-test $(VENV)/.installed-uvloop $(VENV)/.installed-docs
-	$(BIN)/python -m pytest tests/faults tests/security tests/conformance tests/outbox tests/unit/cli/test_bench.py tests/unit/cli/test_dlq.py tests/unit/cli/test_events.py tests/unit/cli/test_queues.py tests/unit/observability/test_operations.py tests/docs tests/examples -m '' $(ARGS)
+	$(BIN)/python -m pytest tests/faults tests/security tests/conformance tests/outbox tests/unit/cli tests/unit/observability tests/docs tests/examples -m '' $(ARGS)
 
 test-examples: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	$(BIN)/python -m pytest examples tests/examples -m '' $(ARGS)

@@ -229,6 +229,7 @@ async def test_a_caller_that_does_not_name_the_reply_exchange_is_not_served(
 # Peers that ask too much.
 
 
+@pytest.mark.long
 async def test_a_worker_has_few_answers_on_the_way_however_much_is_asked(place: Place) -> None:
     async with place.worker(shop(place)) as worker, place.client() as client:
         transport, most = worker._transport, 0
@@ -250,6 +251,7 @@ async def test_a_worker_has_few_answers_on_the_way_however_much_is_asked(place: 
         await client.wait_for_service("shop", timeout=10)
 
 
+@pytest.mark.long
 async def test_a_description_that_does_not_fit_leaves_its_docs_out_and_then_more(place: Place) -> None:
     async def methods(most: int) -> list[tuple[str, str, str]]:
         service = place.service("shop")

@@ -136,7 +136,7 @@ async def test_times_are_for_jobs_and_for_those_that_may_run_twice(namespace: st
             await client.with_options(delay=1).send(mail.charge)
         await client.with_options(expires=60).send(mail.charge)
         with pytest.raises(
-            UsageError, match="delay, at, expires, priority and watch are for send; got one for a call of"
+            UsageError, match="delay, at, expires, priority, order_key and watch are for send; got one for a call of"
         ):
             await client.with_options(delay=1).call(f"{mail.service.name}.count")
         with pytest.raises(UsageError, match="are for send"):

@@ -66,6 +66,7 @@ async def difference(script: Any, how: ModuleType, url: str) -> str:
     )
 
 
+@pytest.mark.long
 @settings(few, max_examples=6)
 @given(scripts=st.lists(seam_scripts.scripts(), min_size=AT_ONCE, max_size=AT_ONCE))
 def test_any_script_of_messages_leads_to_the_same_on_both_brokers(

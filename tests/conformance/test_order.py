@@ -144,6 +144,7 @@ async def test_a_job_that_fails_for_good_is_a_dead_letter_and_its_key_goes_on(
     assert letter.headers["rpcq-executed"] == ("no" if reason == "invalid" else "yes")
 
 
+@pytest.mark.long
 async def test_a_key_is_held_up_for_so_long_and_no_longer(
     home: Place, service: Service, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +227,7 @@ async def test_a_worker_runs_as_many_jobs_of_all_keys_at_once_as_its_job_prefetc
     assert log.of == {f"{key}": [0, 1, 2] for key in range(12)}
 
 
+@pytest.mark.long
 async def test_a_stopping_worker_hands_its_lanes_over_in_order(home: Place, service: Service, log: Log) -> None:
     """A rolling deploy: each worker ends what runs, and the next one begins with what comes after it."""
     running: set[str] = set()
@@ -268,6 +270,7 @@ async def test_a_stopping_worker_hands_its_lanes_over_in_order(home: Place, serv
     assert log.of == {key: list(range(30)) for key in keys}, "none is lost, none is done twice, and all are in order"
 
 
+@pytest.mark.long
 async def test_after_a_lost_session_the_jobs_of_a_key_go_on_in_order(home: Place, service: Service, log: Log) -> None:
     @service.job(retry=SOON)
     async def work(number: int, context: Context) -> None:
@@ -291,6 +294,7 @@ async def test_after_a_lost_session_the_jobs_of_a_key_go_on_in_order(home: Place
         assert all(later >= earlier - 1 for earlier, later in zip(log.of[key], log.of[key][1:], strict=False))
 
 
+@pytest.mark.long
 async def test_a_lane_that_holds_jobs_for_too_long_is_handed_over_and_taken_again(
     home: Place, service: Service, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,6 +316,7 @@ async def test_a_lane_that_holds_jobs_for_too_long_is_handed_over_and_taken_agai
     assert log.of["a"] == list(range(6))
 
 
+@pytest.mark.long
 async def test_what_a_worker_does_not_know_waits_in_order_for_one_that_does(
     home: Place, service: Service, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -579,6 +584,7 @@ def test_a_service_is_ordered_or_not(wrong: Any) -> None:
         Service("s", ordered=wrong)
 
 
+@pytest.mark.long
 async def test_a_worker_waits_with_ordered_jobs_while_nothing_can_be_published(
     home: Place, service: Service, log: Log
 ) -> None:

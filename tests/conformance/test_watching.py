@@ -672,20 +672,25 @@ async def test_a_job_that_nobody_watches_runs_through_no_code_that_tells(home: P
     import cProfile
     import pstats
 
+    began: asyncio.Queue[None] = asyncio.Queue()
+
     @service.job
     async def work(context: Context) -> None:
         context.progress(1)
+        began.put_nowait(None)
 
     async with home.client() as client, home.worker(service) as worker:
 
         async def ran_through(send: Callable[..., Any]) -> set[str]:
             with cProfile.Profile() as profile:
                 await send(work)
+                await began.get()
                 await settled(worker)
             stats: Any = pstats.Stats(profile)
             return {name for file, _, name in stats.stats if file.endswith("telling.py") or "/rpcq/watching/" in file}
 
         await client.send(work)
+        await began.get()
         await settled(worker)
         assert await ran_through(client.send) == set()
         assert {"watched", "begins", "done"} <= await ran_through(client.with_options(watch=True).send)

@@ -46,10 +46,15 @@ DATABASE: Final = ("shared-results",)
 
 LONG: Final = (
     "dead-letters",
+    "events",
     "load-testing",
     "long-jobs",
+    "outbox",
     "production",
+    "progress",
     "replacing-jobs",
+    "schedules",
+    "script",
     "sync",
     "testing",
     "tutorial",

@@ -86,7 +86,7 @@ def quoted(text: str) -> list[str]:
 
 def test_the_example_of_a_message_batch_is_one() -> None:
     part = section("wire.md", "Reply").partition("### Several replies in one message")[2]
-    (example,) = re.findall(r"```json\n(.*?)\n```", part, re.DOTALL)
+    (example,) = re.findall(r"```text\n(.*?)\n```", part, re.DOTALL)
     batch = replies.read_reply(batches.write_properties(b"1"), example.encode(), b"")
     assert isinstance(batch, Reply)
     first, second = batches.read_replies(batch)

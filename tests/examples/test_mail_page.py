@@ -12,6 +12,8 @@ from playwright.sync_api import Browser, Page, expect
 from support.examples import example
 from support.pages import MS, assert_fits, assert_legible, opened
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def base(vhost: str) -> Iterator[str]:

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from support.examples import example
 from support.pages import MS, assert_fits, assert_legible, opened
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(180)]
 
 LATE = 3 * MS
 """What takes several processes a moment, in milliseconds."""

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page, expect
 from support.examples import example
 from support.pages import MS, assert_fits, assert_legible, opened
 
-pytestmark = pytest.mark.timeout(120)  # of the first one, with the start of all programs
+pytestmark = [pytest.mark.long, pytest.mark.timeout(120)]  # of the first one, with the start of all programs
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ def rpcq(store: Store, *arguments: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.long
 async def test_setup_makes_the_tables_and_status_counts_the_rows(store: Store, outbox: Outbox) -> None:
     for table in ("rpcq_outbox", "rpcq_outbox_dead", "rpcq_inbox"):
         store.do(lambda connection, table=table: connection.execute(text(f"drop table {table}")))
@@ -62,6 +63,7 @@ async def test_setup_makes_the_tables_and_status_counts_the_rows(store: Store, o
     assert "waiting" in rpcq(store, "status")
 
 
+@pytest.mark.long
 async def test_dead_rows_are_listed_retried_and_deleted(
     store: Store, outbox: Outbox, home: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

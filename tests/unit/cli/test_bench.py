@@ -45,6 +45,7 @@ def run(
 # The built-in echo.
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("memory", [True, False], ids=["memory", "rabbitmq"])
 def test_the_open_model_sends_what_is_due_and_every_call_is_accounted_for(rpcq: Rpcq, memory: bool) -> None:
     ran, report = run(rpcq, "--rate", "300", "--duration", "2s", memory=memory)
@@ -87,6 +88,7 @@ def test_several_generators_and_workers_are_one_test(rpcq: Rpcq, kind: tuple[str
     assert one.handled == one.sent + one.warm_up
 
 
+@pytest.mark.long
 def test_what_the_tool_counts_is_what_the_broker_and_the_handlers_count(rpcq: Rpcq) -> None:
     """A service that counts for itself, and a queue that gets a copy of every request."""
     (rpcq.folder / "counting.py").write_text(
@@ -142,6 +144,7 @@ def children(process: Process) -> list[psutil.Process]:
     return psutil.Process(process._process.pid).children(recursive=True)
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_it_with_the_report_of_what_was_done_and_leaves_nothing(rpcq: Rpcq) -> None:
     path = rpcq.folder / "report.json"
     bench = rpcq.start(
@@ -189,6 +192,7 @@ def jobs(rpcq: Rpcq) -> Rpcq:
     return Rpcq(rpcq.url, SHARED, rpcq.folder, rpcq.processes)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("memory", [True, False], ids=["memory", "rabbitmq"])
 def test_jobs_are_sent_when_they_are_due_and_each_is_followed_until_it_is_done(
     jobs: Rpcq, broker: Broker, memory: bool
@@ -211,6 +215,7 @@ def test_jobs_are_sent_when_they_are_due_and_each_is_followed_until_it_is_done(
         assert f"{jobs.namespace}.dead.bench-" not in listed
 
 
+@pytest.mark.long
 def test_jobs_that_are_not_done_in_time_are_counted_and_no_success(rpcq: Rpcq) -> None:
     arguments = ("--job", "--rate", "20", "--duration", "1s", "--simulate", "1500ms", "--timeout", "500ms")
     ran, report = run(rpcq, *arguments, "--fail-if", "not_done>0", code=1, memory=True)

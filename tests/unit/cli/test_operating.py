@@ -73,6 +73,7 @@ def test_standard_input_that_is_not_json_is_told(rpcq: Rpcq) -> None:
 # Who is there.
 
 
+@pytest.mark.long
 def test_services_are_listed_described_and_pinged(rpcq: Rpcq) -> None:
     rpcq.worker("services:things", "services:others", "--name", "one", "--prefetch", "7")
     rpcq.worker("services:things", "--name", "two")
@@ -101,6 +102,7 @@ def test_services_are_listed_described_and_pinged(rpcq: Rpcq) -> None:
     assert shown(rpcq.run("ping", "things", "--worker", "two", **own)).startswith("two on ")
 
 
+@pytest.mark.long
 def test_who_is_not_there_is_told(rpcq: Rpcq) -> None:
     rpcq.worker()
     own = {"RPCQ_NAMESPACE": rpcq.namespace}
@@ -112,6 +114,7 @@ def test_who_is_not_there_is_told(rpcq: Rpcq) -> None:
     assert "no worker answered" in shown(rpcq.run("list", RPCQ_NAMESPACE=f"{rpcq.namespace}-empty"))
 
 
+@pytest.mark.long
 def test_a_time_that_is_none_is_named(rpcq: Rpcq) -> None:
     commands = (["list", "--wait"], ["describe", "things", "--wait"], ["ping", "things", "--timeout"])
     for command in (*commands, ["call", "things.add", "--timeout"]):
@@ -233,6 +236,7 @@ def test_setup_declares_what_a_worker_would(rpcq: Rpcq) -> None:
         connection.channel().exchange_delete(exchange)
 
 
+@pytest.mark.long
 async def test_jobs_can_be_sent_once_setup_has_declared_their_queues(rpcq: Rpcq) -> None:
     (rpcq.folder / "mailing.py").write_text(JOBS)
     async with Client(rpcq.url, namespace=rpcq.namespace) as client:
@@ -262,6 +266,7 @@ async def test_jobs_can_be_sent_once_setup_has_declared_their_queues(rpcq: Rpcq)
     assert re.search(rf"mailing\s+│ {rpcq.namespace}\.job\.mailing\s+│ 1\s+│ 0\s+│\s+│ welcome", table), table
 
 
+@pytest.mark.long
 def test_the_doctor_looks_at_the_queues_of_jobs(rpcq: Rpcq) -> None:
     (rpcq.folder / "mailing.py").write_text(JOBS)
     own = {"RPCQ_NAMESPACE": rpcq.namespace}
@@ -354,6 +359,7 @@ async def beat() -> None: ...
 """
 
 
+@pytest.mark.long
 async def test_schedules_are_listed_with_their_ticks(rpcq: Rpcq) -> None:
     (rpcq.folder / "reporting.py").write_text(SCHEDULES)
     rpcq.worker("reporting:reports")

@@ -201,6 +201,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.long
 async def test_the_depth_is_that_of_all_queues_of_jobs_and_of_none_that_does_not_exist(
     rabbitmq_url: str, namespace: str
 ) -> None:

@@ -44,6 +44,7 @@ def served(process: Process, times: int) -> Callable[[], bool]:
     return lambda: sum('"worker started"' in line for line in process.lines) >= times
 
 
+@pytest.mark.long
 def test_each_process_serves_and_one_that_is_killed_is_started_again(rpcq: Rpcq) -> None:
     worker = rpcq.start("worker", "--namespace", rpcq.namespace, "services:things", "--processes", "2")
     worker.wait_for(served(worker, 2))
@@ -64,6 +65,7 @@ def test_each_process_serves_and_one_that_is_killed_is_started_again(rpcq: Rpcq)
     assert not any(psutil.pid_exists(pid) for pid in now)
 
 
+@pytest.mark.long
 def test_sigterm_lets_the_calls_of_all_processes_end(rpcq: Rpcq) -> None:
     worker = rpcq.start(
         "worker", "--namespace", rpcq.namespace, "services:things", "--processes", "2", "--prefetch", "1"
@@ -100,6 +102,7 @@ def test_the_processes_end_when_their_supervisor_is_killed(rpcq: Rpcq) -> None:
     wait_until(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in left))
 
 
+@pytest.mark.long
 def test_a_process_that_dies_at_once_is_started_ever_more_slowly(rpcq: Rpcq) -> None:
     (rpcq.folder / "broken.py").write_text(STARTS + "os._exit(9)\n")
     worker = rpcq.start("worker", "broken:things", "--processes", "1", "--reload")
@@ -136,6 +139,7 @@ def test_the_urls_password_is_on_no_command_line(rpcq: Rpcq) -> None:
     worker.ended()
 
 
+@pytest.mark.long
 def test_a_worker_is_started_again_when_its_file_changes_and_mended_when_it_was_broken(rpcq: Rpcq) -> None:
     services = rpcq.folder / "services.py"
     text = services.read_text()

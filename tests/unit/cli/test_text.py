@@ -79,6 +79,7 @@ async def ran(rpcq: Rpcq, *arguments: str, code: int = 0) -> subprocess.Complete
     return done
 
 
+@pytest.mark.long
 async def test_what_a_worker_says_of_itself_is_shown_as_it_is(rpcq: Rpcq, hostile: None) -> None:
     table = (await ran(rpcq, "list")).stdout
     assert table.count(ESCAPED) == 5  # a service, two queues, a method, a job

@@ -324,6 +324,7 @@ def test_a_worker_in_its_own_process_says_that_no_other_process_can_reach_it(rpc
 # Stopping.
 
 
+@pytest.mark.long
 def test_sigterm_lets_running_calls_end_takes_no_new_ones_and_exits_with_0(rpcq: Rpcq) -> None:
     worker = rpcq.worker()
     caller = rpcq.start("call", "--namespace", rpcq.namespace, "things.hold", "name=held", "until=release")
