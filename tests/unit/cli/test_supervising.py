@@ -133,7 +133,9 @@ def test_the_urls_password_is_on_no_command_line(rpcq: Rpcq) -> None:
         "error",
     )
     wait_until(lambda: len(children(worker)) == 2)
+    (own,) = {tuple(psutil.Process(child.ppid()).cmdline()) for child in children(worker)}
     for child in children(worker):
+        wait_until(lambda child=child: tuple(child.cmdline()) != own)  # type: ignore[misc]  # it has that until it is executed
         assert "s3cr3t" not in " ".join(child.cmdline())
     worker.signal(signal.SIGTERM)
     worker.ended()
