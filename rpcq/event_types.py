@@ -35,7 +35,7 @@ E = TypeVar("E", bound="Event")
 
 
 class Event(BaseModel):
-    """The base class of events: what has happened, for whoever wants to know.
+    """The base class of events. An event says what has happened; every subscription to it gets a copy.
 
         class OrderCreated(Event, name="order.created", version=1):
             order_id: str

@@ -1,7 +1,8 @@
 """Effects that happen once: the interface between what runs jobs and what has their keys in a database. Pure.
 
 A handler with `once` runs inside a transaction that also has the key of its job. If the transaction is committed, the
-job is done; if it is not, nothing has happened. Whoever gets the same job again finds the key, and does not run it.
+job is done; if it is not, nothing has happened. A worker that gets the same job again
+finds the key, and does not run it.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from typing import Any
 from rpcq import observer
 from rpcq.calls.outcomes import MAX_ATTEMPTS, CallEvent, too_late
 from rpcq.calls.pending import PendingCalls
-from rpcq.calls.proxy import Target
 from rpcq.calls.receiving import ResultReader
 from rpcq.calls.retrying import Retries
 from rpcq.calls.sending import ClientCall, Sender
+from rpcq.calls.targets import Target
 from rpcq.control import Control
 from rpcq.errors import CallError, CallTimeout, UsageError
 from rpcq.observer import ObservedCall, Observers

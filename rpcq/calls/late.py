@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from rpcq.calls.proxy import Target, make_target
+from rpcq.calls.targets import Target, make_target
 from rpcq.options import CallOptions
 from rpcq.wire.topology import Topology
 

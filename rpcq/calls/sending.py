@@ -10,7 +10,7 @@ from typing import Final
 from rpcq import logs
 from rpcq.calls.outcomes import Call, CallEvent, Outcome, event_of_deadline, event_of_published
 from rpcq.calls.pending import PendingCalls
-from rpcq.calls.proxy import Target
+from rpcq.calls.targets import Target
 from rpcq.options import CallOptions
 from rpcq.runtime.backlog import Backlog
 from rpcq.runtime.timeouts import Bucket

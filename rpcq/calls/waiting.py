@@ -18,6 +18,7 @@ from typing import (
 )
 
 from rpcq.calls import proxy
+from rpcq.calls.targets import Target
 from rpcq.errors import ConfigurationError, UsageError
 from rpcq.event_types import Event
 from rpcq.once import GivenSession
@@ -39,9 +40,7 @@ class Caller(Protocol):
 
     topology: Topology
 
-    def invoke(
-        self, target: proxy.Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]
-    ) -> Any:
+    def invoke(self, target: Target, options: CallOptions, args: tuple[Any, ...], params: Mapping[str, Any]) -> Any:
         """One call, from its parameters to its result."""
 
     def send_jobs(

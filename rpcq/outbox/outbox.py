@@ -59,8 +59,8 @@ class Outbox:
         engine: an `Engine` or an `AsyncEngine` of SQLAlchemy, for PostgreSQL or SQLite; the tables must exist, see
             `rpcq.outbox.metadata`. Sessions may have another engine of the same database.
         url: the broker, as for `Client`; `RPCQ_URL` if None. It is needed for the relay.
-        observers: called with what is written, see `Observer.on_write`. With `Tracing()`, the trace of the writer goes
-            on in whoever gets the job or the event.
+        observers: called with what is written, see `Observer.on_write`. With `Tracing()`, the trace of the writer
+            continues in the handlers that get the job or the event.
         options: as in `ClientOptions`: of the relay's connections; `namespace`, `name` and `max_body` are also those of
             the jobs. What is not given is read from the environment.
 

@@ -6,7 +6,7 @@ MetaData of a program whose migrations are made from that. All times are millise
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
@@ -29,18 +29,26 @@ metadata: Final = MetaData()
 # SQLite numbers rows by itself only where the type is exactly INTEGER.
 _ID: Final = BigInteger().with_variant(Integer, "sqlite")
 
+
+def _message() -> list[Column[Any]]:
+    """The columns of a message, new ones for each table."""
+    return [
+        Column("id", _ID, Identity(always=False), primary_key=True),
+        Column("message_id", String(255), nullable=False),
+        Column("label", String(255), nullable=False),
+        Column("order_key", String(255)),
+        Column("exchange", String(255), nullable=False),
+        Column("routing_key", String(255), nullable=False),
+        Column("properties", LargeBinary, nullable=False),
+        Column("body", LargeBinary, nullable=False),
+        Column("created", BigInteger, nullable=False),
+    ]
+
+
 outbox: Final = Table(
     "rpcq_outbox",
     metadata,
-    Column("id", _ID, Identity(always=False), primary_key=True),
-    Column("message_id", String(255), nullable=False),
-    Column("label", String(255), nullable=False),
-    Column("order_key", String(255)),
-    Column("exchange", String(255), nullable=False),
-    Column("routing_key", String(255), nullable=False),
-    Column("properties", LargeBinary, nullable=False),
-    Column("body", LargeBinary, nullable=False),
-    Column("created", BigInteger, nullable=False),
+    *_message(),
     Column("due", BigInteger),
     Column("tries", Integer, nullable=False),
     Column("error", Text),
@@ -63,15 +71,7 @@ Index(
 dead: Final = Table(
     "rpcq_outbox_dead",
     metadata,
-    Column("id", _ID, Identity(always=False), primary_key=True),
-    Column("message_id", String(255), nullable=False),
-    Column("label", String(255), nullable=False),
-    Column("order_key", String(255)),
-    Column("exchange", String(255), nullable=False),
-    Column("routing_key", String(255), nullable=False),
-    Column("properties", LargeBinary, nullable=False),
-    Column("body", LargeBinary, nullable=False),
-    Column("created", BigInteger, nullable=False),
+    *_message(),
     Column("died", BigInteger, nullable=False),
     Column("reason", String(50), nullable=False),
     Column("error", Text, nullable=False),

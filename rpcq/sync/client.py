@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 from rpcq import client as asynchronous
 from rpcq.calls import late
-from rpcq.calls.proxy import Target
+from rpcq.calls.targets import Target
 from rpcq.calls.waiting import CallMaker, ServiceProxy, WatchingCallMaker
 from rpcq.control import WorkerInfo, WorkerStats
 from rpcq.environment import broker_url, options_from

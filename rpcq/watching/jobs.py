@@ -30,8 +30,8 @@ class WatchedJob(Job, Generic[T]):
     """A job that its sender watches: `client.with_options(watch=True).send(...)` returns one.
 
     It is heard of over the connection of the client that sent it, and as long as that connection lasts. Use it in the
-    event loop of the client; any number of tasks may read its progress and wait for its result. The job goes on whoever
-    listens.
+    event loop of the client; any number of tasks may read its progress and wait for its result. The job goes on
+    also if nobody listens.
 
     Attributes:
         id: as for `Job`; so are `service`, `name`, `key`, `due` and `priority`.

@@ -12,7 +12,8 @@ from typing import Any, Final, TypeVar, Unpack, cast
 
 from rpcq import logs
 from rpcq.calls import late
-from rpcq.calls.proxy import CallMaker, Target
+from rpcq.calls.proxy import CallMaker
+from rpcq.calls.targets import Target
 from rpcq.client import Client
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import ClosedError, ConfigurationError, ServiceUnavailable, UsageError

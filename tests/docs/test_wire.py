@@ -17,7 +17,7 @@ import pytest
 
 from rpcq import Client
 from rpcq.calls.outcomes import CallEvent, event_of_notice
-from rpcq.calls.proxy import make_target
+from rpcq.calls.targets import make_target
 from rpcq.contracts import METHOD_NAME
 from rpcq.control import JobInfo, MethodInfo, ServiceInfo, SubscriptionInfo, WorkerInfo, WorkerStats
 from rpcq.errors import (

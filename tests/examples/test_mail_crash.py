@@ -12,7 +12,7 @@ import asyncio
 import secrets
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,15 @@ from rpcq import Client
 from rpcq.observability.queues import QueueWatch
 from support.broker import Broker, Setup
 from support.broker import broker as a_broker
+from support.load import until
 from support.ports import free_ports
 from support.producers import ROOT, SECONDS, environment
 
 # After a kill of the broker, what is on its way between two delay queues may stand still for 180 s.
 pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
+
+LATE = 300.0
+"""Seconds after which what is waited for will not come: a killed broker may hold delayed messages for 180 s."""
 
 SERVICES = ("emails", "billing", "analytics")
 
@@ -161,11 +165,6 @@ async def system(own: Broker, tmp_path: Path) -> AsyncIterator[System]:
         await made.end()
 
 
-async def until(condition: Callable[[], object]) -> None:
-    while not condition():  # noqa: ASYNC110 - other processes
-        await asyncio.sleep(0.05)
-
-
 @asynccontextmanager
 async def load(system: System) -> AsyncIterator[None]:
     async with asyncio.TaskGroup() as group:
@@ -177,7 +176,7 @@ async def load(system: System) -> AsyncIterator[None]:
 async def more(system: System, mails: int) -> None:
     """Wait until so many more e-mails have arrived."""
     before = len(system.postbox.mails())
-    await until(lambda: len(system.postbox.mails()) >= before + mails)
+    await until(lambda: len(system.postbox.mails()) >= before + mails, LATE)
 
 
 async def check(system: System) -> None:
@@ -186,8 +185,8 @@ async def check(system: System) -> None:
     mailed = system.promised.keys() - bounced
     assert bounced
     assert system.confirmed
-    await until(lambda: mailed <= system.arrived("confirm"))
-    await until(lambda: system.confirmed <= system.arrived("welcome"))
+    await until(lambda: mailed <= system.arrived("confirm"), LATE)
+    await until(lambda: system.confirmed <= system.arrived("welcome"), LATE)
     with Session(system.engine) as db:  # a user whose answer was lost with the web app counts too
         users = {user.id: user.address for user in db.scalars(select(User))}
         asked = set(db.scalars(select(User.id).where(User.confirmed)))
@@ -199,9 +198,9 @@ async def check(system: System) -> None:
             return set(db.scalars(select(table.user_id)))
 
     for table in (Account, SignUp):
-        await until(lambda table=table: rows(table) == users.keys())
-    await until(lambda: system.arrived("confirm") == users.keys() - refused)
-    await until(lambda: system.arrived("welcome") == asked)
+        await until(lambda table=table: rows(table) == users.keys(), LATE)
+    await until(lambda: system.arrived("confirm") == users.keys() - refused, LATE)
+    await until(lambda: system.arrived("welcome") == asked, LATE)
 
     depths = await system.depths()
     while depths["jobs"] or depths["events"] or depths["suspects"] or depths["delayed"]:
@@ -240,7 +239,7 @@ async def test_each_mail_arrives_or_is_a_dead_letter_when_the_broker_is_killed_u
         system.excused += AT_ONCE + (await system.depths())["delayed"]  # what is delayed may come twice after this
         await asyncio.to_thread(own.kill)
         signed_up = len(system.promised)
-        await until(lambda: len(system.promised) >= signed_up + 5)  # nobody notices
+        await until(lambda: len(system.promised) >= signed_up + 5, LATE)  # nobody notices
         await asyncio.to_thread(own.start)
         await more(system, 15)
     await check(system)

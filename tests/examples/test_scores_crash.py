@@ -10,7 +10,7 @@ import asyncio
 import secrets
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -24,10 +24,14 @@ from rpcq import Client
 from rpcq.observability.queues import QueueWatch
 from support.broker import Broker, Setup
 from support.broker import broker as a_broker
+from support.load import until
 from support.ports import free_ports
 from support.producers import ROOT, SECONDS, environment
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
+
+LATE = 240.0
+"""Seconds after which what is waited for will not come: a killed broker may hold delayed messages for 180 s."""
 
 WORKER = ("-m", "rpcq", "worker", "examples.scores.service:scores", "--job-prefetch", "1", "--log-level", "error")
 
@@ -137,18 +141,13 @@ async def system(own: Broker, tmp_path: Path) -> AsyncIterator[System]:
         await made.end()
 
 
-async def until(condition: Callable[[], object]) -> None:
-    while not condition():  # noqa: ASYNC110 - other processes
-        await asyncio.sleep(0.05)
-
-
 @asynccontextmanager
 async def load(system: System) -> AsyncIterator[None]:
     """Users who look at products, and a flood in the lane `low`."""
     async with Client(system.url, namespace=system.namespace) as client, asyncio.TaskGroup() as group:
         await client.send("scores.renew")
         users = group.create_task(system.users())
-        await until(lambda: system.store.edition == 2)
+        await until(lambda: system.store.edition == 2, LATE)
         yield
         users.cancel()
 
@@ -156,13 +155,13 @@ async def load(system: System) -> AsyncIterator[None]:
 async def more(system: System, runs: int) -> None:
     """Wait until so many more computations have begun."""
     before = system.began()
-    await until(lambda: system.began() >= before + runs)
+    await until(lambda: system.began() >= before + runs, LATE)
 
 
 async def check(system: System) -> None:
     """The oracle."""
     store = system.store
-    await until(lambda: set(store.states().values()) == {"fresh"})
+    await until(lambda: set(store.states().values()) == {"fresh"}, LATE)
     assert system.promised
     assert store.scores().keys() == PRODUCTS.keys() >= system.promised.keys()
     ended = {run.product for run in store.runs() if run.edition == store.edition and run.ended is not None}

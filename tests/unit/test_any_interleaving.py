@@ -27,6 +27,7 @@ from rpcq.errors import BrokerUnreachable
 from rpcq.transport.base import Delivery, Listener, Outgoing, Published, Subscription
 from rpcq.wire import batches, properties, replies, requests
 from rpcq.wire.topology import Exchange
+from support.held_loop import HeldLoop
 
 CUT = BrokerUnreachable("cut by the test")
 LIMIT = 5
@@ -34,31 +35,6 @@ LIMIT = 5
 
 UNRUN_WITHIN = 1.0
 """Seconds after it was sent within which an expiry proves that a request was never delivered."""
-
-
-class HeldLoop(asyncio.SelectorEventLoop):
-    """An event loop whose time stands still until it is told to pass."""
-
-    now = 1_000.0
-
-    def time(self) -> float:
-        return self.now
-
-    def settle_down(self) -> None:
-        """Run what is due, and what follows from it, until nothing is left to do now."""
-        for _ in range(100):
-            self.call_soon(self.stop)
-            self.run_forever()
-            if not self._ready:  # type: ignore[attr-defined]
-                return
-        raise AssertionError("the client does not come to rest")
-
-    def pass_time(self, seconds: float) -> None:
-        """Let time pass in small steps: a timer may set another."""
-        until = self.now + seconds
-        while self.now < until:
-            self.now = min(self.now + 0.05, until)
-            self.settle_down()
 
 
 NOT_TAKEN = (Published.RETURNED, Published.TOO_LARGE, Published.UNSENT)
@@ -228,7 +204,7 @@ class AnyInterleaving(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.0, 0.02, 0.3, 2.0]))
     def wait(self, seconds: float) -> None:
-        self.loop.pass_time(seconds)
+        self.loop.pass_time(seconds, step=0.05)
 
     # What a broker does.
 
@@ -402,7 +378,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         if not hasattr(self, "client"):
             return
         try:
-            self.loop.pass_time(6.0)
+            self.loop.pass_time(6.0, step=0.05)
             self.each_outcome_is_honest()
             assert all(it.task.done() for it in self.callers)
             client = self.client

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import pytest
 from pydantic import BaseModel
 
-from rpcq.calls.proxy import CallMaker, RemoteMethod, ServiceProxy, Target, make_target, with_options
+from rpcq.calls.proxy import CallMaker, RemoteMethod, ServiceProxy, with_options
+from rpcq.calls.targets import Target, make_target
 from rpcq.contracts import contract
 from rpcq.errors import ConfigurationError, DomainError
 from rpcq.options import CallOptions

@@ -22,11 +22,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 import rpcq.runtime.timeouts
 from rpcq import Batch, Context, Service
 from rpcq.errors import ConfigurationError, DomainError, InvalidParams, ServiceUnavailable
-from rpcq.execution import Executor, Run, running
+from rpcq.execution import Executor, running
 from rpcq.invocation import Interruption, Invocation, Refused, Unfit
 from rpcq.runtime import deadline as deadlines
 from rpcq.runtime.deadline import Deadline
 from rpcq.service import Method
+from support.held_loop import HeldLoop
+from support.runs import Recorded
 
 SECONDS = 5.0
 SOON = 0.03
@@ -40,39 +42,6 @@ class Asked(Invocation):
 
     def names(self) -> dict[str, Any]:
         return {"method": self.method.label, "correlation_id": str(self.args)}
-
-
-class Recorded(Run):
-    """A run that keeps how it ended."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ends: list[tuple[str, Any]] = []
-        self.over = asyncio.Event()
-
-    @property
-    def id(self) -> str:
-        return "id"
-
-    def returned(self, invocation: Invocation, value: Any) -> None:
-        self._end("returned", value)
-
-    def raised(self, invocation: Invocation, error: BaseException) -> None:
-        self._end("raised", error)
-
-    def interrupted(self, invocation: Invocation, why: Interruption) -> None:
-        self._end("interrupted", why)
-
-    def _end(self, how: str, what: Any) -> None:
-        self.ends.append((how, what))
-        self.over.set()
-
-    async def end(self) -> tuple[str, Any]:
-        """How it ended, once it has ended."""
-        async with asyncio.timeout(SECONDS):
-            await self.over.wait()
-        (end,) = self.ends
-        return end
 
 
 class Place:
@@ -489,31 +458,6 @@ async def test_batch_must_be_a_batch() -> None:
 
 
 # Any order of all that.
-
-
-class HeldLoop(asyncio.SelectorEventLoop):
-    """An event loop whose time stands still until it is told to pass."""
-
-    now = 1_000.0
-
-    def time(self) -> float:
-        return self.now
-
-    def settle_down(self) -> None:
-        """Run what is due, and what follows from it, until nothing is left to do now."""
-        for _ in range(100):
-            self.call_soon(self.stop)
-            self.run_forever()
-            if not self._ready:  # type: ignore[attr-defined]
-                return
-        raise AssertionError("the executor does not come to rest")
-
-    def pass_time(self, seconds: float) -> None:
-        """Let time pass in small steps: a timer may set another."""
-        until = self.now + seconds
-        while self.now < until:
-            self.now = min(self.now + 0.01, until)
-            self.settle_down()
 
 
 class Entered:

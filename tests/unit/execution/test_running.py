@@ -13,9 +13,10 @@ import pytest
 
 from rpcq import Context, Service
 from rpcq.errors import ServiceUnavailable
-from rpcq.execution import Around, Enter, Executor, Run, running
+from rpcq.execution import Around, Enter, Executor, running
 from rpcq.invocation import Interruption, Invocation, Refused
 from rpcq.runtime.deadline import Deadline
+from support.runs import Recorded
 
 SECONDS = 5.0
 SOON = 0.02
@@ -28,39 +29,6 @@ class Asked(Invocation):
 
     def names(self) -> dict[str, Any]:
         return {"method": self.method.label}
-
-
-class Recorded(Run):
-    """A run that keeps how it ended."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ends: list[tuple[str, Any]] = []
-        self.over = asyncio.Event()
-
-    @property
-    def id(self) -> str:
-        return "id"
-
-    def returned(self, invocation: Invocation, value: Any) -> None:
-        self._end("returned", value)
-
-    def raised(self, invocation: Invocation, error: BaseException) -> None:
-        self._end("raised", error)
-
-    def interrupted(self, invocation: Invocation, why: Interruption) -> None:
-        self._end("interrupted", why)
-
-    def _end(self, how: str, what: Any) -> None:
-        self.ends.append((how, what))
-        self.over.set()
-
-    async def end(self) -> tuple[str, Any]:
-        """How it ended, once it has ended."""
-        async with asyncio.timeout(SECONDS):
-            await self.over.wait()
-        (end,) = self.ends
-        return end
 
 
 class Begin:
