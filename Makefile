@@ -74,7 +74,8 @@ soak-jobs: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 soak-outbox: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	PYTHONPATH=tests $(BIN)/python -m soak.outbox $(ARGS)
 
-check: $(VENV)/.installed-uvloop $(VENV)/.installed-check $(VENV)/.installed-docs
+## The tests' extras too: types are checked in all that imports them.
+check: $(VENV)/.installed-test $(VENV)/.installed-uvloop $(VENV)/.installed-check $(VENV)/.installed-docs
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
