@@ -62,7 +62,7 @@ async def reserve(event: PaymentProcessed, db: AsyncSession, context: Context) -
     async with undone(outbox, db, context, failed):
         stock = await db.get(Stock, event.article, with_for_update=True)
         if stock is None or stock.free < event.count:
-            raise GiveUp(f"there is no {event.article} left")
+            raise GiveUp(f"there is not enough {event.article} left")
         stock.free -= event.count
         db.add(Reservation(order_id=event.order_id, article=event.article, count=event.count))
         reserved = InventoryReserved(order_id=event.order_id, customer=event.customer, country=event.country)

@@ -43,7 +43,11 @@ payment = Service("payment", lifespan=lambda: outbox)
 
 @payment.on(OrderPlaced, once=inbox, retry=RETRY, timeout=60)
 async def charge(event: OrderPlaced, db: AsyncSession) -> None:
-    """Charge the card, and say so."""
+    """Charge the card, and say so: payment, event and the inbox's key are one transaction, which `once=inbox` commits.
+
+    Killed before that, it runs again: the card company has the order's ID as its key, and charges nobody twice. If it
+    fails at each attempt, the event is a dead letter, and the order stays placed until somebody replays it.
+    """
     try:
         await outside.charge(event.order_id, event.card, event.cents)
     except outside.CardRefusedError as error:

@@ -113,7 +113,7 @@ async def test_an_order_is_paid_reserved_shipped_and_told_by_services_that_do_no
     ("new", "why", "undone"),
     [
         ({"card": outside.BAD_CARD}, "the card company refuses the card", (0, 0, 0, 0)),
-        ({"article": "truffles", "count": 10}, "there is no truffles left", (1, 1, 0, 0)),
+        ({"article": "truffles", "count": 10}, "there is not enough truffles left", (1, 1, 0, 0)),
         ({"country": "Atlantis"}, "no carrier goes to Atlantis", (1, 1, 1, 1)),
     ],
 )

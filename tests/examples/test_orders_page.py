@@ -63,7 +63,7 @@ def test_something_is_ordered_by_keyboard_alone_and_done(browser: Browser, base:
     ("kind", "why"),
     [
         ("card", "the card company refuses the card"),
-        ("stock", "there is no truffles left"),
+        ("stock", "there is not enough truffles left"),
         ("country", "no carrier goes to Atlantis"),
     ],
 )
