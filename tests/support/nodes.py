@@ -185,8 +185,8 @@ class Node(Server):
             return super().wait()
         except Unavailable as error:
             logs = [self._folder / "output", *sorted(self._folder.glob("log/*.log"))]
-            tail = "\n".join(tail(read(path)) for path in logs)
-            raise Unavailable(f"{self._program}: {error}\n{tail}") from error
+            ends = "\n".join(tail(read(path)) for path in logs)
+            raise Unavailable(f"{self._program}: {error}\n{ends}") from error
 
     def _gone(self) -> str | None:
         return "the node ended while starting" if self._exited.exists() else None
