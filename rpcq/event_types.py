@@ -392,8 +392,12 @@ _FORMS: Final = (
 )
 
 
-def pattern_of(topic: Any) -> str:
+def pattern_of(topic: Any, function: str = "on") -> str:
     """The pattern of what a subscription is given.
+
+    Args:
+        topic: a class of events, or a pattern.
+        function: to which function it was given, for texts of errors.
 
     Raises:
         ConfigurationError: it is no class of events and no pattern.
@@ -401,21 +405,18 @@ def pattern_of(topic: Any) -> str:
     """
     if isinstance(topic, str):
         return check_pattern(topic)
-    if isinstance(topic, type) and issubclass(topic, Event):
-        if not topic.event_name:
-            raise ConfigurationError(
-                f"on must be given classes of events with a name; got {topic.__name__}: write class {topic.__name__}"
-                "(Event, name='order.created')"
-            )
-        return topic.event_name
-    if isinstance(topic, type):
-        raise ConfigurationError(
-            f"on must be given classes of events; got {topic.__name__}, which is none: write class {topic.__name__}"
-            "(rpcq.Event, name='order.created')"
-        )
-    raise ConfigurationError(
-        f"on must be given classes of events, or patterns, as in on(OrderCreated) and on('order.*'); got {topic!r}"
-    )
+    must = f"{function} must be given classes of events"
+    if not isinstance(topic, type):
+        example = f"as in {function}(OrderCreated) and {function}('order.*')"
+        raise ConfigurationError(f"{must}, or patterns, {example}; got {topic!r}")
+    name = topic.__name__
+    if not issubclass(topic, Event):
+        fix = f"write class {name}(rpcq.Event, name='order.created')"
+        raise ConfigurationError(f"{must}; got {name}, which is none: {fix}")
+    if not topic.event_name:
+        fix = f"write class {name}(Event, name='order.created')"
+        raise ConfigurationError(f"{must} with a name; got {name}: {fix}")
+    return topic.event_name
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -9,7 +9,7 @@ hours.
 """
 
 from rpcq.testing.events import PublishedEvent
-from rpcq.testing.fakes import FakeService, Received
+from rpcq.testing.fakes import FakeService, HeardEvent, Received
 from rpcq.testing.jobs import DeadJob, WaitingJob
 from rpcq.testing.places import Place, Running, Settings, Worlds, memory_url, running, running_sync, world
 from rpcq.testing.worlds import WorkerKilled, World
@@ -17,6 +17,7 @@ from rpcq.testing.worlds import WorkerKilled, World
 __all__ = [
     "DeadJob",
     "FakeService",
+    "HeardEvent",
     "Place",
     "PublishedEvent",
     "Received",

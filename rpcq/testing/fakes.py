@@ -1,4 +1,4 @@
-"""Fakes: services with scripted behaviour, for tests of code that calls them or sends them jobs."""
+"""Fakes: services with scripted behaviour, for tests of code that calls them, sends them jobs or publishes events."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, Self
+from functools import reduce
+from operator import or_
+from typing import Any, Final, Literal, Self, TypeVar, overload
 
 from rpcq.contracts import METHOD_NAME, contract_of, methods_of
 from rpcq.errors import CallError, ConfigurationError, DomainError, InvalidReply, ServiceUnavailable
+from rpcq.event_types import AnyEvent, Event, pattern_of
 from rpcq.invocation import Refused
-from rpcq.options import check_name
-from rpcq.service import Context, Method, Service
+from rpcq.options import JobOptions, check_name
+from rpcq.service import Context, Method, Service, Subscriber
 from rpcq.validation.schemas import type_hints
 from rpcq.worker import Worker
+
+E = TypeVar("E", bound=Event)
+
+HEARS: Final = "hears"
+"""The name of the subscription of a fake."""
 
 FAKES_GRACE: Final = 0.05
 """Seconds that a fake's handlers have to end when its worker stops or is lost: long enough to send their replies."""
@@ -42,6 +50,20 @@ class Received:
     context: Context
 
 
+@dataclass(frozen=True, slots=True)
+class HeardEvent:
+    """An event that a fake service got.
+
+    Attributes:
+        event: an instance of the class that `hears` was given for it, or an `AnyEvent` if it came by a pattern.
+        context: everything else: `correlation_id`, which is its ID, `idempotency_key`, `metadata`, `attempt`, ...
+
+    """
+
+    event: Event | AnyEvent
+    context: Context
+
+
 _Act = Callable[[Received], Awaitable[Any]]
 """A behaviour: what a fake does with a call."""
 
@@ -55,7 +77,8 @@ class FakeService(Service):
     the last one is used again and again. Behaviours may be added while the fake is served. A call of a method without a
     behaviour ends with `MethodNotFound`.
 
-    `takes` names jobs: each job of such a name is done at once, and is in `received`.
+    `takes` names jobs: each job of such a name is done at once, and is in `received`. `hears` subscribes to events:
+    each such event is done at once, and `heard` returns it.
 
     In `running`, a real worker of its own serves it, and callers get what they get in production: domain errors arrive
     as themselves if the caller declares them, a fake that is too slow makes the call time out, and so on.
@@ -91,6 +114,8 @@ class FakeService(Service):
         self._idempotent: frozenset[str] = frozenset()
         self._next: dict[str, deque[_Act]] = {}
         self._current: dict[str, _Act] = {}
+        self._topics: tuple[type[Event] | str, ...] = ()
+        self._heard: list[HeardEvent] = []
 
     @classmethod
     def of(
@@ -263,6 +288,74 @@ class FakeService(Service):
         self._results[job] = value
         return self
 
+    def hears(self, *topics: type[Event] | str) -> Self:
+        """Subscribe to events. An event is done at once, and `heard` returns it.
+
+            shipping = FakeService("shipping").hears(OrderCreated, "invoice.*")
+
+        What is called several times is one subscription, `hears`, so each event comes once. An event that does not fit
+        its class is a dead letter of this subscription, as it is of the real one. In `world`, all events that were
+        published are there after `await w.settled()`.
+
+        Args:
+            topics: classes of events, and patterns of their names, as for `Service.on`; `"#"` takes all events. Call
+                `hears` before the fake is served, because its worker declares the subscription's queue when it starts.
+
+        Raises:
+            ConfigurationError: no topic is given, or one is no class of events with a name and no pattern; two classes
+                have one name and version; or the fake has a method or a job that is called `hears`.
+
+        """
+        if not topics:
+            raise ConfigurationError("hears must be given events, as in hears(OrderCreated) or hears('order.*')")
+        for topic in topics:
+            pattern_of(topic, "hears")
+        asked = tuple(dict.fromkeys((*self._topics, *topics)))
+        kinds: list[type[Event | AnyEvent]] = [it for it in asked if not isinstance(it, str)]
+        if len(kinds) < len(asked):
+            kinds.append(AnyEvent)
+
+        async def hear(event: Any, rpcq_context: Context) -> None:
+            self._heard.append(HeardEvent(event, replace(rpcq_context, state=None, _report=None)))
+
+        hear.__annotations__["event"] = reduce(or_, kinds)
+        if HEARS not in self.subscriptions:
+            self._check_new("subscription", HEARS)
+        self.subscriptions[HEARS] = Subscriber(self.name, HEARS, hear, asked, job=JobOptions(), each_instance=False)
+        self._topics = asked
+        return self
+
+    @overload
+    def heard(self, kind: None = None) -> list[HeardEvent]: ...
+
+    @overload
+    def heard(self, kind: type[E]) -> list[E]: ...
+
+    def heard(self, kind: type[E] | None = None) -> list[HeardEvent] | list[E]:
+        """The events that the fake got, in the order in which they came.
+
+            assert shipping.heard(OrderCreated) == [OrderCreated(order_id="7")]
+
+        Args:
+            kind: a class of events, for its instances, also those of its name and version that came by a pattern; None
+                for all events, with the `Context` of each.
+
+        Raises:
+            InvalidParams: an event that came by a pattern has the name and the version of the class, and does not fit
+                it.
+
+        """
+        if kind is None:
+            return [*self._heard]
+        wanted = kind.event_name, kind.event_version
+        found: list[E] = []
+        for it in self._heard:
+            if isinstance(it.event, kind):
+                found.append(it.event)
+            elif isinstance(it.event, AnyEvent) and (it.event.name, it.event.version) == wanted:
+                found.append(it.event.read(kind))
+        return found
+
     def check(self) -> None:
         """Do nothing: a fake can always be served, even without methods."""
 
@@ -335,7 +428,8 @@ class FakeService(Service):
         return handle
 
     def __repr__(self) -> str:
-        return f"<FakeService {self.name!r}: {', '.join((*self.methods, *self.jobs)) or 'no methods'}>"
+        names = ", ".join((*self.methods, *self.jobs, *self.subscriptions))
+        return f"<FakeService {self.name!r}: {names or 'no methods'}>"
 
 
 def _take_types(handle: Callable[..., Any], function: Callable[..., Any], label: str) -> None:

@@ -14,11 +14,13 @@ from aio_pika.exceptions import ChannelNotFoundEntity
 
 import rpcq.testing
 from rpcq import (
+    AnyEvent,
     CallError,
     CallTimeout,
     Client,
     Context,
     DomainError,
+    Event,
     InvalidParams,
     InvalidReply,
     MethodNotFound,
@@ -32,8 +34,10 @@ from rpcq import (
 )
 from rpcq.errors import BrokerUnreachable
 from rpcq.testing import FakeService, running
+from rpcq.wire.events import EventTopology
 from rpcq.wire.jobs import JobTopology
 from rpcq.wire.topology import Topology
+from support.load import until
 from support.logged import event_of
 from support.places import Place
 
@@ -122,6 +126,24 @@ async def test_what_a_fake_fails_with_its_caller_sees_as_in_production(
     if isinstance(told, CallError):  # the test's own, which may be told again
         assert (told.incident, told.__traceback__) == (None, None)
     assert len(stock.calls) == 2
+
+
+class Filled(Event, name="testing.stock.filled"):
+    sku: str
+
+
+async def test_a_fake_hears_the_events_that_the_code_under_test_publishes(home: Place) -> None:
+    first, second = FakeService("audit").hears("testing.#"), FakeService("shop").hears(Filled)
+    async with running(first, second, url=home.url) as client:
+        keyed = client.with_options(idempotency_key="bolts-1")
+        published = [await keyed.publish(Filled(sku="bolts")) for _ in range(2)]
+        published.append(await client.publish(Filled(sku="nuts")))
+        assert [it.heard for it in published] == [True] * 3
+        await until(lambda: len(first.heard()) >= 2 and len(second.heard()) >= 2)
+    for fake in first, second:  # of the two with one key, one is done
+        assert sorted(it.sku for it in fake.heard(Filled)) == ["bolts", "nuts"]
+        assert {it.context.correlation_id for it in fake.heard()} < {it.id for it in published}
+    assert [type(it.event) for it in (*first.heard(), *second.heard())] == [AnyEvent, AnyEvent, Filled, Filled]
 
 
 async def test_a_fake_that_is_slow_runs_into_the_deadline_and_then_answers_who_waits(place: Place) -> None:
@@ -309,7 +331,7 @@ async def test_on_rabbitmq_nothing_is_left_behind_of_jobs(rabbitmq_url: str) -> 
     async def work() -> None:
         done.set()
 
-    fake = FakeService("stock").takes("count")
+    fake = FakeService("stock").takes("count").hears(Filled)
     async with looking(rabbitmq_url) as is_there:
         async with running(real, fake, url=rabbitmq_url) as client:
             await client.send(work)
@@ -320,6 +342,7 @@ async def test_on_rabbitmq_nothing_is_left_behind_of_jobs(rabbitmq_url: str) -> 
             assert fake.received[0].params == {"sku": "bolts"}
             topology = JobTopology(client.options.namespace)
             queues = [make(name).name for name in ("things", "stock") for make in (topology.queue, topology.dead_queue)]
+            queues.append(EventTopology(client.options.namespace).queue("stock", "hears", []).name)
             queues += [topology.suspects("stock").name, *(queue.name for queue in topology.shared_queues())]
             things = [*(("queue", name) for name in queues), *(("exchange", it.name) for it in topology.exchanges())]
             assert {await is_there(*it) for it in things} == {True}

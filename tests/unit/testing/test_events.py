@@ -1,9 +1,11 @@
 """Events in a world whose time a test moves."""
 
+from typing import Any
+
 import pytest
 
-from rpcq import AnyEvent, ConfigurationError, Context, Event, GiveUp, Retry, RetryLater, Service
-from rpcq.testing import PublishedEvent, world
+from rpcq import AnyEvent, ConfigurationError, Context, Event, GiveUp, InvalidParams, Retry, RetryLater, Service
+from rpcq.testing import FakeService, PublishedEvent, world
 
 
 class OrderCreated(Event, name="world.order.created"):
@@ -142,3 +144,91 @@ async def test_a_subscription_that_a_deploy_dropped_keeps_its_events_until_someb
         await w.start_worker(shipping)
         await w.advance(hours=2)
         assert w.waiting() == []
+
+
+# Fakes that subscribe.
+
+
+async def test_a_fake_hears_each_event_once_however_many_of_its_topics_take_it() -> None:
+    fake = FakeService("shipping").hears(OrderCreated).hears("world.order.*", OrderCreated)
+    assert repr(fake) == "<FakeService 'shipping': hears>"
+    async with world(fake) as w:
+        keyed = w.client.with_options(idempotency_key="k7", metadata={"x-tenant": "t1"})
+        published = await keyed.publish(OrderCreated(order_id="7"))
+        paid = await w.client.publish(OrderPaid(order_id="7"))
+        await w.settled()
+        assert fake.heard(OrderCreated) == [OrderCreated(order_id="7")]
+        assert fake.heard(OrderPaid) == [OrderPaid(order_id="7")]
+        assert fake.heard(Renamed) == []
+        first, second = fake.heard()
+        assert first.event == OrderCreated(order_id="7")
+        assert (first.context.correlation_id, first.context.idempotency_key) == (published.id, "k7")
+        assert (first.context.metadata, first.context.attempt, first.context.state) == ({"x-tenant": "t1"}, 1, None)
+        assert second.event == AnyEvent(paid.id, "world.order.paid", 2, {"order_id": "7"})
+        assert w.published(OrderCreated) == fake.heard(OrderCreated)
+
+
+async def test_a_fake_reads_other_versions_and_buries_what_does_not_fit_as_the_real_service_does() -> None:
+    fake = FakeService("shipping").hears(OrderCreated)
+    async with world(fake) as w:
+        await w.client.publish(Renamed(id="8"))
+        await w.advance(minutes=15)
+        assert fake.heard() == []
+        assert [(it.job, it.reason) for it in w.dead(fake)] == [("shipping.hears", "unsupported_version")]
+
+
+async def test_what_a_pattern_took_is_read_by_a_class_only_if_it_fits() -> None:
+    class Odd(Event, name="world.odd"):
+        number: int
+
+    fake = FakeService("shipping").hears("#")
+    async with world(fake) as w:
+        await w.client.publish(Odd(number=1))
+        await w.settled()
+
+    class NowOtherwise(Event, name="world.odd"):
+        number: int
+        unit: str
+
+    assert fake.heard(Odd) == [Odd(number=1)]
+    with pytest.raises(InvalidParams, match="unit"):
+        fake.heard(NowOtherwise)
+
+
+async def test_a_fake_hears_beside_jobs_and_calls_and_goes_on_from_one_place_to_the_next() -> None:
+    fake = FakeService("shipping").answers("count", 3).takes("ship").hears("world.#")
+    for number in range(2):
+        async with world(fake) as w:
+            assert await w.client.call("shipping.count") == 3
+            await w.client.send("shipping.ship", order_id=str(number))
+            await w.client.publish(OrderCreated(order_id=str(number)))
+            await w.settled()
+    assert [it.params["order_id"] for it in fake.received] == ["0", "1"]
+    assert [it.order_id for it in fake.heard(OrderCreated)] == ["0", "1"]
+
+
+class NoName(Event):
+    """A base of others."""
+
+
+@pytest.mark.parametrize(
+    ("topics", "message"),
+    [
+        ((), r"hears must be given events, as in hears\(OrderCreated\)"),
+        (("order..created",), "a pattern must be words with dots"),
+        ((NoName,), "hears must be given classes of events with a name; got NoName"),
+        ((int,), "hears must be given classes of events; got int"),
+        ((3,), r"hears must be given classes of events, or patterns, as in hears\(OrderCreated\)"),
+    ],
+)
+def test_what_is_no_topic_is_refused_and_a_fake_keeps_what_it_had(topics: tuple[Any, ...], message: str) -> None:
+    fake = FakeService("shipping").hears(OrderCreated)
+    before = fake.subscriptions["hears"]
+    with pytest.raises(ConfigurationError, match=message):
+        fake.hears(*topics)
+    assert fake.subscriptions == {"hears": before}
+
+
+def test_a_fake_with_a_method_or_a_job_that_is_called_hears_cannot_hear() -> None:
+    with pytest.raises(ConfigurationError, match="got 'hears' twice"):
+        FakeService("shipping").takes("hears").hears(OrderCreated)
