@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import platform
@@ -30,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import aio_pika
-from sqlalchemy import create_engine, func, select
+from sqlalchemy import Table, create_engine, func, select
 
 from rpcq.options import ConnectionOptions
 from rpcq.outbox import metadata
@@ -44,11 +45,16 @@ from soak.report import say
 from soak.stage import environment
 from support import broker as brokers
 from support import postgres as databases
+from support.broker import vhost_of
 
 VICTIMS = {"app": 4, "relay": 4, "worker-0": 3, "worker-1": 3, "broker": 1, "database": 2}
 """What is killed, with its share."""
 PAUSES = (0.3, 2.0)
 """Seconds between two kills."""
+QUEUES = ("name", "messages_ready", "messages_unacknowledged")
+"""What is asked of each queue."""
+SAY_EVERY = 15
+"""Looks between two lines of what is done, while nothing is killed any more."""
 
 
 @dataclass
@@ -85,6 +91,7 @@ class Soak:
         self.database = database
         self.namespace = f"soak-{secrets.token_hex(4)}"
         self.found = Found(version=broker.version)
+        self._began = time.monotonic()
         self._engine = create_engine(database.url.replace("postgresql://", "postgresql+psycopg://"), pool_pre_ping=True)
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._environment = environment() | {
@@ -100,7 +107,7 @@ class Soak:
         return (sys.executable, "-m", "soak.outbox_programs", name.partition("-")[0], str(self.folder))
 
     async def run(self) -> Found:
-        began = time.monotonic()
+        began = self._began = time.monotonic()
         metadata.create_all(self._engine)
         own.create_all(self._engine)
         await self._tap()
@@ -153,7 +160,7 @@ class Soak:
             while await asyncio.to_thread(self._count) < self.plan.orders * share:  # noqa: ASYNC110 - the same
                 await asyncio.sleep(0.1)
             await asyncio.sleep(dice.uniform(*PAUSES))
-            say(f"kill {victim}")
+            await self._say(f"kill {victim}")
             if victim == "broker":
                 await asyncio.to_thread(self.broker.kill)
                 await asyncio.sleep(dice.uniform(0, 2))
@@ -166,13 +173,29 @@ class Soak:
                 process.kill()
             self.found.kills[victim] += 1
 
-    def _count(self) -> int:
+    def _count(self, table: Table = orders) -> int:
         with self._engine.connect() as connection:
-            return int(connection.execute(select(func.count()).select_from(orders)).scalar_one())
+            return int(connection.execute(select(func.count()).select_from(table)).scalar_one())
+
+    async def _say(self, what: str) -> None:
+        counts = [await asyncio.to_thread(self._count, table) for table in (orders, outbox, effects)]
+        written, waiting, done = counts
+        seconds = time.monotonic() - self._began
+        say(f"{seconds:5.0f} s, {written} orders, {waiting} rows to send, {done} effects: {what}")
+
+    def _queues(self) -> str:
+        """What the queues hold besides the copies: so that a run which does not end says where the jobs are."""
+        listed = self.broker.ctl("--quiet", "list_queues", "-p", vhost_of(self.broker.url), *QUEUES)
+        found = [line.split("\t") for line in listed.splitlines() if line.startswith(self.namespace)]
+        held = [(name, int(ready), int(taken)) for name, ready, taken in found if not name.endswith(".tap")]
+        said = [f"{name.partition('.')[2]} {ready}+{taken}" for name, ready, taken in held if ready or taken]
+        return ", ".join(said) or "the queues are empty"
 
     async def _until_done(self) -> None:
         """Wait until the outbox is empty and each order has its effect; then a little longer, for doubles."""
-        while True:
+        for turn in itertools.count():
+            if turn % SAY_EVERY == 0:
+                await self._say(f"wait until all is done; {await asyncio.to_thread(self._queues)}")
             await asyncio.to_thread(self._read)
             if not self.found.left["outbox"] and self.found.orders.keys() <= self.found.effects.keys():
                 break
