@@ -39,7 +39,7 @@ async def undone(
     except GiveUp as error:
         outbox.publish(db, failed(error.reason))
     except Exception as error:
-        if context.attempt < RETRY.max_attempts:
+        if not context.is_last_attempt:
             raise
         log.exception("a step failed at each of its attempts: what came before is undone")
         outbox.publish(db, failed(f"{type(error).__name__} at each of {context.attempt} attempts"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpcq.errors import InvalidParams
 from rpcq.invocation import Invocation
-from rpcq.jobs.outcomes import Again, Dead, Filtered, of_refusal, of_unknown
+from rpcq.jobs.outcomes import Again, Dead, Filtered, is_last_attempt, of_refusal, of_unknown
 from rpcq.once import Found, NotBegun, OnceKey
 from rpcq.results import fingerprint
 from rpcq.runtime.deadline import Deadline
@@ -142,7 +142,7 @@ class JobInvocation(Invocation):
 
     def context(self) -> Context:
         """What the handler gets to know of the job."""
-        job = self.job
+        job, options = self.job, self.method.job
         return Context(
             service=self.method.service,
             method=self.method.name,
@@ -156,5 +156,6 @@ class JobInvocation(Invocation):
             state=self.served.state,
             due=None if job.due_ms is None else datetime.fromtimestamp(job.due_ms / 1000, UTC),
             order_key=job.order_key,
+            is_last_attempt=options is not None and is_last_attempt(job, options),
             _report=self.report,
         )

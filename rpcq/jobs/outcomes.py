@@ -291,8 +291,13 @@ def of_refusal(job: JobMessage, error: CallError) -> Dead:
     return Dead("invalid", before(job), error.message)
 
 
+def is_last_attempt(job: JobMessage, options: JobOptions) -> bool:
+    """Whether a job that fails in this attempt becomes a dead letter, however it fails."""
+    return job.attempt >= options.max_attempts
+
+
 def _again(job: JobMessage, options: JobOptions, reason: str, error: str, steps: int) -> Again | Dead:
-    if job.attempt >= options.max_attempts:
+    if is_last_attempt(job, options):
         return Dead("attempts", "yes", error)
     return Again(steps, reason, error, attempts=1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import replace
 from typing import Any, Final, Literal, TypeVar, overload
 
 from rpcq.contracts import METHOD_NAME, Obligation
@@ -348,7 +349,12 @@ class Service:
             if called == NOT_A_SUBSCRIPTION:
                 raise ConfigurationError(f"a subscription must not be called {called!r}, as a queue of suspects is")
             self.subscriptions[called] = Subscriber(
-                self.name, called, handler, topics, job=options, each_instance=each_instance
+                self.name,
+                called,
+                handler,
+                topics,
+                job=replace(options, retry=None) if each_instance else options,
+                each_instance=each_instance,
             )
             return handler
 

@@ -59,6 +59,9 @@ class Context(Generic[State]):
         state: what the service's `lifespan` yielded, or None.
         due: when a job was to be done: the tick of its schedule, or the end of its delay, in UTC; None for at once.
         order_key: the order key of a job; None for none.
+        is_last_attempt: whether no further attempt follows if this attempt of a job or an event fails. If its worker is
+            lost, or stops, the attempt may come again under the same number. Always False in a call, whose caller
+            alone knows whether it makes another attempt.
 
     """
 
@@ -74,6 +77,7 @@ class Context(Generic[State]):
     state: State = cast("State", None)  # noqa: RUF009 - None
     due: datetime | None = None
     order_key: str | None = None
+    is_last_attempt: bool = False
     _report: Report | None = field(default=None, repr=False, compare=False)
 
     def progress(self, done: float, total: float | None = None, note: str | None = None) -> None:

@@ -151,11 +151,11 @@ async def test_a_subscription_that_fails_retries_and_buries_for_itself(
     home: Place, service: Service, other: Service, done: Done, word: str
 ) -> None:
     created = kind(f"{word}.created")
-    attempts: list[int] = []
+    attempts: list[tuple[int, bool]] = []
 
     @service.on(created, retry=SOON)
     async def fail(event: created, context: Context) -> None:
-        attempts.append(context.attempt)
+        attempts.append((context.attempt, context.is_last_attempt))
         raise ValueError("no stock")
 
     @service.on(created, name="beside")
@@ -169,7 +169,7 @@ async def test_a_subscription_that_fails_retries_and_buries_for_itself(
             (letter,) = await dead.wait_for(1)
         await settled(worker, second)
         assert runner_of(worker).dead == 1
-    assert attempts == [1, 2, 3]
+    assert attempts == [(1, False), (2, False), (3, True)]
     assert done.counts["run"] == 2
     assert (letter.id, letter.body) == (published.id, b'{"number":7}')
     assert (letter.headers["rpcq-dead-reason"], letter.headers["rpcq-executed"]) == ("attempts", "yes")
@@ -583,7 +583,7 @@ async def test_what_fails_in_one_process_is_not_retried_and_the_next_event_comes
 
     @service.on(created, each_instance=True, timeout=0.1)
     async def cache(event: created, context: Context) -> None:
-        done.note((event.number, context.attempt))
+        done.note((event.number, context.attempt, context.is_last_attempt))
         if event.number == 0:
             raise ValueError("no")
         if event.number == 1:
@@ -594,10 +594,10 @@ async def test_what_fails_in_one_process_is_not_retried_and_the_next_event_comes
         await publish_raw(client, home, f"{word}.created", b"no json")
         await client.publish(created(number=1))
         await client.publish(created(number=2))
-        await done.until(lambda counts: counts[(2, 1)] == 1)
+        await done.until(lambda counts: counts[(2, 1, True)] == 1)
         await settled(worker)
         assert worker._jobs is None  # it has no queue that lasts, and no ladder
-    assert done.counts == {(0, 1): 1, (1, 1): 1, (2, 1): 1}
+    assert done.counts == {(number, 1, True): 1 for number in range(3)}
 
 
 async def test_a_thread_that_outlasts_its_timeout_is_waited_for_before_the_next_event(

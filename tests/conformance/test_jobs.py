@@ -93,11 +93,11 @@ async def test_a_handler_knows_its_job(home: Place, service: Service) -> None:
 async def test_what_fails_runs_again_with_a_pause_that_the_broker_holds(
     home: Place, service: Service, done: Done
 ) -> None:
-    attempts: list[int] = []
+    attempts: list[tuple[int, bool]] = []
 
     @service.job(retry=SOON)
     async def flaky(context: Context) -> None:
-        attempts.append(context.attempt)
+        attempts.append((context.attempt, context.is_last_attempt))
         if done.note("run") < 3:
             raise ValueError("not yet")
 
@@ -106,7 +106,7 @@ async def test_what_fails_runs_again_with_a_pause_that_the_broker_holds(
         await done.until(lambda counts: counts["run"] == 3)
         await settled(worker)
         assert worker.in_flight == 0
-    assert attempts == [1, 2, 3]
+    assert attempts == [(number, number == SOON.max_attempts) for number in (1, 2, 3)]
 
 
 async def test_a_job_that_never_succeeds_becomes_a_dead_letter_that_says_why(
