@@ -220,7 +220,8 @@ def _named(management: Management, namespace: str) -> list[str]:
 
 
 def _carried(row: Row) -> dict[str, Any]:
-    return asdict(row.depth) | {"oldest": row.oldest}
+    it = row.depth
+    return asdict(it) | {"subscription": it.subscription, "lane": it.lane, "oldest": row.oldest}
 
 
 def _print(rows: Sequence[Row], namespace: str, service: str | None, *, clear: bool) -> None:

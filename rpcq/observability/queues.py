@@ -81,6 +81,22 @@ class QueueDepth:
     published: float | None = None
     acknowledged: float | None = None
 
+    @property
+    def subscription(self) -> str:
+        """The subscription whose events, or suspects, are in it; empty for another queue."""
+        kind, _, address = self.queue.partition(".")[2].partition(".")  # the name of a namespace has no dot
+        if self.kind not in ("events", "suspects") or kind != "sub":
+            return ""
+        return address.split(":")[1]
+
+    @property
+    def lane(self) -> str:
+        """The lane of its service that it is, for "jobs": "high", "normal" or "low", or one of the ordered lanes.
+
+        It is empty for another queue.
+        """
+        return self.queue.partition(":")[2] or "normal" if self.kind == "jobs" else ""
+
 
 Found = Callable[[QueueDepth], None]
 Crossed = Callable[[QueueDepth, bool], None]

@@ -36,12 +36,15 @@ from rpcq.errors import STATUS_CODES
 from rpcq.observability.health import MAX_CONNECTIONS, HealthServer, parse_address
 from rpcq.observability.management import management_of
 from rpcq.observability.metrics import Metrics
-from rpcq.observability.queues import MANAGEMENT_AGAIN, QueueDepth, QueueWatch
+from rpcq.observability.queues import MANAGEMENT_AGAIN, Kind, QueueDepth, QueueWatch
 from rpcq.observer import ObservedCall, ObservedJob, ObservedSend, Observer
 from rpcq.options import ClientOptions
 from rpcq.outbox import Outbox
 from rpcq.outbox.watching import OutboxMetrics
 from rpcq.url import parse
+from rpcq.wire.events import EventTopology
+from rpcq.wire.jobs import LANES, ORDERED_LANES
+from rpcq.wire.topology import Queue
 from support.broker import Broker, Setup, vhost_of
 from support.broker import broker as a_broker
 from support.command import Process, Rpcq, wait_until
@@ -336,6 +339,22 @@ async def watching(watch: QueueWatch) -> AsyncIterator[None]:
     finally:
         running.cancel()
         await asyncio.wait([running])
+
+
+def test_a_depth_names_the_subscription_or_the_lane_of_its_queue() -> None:
+    events, name = EventTopology("n"), "mail.out"
+
+    def depth(queue: Queue, kind: Kind) -> QueueDepth:
+        return QueueDepth(name, queue.name, 0, 0, 0, "declare", kind)
+
+    for lane in ("normal", *LANES, *ORDERED_LANES):
+        of_jobs = depth(events.jobs.queue(name, lane), "jobs")
+        assert (of_jobs.lane, of_jobs.subscription) == (lane, "")
+    for queue, kind in ((events.queue(name, "ship", ()), "events"), (events.suspects(name, "ship"), "suspects")):
+        of_events = depth(queue, kind)  # type: ignore[arg-type]  # one of `Kind`
+        assert (of_events.lane, of_events.subscription) == ("", "ship")
+    for other in (depth(events.jobs.suspects(name), "suspects"), depth(events.jobs.dead_queue(name), "dead")):
+        assert (other.lane, other.subscription) == ("", "")
 
 
 @pytest.fixture(scope="module")
