@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Concatenate, Final, ParamSpec, Self, Unpack, overload
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar, Unpack, cast, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
@@ -22,6 +22,7 @@ from rpcq.jobs.preparing import find_job, prepare, runs_at_most_once
 from rpcq.observer import ObservedWrite, Observer, writes_of
 from rpcq.options import ClientKwargs, ClientOptions
 from rpcq.outbox import rows, writing
+from rpcq.outbox.binding import BoundJobs
 from rpcq.outbox.databases import AnyEngine, Database
 from rpcq.outbox.options import OutboxKwargs, OutboxOptions
 from rpcq.outbox.relay import Counts, Relay
@@ -35,6 +36,7 @@ from rpcq.wire.events import EventTopology, Publication, encode_event
 from rpcq.wire.jobs import Job, JobMessage, encode_job
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 _DEFAULTS: Final = OutboxOptions()
 
@@ -100,6 +102,25 @@ class Outbox:
         changed = copy.copy(self)
         changed._given = replace(self._given, **options)  # noqa: SLF001 - its own class
         return changed
+
+    def bind(self, api: Callable[..., T], service: str | None = None) -> T:
+        """The jobs of a Protocol class, for `send`: type checkers know them and their parameters.
+
+            emails = outbox.bind(EmailsApi)
+            outbox.send(db, emails.welcome, to=order.email)
+
+        Its methods cannot be called here: bind the class with a client for them.
+
+        Args:
+            api: a class whose contract has jobs, `@contract("emails", jobs=["welcome"])`; one of `rpcq.sync` too.
+            service: its name; that of the class's `contract` if None.
+
+        Raises:
+            ConfigurationError: no service is named, the class has an attribute that no contract can have, or it has no
+                jobs.
+
+        """
+        return cast("T", BoundJobs(api, service))
 
     # Writing.
 

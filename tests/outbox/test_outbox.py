@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import async_scoped_session, create_async_engine
 from sqlalchemy.orm import scoped_session, sessionmaker
 
-from rpcq import ConfigurationError, Context, InvalidParams, Retry, Service, UsageError
+from rpcq import ConfigurationError, Context, InvalidParams, Retry, Service, UsageError, contract, sync
 from rpcq.outbox import Outbox, relay
 from rpcq.outbox.tables import dead as dead_table
 from rpcq.outbox.tables import outbox as rows_table
@@ -376,3 +376,38 @@ async def test_of_two_relays_one_relays_and_a_job_is_sent_once(
         await until(lambda: outbox.counts().sent + second.counts().sent == 50)
         assert not store.count(rows_table)
     assert set(done.counts.values()) == {1}
+
+
+async def test_the_jobs_of_a_contract_are_sent_without_a_client(
+    store: Store, outbox: Outbox, home: Place, service: Service, work: Any, done: Done
+) -> None:
+    @contract(service.name, jobs=["work"])
+    class Api(Protocol):
+        async def work(self, number: int) -> None: ...
+
+        async def count(self) -> int: ...
+
+    bound = outbox.bind(Api)
+    async with outbox, home.worker(service):
+        await store.write(lambda db: outbox.send(db, bound.work, number=7))
+        await done.until(lambda counts: counts[7] == 1)
+        with pytest.raises(InvalidParams):
+            await store.write(lambda db: outbox.send(db, bound.work, number="seven"))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"'count' is a method of Api of service .*: call it with a client"):
+        _ = bound.count
+    assert not hasattr(bound, "nothing")
+    assert repr(bound) == f"<jobs of Api of service {service.name!r}>"
+
+
+def test_a_contract_without_jobs_cannot_be_bound_to_an_outbox(outbox: Outbox) -> None:
+    @sync.contract("counting")
+    class Counting(Protocol):
+        def count(self) -> int: ...
+
+    @sync.contract("counting", jobs=["note"])
+    class Noting(Protocol):
+        def note(self, number: int) -> None: ...
+
+    with pytest.raises(ConfigurationError, match=r"api must have jobs.*got Counting of service 'counting'"):
+        outbox.bind(Counting)
+    assert outbox.bind(Noting, "other").note.label == "other.note"  # type: ignore[attr-defined]  # a job

@@ -13,16 +13,21 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 SAMPLE = """\
-from typing import assert_type
+from typing import Protocol, assert_type
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from rpcq import Client, Context, Job, Service
-from rpcq import sync
+from rpcq import contract, sync
 from rpcq.outbox import Outbox
 
 emails = Service("emails")
+
+
+@contract("letters", jobs=["write"])
+class Letters(Protocol):
+    async def write(self, to: str) -> None: ...
 
 
 @emails.job
@@ -43,6 +48,8 @@ async def sends(client: Client, blocking: sync.Client, outbox: Outbox, db: Async
     assert_type(outbox.send(session, both, to="ada"), Job)
     assert_type(outbox.with_options(order_key="a").send(db, plain, "ada"), Job)
     assert_type(outbox.send(db, "emails.plain", to="ada"), Job)
+    assert_type(outbox.send(db, outbox.bind(Letters).write, to="ada"), Job)
+    outbox.send(db, outbox.bind(Letters).write, to=5)  # error
     assert_type(await outbox.cancel(db, "id"), bool)
     assert_type(outbox.cancel(session, "id"), bool)
     await client.send(first, to=5)  # error
