@@ -26,7 +26,7 @@ from urllib.parse import quote
 from rpcq import logs
 from rpcq.jobs.outcomes import NotRun, of_key, of_store
 from rpcq.results import ResultStore, StoredResult, fingerprint
-from rpcq.runtime.backoff import Backoff
+from rpcq.runtime.backoff import OutageBackoff
 
 if TYPE_CHECKING:
     from rpcq.execution import Enter
@@ -111,7 +111,7 @@ class Keys:
     def __init__(self) -> None:
         self._owner = secrets.token_hex(8)
         self._owners = itertools.count(1)
-        self._pauses = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
+        self._pauses = OutageBackoff(FIRST_PAUSE, LONGEST_PAUSE)
         self._seldom = logs.Seldom(log)
         self._ends: set[asyncio.Task[None]] = set()
         self._vanished = False
@@ -135,7 +135,7 @@ class Keys:
             if _is_cancelled(run, error):
                 raise
             self._seldom.warning("a store of results cannot claim the key of a job", key=key, exc_info=error)
-            raise NotRun(of_store(self._pauses.jittered())) from error
+            raise NotRun(of_store(self._pauses.jittered(time.monotonic()))) from error
         self._pauses.reset()
         if (not_run := of_key(job, found, result.fingerprint)) is not None:
             raise not_run

@@ -10,6 +10,7 @@ handler raised                  -> rolled back, and what `of_error` says
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,7 +18,7 @@ from rpcq import logs
 from rpcq.jobs.invocation import JobInvocation, once_key
 from rpcq.jobs.outcomes import NotRun, of_once
 from rpcq.once import Found, NotBegun, Once
-from rpcq.runtime.backoff import Backoff
+from rpcq.runtime.backoff import OutageBackoff
 
 if TYPE_CHECKING:
     from rpcq.execution import Around, Enter
@@ -34,7 +35,7 @@ class OnceRunner:
     """Runs handlers of jobs with `once`, for one worker."""
 
     def __init__(self) -> None:
-        self._pauses = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
+        self._pauses = OutageBackoff(FIRST_PAUSE, LONGEST_PAUSE)
         self._seldom = logs.Seldom(log)
 
     def around(self, invocation: JobInvocation, once: Once) -> Around | None:
@@ -53,4 +54,4 @@ class OnceRunner:
             self._pauses.reset()
             return of_once(run.job, error.found, 0.0)
         self._seldom.warning("the database of an inbox fails", **run.names, exc_info=error.__cause__ or error)
-        return of_once(run.job, error.found, self._pauses.jittered())
+        return of_once(run.job, error.found, self._pauses.jittered(time.monotonic()))

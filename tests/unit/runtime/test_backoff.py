@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rpcq.runtime.backoff import Backoff, full_jitter
+from rpcq.runtime.backoff import Backoff, OutageBackoff, full_jitter
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,22 @@ def test_full_jitter_is_anywhere_between_nothing_and_the_longest_pause() -> None
     assert min(pauses) < 1.0
     assert max(pauses) > 2.0
     assert full_jitter(0.0) == 0.0
+
+
+def longest_of(backoff: OutageBackoff, now: float) -> float:
+    return max(backoff.jittered(now) for _ in range(300))
+
+
+def test_failures_of_one_outage_that_come_together_count_as_one() -> None:
+    backoff = OutageBackoff(1.0, 5.0)
+    for now, limit in ((0.0, 1.0), (0.9, 1.0), (1.0, 2.0), (2.9, 2.0), (3.0, 4.0), (7.0, 5.0), (100.0, 5.0)):
+        assert limit * 0.8 < longest_of(backoff, now) <= limit
+
+
+def test_after_a_success_the_pauses_of_outages_begin_with_the_first_again() -> None:
+    backoff = OutageBackoff(1.0, 60.0)
+    for now in range(0, 500, 50):
+        backoff.jittered(float(now))
+    backoff.reset()
+    assert longest_of(backoff, 451.0) <= 1.0
+    assert 1.0 < longest_of(backoff, 452.0) <= 2.0
