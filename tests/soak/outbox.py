@@ -33,6 +33,7 @@ from pathlib import Path
 import aio_pika
 from sqlalchemy import Table, create_engine, func, select
 
+from rpcq.errors import BrokerError
 from rpcq.options import ConnectionOptions
 from rpcq.outbox import metadata
 from rpcq.outbox.tables import dead, inbox, outbox
@@ -45,14 +46,11 @@ from soak.report import say
 from soak.stage import environment
 from support import broker as brokers
 from support import postgres as databases
-from support.broker import vhost_of
 
 VICTIMS = {"app": 4, "relay": 4, "worker-0": 3, "worker-1": 3, "broker": 1, "database": 2}
 """What is killed, with its share."""
 PAUSES = (0.3, 2.0)
 """Seconds between two kills."""
-QUEUES = ("name", "messages_ready", "messages_unacknowledged")
-"""What is asked of each queue."""
 SAY_EVERY = 15
 """Looks between two lines of what is done, while nothing is killed any more."""
 
@@ -183,19 +181,25 @@ class Soak:
         seconds = time.monotonic() - self._began
         say(f"{seconds:5.0f} s, {written} orders, {waiting} rows to send, {done} effects: {what}")
 
-    def _queues(self) -> str:
-        """What the queues hold besides the copies: so that a run which does not end says where the jobs are."""
-        listed = self.broker.ctl("--quiet", "list_queues", "-p", vhost_of(self.broker.url), *QUEUES)
-        found = [line.split("\t") for line in listed.splitlines() if line.startswith(self.namespace)]
-        held = [(name, int(ready), int(taken)) for name, ready, taken in found if not name.endswith(".tap")]
-        said = [f"{name.partition('.')[2]} {ready}+{taken}" for name, ready, taken in held if ready or taken]
-        return ", ".join(said) or "the queues are empty"
+    async def _queues(self) -> str:
+        """What waits in the queues, so that a run which does not end says where the jobs are."""
+        topology, url, found = JobTopology(self.namespace), parse(self.broker.url), []
+        queues = [*topology.queues(SERVICE, lanes=False, ordered=True), *topology.shared_queues()]
+        try:
+            async with open_admin(url, ConnectionOptions(), *url.hosts[0]) as admin:
+                for queue in queues:
+                    state = await admin.queue(queue.name)
+                    if state is not None and state.messages:
+                        found.append(f"{queue.name.partition('.')[2]} {state.messages}")
+        except BrokerError as error:
+            return f"the queues cannot be looked at: {error}"
+        return ", ".join(found) or "the queues are empty, besides what workers hold"
 
     async def _until_done(self) -> None:
         """Wait until the outbox is empty and each order has its effect; then a little longer, for doubles."""
         for turn in itertools.count():
             if turn % SAY_EVERY == 0:
-                await self._say(f"wait until all is done; {await asyncio.to_thread(self._queues)}")
+                await self._say(f"wait until all is done; {await self._queues()}")
             await asyncio.to_thread(self._read)
             if not self.found.left["outbox"] and self.found.orders.keys() <= self.found.effects.keys():
                 break
