@@ -355,6 +355,11 @@ class Outbox:
     ) -> None:
         await self.stop()
 
+    @property
+    def is_relaying(self) -> bool:
+        """Whether a relay of this outbox runs in this process; it may wait for broker or database."""
+        return bool(self._relays)
+
     def counts(self) -> Counts:
         """What the relay of this process did; zeros if none runs."""
         return self._relays[0].counts if self._relays else Counts()

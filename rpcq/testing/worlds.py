@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import datetime
-from typing import Any, Final, NoReturn, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast, overload
 
 from rpcq import logs
 from rpcq.client import Client
@@ -21,6 +21,9 @@ from rpcq.transport.memory.clock import StoppedClock
 from rpcq.transport.memory.transport import MemoryTransport
 from rpcq.wire.events import EventTopology
 from rpcq.worker import Worker
+
+if TYPE_CHECKING:
+    from rpcq.outbox import Outbox
 
 E = TypeVar("E", bound=Event)
 
@@ -166,18 +169,48 @@ class World:
         self._broker.move_clock(until)
         await self._until_quiet()
 
-    async def settled(self) -> None:
+    async def settled(self, *outboxes: Outbox) -> None:
         """Wait until each job that was sent is done, delayed or dead. The time of the world stands still meanwhile.
 
+        Args:
+            outboxes: whose rows are to be sent, too, and what is done for them; the relay of each runs in this world,
+                `Outbox(engine, url, namespace=w.client.options.namespace)`. Rows that are due later, or are tried
+                again later, stay: a world does not move the time of a database.
+
         Raises:
-            TimeoutError: a job still runs after 10 s of real time; its handler goes on.
-            UsageError: a job waits for a worker, and no worker takes it.
+            TimeoutError: a job still runs after 10 s of real time, and its handler goes on; or rows still wait.
+            UsageError: a job waits for a worker, and no worker takes it; or no relay of an outbox runs here.
 
         """
         await self._until_quiet()
+        if outboxes:
+            await self._until_sent(outboxes)
         if stuck := [job.job for job in self.waiting() if job.due is None]:
             msg = f"{stuck[0]} and {len(stuck) - 1} more jobs wait" if len(stuck) > 1 else f"{stuck[0]} waits"
             raise UsageError(f"{msg} for a worker, and no worker takes jobs: await start_worker() first")
+
+    async def _until_sent(self, outboxes: Sequence[Outbox]) -> None:
+        """Wait until no row waits, and nothing happens any more."""
+        for outbox in outboxes:
+            if not outbox.is_relaying:
+                raise UsageError("settled must be given outboxes whose relay runs: enter each one, async with outbox")
+        quiet, waiting = 0, 0
+        try:
+            async with asyncio.timeout(PATIENCE) as limit:
+                # Twice: a row that a relay is just done with may have begun a job that writes the next one.
+                while quiet < 2:
+                    sent = [outbox.counts().sent for outbox in outboxes]
+                    await self._until_quiet()
+                    waiting = sum([(await outbox.depth()).waiting for outbox in outboxes])
+                    is_quiet = not waiting and sent == [outbox.counts().sent for outbox in outboxes]
+                    quiet = quiet + 1 if is_quiet else 0
+                    await asyncio.sleep(0 if is_quiet else 0.005)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise  # a job still runs
+            why = "; ".join(sorted({outbox.why_not_ready() for outbox in outboxes} - {""}))
+            msg = f"after {PATIENCE:g} s of real time, {waiting} rows of outboxes still wait"
+            raise TimeoutError(f"{msg}: {why}" if why else msg) from error
 
     async def _until_quiet(self) -> None:
         """Wait until nothing happens any more at this time of the world."""
