@@ -29,6 +29,14 @@ ROLLED_BACK = 0.15
 """The share of transactions that are rolled back, wholly or to a savepoint."""
 SOON = Retry(max_attempts=1000, initial_backoff=0.05, max_backoff=1.0)
 
+APP_CONNECTIONS = 18
+WORKER_CONNECTIONS = 10
+"""Connections of the app, and of each of the two workers.
+
+With those of the relay and of the soak they are fewer than the database has (`support.postgres`). Otherwise a program
+whose pool is empty gets none, because the others keep theirs, and nothing goes on.
+"""
+
 own = MetaData()
 orders = Table("orders", own, Column("id", Integer, Identity(), primary_key=True), Column("key", Integer))
 effects = Table(
@@ -40,8 +48,8 @@ effects = Table(
 )
 
 
-def engine_of(environ: dict[str, str]) -> AsyncEngine:
-    return create_async_engine(environ["RPCQ_DATABASE"], pool_size=24, pool_pre_ping=True)
+def engine_of(connections: int) -> AsyncEngine:
+    return create_async_engine(os.environ["RPCQ_DATABASE"], pool_size=connections, max_overflow=0, pool_pre_ping=True)
 
 
 async def write(key: int, outbox: Outbox, engine: AsyncEngine, enough: Path) -> None:
@@ -71,7 +79,7 @@ async def write(key: int, outbox: Outbox, engine: AsyncEngine, enough: Path) -> 
 
 async def app(folder: Path) -> None:
     """Write orders, and relay their jobs, until there are enough."""
-    engine = engine_of(dict(os.environ))
+    engine = engine_of(APP_CONNECTIONS)
     outbox = Outbox(engine)
     async with outbox:
         await asyncio.gather(*(write(key, outbox, engine, folder / "enough") for key in range(KEYS)))
@@ -82,7 +90,7 @@ async def app(folder: Path) -> None:
 
 async def worker(_: Path) -> None:
     """Do the jobs, each with its effect in one transaction."""
-    engine = engine_of(dict(os.environ))
+    engine = engine_of(WORKER_CONNECTIONS)
     service = Service(SERVICE, ordered=True)
 
     @service.job(once=Inbox(engine), retry=SOON, timeout=30)
