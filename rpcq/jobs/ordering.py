@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
+from rpcq.jobs.gathering import Gathering, sleep
 from rpcq.jobs.outcomes import Again, Dead, of_ordered
 from rpcq.jobs.run import JobRun
 from rpcq.wire.jobs import ALONE_FROM
@@ -42,12 +43,6 @@ HAND_OVER_AFTER: Final = 24 * 60.0
 
 UNREADY_PAUSE: Final = 0.5
 """Seconds until the next look whether jobs may begin, while nothing can be published."""
-
-CLOCK_SLACK: Final = 5.0
-"""Seconds that a pause may last longer than it should, when the machine's clock is set back meanwhile."""
-
-GATHERING: Final = 0.5
-"""Seconds before a job begins that may be what kills its workers: those that are to run before it arrive meanwhile."""
 
 
 class Runner(Protocol):
@@ -109,16 +104,27 @@ class Lane:
         runner: what runs its jobs.
         hand: all jobs that the worker has in hand.
         room: of the service.
+        gathering: of the worker.
 
     """
 
-    def __init__(self, name: str, queue: str, transport: Transport, runner: Runner, hand: Hand, room: Room) -> None:
+    def __init__(
+        self,
+        name: str,
+        queue: str,
+        transport: Transport,
+        runner: Runner,
+        hand: Hand,
+        room: Room,
+        gathering: Gathering,
+    ) -> None:
         self.name = name
         self._queue = queue
         self._transport = transport
         self._runner = runner
         self._hand = hand
         self._room = room
+        self._gathering = gathering
         self._keys: dict[str, deque[JobRun]] = {}  # the first one of each key has its turn
         self._arrived: dict[Delivery, float] = {}  # what is held, in its order, since when
         self._begun: set[JobRun] = set()  # jobs that have a place
@@ -147,10 +153,10 @@ class Lane:
         waiting.append(run)
         if waiting[0] is not run:
             return
-        if run.job.returns >= ALONE_FROM:
-            self._pause(run, GATHERING)
-        else:
+        if run.job.returns < ALONE_FROM:
             self.turn(run)
+        elif not self._ends:
+            self._gathering.add(run)
 
     def is_first(self, run: JobRun) -> bool:
         """Whether it is the first job of its key since this worker has the lane: it may be what killed the others."""
@@ -210,7 +216,9 @@ class Lane:
     def paused(self) -> int:
         """How many jobs wait for a time, or for one that does."""
         now = self._transport.now_ms()
-        return sum(len(self._keys[run.order_key]) for run, until in self._asleep.items() if until > now)
+        asleep = [run for run, until in self._asleep.items() if until > now]
+        asleep += [run for run in self._gathering.asleep(now) if run.lane is self]
+        return sum(len(self._keys[run.order_key]) for run in asleep)
 
     def look(self, now: float) -> None:
         """Hand the lane over if it has held a delivery for too long."""
@@ -259,16 +267,13 @@ class Lane:
         """Have a job wait for its next turn."""
         if not self._ends:
             until_ms = self._transport.now_ms() + round(seconds * 1000)
-            task = asyncio.get_running_loop().create_task(self._turn_at(run, until_ms, seconds + CLOCK_SLACK))
+            task = asyncio.get_running_loop().create_task(self._turn_at(run, until_ms, seconds))
             self._pauses[run] = task
 
-    async def _turn_at(self, run: JobRun, until_ms: int, most: float) -> None:
+    async def _turn_at(self, run: JobRun, until_ms: int, seconds: float) -> None:
         self._asleep[run] = until_ms
         try:
-            async with asyncio.timeout(most):
-                await self._transport.sleep_until(until_ms)
-        except TimeoutError:
-            pass  # the machine's clock was set back
+            await sleep(self._transport, until_ms, seconds)
         finally:
             del self._asleep[run]
         self.turn(run)
@@ -305,6 +310,7 @@ class Lane:
         self._keys = {run.order_key: deque([run]) for run in self._begun}
         for run in dropped:
             self._trying.pop(run, None)
+            self._gathering.discard(run)
             if run in self._room.waiting:
                 self._room.waiting.remove(run)
             self._hand.forget(run)
@@ -366,10 +372,11 @@ class Ordering:
         self._runner = runner
         self._hand = hand
         self._lanes: list[Lane] = []
+        self._gathering = Gathering(transport, lambda: runner.may_begin())  # noqa: PLW0108 - it may be replaced
 
     def add(self, name: str, queue: str, room: Room) -> Lane:
         """Add a lane; see `Lane`."""
-        lane = Lane(name, queue, self._transport, self._runner, self._hand, room)
+        lane = Lane(name, queue, self._transport, self._runner, self._hand, room, self._gathering)
         self._lanes.append(lane)
         return lane
 
@@ -398,5 +405,6 @@ class Ordering:
 
     def close(self) -> None:
         """Do nothing more. What is not settled, the broker delivers again."""
+        self._gathering.close()
         for lane in self._lanes:
             lane.close()

@@ -24,12 +24,12 @@ from rpcq import (
     UsageError,
     contract,
 )
-from rpcq.jobs import ordering, outcomes
+from rpcq.jobs import gathering, ordering, outcomes
 from rpcq.jobs.letters import read_letter, replay_of
 from rpcq.results import MemoryResults
 from rpcq.transport.base import Message, Published
 from rpcq.wire.events import EventTopology
-from rpcq.wire.jobs import ORDERED_LANES, JobMessage, JobTopology, encode_job, lane_of, read_job
+from rpcq.wire.jobs import DELIVERY_LIMIT, ORDERED_LANES, JobMessage, JobTopology, encode_job, lane_of, read_job
 from rpcq.wire.properties import encode
 from support.jobs import Done, dead_queue, settled
 from support.letters import letters
@@ -271,6 +271,35 @@ async def test_a_stopping_worker_hands_its_lanes_over_in_order(home: Place, serv
 
 
 @pytest.mark.long
+@pytest.mark.timeout(180)
+async def test_a_job_that_fails_has_an_end_also_if_each_worker_stops_before_its_second_attempt(
+    home: Place, service: Service, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its attempts count from 1 again in each worker, so what bounds them is how often it came back."""
+    monkeypatch.setattr(gathering, "GATHERING", 0.01)
+
+    @service.job(retry=Retry(max_attempts=2, initial_backoff=60, max_backoff=60))
+    async def work(number: int, context: Context) -> None:
+        log.note(context, (number, context.attempt))
+        if number == 0:
+            raise RetryLater(60)
+
+    workers = 0
+    async with home.client() as client:
+        while (1, 1) not in log.of["a"]:
+            async with home.worker(service):
+                if not workers:
+                    await client.with_options(order_key="a").send_many(work, [{"number": number} for number in (0, 1)])
+                await log.until(workers + 1)
+            workers += 1
+        async with letters(home.url, dead_queue(home, service)) as dead:
+            (letter,) = await dead.wait_for(1)
+    assert log.of["a"] == [(0, 1)] * DELIVERY_LIMIT + [(1, 1)]
+    assert (letter.headers["rpcq-dead-reason"], letter.headers["rpcq-executed"]) == ("delivery_limit", "maybe")
+    assert f"{DELIVERY_LIMIT} times" in letter.headers["rpcq-error"]
+
+
+@pytest.mark.long
 async def test_after_a_lost_session_the_jobs_of_a_key_go_on_in_order(home: Place, service: Service, log: Log) -> None:
     @service.job(retry=SOON)
     async def work(number: int, context: Context) -> None:
@@ -300,7 +329,7 @@ async def test_a_lane_that_holds_jobs_for_too_long_is_handed_over_and_taken_agai
 ) -> None:
     """RabbitMQ closes the channel of who holds a delivery for 30 minutes: the next jobs of the key begin before."""
     monkeypatch.setattr(ordering, "LONGEST_HELD", 300.6)  # the timeout of a job is 300 s
-    monkeypatch.setattr(ordering, "GATHERING", 0.01)
+    monkeypatch.setattr(gathering, "GATHERING", 0.01)
 
     @service.job(retry=SOON)
     async def work(number: int, context: Context) -> None:

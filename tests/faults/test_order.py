@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
 import secrets
 import signal
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -121,34 +119,45 @@ class Workers:
         return repeated
 
 
-async def send(workers: Workers, client: Client, key: str, jobs: int, choose: random.Random, seconds: float) -> None:
-    """Send the jobs of a key in their order, for about so many seconds."""
+async def send(workers: Workers, client: Client, key: str, jobs: int) -> None:
+    """Send the jobs of a key in their order."""
     maker = client.with_options(order_key=key, timeout=60)
     for number in range(jobs):
         await maker.send(f"{workers.service}.work", number=number, poison=False)
-        await asyncio.sleep(choose.uniform(0, 2 * seconds / jobs))
 
 
-async def run(workers: Workers, keys: int, jobs: int, processes: int, seconds: float, deploys: int) -> None:
+async def strike(workers: Workers, jobs: int, kills: int, deploys: int) -> None:
+    """Kill who has the lanes, and deploy, each time when another part of all jobs has ended: so up to the end."""
+    strikes = [*range(1, kills + 1), *((number + 0.5) * kills / deploys for number in range(deploys))]
+    starting: set[asyncio.Task[Process]] = set()
+    try:
+        for number in sorted(strikes):
+            while len(workers.ended()) < jobs * number / (kills + 1):  # noqa: ASYNC110 - other processes
+                await asyncio.sleep(0.05)
+            if isinstance(number, int):
+                while (busiest := workers.busiest()) is None:  # noqa: ASYNC110 - the lanes have just been handed over
+                    await asyncio.sleep(0.02)
+                await workers.kill(busiest)
+                starting.add(asyncio.create_task(workers.start()))
+            else:
+                await asyncio.gather(*starting)
+                await workers.deploy()
+    finally:
+        await asyncio.gather(*starting, return_exceptions=True)
+    await asyncio.gather(*starting)
+
+
+async def run(workers: Workers, keys: int, jobs: int, processes: int, kills: int, deploys: int) -> None:
     """Send, kill and deploy; then hold the oracle to all that happened."""
-    choose = random.Random(17)
     names = [f"key-{number}" for number in range(keys)]
+    wanted = {(key, number) for key in names for number in range(jobs)}
     try:
         for _ in range(processes):
             await workers.start()
         async with workers.client() as client, asyncio.TaskGroup() as group:
-            sending = [group.create_task(send(workers, client, key, jobs, choose, seconds)) for key in names]
-            deploy_at = [time.monotonic() + seconds * (number + 1) / (deploys + 1) for number in range(deploys)]
-            while not all(task.done() for task in sending):
-                await asyncio.sleep(choose.uniform(0.5, 2))
-                await workers.kill(workers.busiest() or choose.choice(workers.running))
-                await workers.start()
-                if deploy_at and time.monotonic() > deploy_at[0]:
-                    del deploy_at[0]
-                    await workers.deploy()
-            for _ in deploy_at:
-                await workers.deploy()
-        wanted = {(key, number) for key in names for number in range(jobs)}
+            for key in names:
+                group.create_task(send(workers, client, key, jobs))
+            await strike(workers, len(wanted), kills, deploys)
         while not wanted <= workers.ended():  # noqa: ASYNC110 - other processes
             await asyncio.sleep(0.1)
         for process in [*workers.running]:
@@ -159,12 +168,13 @@ async def run(workers: Workers, keys: int, jobs: int, processes: int, seconds: f
         for process in [*workers.running]:
             await workers.kill(process)
     repeated = workers.check_order()
+    assert len(workers.killed) == kills
     log.info("%d jobs, %d kills, %d attempts repeated", len(wanted), len(workers.killed), repeated)
 
 
 @pytest.mark.timeout(120)
 async def test_the_jobs_of_each_key_are_in_order_through_a_kill_and_a_deploy(rabbitmq_url: str, tmp_path: Path) -> None:
-    await run(Workers(rabbitmq_url, tmp_path), keys=11, jobs=30, processes=2, seconds=3, deploys=1)
+    await run(Workers(rabbitmq_url, tmp_path), keys=11, jobs=30, processes=2, kills=3, deploys=1)
 
 
 @pytest.mark.long
@@ -172,7 +182,7 @@ async def test_the_jobs_of_each_key_are_in_order_through_a_kill_and_a_deploy(rab
 async def test_50_keys_of_200_jobs_are_in_order_over_4_processes_with_kills_retries_and_two_deploys(
     rabbitmq_url: str, tmp_path: Path
 ) -> None:
-    await run(Workers(rabbitmq_url, tmp_path), keys=50, jobs=200, processes=4, seconds=60, deploys=2)
+    await run(Workers(rabbitmq_url, tmp_path), keys=50, jobs=200, processes=4, kills=40, deploys=2)
 
 
 @pytest.mark.long

@@ -83,7 +83,7 @@ async def test_a_poison_job_with_an_order_key_takes_nobody_along() -> None:
         await w.start_worker()
         for _ in range(25):
             await w.settled()
-            await w.advance(seconds=1)
+            await w.advance(seconds=3)
         (dead,) = w.dead()
         assert (w.waiting(), dead.reason, dead.executed, dead.params) == ([], "delivery_limit", "maybe", {"number": 1})
     assert len(crashes) == 20
