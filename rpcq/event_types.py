@@ -99,14 +99,14 @@ class AnyEvent:
     data: Any
 
     def read(self, kind: type[E]) -> E:
-        """The event as an instance of its class.
+        """The event as an instance of its class, or of a class without a name: a base, which has what several share.
 
         Raises:
             InvalidParams: it does not fit.
             UsageError: the class is one of another name.
 
         """
-        if kind.event_name != self.name:
+        if kind.event_name not in ("", self.name):
             raise UsageError(f"the class must be one of {self.name!r}; got {kind.__name__}, of {kind.event_name!r}")
         return read_event(kind, bodies.dumps(self.data))
 
@@ -241,7 +241,8 @@ def read_event(kind: type[E], body: bytes) -> E:
         InvalidParams: it is not JSON, or does not fit the class.
 
     """
-    event: E = read_fitting(_codec(kind).read, body, f"{kind.event_name!r} version {kind.event_version}", "fields")
+    label = f"{kind.event_name!r} version {kind.event_version}" if kind.event_name else repr(kind.__name__)
+    event: E = read_fitting(_codec(kind).read, body, label, "fields")
     return event
 
 

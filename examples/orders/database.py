@@ -8,29 +8,13 @@ database for all.
 from __future__ import annotations
 
 import os
-from typing import Any
 
-from sqlalchemy import event
-from sqlalchemy.engine import make_url
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-BUSY = 30.0
-"""Seconds that a transaction in a SQLite file waits for the one before it."""
+from examples.stage.databases import open_engine
 
 
 def database(service: str) -> AsyncEngine:
     """The database of a service."""
     given = os.environ.get("ORDERS_DATABASE", "sqlite+aiosqlite:///orders-{service}.sqlite")
-    url = make_url(given.replace("{service}", service))
-    if url.get_backend_name() != "sqlite":
-        return create_async_engine(url)
-    engine = create_async_engine(url, connect_args={"timeout": BUSY})
-    event.listen(engine.sync_engine, "connect", _write_ahead)
-    return engine
-
-
-def _write_ahead(connection: Any, _record: object) -> None:
-    """Let those who read not wait for the one who writes."""
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode = WAL")
-    cursor.close()
+    return open_engine(given.replace("{service}", service))

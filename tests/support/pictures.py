@@ -68,7 +68,39 @@ def mail(page: Page) -> None:
     page.mouse.move(0, 0)
 
 
-STATES = {"mail": mail, "orders": orders, "scores": scores}
+def news(page: Page) -> None:
+    """The mailboxes' service and the web were killed, and their stories wait."""
+    for program in ("editor", "mobile", "emails", "web-1"):
+        expect(page.locator(f"#programs-{program} td").nth(1)).not_to_have_text("?", timeout=3 * MS)
+    expect(page.locator("#connected")).to_contain_text("Live, from", timeout=3 * MS)
+    stories = [
+        ("news.breaking", "A bridge is closed"),
+        ("news.science.space", "A comet with two tails"),
+        ("news.sport.tennis", "Five sets, and a rainbow"),
+    ]
+    late = [("news.sport.football", "One to nil, in the last minute"), ("news.breaking", "The bridge is open again")]
+
+    def publish(topic: str, headline: str) -> None:
+        page.fill("#headline", headline)
+        page.select_option("#topic", topic)
+        with page.expect_response("**/stories?*", timeout=MS):
+            page.click("#story button.main")
+
+    for topic, headline in stories:
+        publish(topic, headline)
+    expect(page.locator("#pages li")).to_have_count(3, timeout=MS)
+    expect(page.locator("#said")).to_contain_text("Everybody has what they asked for", timeout=MS)
+    for program in ("emails", "web-1", "web-2"):
+        page.click(f"button[aria-label='Kill {program}']")
+    expect(page.locator("#connected")).to_contain_text("No program of the web is up", timeout=MS)
+    for topic, headline in late:
+        publish(topic, headline)
+    expect(page.locator("#programs-emails td").nth(1)).to_have_text("2", timeout=MS)
+    expect(page.locator("#readers-Cem td").nth(1)).to_have_text("2 of 2", timeout=MS)
+    page.mouse.move(0, 0)
+
+
+STATES = {"mail": mail, "news": news, "orders": orders, "scores": scores}
 
 
 def main(name: str) -> None:

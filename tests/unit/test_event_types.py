@@ -180,6 +180,15 @@ def test_any_event_can_be_read_as_its_class_and_as_no_other() -> None:
         event.read(Paid)
 
 
+def test_any_event_can_be_read_as_a_base_of_events_which_has_what_they_share() -> None:
+    class Numbered(Event):
+        order: str
+
+    assert AnyEvent("1", "unit.order.new", 1, {"order": "7", "more": 1}).read(Numbered) == Numbered(order="7")
+    with pytest.raises(InvalidParams, match="'Numbered'"):
+        AnyEvent("1", "unit.order.new", 1, {}).read(Numbered)
+
+
 # Patterns.
 
 
