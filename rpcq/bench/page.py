@@ -41,6 +41,7 @@ from rpcq.bench.plots import (
 )
 from rpcq.bench.rendering import render
 from rpcq.bench.result import Distribution, Report, Run, Second, Step
+from rpcq.bench.sheet import Card
 
 
 def page(report: Report) -> str:
@@ -76,14 +77,6 @@ class _Note(NamedTuple):
     reasons: Sequence[str] = ()
 
 
-class _Card(NamedTuple):
-    """A number of the run, and a word about it."""
-
-    name: str
-    text: str
-    about: str
-
-
 @dataclass(frozen=True, slots=True)
 class _Table:
     """A table: each row has a name, and its cells."""
@@ -111,7 +104,7 @@ class _Shown:
     errors: str
     executed: str
     checks: str
-    cards: Sequence[_Card]
+    cards: Sequence[Card]
     latency: tuple[_Table, Markup]
     parts: Sequence[_Part]
     over_time: Sequence[Markup]
@@ -168,21 +161,21 @@ def _notes(report: Report, run: Run | None) -> list[_Note]:
     return notes
 
 
-def _cards(run: Run) -> list[_Card]:
+def _cards(run: Run) -> list[Card]:
     of = dict(rows(run.latency))
     offered = "" if run.offered is None else f"of {number_text(run.offered)} offered"
-    sent = [] if run.confirmed is None else [_Card("Confirmed", f"{number_text(run.confirmed)}/s", offered)]
+    sent = [] if run.confirmed is None else [Card("Confirmed", f"{number_text(run.confirmed)}/s", offered)]
     if run.confirm is not None:
-        sent.append(_Card("Confirm p99", time_text(dict(rows(run.confirm))["p99"]), "from when a job was sent"))
+        sent.append(Card("Confirm p99", time_text(dict(rows(run.confirm))["p99"]), "from when a job was sent"))
     return [
         *sent,
-        _Card("Ended" if sent else "Achieved", f"{number_text(run.achieved)}/s", offered),
-        _Card("Latency p50", time_text(of["p50"]), "50% are slower"),
-        _Card("Latency p99", time_text(of["p99"]), "1% are slower"),
-        _Card("Latency p99.9", time_text(of["p99.9"]), "0.1% are slower"),
-        _Card("Latency max", time_text(of["max"]), "the longest"),
-        _Card("Failed", share_text(run.failed, run.ok + run.failed), f"{run.failed:,} {run.kind}"),
-        _Card("Generator", share_text(run.cpu, 1.0), f"of a core; lag {time_text(run.lag_p99)} at p99"),
+        Card("Ended" if sent else "Achieved", f"{number_text(run.achieved)}/s", offered),
+        Card("Latency p50", time_text(of["p50"]), "50% are slower"),
+        Card("Latency p99", time_text(of["p99"]), "1% are slower"),
+        Card("Latency p99.9", time_text(of["p99.9"]), "0.1% are slower"),
+        Card("Latency max", time_text(of["max"]), "the longest"),
+        Card("Failed", share_text(run.failed, run.ok + run.failed), f"{run.failed:,} {run.kind}"),
+        Card("Generator", share_text(run.cpu, 1.0), f"of a core; lag {time_text(run.lag_p99)} at p99"),
     ]
 
 

@@ -142,7 +142,11 @@ def _round_down(value: float) -> float:
 
 def second_axis(series: Sequence[Second]) -> Axis:
     """An axis of the time of a run, in seconds; in minutes for a long run."""
-    low, high = float(series[0].at), series[-1].at + 1.0
+    return span_axis(float(series[0].at), series[-1].at + 1.0)
+
+
+def span_axis(low: float, high: float) -> Axis:
+    """An axis of seconds from `low` to `high`; in minutes for a long time."""
     long = high - low > 180
     size, unit = (60.0, "min") if long else (1.0, "s")
     step = max(1.0, _round_step((high - low) / size / 6)) * size
@@ -218,8 +222,8 @@ class _Tip(NamedTuple):
 Place = Callable[[tuple[float, float]], tuple[float, float]]
 
 
-def figure(head: str, about: str, x: Axis, y: Axis, lines: Sequence[Line]) -> Markup:
-    """A plot with its heading, its caption, and a legend if it has several lines."""
+def figure(head: str, about: str, x: Axis, y: Axis, lines: Sequence[Line], *, empty: str = "no calls ended") -> Markup:
+    """A plot with its heading, its caption, and a legend if it has several lines; `empty` is its text without any."""
     wide, tall = BOX.width - BOX.left - BOX.right, BOX.height - BOX.top - BOX.bottom
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
@@ -234,7 +238,7 @@ def figure(head: str, about: str, x: Axis, y: Axis, lines: Sequence[Line]) -> Ma
         label=f"{head}: {_said(lines, y)}.",
         key=named[::-1] if len(named) > 1 else [],
         is_log=y.log,
-        is_empty=not _values(lines),
+        empty="" if _values(lines) else empty,
         y_marks=[(place((x.low, value))[1], text) for value, text in y.marks],
         x_marks=[
             _mark(place((value, y.low))[0], text, number in x.minor) for number, (value, text) in enumerate(x.marks)
