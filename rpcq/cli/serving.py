@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn, Unpack
@@ -151,9 +151,14 @@ def _supervise_scaled(
         raise ConfigurationError("--scale-on-depth needs RabbitMQ; got memory://, which is inside each process")
     watch = partial(watch_depth, broker, found, job_queues(services, found.namespace), every)
     if "grace" not in options:  # so that a process that is stopped cuts off no job
-        longest = max(job.timeout or 0 for service in services for job in service.jobs.values())
-        options["grace"] = max(WORKER.grace, longest + SETTLING)
+        options["grace"] = grace_of(services)
     _supervise(paths, given(url=url) | options | observing, scaling.bounds.most, scaling=scaling, watch=watch)
+
+
+def grace_of(services: Iterable[Service]) -> float:
+    """Seconds in which each job and each event that runs has ended, by its timeout; at least those of a worker."""
+    timeouts = [each.timeout or 0 for it in services for each in (*it.jobs.values(), *it.subscriptions.values())]
+    return max(WORKER.grace, max(timeouts, default=0) + SETTLING)
 
 
 def _supervise(

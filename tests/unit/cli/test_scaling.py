@@ -20,9 +20,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpcq import Service, Worker
+from rpcq import AnyEvent, Service, Worker
 from rpcq.cli.depth import job_queues, watch_depth
+from rpcq.cli.options import WORKER
 from rpcq.cli.scaling import LOOKS, MOST, Processes, Scaling, check_scaling, read_processes
+from rpcq.cli.serving import SETTLING, grace_of
 from rpcq.cli.supervising import supervise
 from rpcq.errors import ConfigurationError
 from rpcq.options import WorkerOptions
@@ -262,3 +264,18 @@ async def test_a_watch_that_fails_stops_all_processes_and_its_error_is_raised(tm
     with chdir(tmp_path), pytest.raises(LookupError, match="a bug"):
         await supervise(command, os.environ, 2, reload=None, scaling=Scaling(Processes(1, 2), 1), watch=watch)
     assert not psutil.pid_exists(int((tmp_path / "began").read_text()))
+
+
+def test_the_grace_of_scaled_workers_is_longer_than_any_job_or_event_may_run() -> None:
+    jobs, events, neither = Service("jobs"), Service("events"), Service("neither")
+
+    @jobs.job(timeout=70)
+    async def do() -> None: ...
+
+    @events.on("order.*", timeout=80)
+    async def hear(event: AnyEvent) -> None: ...
+
+    assert grace_of([jobs, neither]) == 70 + SETTLING
+    assert grace_of([jobs, events]) == 80 + SETTLING
+    assert grace_of([events]) == 80 + SETTLING
+    assert grace_of([neither]) == WORKER.grace
