@@ -17,7 +17,8 @@ is started belongs to a guard (`guard.py`), so that nothing is left when the tes
 
 A fault test takes down a broker of its own, never that of the session: ``with broker(setup=Setup()) as own``.
 
-``python tests/support/broker.py -- command args…`` runs a command with ``RPCQ_URL`` and ``RPCQ_TEST_URL`` set.
+``python tests/support/broker.py -- command args…`` runs a command with ``RPCQ_URL`` and ``RPCQ_TEST_URL`` set. With
+``--postgres VARIABLE``, that variable has the URL of a PostgreSQL, too.
 """
 
 from __future__ import annotations
@@ -56,14 +57,28 @@ def broker(say: Say = to_stderr, setup: Setup = PLAIN) -> Iterator[Broker]:
         found.stop()
 
 
-def run(command: Sequence[str]) -> int:
-    """Run a command with a broker: its exit code, or 128 + the number of the signal that ended it."""
+def run(command: Sequence[str], database: str | None = None) -> int:
+    """Run a command with a broker: its exit code, or 128 + the number of the signal that ended it.
+
+    Args:
+        command: the command; `RPCQ_URL` and `RPCQ_TEST_URL` name the broker.
+        database: a variable that names a PostgreSQL, for asyncpg; one is started unless the variable is set.
+
+    """
     command_run = _CommandRun()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, command_run.on_signal)
-    with broker() as found:
+    with contextlib.ExitStack() as stack:
+        found = stack.enter_context(broker())
         to_stderr(found.origin)
-        return command_run(command, {**os.environ, "RPCQ_URL": found.url, "RPCQ_TEST_URL": found.url})
+        environ = {**os.environ, "RPCQ_URL": found.url, "RPCQ_TEST_URL": found.url}
+        if database is not None and not environ.get(database):
+            from support.postgres import postgres
+
+            made = stack.enter_context(postgres())
+            to_stderr(made.origin)
+            environ[database] = made.url.replace("postgresql://", "postgresql+asyncpg://", 1)
+        return command_run(command, environ)
 
 
 class _CommandRun:
@@ -103,14 +118,23 @@ class _CommandRun:
 
 def main(arguments: Sequence[str]) -> int:
     """The command line."""
-    if len(arguments) < 2 or arguments[0] != "--":
-        sys.stderr.write("usage: python tests/support/broker.py -- command [argument …]\n")
-        return 2
+    match arguments:
+        case ["--", _, *_]:
+            database, command = None, arguments[1:]
+        case ["--postgres", str(database), "--", _, *_]:
+            command = arguments[3:]
+        case _:
+            return _usage()
     try:
-        return run(arguments[1:])
+        return run(command, database)
     except Unavailable as error:
         sys.stderr.write(f"{error}\n")
         return 1
+
+
+def _usage() -> int:
+    sys.stderr.write("usage: python tests/support/broker.py [--postgres VARIABLE] -- command [argument …]\n")
+    return 2
 
 
 if __name__ == "__main__":

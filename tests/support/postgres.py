@@ -56,7 +56,7 @@ STOP_SECONDS = 30.0
 FOLDERS = "/usr/lib/postgresql/*/bin"
 """Where Debian has the programs of each version: they are not on the PATH."""
 
-OPTIONS = ("listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off", "max_connections=50")
+OPTIONS = ("listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off", "max_connections=300")
 """Only the machine may crash without fsync, and the data is to be thrown away."""
 
 ADVICE = f"""\
