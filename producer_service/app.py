@@ -20,6 +20,7 @@ from fastapi import Depends, FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 from pydantic import BaseModel, Field, StringConstraints
 from sse_starlette.sse import EventSourceResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -32,6 +33,7 @@ from producer_service.asking import MOST_AT_ONCE, MOST_REQUESTS, Answer, Run
 from producer_service.shielding import Shielding
 from rpcq import Overloaded, RpcqError, ServiceUnavailable
 from rpcq.environment import url_from_environment
+from rpcq.observability.metrics import Metrics
 from rpcq.web import CancelOnDisconnect, Rpc, on_call_error, problem
 
 STATIC: Final = Path(__file__).parent / "static"
@@ -250,8 +252,15 @@ def create_app(
     url = url or url_from_environment() or "memory://"
     beside = with_worker or url.startswith("memory:")
     services = [echo, calculator] if beside else []
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
     rpc = Rpc(
-        url, services=services, worker_options={"prefetch": prefetch}, name="producer_service", namespace=namespace
+        url,
+        services=services,
+        worker_options={"prefetch": prefetch},
+        name="producer_service",
+        namespace=namespace,
+        observers=[Metrics(registry)],
     )
     producer = Producer(rpc, "in this process" if beside else "running elsewhere")
     # Without the documentation pages of FastAPI, which load scripts from another host.
@@ -260,6 +269,7 @@ def create_app(
     )
     _add_calls(app, producer)
     _add_health(app, producer)
+    _add_metrics(app, registry)
     _add_page(app)
     app.add_exception_handler(RpcqError, on_call_error())
     app.add_exception_handler(StarletteHTTPException, _refused)
@@ -294,6 +304,12 @@ def _add_health(app: FastAPI, producer: Producer) -> None:
     async def status() -> Ready:
         ready = producer.rpc.ready
         return Ready(ready=ready, text="Broker connected" if ready else AWAY, worker=producer.worker)
+
+
+def _add_metrics(app: FastAPI, registry: CollectorRegistry) -> None:
+    @app.get("/metrics", summary="Metrics for Prometheus")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_page(app: FastAPI) -> None:

@@ -213,6 +213,16 @@ def test_the_page_comes_from_here_alone_and_is_asked_for_again(memory: httpx.Cli
 # For operators.
 
 
+def test_the_app_has_metrics_of_its_calls_and_of_its_process(memory: httpx.Client) -> None:
+    assert memory.post("/process", json={"messages": ["x", "y"]}).status_code == 200
+    response = memory.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    lines = response.text.splitlines()
+    counted = 'rpcq_client_calls_finished_total{code="OK",method="process",service="echo"} '
+    assert sum(float(line.removeprefix(counted)) for line in lines if line.startswith(counted)) >= 2
+    assert any(line.startswith("process_cpu_seconds_total ") for line in lines)
+
+
 def test_an_app_without_its_broker_is_alive_and_not_ready_and_names_no_host() -> None:
     with (
         serving("amqp://me:s3cr3t@127.0.0.1:1/", "away") as base,
