@@ -18,6 +18,12 @@ def main() -> int:
     """Run the command."""
     parser = pages.parser("python -m examples.orders", __doc__)
     parser.add_argument("--no-workers", action="store_true", help="start no services: they run elsewhere")
+    parser.add_argument(
+        "--metrics",
+        type=int,
+        metavar="PORT",
+        help="have each service serve its metrics, at this port and those after it; default: none does",
+    )
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="orders-") as folder:
         # The services inherit it. Without a database that is given, this run has files of its own.
@@ -29,7 +35,7 @@ def main() -> int:
         setup.declare()
         workers: dict[str, Workers] = {}
         if not asked.no_workers:
-            workers = {name: Workers(setup.target(name), "--job-prefetch", "4", most=2) for name in setup.NAMES}
+            workers = dict(zip(setup.NAMES, _workers(asked.metrics), strict=True))
         try:
             for each in workers.values():
                 each.start()
@@ -37,6 +43,18 @@ def main() -> int:
         finally:
             for each in workers.values():
                 each.stop()
+
+
+def _workers(metrics: int | None) -> list[Workers]:
+    """The processes of each service: two at most, or one that serves its metrics."""
+    from examples.orders import setup  # noqa: PLC0415 - as in `main`
+
+    if metrics is None:
+        return [Workers(setup.target(name), "--job-prefetch", "4", most=2) for name in setup.NAMES]
+    return [
+        Workers(setup.target(name), "--job-prefetch", "4", "--http", f"127.0.0.1:{metrics + number}", most=1)
+        for number, name in enumerate(setup.NAMES)
+    ]
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException
+from prometheus_client import make_asgi_app
 from sqlalchemy import select
 
 from examples.orders import books, letters, orders, outside
 from examples.orders.orders import NewOrder, Order, place
+from examples.orders.relaying import relaying
 from examples.orders.setup import NAMES, SERVICES
 from examples.stage.pages import add_page, from_this_site
 from examples.stage.workers import Workers
@@ -26,6 +28,12 @@ from rpcq.observability.queues import QueueDepth, QueueWatch
 
 SHOWN = 30
 """Orders that the page shows, the newest."""
+
+MOST = 50
+"""Orders that are taken at once, by one process."""
+
+COME_AGAIN = 1
+"""Seconds after which a customer may come again when the shop is full."""
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at the queues."""
@@ -119,15 +127,16 @@ def create_app(workers: Mapping[str, Workers] | None = None, *, watches: bool = 
     room = Room(workers)
 
     @asynccontextmanager
-    async def relaying(_app: FastAPI) -> AsyncIterator[None]:
-        async with orders.outbox, asyncio.TaskGroup() as group:
+    async def running(_app: FastAPI) -> AsyncIterator[None]:
+        async with relaying(orders.outbox), asyncio.TaskGroup() as group:
             watch = group.create_task(room.watch()) if watches else None
             yield
             if watch is not None:
                 watch.cancel()
 
-    app = FastAPI(title="A shop", lifespan=relaying)
+    app = FastAPI(title="A shop", lifespan=running)
     add_page(app, Path(__file__).parent / "static")
+    app.mount("/metrics", make_asgi_app())
     _add_routes(app, room)
     return app
 
@@ -135,10 +144,19 @@ def create_app(workers: Mapping[str, Workers] | None = None, *, watches: bool = 
 def _add_routes(app: FastAPI, room: Room) -> None:
     guarded = [Depends(from_this_site)]
 
+    taking = asyncio.Semaphore(MOST)
+
     @app.post("/orders", status_code=202, dependencies=guarded)
     async def take(new: NewOrder) -> dict[str, str]:
-        """Take an order. It will be done, or cancelled; the answer does not wait for that."""
-        return {"id": await place(new)}
+        """Take an order. It will be done, or cancelled; the answer does not wait for that.
+
+        If too many are being taken, the customer is asked to come again: the database is not asked for more than it
+        can do, and those who are let in are not slowed down by all others.
+        """
+        if taking.locked():
+            raise HTTPException(503, "The shop is full at the moment.", {"Retry-After": str(COME_AGAIN)})
+        async with taking:
+            return {"id": await place(new)}
 
     @app.get("/orders/{order_id}")
     async def one(order_id: str) -> dict[str, Any]:

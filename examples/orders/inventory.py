@@ -14,6 +14,7 @@ from examples.orders.events import (
     PaymentProcessed,
     ShippingFailed,
 )
+from examples.orders.relaying import relaying
 from examples.orders.undoing import RETRY, undone
 from rpcq import Context, GiveUp, Service
 from rpcq.observability.tracing import Tracing
@@ -49,7 +50,7 @@ class Reservation(Base):
     released: Mapped[bool] = mapped_column(default=False)
 
 
-inventory = Service("inventory", lifespan=lambda: outbox)
+inventory = Service("inventory", lifespan=lambda: relaying(outbox))
 
 
 @inventory.on(PaymentProcessed, once=inbox, retry=RETRY, timeout=60)

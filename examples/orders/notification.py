@@ -8,6 +8,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from examples.orders import outside
 from examples.orders.database import database
 from examples.orders.events import NotificationSent, OrderCancelled, OrderShipped
+from examples.orders.relaying import relaying
 from examples.orders.undoing import RETRY
 from rpcq import GiveUp, Service
 from rpcq.observability.tracing import Tracing
@@ -30,7 +31,7 @@ class Mail(Base):
     subject: Mapped[str]
 
 
-notification = Service("notification", lifespan=lambda: outbox)
+notification = Service("notification", lifespan=lambda: relaying(outbox))
 
 
 @notification.on(OrderShipped, OrderCancelled, once=inbox, retry=RETRY, timeout=60)

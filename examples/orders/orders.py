@@ -21,6 +21,7 @@ from examples.orders.events import (
     PaymentRefunded,
     PaymentRefused,
 )
+from examples.orders.relaying import relaying
 from examples.orders.undoing import RETRY
 from rpcq import Service
 from rpcq.observability.tracing import Tracing
@@ -96,7 +97,7 @@ async def place(new: NewOrder) -> str:
     return order_id
 
 
-orders = Service("orders", lifespan=lambda: outbox)
+orders = Service("orders", lifespan=lambda: relaying(outbox))
 
 
 @orders.on(PaymentProcessed, InventoryReserved, OrderShipped, NotificationSent, once=inbox, retry=RETRY)

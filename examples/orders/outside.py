@@ -8,6 +8,7 @@ again.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 
 from sqlalchemy import delete, insert, select
@@ -23,8 +24,8 @@ BAD_CARD = "4000 0000 0000 0002"
 COUNTRIES = ("Austria", "France", "Germany", "Poland")
 """Where the carrier goes to."""
 
-TAKES = 0.03
-"""Seconds that each of them takes."""
+TAKES = float(os.environ.get("ORDERS_TAKES", "0.03"))
+"""Seconds that each of them takes: `ORDERS_TAKES`."""
 
 engine = database("outside")
 sessions = async_sessionmaker(engine, expire_on_commit=False)

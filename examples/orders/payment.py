@@ -15,6 +15,7 @@ from examples.orders.events import (
     PaymentRefused,
     ShippingFailed,
 )
+from examples.orders.relaying import relaying
 from examples.orders.undoing import RETRY
 from rpcq import Service
 from rpcq.observability.tracing import Tracing
@@ -38,7 +39,7 @@ class Payment(Base):
     refunded: Mapped[bool] = mapped_column(default=False)
 
 
-payment = Service("payment", lifespan=lambda: outbox)
+payment = Service("payment", lifespan=lambda: relaying(outbox))
 
 
 @payment.on(OrderPlaced, once=inbox, retry=RETRY, timeout=60)

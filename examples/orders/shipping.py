@@ -8,6 +8,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from examples.orders import outside
 from examples.orders.database import database
 from examples.orders.events import InventoryReserved, OrderShipped, ShippingFailed
+from examples.orders.relaying import relaying
 from examples.orders.undoing import RETRY, undone
 from rpcq import Context, GiveUp, Service
 from rpcq.observability.tracing import Tracing
@@ -30,7 +31,7 @@ class Parcel(Base):
     country: Mapped[str]
 
 
-shipping = Service("shipping", lifespan=lambda: outbox)
+shipping = Service("shipping", lifespan=lambda: relaying(outbox))
 
 
 @shipping.on(InventoryReserved, once=inbox, retry=RETRY, timeout=60)

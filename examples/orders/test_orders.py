@@ -291,6 +291,28 @@ async def test_an_order_is_taken_at_once_and_followed(rpcq_running: Running) -> 
         assert (state["orders"], state["books"]["orders"], state["mail"]) == ([shown], {"done": 1}, True)
 
 
+async def test_a_full_shop_asks_customers_to_come_again_and_takes_what_it_let_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("examples.orders.app.MOST", 1)
+    go = asyncio.Event()
+
+    async def slow(new: NewOrder) -> str:
+        await go.wait()
+        return await place(new)
+
+    monkeypatch.setattr("examples.orders.app.place", slow)
+    async with user_of(create_app(watches=False)) as user, asyncio.TaskGroup() as group:
+        first = group.create_task(user.post("/orders", json=TEA.model_dump()))
+        await asyncio.sleep(0.1)
+        refused = await user.post("/orders", json=TEA.model_dump())
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        go.set()
+        assert (await first).status_code == 202
+        assert (await user.post("/orders", json=TEA.model_dump())).status_code == 202
+    assert (await books.read()).orders == {"placed": 2}
+
+
 async def test_an_order_needs_neither_broker_nor_services(rpcq_running: Running) -> None:
     async with user_of(create_app(watches=False)) as user:  # not even a relay runs
         assert (await user.post("/orders", json=TEA.model_dump())).status_code == 202
