@@ -36,7 +36,7 @@ _programs = pytest.StashKey[dict[str, str | Unavailable]]()
 HANGING = 60.0
 """Seconds after its timeout when a test that goes on ends its process."""
 
-PROGRAMS = {"chromium": "CHROMIUM", "promtool": "PROMTOOL"}
+PROGRAMS = {"chromium": "CHROMIUM", "prometheus": "PROMETHEUS", "promtool": "PROMTOOL"}
 """Fixture -> what it gives, in `support.programs`."""
 
 
@@ -166,6 +166,12 @@ def chromium(pytestconfig: pytest.Config) -> str:
 def promtool(pytestconfig: pytest.Config) -> str:
     """The path of Prometheus' promtool. There is no skipping."""
     return _path(pytestconfig, "promtool")
+
+
+@pytest.fixture(scope="session")
+def prometheus(pytestconfig: pytest.Config) -> str:
+    """The path of Prometheus. There is no skipping."""
+    return _path(pytestconfig, "prometheus")
 
 
 def _path(config: pytest.Config, fixture: str) -> str:

@@ -30,6 +30,9 @@ from rpcq import url
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
 SERVICES: dict[str, Any] = COMPOSE["services"]
+OBSERVE = {name: service for name, service in SERVICES.items() if service.get("profiles") == ["observe"]}
+"""What watches the others, if the profile is asked for."""
+SYSTEM = {name: service for name, service in SERVICES.items() if name not in OBSERVE}
 SECRETS: dict[str, Any] = {
     name: yaml.safe_load((ROOT / "docker" / f"{name}.yml").read_text("utf-8")) for name in ("password", "password-file")
 }
@@ -55,7 +58,8 @@ def instructions(name: str) -> list[str]:
 
 
 def test_there_are_a_broker_two_consumers_a_producer_and_its_web_form() -> None:
-    assert set(SERVICES) == {"rabbitmq", "consumer", "producer", "web"}
+    assert set(SYSTEM) == {"rabbitmq", "consumer", "producer", "web"}
+    assert not any("profiles" in service for service in SYSTEM.values())
     assert SERVICES["rabbitmq"]["image"] == "rabbitmq:4.0-management"
     assert SERVICES["consumer"]["deploy"]["replicas"] == 2
     for name in ("consumer", "producer"):
@@ -94,7 +98,7 @@ def test_the_page_is_healthy_when_it_is_alive_whatever_the_broker_is() -> None:
 def test_credentials_are_required_of_the_environment_and_stand_in_no_file() -> None:
     given = {
         value
-        for service in SERVICES.values()
+        for service in SYSTEM.values()
         for name, value in service["environment"].items()
         if "USER" in name or "PASS" in name
     }
@@ -113,8 +117,20 @@ def test_the_password_is_a_secret_of_every_container_which_is_empty_unless_a_fil
     assert included == {"path": "docker/password${RABBITMQ_PASSWORD_FILE:+-file}.yml", "project_directory": "."}
     assert SECRETS["password"]["secrets"] == {"rabbitmq_password": {"file": "/dev/null"}}
     assert SECRETS["password-file"] == {"secrets": {"rabbitmq_password": {"file": "${RABBITMQ_PASSWORD_FILE}"}}}
-    for service in SERVICES.values():
+    for service in SYSTEM.values():
         assert service["secrets"] == ["rabbitmq_password"]
+    assert not any("secrets" in service for service in OBSERVE.values())
+
+
+def test_the_profile_observe_has_prometheus_and_grafana_in_fixed_versions_and_without_privilege() -> None:
+    assert set(OBSERVE) == {"prometheus", "grafana"}
+    for service in OBSERVE.values():
+        assert re.fullmatch(r"(prom|grafana)/\w+:v?\d+\.\d+\.\d+", service["image"])
+        assert (service["cap_drop"], service["security_opt"]) == (["ALL"], ["no-new-privileges:true"])
+        assert all(volume.endswith(":ro") for volume in service["volumes"])
+    # Nobody needs a password, so the one that everybody knows must not work.
+    assert OBSERVE["grafana"]["environment"]["GF_AUTH_BASIC_ENABLED"] == "false"
+    assert OBSERVE["grafana"]["environment"]["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
 
 
 def test_what_serves_is_started_again_and_what_ends_by_itself_is_not() -> None:
@@ -123,14 +139,16 @@ def test_what_serves_is_started_again_and_what_ends_by_itself_is_not() -> None:
         "consumer": "unless-stopped",
         "web": "unless-stopped",
         "producer": "no",
+        "prometheus": "unless-stopped",
+        "grafana": "unless-stopped",
     }
 
 
 def test_ports_are_open_to_this_machine_alone_and_can_be_moved() -> None:
     ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
-    assert len(ports) == 3
+    assert len(ports) == 5
     for port in ports:
-        assert re.fullmatch(r"127\.0\.0\.1:\$\{(?:RABBITMQ_\w*|WEB_)PORT:-(\d+)\}:\1", port)
+        assert re.fullmatch(r"127\.0\.0\.1:\$\{(?:RABBITMQ_\w*|WEB_|PROMETHEUS_|GRAFANA_)PORT:-(\d+)\}:\1", port)
 
 
 def test_every_image_from_elsewhere_has_a_version_and_the_dockerfile_needs_no_other_frontend() -> None:
@@ -382,6 +400,12 @@ def test_without_credentials_nothing_starts_and_the_message_says_what_to_set(sta
 
 
 @engine
+def test_compose_reads_the_profile_observe(stack: Stack) -> None:
+    assert set(stack.compose("--profile", "observe", "config", "--services").split()) == set(SERVICES)
+    assert set(stack.compose("config", "--services").split()) == set(SYSTEM)
+
+
+@engine
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("options", [(), ("--scale", "consumer=4")], ids=["two-consumers", "four-consumers"])
 def test_up_exits_0_when_every_request_got_its_own_answer(stack: Stack, options: tuple[str, ...]) -> None:
@@ -399,7 +423,7 @@ def test_up_exits_0_with_the_password_in_a_secret_which_no_containers_settings_h
     file.write_text("%41?#&$x y'\"\n")
     file.chmod(0o644)
     assert_all_matched(stack.up(RABBITMQ_PASSWORD="", RABBITMQ_PASSWORD_FILE=str(file)))
-    for service in SERVICES:
+    for service in SYSTEM:
         for container in stack.compose("ps", "--all", "--quiet", service).split():
             assert "%41" not in stack.done("inspect", container)
 

@@ -38,6 +38,7 @@ class Program:
 
 CHROMIUM = Program(("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"), "chromium")
 PROMTOOL = Program(("promtool",), "prometheus")
+PROMETHEUS = Program(("prometheus",), "prometheus")
 
 CONTRAST = """
 const parse = text => (text.match(/[\\d.]+/g) || []).map(Number);

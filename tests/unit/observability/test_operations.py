@@ -888,7 +888,132 @@ tests:
 """
 
 
-@pytest.mark.parametrize("tests", [ALERT_TESTS, JOB_ALERT_TESTS], ids=["calls", "jobs"])
+EVENT_ALERT_TESTS = """
+rule_files: [{alerts}]
+evaluation_interval: 1m
+tests:
+  - name: a subscription that stands still beside another that goes on
+    interval: 1m
+    input_series:
+      - series: 'rpcq_queue_messages{{service="pay",queue="rpcq.sub.pay:charge",kind="events",instance="a"}}'
+        values: '7x40'
+      - series: 'rpcq_queue_messages{{service="pay",queue="rpcq.sub.pay:refund",kind="events",instance="a"}}'
+        values: '7x40'
+      - series: 'rpcq_worker_jobs_started_total{{service="pay",method="charge",instance="a"}}'
+        values: '0+5x5 25x35'
+      - series: 'rpcq_worker_jobs_started_total{{service="pay",method="refund",instance="a"}}'
+        values: '0+5x40'
+    alert_rule_test:
+      - {{eval_time: 15m, alertname: RpcqEventsStandStill, exp_alerts: []}}
+      - {{eval_time: 35m, alertname: RpcqJobsStandStill, exp_alerts: []}}
+      - eval_time: 35m
+        alertname: RpcqEventsStandStill
+        exp_alerts:
+          - exp_labels: {{severity: page, service: pay, queue: "rpcq.sub.pay:charge", method: charge}}
+            exp_annotations: {{summary: "7 events wait in rpcq.sub.pay:charge, and none was begun for 15 minutes"}}
+  - name: a backlog that is too long at today's pace
+    interval: 1m
+    input_series:
+      - series: 'rpcq_queue_messages{{service="pay",queue="rpcq.sub.pay:charge",kind="events",instance="a"}}'
+        values: '6000x40'
+      - series: 'rpcq_queue_messages{{service="pay",queue="rpcq.sub.pay:charge",kind="events",instance="b"}}'
+        values: '6000x40'
+      - series: 'rpcq_worker_jobs_started_total{{service="pay",method="charge",instance="a"}}'
+        values: '0+60x40'
+      - series: 'rpcq_worker_jobs_started_total{{service="pay",method="charge",instance="b"}}'
+        values: '0+60x40'
+      - series: 'rpcq_queue_messages{{service="mail",queue="rpcq.job.mail",kind="jobs",instance="c"}}'
+        values: '3000x40'
+      - series: 'rpcq_worker_jobs_started_total{{service="mail",method="tell",instance="c"}}'
+        values: '0+120x40'
+      - series: 'rpcq_queue_messages{{service="still",queue="rpcq.job.still",kind="jobs",instance="d"}}'
+        values: '3000x40'
+      - series: 'rpcq_worker_jobs_started_total{{service="still",method="do",instance="d"}}'
+        values: '5x40'
+    alert_rule_test:
+      - {{eval_time: 9m, alertname: RpcqBacklogLong, exp_alerts: []}}
+      - eval_time: 30m
+        alertname: RpcqBacklogLong
+        exp_alerts:
+          - exp_labels: {{severity: ticket, service: pay}}
+            exp_annotations: {{summary: "pay needs 50m 0s for the jobs and events that wait"}}
+  - name: subscribers that are lost
+    interval: 1m
+    input_series:
+      - series: 'rpcq_queue_consumers{{service="pay",queue="rpcq.sub.pay:charge",kind="events",instance="a"}}'
+        values: '2x5 _x90'
+      - series: 'rpcq_queue_consumers{{service="mail",queue="rpcq.sub.mail:tell",kind="events",instance="b"}}'
+        values: '1x5 0x90'
+      - series: 'rpcq_queue_consumers{{service="ship",queue="rpcq.sub.ship:book",kind="events",instance="c"}}'
+        values: '1x5 0x1 1x88'
+      - series: 'rpcq_queue_consumers{{service="old",queue="rpcq.sub.old:do",kind="events",instance="d"}}'
+        values: '0x95'
+      - series: 'rpcq_queue_consumers{{service="mail",queue="rpcq.req.mail",kind="calls",instance="b"}}'
+        values: '1x5 0x90'
+    alert_rule_test:
+      - {{eval_time: 5m, alertname: RpcqSubscriberLost, exp_alerts: []}}
+      - eval_time: 20m
+        alertname: RpcqSubscriberLost
+        exp_alerts:
+          - exp_labels: {{severity: page, service: pay, queue: "rpcq.sub.pay:charge"}}
+            exp_annotations:
+              summary: "rpcq.sub.pay:charge had consumers within the last hour, and has none that is known"
+          - exp_labels: {{severity: page, service: mail, queue: "rpcq.sub.mail:tell"}}
+            exp_annotations:
+              summary: "rpcq.sub.mail:tell had consumers within the last hour, and has none that is known"
+      - {{eval_time: 90m, alertname: RpcqSubscriberLost, exp_alerts: []}}
+  - name: events that nobody hears any more
+    interval: 1m
+    input_series:
+      - series: 'rpcq_client_events_published_total{{event="order.placed",queued="yes",heard="yes",instance="a"}}'
+        values: '0+10x10 100x20'
+      - series: 'rpcq_client_events_published_total{{event="order.placed",queued="yes",heard="no",instance="a"}}'
+        values: '0x10 0+10x20'
+      - series: 'rpcq_client_events_published_total{{event="shop.visited",queued="yes",heard="no",instance="a"}}'
+        values: '0+10x30'
+    alert_rule_test:
+      - {{eval_time: 8m, alertname: RpcqEventsUnheard, exp_alerts: []}}
+      - eval_time: 25m
+        alertname: RpcqEventsUnheard
+        exp_alerts:
+          - exp_labels: {{severity: page, event: order.placed}}
+            exp_annotations: {{summary: "100 events order.placed found no queue, and such events did before"}}
+"""
+
+
+OUTBOX_ALERT_TESTS = """
+rule_files: [{alerts}]
+evaluation_interval: 1m
+tests:
+  - interval: 1m
+    input_series:
+      - series: 'rpcq_outbox_oldest_seconds{{job="payment",instance="a"}}'
+        values: '0x5 0+60x15'
+      - series: 'rpcq_outbox_oldest_seconds{{job="orders",instance="b"}}'
+        values: '2x20'
+      - series: 'rpcq_outbox_rows{{job="payment",state="dead",instance="a"}}'
+        values: '0x10 2x10'
+    alert_rule_test:
+      - {{eval_time: 5m, alertname: RpcqOutboxStands, exp_alerts: []}}
+      - {{eval_time: 9m, alertname: RpcqOutboxDead, exp_alerts: []}}
+      - eval_time: 12m
+        alertname: RpcqOutboxDead
+        exp_alerts:
+          - exp_labels: {{severity: ticket, job: payment}}
+            exp_annotations: {{summary: "2 rows of an outbox cannot be sent"}}
+      - eval_time: 10m
+        alertname: RpcqOutboxStands
+        exp_alerts:
+          - exp_labels: {{severity: page, job: payment}}
+            exp_annotations: {{summary: "rows of an outbox have waited for 4m 0s"}}
+"""
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [ALERT_TESTS, JOB_ALERT_TESTS, EVENT_ALERT_TESTS, OUTBOX_ALERT_TESTS],
+    ids=["calls", "jobs", "events", "outbox"],
+)
 def test_alerts_fire_when_they_should_and_not_before(promtool: str, tmp_path: Path, tests: str) -> None:
     test = tmp_path / "alerts_test.yml"
     test.write_text(tests.format(alerts=ALERTS))
