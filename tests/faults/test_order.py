@@ -119,10 +119,12 @@ class Workers:
         return repeated
 
 
-async def send(workers: Workers, client: Client, key: str, jobs: int) -> None:
-    """Send the jobs of a key in their order."""
+async def send(workers: Workers, client: Client, key: str, jobs: int, kills: int) -> None:
+    """Send the jobs of a key in their order, a part of them after each kill: so there is work at each kill."""
     maker = client.with_options(order_key=key, timeout=60)
     for number in range(jobs):
+        while number >= (len(workers.killed) + 2) * jobs / (kills + 1):  # noqa: ASYNC110 - as long as processes take
+            await asyncio.sleep(0.05)
         await maker.send(f"{workers.service}.work", number=number, poison=False)
 
 
@@ -135,9 +137,8 @@ async def strike(workers: Workers, jobs: int, kills: int, deploys: int) -> None:
             while len(workers.ended()) < jobs * number / (kills + 1):  # noqa: ASYNC110 - other processes
                 await asyncio.sleep(0.05)
             if isinstance(number, int):
-                while (busiest := workers.busiest()) is None:  # noqa: ASYNC110 - the lanes have just been handed over
-                    await asyncio.sleep(0.02)
-                await workers.kill(busiest)
+                # If it has no work left, it is the one that has waited longest.
+                await workers.kill(workers.busiest() or workers.running[0])
                 starting.add(asyncio.create_task(workers.start()))
             else:
                 await asyncio.gather(*starting)
@@ -156,7 +157,7 @@ async def run(workers: Workers, keys: int, jobs: int, processes: int, kills: int
             await workers.start()
         async with workers.client() as client, asyncio.TaskGroup() as group:
             for key in names:
-                group.create_task(send(workers, client, key, jobs))
+                group.create_task(send(workers, client, key, jobs, kills))
             await strike(workers, len(wanted), kills, deploys)
         while not wanted <= workers.ended():  # noqa: ASYNC110 - other processes
             await asyncio.sleep(0.1)
