@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser
 
-import examples.orders.conftest  # noqa: F401 - before a test imports the services: they open their databases then
+# Before a test imports the services: they open their databases then.
+import examples.news.conftest
+import examples.orders.conftest  # noqa: F401
 from support.broker import Broker
 from support.programs import launched
 
