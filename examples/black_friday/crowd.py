@@ -21,6 +21,9 @@ KINDS: tuple[dict[str, Any], ...] = (
 )
 """What customers order, one after the other. Two kinds come to nothing: one is undone, one is refused."""
 
+CONNECTIONS = 200
+"""Connections of the crowd at once. Who comes when all are in use waits in line, and the time counts."""
+
 TICK = 0.01
 """Seconds between two looks who is due."""
 
@@ -56,7 +59,8 @@ class Crowd:
     async def come(self) -> None:
         """Let all of them order, and wait for their answers."""
         # The server closes connections that are idle for 5 s: none that is older may be used for an order.
-        limits = httpx.Limits(max_connections=200, max_keepalive_connections=200, keepalive_expiry=2)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=CONNECTIONS, keepalive_expiry=2)
+        line = asyncio.Semaphore(CONNECTIONS)  # not the client's own limit, which looks at all who wait each time
         async with httpx.AsyncClient(timeout=PATIENCE, limits=limits) as client, asyncio.TaskGroup() as group:
             began = time.time()
             for number in range(self.orders):
@@ -64,13 +68,17 @@ class Crowd:
                 if (early := due - time.time()) > TICK:  # several customers come in one tick
                     await asyncio.sleep(early)
                 self.came.append(due)
-                group.create_task(self._order(client, number, due))
+                group.create_task(self._order(client, line, number, due))
 
-    async def _order(self, client: httpx.AsyncClient, number: int, due: float) -> None:
+    async def _order(self, client: httpx.AsyncClient, line: asyncio.Semaphore, number: int, due: float) -> None:
         order = {"customer": f"customer-{number}@example.org", **KINDS[number % len(KINDS)]}
         address = f"{self.bases[number % len(self.bases)]}/orders"
         try:
-            while (response := await client.post(address, json=order)).status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            while True:
+                async with line:
+                    response = await client.post(address, json=order)
+                if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                    break
                 self.postponed += 1
                 await asyncio.sleep(float(response.headers["retry-after"]))
         except httpx.TransportError:
