@@ -16,7 +16,7 @@ from support.producers import ROOT, environment
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
-ORDERS = 300
+ORDERS = 150
 
 
 def test_a_crowd_is_served_and_the_books_add_up_though_a_worker_is_killed(
@@ -25,8 +25,8 @@ def test_a_crowd_is_served_and_the_books_add_up_though_a_worker_is_killed(
     database = database_url.replace("postgresql://", "postgresql+asyncpg://", 1)
     report = tmp_path / "report.html"
     asked = (
-        *("--orders", str(ORDERS), "--seconds", "10", "--takes", "0.5", "--processes", "1:3", "--others", "1:2"),
-        *("--depth", "20", "--prefetch", "4", "--webs", "2", "--kill", "6", "--patience", "600"),
+        *("--orders", str(ORDERS), "--seconds", "5", "--takes", "0.5", "--processes", "1:3", "--others", "1:2"),
+        *("--depth", "20", "--prefetch", "4", "--webs", "2", "--kill", "4", "--patience", "600"),
     )
     ran = subprocess.run(
         [sys.executable, "-m", "examples.black_friday", *asked, "--report", str(report)],

@@ -373,4 +373,5 @@ def test_the_guard_leaves_no_process_and_no_folder(tmp_path: Path) -> None:
 def test_the_command_line_wants_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert broker.main([]) == 2
     assert broker.main(["--"]) == 2
+    assert broker.main(["--postgres", "DATABASE", "--"]) == 2
     assert "usage" in capsys.readouterr().err
