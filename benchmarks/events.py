@@ -5,7 +5,7 @@
 Figures are ratios within one run, of rounds that alternate:
 
 - `publish_ratio`: the time to publish to ten subscriptions, by the time to publish to one; one by one, and 100 at once.
-  No worker runs meanwhile.
+  No worker runs meanwhile. `client_cpu_ratio` is the same of the CPU time of the publisher: the client's part in it.
 - `pace_ratio`: the time until eight subscriptions have run all events, with a dead one (no worker) and one that always
   fails beside them, by the time without these two.
 
@@ -22,7 +22,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from rpcq import Client, Event, Retry, Service, Worker
 from rpcq.events import queues
@@ -59,17 +59,30 @@ def listening(kind: type[Event], count: int, prefix: str) -> Service:
     return service
 
 
-async def timed(client: Client, kind: type[Any], events: int, window: int) -> float:
-    """Seconds to publish events, so many at once."""
+class Took(NamedTuple):
+    """How long something took.
+
+    Attributes:
+        seconds: of real time.
+        cpu: seconds of CPU time of this process.
+
+    """
+
+    seconds: float
+    cpu: float
+
+
+async def timed(client: Client, kind: type[Any], events: int, window: int) -> Took:
+    """How long it takes to publish events, so many at once."""
     free = asyncio.Semaphore(window)
 
     async def publish(number: int) -> None:
         async with free:
             await client.publish(kind(number=number))
 
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     await asyncio.gather(*(publish(number) for number in range(events)))
-    return time.perf_counter() - began
+    return Took(time.perf_counter() - began, time.process_time() - cpu)
 
 
 async def clear(url: str, namespace: str, services: Iterable[Service]) -> None:
@@ -83,7 +96,7 @@ async def clear(url: str, namespace: str, services: Iterable[Service]) -> None:
 
 async def publishing(url: str, rounds: int, events: int) -> dict[str, float]:
     """What ten subscriptions cost a publisher, by what one costs."""
-    ratios: dict[int, list[float]] = {1: [], WINDOW: []}
+    ratios: dict[int, list[Took]] = {1: [], WINDOW: []}
     one, ten = listening(One, 1, "one"), listening(Ten, 10, "ten")
     async with running(url=url) as client:
         async with Worker(one, ten, url=url, namespace=client.options.namespace, connect_timeout=60):
@@ -91,13 +104,14 @@ async def publishing(url: str, rounds: int, events: int) -> dict[str, float]:
         for window, found in ratios.items():
             many = events if window > 1 else max(10, events // 20)
             for turn in range(rounds + 1):
-                seconds = {kind: await timed(client, kind, many, window) for kind in (One, Ten)}
+                to_one, to_ten = [await timed(client, kind, many, window) for kind in (One, Ten)]
                 if turn:  # the first round declares, and warms up
-                    found.append(seconds[Ten] / seconds[One])
+                    found.append(Took(to_ten.seconds / to_one.seconds, to_ten.cpu / to_one.cpu))
         await clear(url, client.options.namespace, [one, ten])
     return {
-        "publish_ratio_one_by_one": statistics.median(ratios[1]),
-        f"publish_ratio_{WINDOW}_at_once": statistics.median(ratios[WINDOW]),
+        "publish_ratio_one_by_one": statistics.median(it.seconds for it in ratios[1]),
+        f"publish_ratio_{WINDOW}_at_once": statistics.median(it.seconds for it in ratios[WINDOW]),
+        f"client_cpu_ratio_{WINDOW}_at_once": statistics.median(it.cpu for it in ratios[WINDOW]),
     }
 
 
