@@ -1,4 +1,4 @@
-"""The jobs of a contract, for an outbox that sends them. Pure."""
+"""The jobs of a contract, for an outbox that sends them."""
 
 from __future__ import annotations
 
