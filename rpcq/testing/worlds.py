@@ -194,7 +194,7 @@ class World:
         for outbox in outboxes:
             if not outbox.is_relaying:
                 raise UsageError("settled must be given outboxes whose relay runs: enter each one, async with outbox")
-        quiet, waiting = 0, 0
+        quiet = 0
         try:
             async with asyncio.timeout(PATIENCE) as limit:
                 # Twice: a row that a relay is just done with may have begun a job that writes the next one.
@@ -209,7 +209,7 @@ class World:
             if not limit.expired():
                 raise  # a job still runs
             why = "; ".join(sorted({outbox.why_not_ready() for outbox in outboxes} - {""}))
-            msg = f"after {PATIENCE:g} s of real time, {waiting} rows of outboxes still wait"
+            msg = f"after {PATIENCE:g} s of real time, rows of outboxes still wait"
             raise TimeoutError(f"{msg}: {why}" if why else msg) from error
 
     async def _until_quiet(self) -> None:
