@@ -27,7 +27,7 @@ from rpcq.validation.schemas import type_hints
 from rpcq.wire import bodies
 from rpcq.wire.values import NotCarried
 
-State = TypeVar("State", default=Any)
+State_co = TypeVar("State_co", default=Any, covariant=True)
 
 Place = tuple[int, str]
 """The position and the name of a parameter."""
@@ -40,7 +40,7 @@ MAX_NOTE: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Context(Generic[State]):
+class Context(Generic[State_co]):
     """What a handler can know of its request. It gets this in a parameter that is annotated `Context`.
 
     `Context[StockApi]` says of which type `state` is, to type checkers alone; `Context` is `Context[Any]`.
@@ -74,7 +74,7 @@ class Context(Generic[State]):
     caller: str | None = None
     user: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
-    state: State = cast("State", None)  # noqa: RUF009 - None
+    state: State_co = cast("State_co", None)  # noqa: RUF009 - None
     due: datetime | None = None
     order_key: str | None = None
     is_last_attempt: bool = False

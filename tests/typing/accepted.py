@@ -93,6 +93,15 @@ async def stateful(context: Context[int], x: int) -> int:
     return context.state + x
 
 
+def of_a_wider_state(context: Context[float]) -> float:
+    return context.state
+
+
+@held.method
+async def helped(context: Context[int], x: int) -> float:
+    return of_a_wider_state(context) + x
+
+
 def of_any_state(context: Context) -> int:
     assert_type(context.state, Any)
     assert_type(context.attempt, int)

@@ -61,6 +61,15 @@ async def stateful(context: Context[int]) -> str:
     return context.state  # error: return-value
 
 
+def of_a_narrower_state(context: Context[bool]) -> bool:
+    return context.state
+
+
+@service.method
+async def helped(context: Context[int]) -> bool:
+    return of_a_narrower_state(context)  # error: arg-type
+
+
 async def test_something(rpcq_running: Running) -> None:
     rpcq_running(service, timeut=1.0)  # error: call-arg
     rpcq_running("things")  # error: arg-type
