@@ -18,10 +18,11 @@ from fastapi import Depends, FastAPI, HTTPException
 from prometheus_client import make_asgi_app
 from sqlalchemy import select
 
-from examples.orders import books, letters, orders, outside
+from examples.orders import books, orders, outside
 from examples.orders.orders import NewOrder, Order, place
 from examples.orders.relaying import relaying
 from examples.orders.setup import NAMES, SERVICES
+from examples.stage import letters
 from examples.stage.pages import add_page, from_this_site
 from examples.stage.workers import Workers
 from rpcq.observability.queues import QueueDepth, QueueWatch

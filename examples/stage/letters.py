@@ -1,4 +1,4 @@
-"""The dead letters of the shop, by the commands that an operator has: `rpcq dlq list` and `rpcq dlq replay`."""
+"""Dead letters, by the commands that an operator has: `rpcq dlq list` and `rpcq dlq replay`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ async def listed(service: str) -> list[dict[str, Any]]:
     return [{key: letter[key] for key in keys} for letter in map(json.loads, lines)]
 
 
-async def replayed(service: str) -> int:
-    """Have all dead letters of a service done again; returns how many."""
-    return len(await _rpcq("dlq", "replay", service, "--yes", "--json"))
+async def replayed(service: str, *ids: str) -> int:
+    """Have dead letters of a service done again, those of the jobs with these IDs, or all; returns how many."""
+    some = [argument for each in ids for argument in ("--id", each)]
+    return len(await _rpcq("dlq", "replay", service, "--yes", "--json", *some))
 
 
 async def _rpcq(*arguments: str) -> list[str]:
