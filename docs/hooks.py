@@ -2,7 +2,7 @@
 """The generated parts of the pages; MkDocs calls the functions `on_...` (its "hooks").
 
 In a page, `<!-- generated: NAME -->` is replaced by the result of the function of that name in GENERATORS, and
-`<!-- source: FILE NAME... -->` by what these functions or classes are in a file of the repository. A page that
+`<!-- source: FILE NAME... -->` by what these functions, classes or methods are in a file of the repository. A page that
 would load something from another site causes a warning, which `mkdocs build --strict` makes an error.
 
 The theme draws Mermaid's diagrams. Its script loads Mermaid from unpkg.com while a page with a diagram is read. A site
@@ -16,6 +16,7 @@ import ast
 import logging
 import os
 import re
+import textwrap
 import tomllib
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -34,7 +35,7 @@ log = logging.getLogger("mkdocs.hooks.rpcq")
 
 ROOT: Final = Path(__file__).parents[1]
 PLACE: Final = re.compile(r"<!-- generated: (?P<name>[a-z-]+) -->")
-SOURCE: Final = re.compile(r"<!-- source: (?P<file>[\w./]+)(?P<names>(?: \w+)+) -->")
+SOURCE: Final = re.compile(r"<!-- source: (?P<file>[\w./]+)(?P<names>(?: [\w.]+)+) -->")
 URL: Final = re.compile(r"\b(?:amqps?|memory)://[^\s,]*[^\s,.]|\b(?:amqps?|memory)://")
 FOREIGN: Final = re.compile(
     r"<(?:script|img|iframe|link(?! rel=\"canonical\"))\b[^>]*(?:src|href)=\"(?:https?:)?//[^>]*>"
@@ -76,23 +77,30 @@ def on_post_page(output: str, page: Any, **_: Any) -> str:
 
 
 def source(file: str, names: list[str]) -> str:
-    """Functions or classes of a file, as they are there.
+    """Functions, classes, or methods (`Class.method`) of a file, as they are there.
 
     Raises:
-        ValueError: the file does not have one of these names at its top level.
+        ValueError: the file does not have one of these names.
 
     """
     text = (ROOT / file).read_text()
     lines = text.splitlines()
     places = {}
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            places[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    for name, node in _definitions(ast.parse(text).body):
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        places[name] = textwrap.dedent("\n".join(lines[first - 1 : node.end_lineno]))
     if missing := [name for name in names if name not in places]:
-        raise ValueError(f"{file} has no function or class {', '.join(missing)} at its top level")
+        raise ValueError(f"{file} has no function or class {', '.join(missing)} at its top level, and no such method")
     shown = "\n\n\n".join(places[name] for name in names)
     return f"```python\n# {file}\n{shown}\n```"
+
+
+def _definitions(body: list[ast.stmt]) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name, node
+        if isinstance(node, ast.ClassDef):
+            yield from ((f"{node.name}.{name}", inner) for name, inner in _definitions(node.body))
 
 
 # The version.

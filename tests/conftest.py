@@ -36,7 +36,7 @@ _programs = pytest.StashKey[dict[str, str | Unavailable]]()
 HANGING = 60.0
 """Seconds after its timeout when a test that goes on ends its process."""
 
-PROGRAMS = {"chromium": "CHROMIUM", "prometheus": "PROMETHEUS", "promtool": "PROMTOOL"}
+PROGRAMS = {"chromium": "CHROMIUM", "ffmpeg": "FFMPEG", "prometheus": "PROMETHEUS", "promtool": "PROMTOOL"}
 """Fixture -> what it gives, in `support.programs`."""
 
 
@@ -160,6 +160,12 @@ def database_url(postgres: Postgres, namespace: str) -> Iterator[str]:
 def chromium(pytestconfig: pytest.Config) -> str:
     """The path of a real browser. There is no skipping."""
     return _path(pytestconfig, "chromium")
+
+
+@pytest.fixture(scope="session")
+def ffmpeg(pytestconfig: pytest.Config) -> str:
+    """The path of ffmpeg. There is no skipping."""
+    return _path(pytestconfig, "ffmpeg")
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,8 @@ def test_every_place_for_source_has_the_source_of_today(hooks: Any) -> None:
         assert "<!-- source" not in hooks.on_page_markdown(page.read_text()), page
     shown = hooks.on_page_markdown("<!-- source: examples/scores/service.py compute -->")
     assert shown.startswith("```python\n# examples/scores/service.py\n@scores.job(")
+    shown = hooks.on_page_markdown("<!-- source: examples/media/files.py Files.writing -->")
+    assert shown.startswith("```python\n# examples/media/files.py\n@contextmanager\ndef writing(")
     with pytest.raises(ValueError, match="has no function or class nothing"):
         hooks.on_page_markdown("<!-- source: examples/scores/service.py nothing -->")
 

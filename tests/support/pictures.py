@@ -100,7 +100,22 @@ def news(page: Page) -> None:
     page.mouse.move(0, 0)
 
 
-STATES = {"mail": mail, "news": news, "orders": orders, "scores": scores}
+def media(page: Page) -> None:
+    """A video under way, a step that is a dead letter, and pictures that are done."""
+    expect(page.locator("#dead")).to_have_text("0 dead letters.", timeout=MS)
+    page.click("[data-sample=picture]")
+    expect(page.locator("#uploads h3")).to_contain_text("its user knows", timeout=3 * MS)
+    page.click("#fault-watermark")
+    page.click("[data-sample=picture]")
+    expect(page.locator("#uploaded")).to_have_text("A picture is made and uploaded.", timeout=MS)
+    expect(page.locator("#letters li")).to_have_count(1, timeout=3 * MS)
+    page.click("[data-sample=video]")
+    some = re.compile(r"worker \d+: [2-7]\d %")
+    expect(page.locator("[data-step='720p'] span").last).to_have_text(some, timeout=3 * MS)
+    page.mouse.move(0, 0)
+
+
+STATES = {"mail": mail, "media": media, "news": news, "orders": orders, "scores": scores}
 
 
 def main(name: str) -> None:

@@ -37,6 +37,7 @@ class Program:
 
 
 CHROMIUM = Program(("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"), "chromium")
+FFMPEG = Program(("ffmpeg",), "ffmpeg")
 PROMTOOL = Program(("promtool",), "prometheus")
 PROMETHEUS = Program(("prometheus",), "prometheus")
 
