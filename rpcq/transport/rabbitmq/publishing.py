@@ -26,8 +26,11 @@ from rpcq.transport.rabbitmq.session import CLOSE_TIMEOUT, Link, Session
 from rpcq.url import BrokerURL
 from rpcq.wire.topology import Exchange
 
-HIGH_WATER: Final = 256 * 1024
-"""Bytes that may wait for the next write; above it, publishers wait."""
+WRITE_SIZE: Final = 64 * 1024
+"""Bytes that are written at once, although more messages may come in this iteration of the loop.
+
+uvloop sends less than that only at the end of the iteration.
+"""
 
 REFUSING: Final = 2.0
 """Seconds for which a channel may refuse messages before it is replaced; doubled with each replacement."""
@@ -104,7 +107,7 @@ class PublishingSession(Session):
     def ready(self) -> bool:
         """Whether a message may be published now; see `Transport.can_publish`."""
         link = self._link
-        return self._up and not self._is_blocked and self._queued < HIGH_WATER and link.protocol.writable  # type: ignore[union-attr]  # up has one
+        return self._up and not self._is_blocked and link.protocol.writable  # type: ignore[union-attr]  # up has one
 
     def publish(self, message: Outgoing) -> None:
         """Send a message; see `Transport.publish`."""
@@ -117,6 +120,8 @@ class PublishingSession(Session):
         if self._flushing:  # written with the other messages of this iteration of the loop
             self._queue.append(message)
             self._queued += len(message.body) + len(message.properties)
+            if self._queued >= WRITE_SIZE:  # the broker begins with these while the loop goes on
+                self._write_queued()
             return
         # The first one is written at once: with few calls under way, an iteration is a large part of their time.
         self._flushing = True
@@ -262,10 +267,13 @@ class PublishingSession(Session):
 
     def _flush(self) -> None:
         self._flushing = False
-        messages, self._queue, self._queued = self._queue, [], 0
-        if messages:
-            self._write(messages)
+        if self._queue:
+            self._write_queued()
             self._wake()
+
+    def _write_queued(self) -> None:
+        messages, self._queue, self._queued = self._queue, [], 0
+        self._write(messages)
 
     def _write(self, messages: list[Outgoing]) -> None:
         if self._link is None:
