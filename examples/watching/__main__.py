@@ -55,15 +55,16 @@ def main() -> int:
         desk = ["examples.watching.desk:desk", "--http", f"127.0.0.1:{ports['desk']}"]
         shop = ["examples.orders", "--port", str(asked.port), "--metrics", str(asked.metrics)]
         customers = [base, "--rate", asked.rate, "--metrics", str(ports["customers"])]
-        running = [
-            _started(stack, command)
-            for command in (
-                [*python, *shop],
-                [*python, "rpcq", "worker", *desk],
-                prometheus.command(program, folder, asked.prometheus),
-                [*python, "examples.watching.customers", *customers],
-            )
-        ]
+        commands = (
+            [*python, *shop],
+            [*python, "rpcq", "worker", *desk],
+            prometheus.command(program, folder, asked.prometheus),
+            [*python, "examples.watching.customers", *customers],
+        )
+        running: list[subprocess.Popen[bytes]] = []
+        stack.callback(_stop, running)
+        for command in commands:
+            running.append(subprocess.Popen(command))  # noqa: PERF401, S603 - each is stopped if the next cannot start
         print(f"Prometheus: http://127.0.0.1:{asked.prometheus}/alerts", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             while True:
@@ -75,20 +76,16 @@ def main() -> int:
     return 0
 
 
-def _started(stack: contextlib.ExitStack, command: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start a process, which ends with the stack."""
-    process = subprocess.Popen(command)  # noqa: S603 - our own
-    stack.callback(_stop, process)
-    return process
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Stop all at once; one that does not end in time is killed."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ ORDERS = 150
 
 
 def test_a_crowd_is_served_and_the_books_add_up_though_a_worker_is_killed(
-    vhost: str, database_url: str, tmp_path: Path
+    vhost: str, namespace: str, database_url: str, tmp_path: Path
 ) -> None:
     database = database_url.replace("postgresql://", "postgresql+asyncpg://", 1)
     report = tmp_path / "report.html"
@@ -31,7 +31,7 @@ def test_a_crowd_is_served_and_the_books_add_up_though_a_worker_is_killed(
     ran = subprocess.run(
         [sys.executable, "-m", "examples.black_friday", *asked, "--report", str(report)],
         cwd=ROOT,
-        env=environment(vhost) | {"ORDERS_DATABASE": database},
+        env=environment(vhost) | {"ORDERS_DATABASE": database, "RPCQ_NAMESPACE": namespace},
         capture_output=True,
         text=True,
         check=False,
