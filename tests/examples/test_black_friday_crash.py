@@ -43,7 +43,7 @@ def test_a_crowd_is_served_and_the_books_add_up_though_a_worker_is_killed(
     assert lost is not None
     assert ORDERS - int(lost[1]) <= int(taken[1]) <= ORDERS, ran.stdout
     assert "killed worker" in ran.stdout
-    numbers = [int(it) for it in re.findall(r"(\d+) of payment", ran.stdout)]
+    numbers = [int(it) for it in re.findall(r"processes: (\d+) of payment", ran.stdout)]
     assert max(numbers) == 3, ran.stdout  # the backlog called for more workers
     text = report.read_text("utf-8")
     assert "1 worker killed" in text
