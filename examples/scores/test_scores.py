@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import httpx
@@ -140,12 +141,22 @@ def user_of(app: FastAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://scores")
 
 
-async def test_a_look_is_answered_at_once_and_the_score_comes_later(rpcq_running: Running, store: Store) -> None:
+async def test_a_look_is_answered_at_once_and_the_score_comes_later(
+    rpcq_running: Running, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_answered = threading.Event()
+
+    def waits(_product: object, edition: int) -> Footprint:
+        assert is_answered.wait(10)
+        return expected("jeans-brazil", edition)
+
+    monkeypatch.setattr(service, "simulate", waits)
     app = create_app(store, watches=False)
     async with rpcq_running(scores), app.router.lifespan_context(app), user_of(app) as user:
         first = await user.post("/products/jeans-brazil/look")
         assert first.status_code == 202
         assert first.json()["kg"] is None
+        is_answered.set()
         while (again := await user.post("/products/jeans-brazil/look")).status_code == 202:
             assert again.json()["state"] in ("queued", "computing")
         assert (again.status_code, again.json()["state"]) == (200, "fresh")
