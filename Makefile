@@ -46,12 +46,12 @@ web: $(VENV)/.installed-web $(VENV)/.installed-bench $(VENV)/.installed-metrics 
 	$(BIN)/python -m producer_service serve $(ARGS)
 
 ## Without a broker in RPCQ_URL or RPCQ_URL_FILE, one is started, in a container or as a node, and taken away at the end.
-## A name may have hyphens, where its folder has underscores. Black Friday gets a PostgreSQL too, unless ORDERS_DATABASE is set.
+## A name may have hyphens, where its folder has underscores. Black Friday gets a PostgreSQL too, unless SHOP_DATABASE is set.
 example-%: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	@test -f examples/$(subst -,_,$*)/__main__.py || { echo 'there is no example $*; there are: ' \
 		$(subst _,-,$(patsubst examples/%/__main__.py,%,$(wildcard examples/*/__main__.py))) >&2; exit 2; }
 	@if [ -n "$$RPCQ_URL$$RPCQ_URL_FILE" ]; then exec $(BIN)/python -m examples.$(subst -,_,$*) $(ARGS); \
-	else exec $(BIN)/python tests/support/broker.py $(if $(filter black-friday,$*),--postgres ORDERS_DATABASE) -- \
+	else exec $(BIN)/python tests/support/broker.py $(if $(filter black-friday,$*),--postgres SHOP_DATABASE) -- \
 		$(BIN)/python -m examples.$(subst -,_,$*) $(ARGS); fi
 
 ## Takes the picture of an example's page for the docs; look at it before it is committed.

@@ -35,7 +35,7 @@ STOP_SECONDS = 60.0
 """Seconds that a process has to end when it is stopped."""
 
 MISSING = (
-    "ORDERS_DATABASE must be the URL of an empty database in PostgreSQL, as in "
+    "SHOP_DATABASE must be the URL of an empty database in PostgreSQL, as in "
     "postgresql+asyncpg://shop@localhost/shop; in a file of SQLite, one charge waits for the other, and more workers "
     "would be of no use"
 )
@@ -69,18 +69,18 @@ def main() -> int:
     """Run the command."""
     asked = parser().parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if not os.environ.get("ORDERS_DATABASE", "").startswith("postgresql"):
+    if not os.environ.get("SHOP_DATABASE", "").startswith("postgresql"):
         print(MISSING, file=sys.stderr)
         return 2
     with contextlib.ExitStack() as stack:
         # The modules of the shop read the environment when they are imported.
-        from examples.orders import setup  # noqa: PLC0415
+        from examples.shop import setup  # noqa: PLC0415
 
         asyncio.run(setup.create_tables())
         setup.declare()
         ports = _free_ports(asked.webs)
         for port in ports:
-            _start(stack, "examples.orders", "--no-workers", "--port", str(port))
+            _start(stack, "examples.shop", "--no-workers", "--port", str(port))
         scaling = ("--scale-on-depth", str(asked.depth), "--scale-every", "1", "--job-prefetch", str(asked.prefetch))
         worker = ("rpcq", "worker", "--log-level", "warning", *scaling)
         targets = [setup.target(name) for name in OTHERS]
@@ -106,7 +106,7 @@ async def run(asked: argparse.Namespace, bases: list[str], pools: Mapping[str, s
     from examples.black_friday import sampling  # noqa: PLC0415 - as in `main`
     from examples.black_friday.crowd import Crowd  # noqa: PLC0415
     from examples.black_friday.report import Outcome, page  # noqa: PLC0415
-    from examples.orders import books  # noqa: PLC0415
+    from examples.shop import books  # noqa: PLC0415
 
     pids = {name: process.pid for name, process in pools.items()}
     await _opened(bases, pools)
@@ -167,7 +167,7 @@ async def _answers(client: httpx.AsyncClient, base: str) -> bool:
 
 async def _settled(patience: float) -> list[str]:
     """Wait until the books add up: what does not, if they still do not after so many seconds."""
-    from examples.orders import books  # noqa: PLC0415
+    from examples.shop import books  # noqa: PLC0415
 
     until = time.monotonic() + patience
     while faults := (await books.read()).faults():

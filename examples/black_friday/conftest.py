@@ -1,3 +1,3 @@
 """Before a test imports the shop: its services open their databases then."""
 
-import examples.orders.conftest  # noqa: F401
+import examples.shop.conftest  # noqa: F401

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from examples.orders.outside import BAD_CARD
+from examples.shop.outside import BAD_CARD
 
 KINDS: tuple[dict[str, Any], ...] = (
     *({"article": article, "count": count} for article in ("tea", "coffee", "honey") for count in (1, 2, 3)),

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import psutil  # type: ignore[import-untyped]  # it ships no types
 from sqlalchemy import select
 
-from examples.orders import orders, outside
-from examples.orders.orders import Order
-from examples.orders.outside import Done
-from examples.orders.setup import SERVICES
+from examples.shop import orders, outside
+from examples.shop.orders import Order
+from examples.shop.outside import Done
+from examples.shop.setup import SERVICES
 from rpcq.observability.queues import QueueDepth, QueueWatch
 
 EVERY = 1.0

@@ -1,49 +1,121 @@
-"""The orders service, which calls the stock service."""
+"""Orders: taken at once, and followed until they are done or cancelled."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from decimal import Decimal
-from uuid import uuid4
+import secrets
+import time
+from typing import Annotated, Literal
 
-from examples.shop.contracts import Order, OrdersApi, StockApi, TooExpensive
-from rpcq import Client, Context, Retry, Service, with_options
+from pydantic import BaseModel, Field
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from examples.shop.database import database
+from examples.shop.events import (
+    InventoryReserved,
+    NotificationSent,
+    OrderCancelled,
+    OrderPlaced,
+    OrderShipped,
+    PaymentProcessed,
+    PaymentRefunded,
+    PaymentRefused,
+)
+from examples.shop.relaying import relaying
+from examples.shop.undoing import RETRY
+from rpcq import Service
+from rpcq.observability.tracing import Tracing
+from rpcq.outbox import Inbox, Outbox
+
+PRICES = {"tea": 450, "coffee": 800, "honey": 650, "truffles": 9_900}
+"""Cents of each article."""
+
+State = Literal["placed", "paid", "reserved", "shipped", "done", "cancelled"]
+
+REACHED: dict[type, State] = {
+    PaymentProcessed: "paid",
+    InventoryReserved: "reserved",
+    OrderShipped: "shipped",
+    NotificationSent: "done",
+}
+
+ORDER: tuple[State, ...] = ("placed", "paid", "reserved", "shipped", "done", "cancelled")
+"""States, the earlier ones first: events of one order may come in any order, and an order never goes back."""
+
+engine = database("orders")
+inbox = Inbox(engine)
+outbox = Outbox(engine, observers=[Tracing()])
+sessions = async_sessionmaker(engine, expire_on_commit=False)
 
 
-@dataclass
-class State:
-    """What the handlers share."""
-
-    stock: StockApi
-    placed: list[Order] = field(default_factory=list)
+class Base(DeclarativeBase):
+    """The tables of this service."""
 
 
-@asynccontextmanager
-async def lifespan() -> AsyncGenerator[State, None]:
-    """One client for all calls, as long as the worker runs."""
-    async with Client(name="orders") as client:
-        yield State(client.bind(StockApi))
+class Order(Base):
+    """An order, as far as it is known to have come."""
+
+    __tablename__ = "orders"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    customer: Mapped[str]
+    article: Mapped[str]
+    count: Mapped[int]
+    cents: Mapped[int]
+    country: Mapped[str]
+    state: Mapped[str] = mapped_column(default="placed", index=True)
+    why: Mapped[str] = mapped_column(default="")
+    told: Mapped[bool] = mapped_column(default=False)
+    placed: Mapped[float] = mapped_column(index=True)
 
 
-orders = Service(api=OrdersApi, lifespan=lifespan)
+class NewOrder(BaseModel):
+    """What a customer fills in."""
+
+    customer: Annotated[str, Field(min_length=1, max_length=100)]
+    article: Literal["tea", "coffee", "honey", "truffles"]
+    count: Annotated[int, Field(ge=1, le=10)] = 1
+    country: Annotated[str, Field(min_length=1, max_length=100)] = "Germany"
+    card: Annotated[str, Field(pattern=r"^[\d ]{12,23}$")] = "4242 4242 4242 4242"
 
 
-@orders.method
-async def place(context: Context[State], sku: str, quantity: int = 1, *, limit: Decimal | None = None) -> Order:
-    """Order an article, if all of it costs no more than `limit`."""
-    state = context.state
-    article = await with_options(state.stock, timeout=2.0, retry=Retry(max_attempts=3)).find(sku)
-    order = Order(uuid4(), sku, quantity, article.price * quantity)
-    if limit is not None and order.total > limit:
-        raise TooExpensive(order.total, limit)
-    await with_options(state.stock.take, metadata={"x-order": str(order.number)})(sku, quantity)
-    state.placed.append(order)
-    return order
+async def place(new: NewOrder) -> str:
+    """Take an order. It and its event are one transaction, in the orders' own database: nobody else need be there."""
+    order_id, cents = secrets.token_hex(8), PRICES[new.article] * new.count
+    async with sessions.begin() as db:
+        db.add(
+            Order(
+                id=order_id,
+                customer=new.customer,
+                article=new.article,
+                count=new.count,
+                cents=cents,
+                country=new.country,
+                placed=time.time(),
+            )
+        )
+        outbox.publish(db, OrderPlaced(order_id=order_id, cents=cents, **new.model_dump()))
+    return order_id
 
 
-@orders.method
-async def placed(context: Context[State]) -> list[Order]:
-    """Return the orders that were placed, the oldest first."""
-    return context.state.placed
+orders = Service("orders", lifespan=lambda: relaying(outbox))
+
+
+@orders.on(PaymentProcessed, InventoryReserved, OrderShipped, NotificationSent, once=inbox, retry=RETRY)
+async def follow(
+    event: PaymentProcessed | InventoryReserved | OrderShipped | NotificationSent, db: AsyncSession
+) -> None:
+    """Note how far an order has come."""
+    order = await db.get_one(Order, event.order_id, with_for_update=True)
+    if isinstance(event, NotificationSent):
+        order.told = True
+    state = REACHED[type(event)]
+    if ORDER.index(state) > ORDER.index(order.state):
+        order.state = state
+
+
+@orders.on(PaymentRefused, PaymentRefunded, once=inbox, retry=RETRY)
+async def cancel(event: PaymentRefused | PaymentRefunded, db: AsyncSession) -> None:
+    """Cancel an order that is not paid, or no longer."""
+    order = await db.get_one(Order, event.order_id, with_for_update=True)
+    order.state, order.why = "cancelled", event.why
+    outbox.publish(db, OrderCancelled(order_id=order.id, customer=order.customer, why=event.why))

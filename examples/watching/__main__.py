@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from examples.orders.setup import NAMES
+from examples.shop.setup import NAMES
 from examples.watching import prometheus
 
 LOOK_EVERY = 0.5
@@ -48,12 +48,12 @@ def main() -> int:
     base = f"http://127.0.0.1:{asked.port}"
     with tempfile.TemporaryDirectory(prefix="watching-") as made, contextlib.ExitStack() as stack:
         folder = Path(made)
-        os.environ.setdefault("ORDERS_DATABASE", f"sqlite+aiosqlite:///{folder}/{{service}}.sqlite")
+        os.environ.setdefault("SHOP_DATABASE", f"sqlite+aiosqlite:///{folder}/{{service}}.sqlite")
         text = prometheus.configuration(ports | {"web": asked.port}, asked.every)
         (folder / "prometheus.yml").write_text(text, "utf-8")
         python = [sys.executable, "-m"]
         desk = ["examples.watching.desk:desk", "--http", f"127.0.0.1:{ports['desk']}"]
-        shop = ["examples.orders", "--port", str(asked.port), "--metrics", str(asked.metrics)]
+        shop = ["examples.shop", "--port", str(asked.port), "--metrics", str(asked.metrics)]
         customers = [base, "--rate", asked.rate, "--metrics", str(ports["customers"])]
         commands = (
             [*python, *shop],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 
-from examples.orders.orders import PRICES
+from examples.shop.orders import PRICES
 from rpcq import DomainError, GiveUp, Retry, Service
 
 

@@ -9,7 +9,7 @@ from playwright.sync_api import Browser
 
 # Before a test imports the services: they open their databases then.
 import examples.news.conftest
-import examples.orders.conftest  # noqa: F401
+import examples.shop.conftest  # noqa: F401
 from support.broker import Broker
 from support.programs import launched
 

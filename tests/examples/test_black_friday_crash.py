@@ -31,7 +31,7 @@ def test_a_crowd_is_served_and_the_books_add_up_though_a_worker_is_killed(
     ran = subprocess.run(
         [sys.executable, "-m", "examples.black_friday", *asked, "--report", str(report)],
         cwd=ROOT,
-        env=environment(vhost) | {"ORDERS_DATABASE": database, "RPCQ_NAMESPACE": namespace},
+        env=environment(vhost) | {"SHOP_DATABASE": database, "RPCQ_NAMESPACE": namespace},
         capture_output=True,
         text=True,
         check=False,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.orders.setup import NAMES
+from examples.shop.setup import NAMES
 from examples.watching.__main__ import STOP_SECONDS
 from support.dashboards import Prometheus
 from support.ports import free_ports

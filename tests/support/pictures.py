@@ -35,7 +35,7 @@ def scores(page: Page) -> None:
     page.mouse.move(0, 0)
 
 
-def orders(page: Page) -> None:
+def shop(page: Page) -> None:
     """Payment is killed, and orders go on being taken."""
     expect(page.locator("#service-analytics > :nth-child(3)")).to_have_text("0", timeout=3 * MS)
     for kind in ("country", "plain"):
@@ -115,7 +115,7 @@ def media(page: Page) -> None:
     page.mouse.move(0, 0)
 
 
-STATES = {"mail": mail, "media": media, "news": news, "orders": orders, "scores": scores}
+STATES = {"mail": mail, "media": media, "news": news, "scores": scores, "shop": shop}
 
 
 def main(name: str) -> None:

@@ -116,7 +116,7 @@ def test_mypy_strict_finds_nothing_in_the_sample_project(tmp_path: Path) -> None
     ran = subprocess.run(
         [
             *(sys.executable, "-m", "mypy", "--strict", "--config-file=", "--warn-unreachable"),
-            *("--python-version", "3.11", "--cache-dir", str(tmp_path), "-p", "examples.shop"),
+            *("--python-version", "3.11", "--cache-dir", str(tmp_path), "-p", "examples.sample"),
         ],
         capture_output=True,
         text=True,

@@ -23,7 +23,7 @@ NAMES = ("orders", "payment", "inventory", "shipping", "notification", "analytic
 
 @pytest.fixture(scope="module")
 def base(vhost: str) -> Iterator[str]:
-    with example("orders", vhost, f"t{secrets.token_hex(8)}") as where:
+    with example("shop", vhost, f"t{secrets.token_hex(8)}") as where:
         yield where
 
 

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from decimal import Decimal
 from threading import Lock
 
-from examples.shop.contracts import Article, OutOfStock, StockApi, UnknownArticle
+from examples.sample.contracts import Article, OutOfStock, StockApi, UnknownArticle
 from rpcq import Context, Service
 
 GOODS = (("coffee", "7.90", 1), ("tea", "4.50", 10))

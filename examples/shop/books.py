@@ -8,14 +8,14 @@ from typing import Any
 from sqlalchemy import Executable, func, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from examples.orders import analytics, inventory, notification, orders, outside, payment, shipping
-from examples.orders.analytics import Fact
-from examples.orders.inventory import Reservation
-from examples.orders.notification import Mail
-from examples.orders.orders import Order
-from examples.orders.outside import Done
-from examples.orders.payment import Payment
-from examples.orders.shipping import Parcel
+from examples.shop import analytics, inventory, notification, orders, outside, payment, shipping
+from examples.shop.analytics import Fact
+from examples.shop.inventory import Reservation
+from examples.shop.notification import Mail
+from examples.shop.orders import Order
+from examples.shop.outside import Done
+from examples.shop.payment import Payment
+from examples.shop.shipping import Parcel
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from decimal import Decimal
 
-from examples.shop.contracts import OrdersApi, StockApi
+from examples.sample.contracts import OrdersApi, StockApi
 from rpcq.sync import Client
 
 

@@ -13,7 +13,7 @@ from sqlalchemy import MetaData
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from examples.orders import analytics, inventory, notification, orders, outside, payment, shipping
+from examples.shop import analytics, inventory, notification, orders, outside, payment, shipping
 from rpcq import outbox
 
 NAMES = ("orders", "payment", "inventory", "shipping", "notification", "analytics")
@@ -31,7 +31,7 @@ SERVICES = (
 
 def target(name: str) -> str:
     """What `rpcq worker` calls a service."""
-    return f"examples.orders.{name}:{name}"
+    return f"examples.shop.{name}:{name}"
 
 
 async def create_tables() -> None:

@@ -16,7 +16,7 @@ from examples.stage.workers import Workers
 
 def main() -> int:
     """Run the command."""
-    parser = pages.parser("python -m examples.orders", __doc__)
+    parser = pages.parser("python -m examples.shop", __doc__)
     parser.add_argument("--no-workers", action="store_true", help="start no services: they run elsewhere")
     parser.add_argument(
         "--metrics",
@@ -25,11 +25,11 @@ def main() -> int:
         help="have each service serve its metrics, at this port and those after it; default: none does",
     )
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="orders-") as folder:
+    with tempfile.TemporaryDirectory(prefix="shop-") as folder:
         # The services inherit it. Without a database that is given, this run has files of its own.
-        os.environ.setdefault("ORDERS_DATABASE", f"sqlite+aiosqlite:///{folder}/{{service}}.sqlite")
-        from examples.orders import setup  # noqa: PLC0415 - the modules of the services read the environment
-        from examples.orders.app import create_app  # noqa: PLC0415
+        os.environ.setdefault("SHOP_DATABASE", f"sqlite+aiosqlite:///{folder}/{{service}}.sqlite")
+        from examples.shop import setup  # noqa: PLC0415 - the modules of the services read the environment
+        from examples.shop.app import create_app  # noqa: PLC0415
 
         asyncio.run(setup.create_tables())
         setup.declare()
@@ -47,7 +47,7 @@ def main() -> int:
 
 def _workers(metrics: int | None) -> list[Workers]:
     """The processes of each service: two at most, or one that serves its metrics."""
-    from examples.orders import setup  # noqa: PLC0415 - as in `main`
+    from examples.shop import setup  # noqa: PLC0415 - as in `main`
 
     if metrics is None:
         return [Workers(setup.target(name), "--job-prefetch", "4", most=2) for name in setup.NAMES]

@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from examples.orders.database import database
+from examples.shop.database import database
 
 BAD_CARD = "4000 0000 0000 0002"
 """The number of a card that is refused."""

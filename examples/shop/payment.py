@@ -5,9 +5,9 @@ from __future__ import annotations
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from examples.orders import outside
-from examples.orders.database import database
-from examples.orders.events import (
+from examples.shop import outside
+from examples.shop.database import database
+from examples.shop.events import (
     InventoryFailed,
     OrderPlaced,
     PaymentProcessed,
@@ -15,8 +15,8 @@ from examples.orders.events import (
     PaymentRefused,
     ShippingFailed,
 )
-from examples.orders.relaying import relaying
-from examples.orders.undoing import RETRY
+from examples.shop.relaying import relaying
+from examples.shop.undoing import RETRY
 from rpcq import Service
 from rpcq.observability.tracing import Tracing
 from rpcq.outbox import Inbox, Outbox

@@ -6,16 +6,16 @@ from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from examples.orders.database import database
-from examples.orders.events import (
+from examples.shop.database import database
+from examples.shop.events import (
     InventoryFailed,
     InventoryReleased,
     InventoryReserved,
     PaymentProcessed,
     ShippingFailed,
 )
-from examples.orders.relaying import relaying
-from examples.orders.undoing import RETRY, undone
+from examples.shop.relaying import relaying
+from examples.shop.undoing import RETRY, undone
 from rpcq import Context, GiveUp, Service
 from rpcq.observability.tracing import Tracing
 from rpcq.outbox import Inbox, Outbox

@@ -21,9 +21,9 @@ import httpx
 import pytest
 from sqlalchemy.engine import make_url
 
-from examples.orders.books import Books
-from examples.orders.outside import BAD_CARD
-from examples.orders.setup import NAMES, SERVICES, target
+from examples.shop.books import Books
+from examples.shop.outside import BAD_CARD
+from examples.shop.setup import NAMES, SERVICES, target
 from rpcq.observability.queues import QueueWatch
 from support.broker import Broker, Setup
 from support.broker import broker as a_broker
@@ -62,7 +62,7 @@ class System:
         self.refused: Counter[str] = Counter()
         self.is_open = True
         (self._port,) = free_ports(1)
-        self._environment = environment(url) | {"RPCQ_NAMESPACE": self.namespace, "ORDERS_DATABASE": database}
+        self._environment = environment(url) | {"RPCQ_NAMESPACE": self.namespace, "SHOP_DATABASE": database}
         self.web: asyncio.subprocess.Process | None = None
         self.workers: dict[str, asyncio.subprocess.Process] = {}
 
@@ -78,7 +78,7 @@ class System:
         await process.wait()
 
     async def start_web(self) -> None:
-        command = "-m", "examples.orders", "--no-workers", "--port", str(self._port)
+        command = "-m", "examples.shop", "--no-workers", "--port", str(self._port)
         self.web = web = await asyncio.create_subprocess_exec(
             sys.executable, *command, cwd=ROOT, env=self._environment, stdout=asyncio.subprocess.PIPE
         )

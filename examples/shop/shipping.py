@@ -5,11 +5,11 @@ from __future__ import annotations
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from examples.orders import outside
-from examples.orders.database import database
-from examples.orders.events import InventoryReserved, OrderShipped, ShippingFailed
-from examples.orders.relaying import relaying
-from examples.orders.undoing import RETRY, undone
+from examples.shop import outside
+from examples.shop.database import database
+from examples.shop.events import InventoryReserved, OrderShipped, ShippingFailed
+from examples.shop.relaying import relaying
+from examples.shop.undoing import RETRY, undone
 from rpcq import Context, GiveUp, Service
 from rpcq.observability.tracing import Tracing
 from rpcq.outbox import Inbox, Outbox

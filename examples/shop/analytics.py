@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from examples.orders.database import database
+from examples.shop.database import database
 from rpcq import AnyEvent, Service
 from rpcq.outbox import Inbox
 

@@ -1,9 +1,0 @@
-"""A shop: orders, and services that react to them by themselves.
-
-make example-orders                             # a page at http://127.0.0.1:8000, a broker, all services
-
-export RPCQ_URL=amqp://localhost/ ORDERS_DATABASE=postgresql+asyncpg://shop@localhost/shop
-python -m examples.orders.setup                 # tables, stock, and the queues of all services
-rpcq worker examples.orders.payment:payment &   # and so on, for each service
-uvicorn --factory examples.orders.app:create_app
-"""
