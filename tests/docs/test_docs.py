@@ -74,7 +74,7 @@ READ: Final[dict[str, Callable[[str], Any]]] = {
     "proto": Parser().parse,
 }
 FILES: Final = ("python", "toml", "yaml", "dockerfile")
-SHOWN: Final = ("javascript", "ini", "mermaid", "dockerfile")
+SHOWN: Final = ("javascript", "ini", "mermaid", "dockerfile", "erlang")
 
 FENCED: Final = re.compile(r"^```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE: Final = re.compile(r"# ([\w./-]+\.\w+|Dockerfile)\n")

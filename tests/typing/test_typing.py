@@ -13,7 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SHOP = ROOT / "examples" / "shop"
+SAMPLE = ROOT / "examples" / "sample"
 ACCEPTED = ("accepted.py", "accepted_sync.py")
 REFUSED = ("refused.py", "refused_sync.py")
 FOUND = re.compile(r"(?P<file>[^:]+):(?P<line>\d+): error: (?P<text>.*?)(?:  \[(?P<code>[a-z-]+)\])?\Z")
@@ -125,12 +125,12 @@ def test_mypy_strict_finds_nothing_in_the_sample_project(tmp_path: Path) -> None
         cwd=ROOT,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert f"no issues found in {len([*SHOP.glob('*.py')])} source files" in ran.stdout
+    assert f"no issues found in {len([*SAMPLE.glob('*.py')])} source files" in ran.stdout
 
 
 def test_pyright_strict_finds_nothing_in_the_sample_project(tmp_path: Path) -> None:
     settings = {
-        "include": [str(SHOP)],
+        "include": [str(SAMPLE)],
         "typeCheckingMode": "strict",
         "pythonVersion": "3.11",
         "extraPaths": [str(ROOT)],
@@ -145,13 +145,13 @@ def test_pyright_strict_finds_nothing_in_the_sample_project(tmp_path: Path) -> N
         cwd=ROOT,
     )
     report = json.loads(ran.stdout)
-    assert report["summary"]["filesAnalyzed"] == len([*SHOP.glob("*.py")])
+    assert report["summary"]["filesAnalyzed"] == len([*SAMPLE.glob("*.py")])
     found = [it for it in report["generalDiagnostics"] if it["severity"] == "error"]
     assert found == []
 
 
 def test_the_sample_project_uses_what_it_is_a_sample_of() -> None:
-    text = "".join(it.read_text() for it in SHOP.glob("*.py"))
+    text = "".join(it.read_text() for it in SAMPLE.glob("*.py"))
     assert len(text.splitlines()) > 300
     for used in ("Service(api=", "Context[", "with_options(", "rpcq_running: Running", ".left", "errors.responses"):
         assert used in text, used
