@@ -258,7 +258,8 @@ async def test_a_thread_that_hangs_for_ever_is_dead_after_a_bounded_number_of_co
     From 4.3 on, it cancels the consumer, and counts it in `x-acquired-count` alone: no delivery limit ends it.
     """
     limit = 4
-    monkeypatch.setattr(rpcq.worker, "CONSUMER_TIMEOUT", round(CONSUMER_TIMEOUT * 1000))  # the consumer's own, for 4.3
+    held: dict[str, int] = rpcq.worker._HELD  # type: ignore[assignment]  # a consumer's own arguments, for 4.3
+    monkeypatch.setitem(held, "x-consumer-timeout", round(CONSUMER_TIMEOUT * 1000))
     monkeypatch.setattr(outcomes, "DELIVERY_LIMIT", limit)
     service = Service(f"s{secrets.token_hex(6)}")
     began: Counter[str] = Counter()

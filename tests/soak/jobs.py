@@ -43,6 +43,8 @@ AHEAD = 0.05
 """The share of all jobs that may wait: the rest is sent while workers and the broker are killed."""
 BATCH = 100
 SEND_TIMEOUT = 120.0
+DOUBLES = 60.0
+"""Seconds that workers have for the doubles of jobs that are done or dead, which may also be on the ladder."""
 
 
 @dataclass
@@ -208,7 +210,9 @@ class Soak:
                 if len(dead) >= self.plan.poison + self.plan.hang:
                     break
             await asyncio.sleep(1)
-        await asyncio.sleep(2)  # doubles may be on their way, also through the ladder
+        until = time.monotonic() + DOUBLES
+        while await self._queued() and time.monotonic() < until:  # noqa: ASYNC110 - the broker tells nobody
+            await asyncio.sleep(1)
 
     async def _stop(self) -> None:
         """Let all workers end in an orderly way, which takes some grace time at most."""
@@ -242,21 +246,25 @@ class Soak:
 
     async def _look(self) -> None:
         """Count what is left. Right after consumers have gone, what they held may not have come back yet."""
-        vhost = brokers.vhost_of(self.broker.url)
-        dead = JobTopology(self.namespace).dead_queue(SERVICE).name
         for _ in range(20):
-            rows = await asyncio.to_thread(
-                self.broker.ctl, "list_queues", "--quiet", "--no-table-headers", "--vhost", vhost, "name", "messages"
-            )
-            counts = {name: int(count) for name, _, count in (row.partition("\t") for row in rows.splitlines())}
-            self.found.queued = {
-                name: count
-                for name, count in counts.items()
-                if count and name.startswith(f"{self.namespace}.") and name != dead
-            }
+            self.found.queued = await self._queued()
             if not self.found.queued:
                 break
             await asyncio.sleep(0.5)
+
+    async def _queued(self) -> dict[str, int]:
+        """The messages in each queue that is not empty, but for dead letters."""
+        vhost = brokers.vhost_of(self.broker.url)
+        dead = JobTopology(self.namespace).dead_queue(SERVICE).name
+        rows = await asyncio.to_thread(
+            self.broker.ctl, "list_queues", "--quiet", "--no-table-headers", "--vhost", vhost, "name", "messages"
+        )
+        counts = {name: int(count) for name, _, count in (row.partition("\t") for row in rows.splitlines())}
+        return {
+            name: count
+            for name, count in counts.items()
+            if count and name.startswith(f"{self.namespace}.") and name != dead
+        }
 
 
 def verdict(plan: Plan, kinds: list[str], found: Found) -> list[str]:
