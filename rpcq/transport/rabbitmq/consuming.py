@@ -115,7 +115,7 @@ class _ConsumingChannel:
             return
         if len(self._unsettled) >= self._busy:
             self._flushing = True
-            self._loop.call_soon(self.flush)
+            self._loop.call_soon(self._flush_unless_held)
         elif self._timer is None:
             self._timer = self._loop.call_later(ACK_DELAY, self.flush)
 
@@ -128,6 +128,10 @@ class _ConsumingChannel:
         if frames := self._unsettled.frames():
             self._protocol.write(frames)
 
+    def _flush_unless_held(self) -> None:
+        if not self._holds:
+            self.flush()
+
     async def fill(self) -> None:
         """Hold acknowledgements back until prefetch is used up or no delivery comes: then none is on its way.
 
@@ -135,6 +139,7 @@ class _ConsumingChannel:
         counts as a delivery (rabbitmq-server #3729). If the queue allows one delivery only, the broker would give them
         up.
         """
+        self.flush()  # else a timer would write them after this, and the broker would send more
         self._holds = True
         self._last = self._loop.time()
         until = self._last + FILL_TIMEOUT
