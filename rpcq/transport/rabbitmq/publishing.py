@@ -26,6 +26,9 @@ from rpcq.transport.rabbitmq.session import CLOSE_TIMEOUT, Link, Session
 from rpcq.url import BrokerURL
 from rpcq.wire.topology import Exchange
 
+HIGH_WATER: Final = 256 * 1024
+"""Bytes that may be published in one iteration of the loop; above it, publishers wait."""
+
 WRITE_SIZE: Final = 64 * 1024
 """Bytes that are written at once, although more messages may come in this iteration of the loop.
 
@@ -95,7 +98,8 @@ class PublishingSession(Session):
         self._patience = REFUSING
         self._refused_at = 0.0  # time of the last refusal
         self._queue: list[Outgoing] = []
-        self._queued = 0  # bytes
+        self._queued = 0  # bytes, with those of this iteration that are written
+        self._write_at = WRITE_SIZE
         self._flushing = False
         self._room = asyncio.Event()  # set to wake those who wait for `ready`
         self._is_blocked = False
@@ -107,7 +111,7 @@ class PublishingSession(Session):
     def ready(self) -> bool:
         """Whether a message may be published now; see `Transport.can_publish`."""
         link = self._link
-        return self._up and not self._is_blocked and link.protocol.writable  # type: ignore[union-attr]  # up has one
+        return self._up and not self._is_blocked and self._queued < HIGH_WATER and link.protocol.writable  # type: ignore[union-attr]  # up has one
 
     def publish(self, message: Outgoing) -> None:
         """Send a message; see `Transport.publish`."""
@@ -120,7 +124,8 @@ class PublishingSession(Session):
         if self._flushing:  # written with the other messages of this iteration of the loop
             self._queue.append(message)
             self._queued += len(message.body) + len(message.properties)
-            if self._queued >= WRITE_SIZE:  # the broker begins with these while the loop goes on
+            if self._queued >= self._write_at:  # the broker begins with these while the loop goes on
+                self._write_at = self._queued + WRITE_SIZE
                 self._write_queued()
             return
         # The first one is written at once: with few calls under way, an iteration is a large part of their time.
@@ -267,13 +272,14 @@ class PublishingSession(Session):
 
     def _flush(self) -> None:
         self._flushing = False
-        if self._queue:
-            self._write_queued()
-            self._wake()
+        self._queued, self._write_at = 0, WRITE_SIZE
+        self._write_queued()
+        self._wake()
 
     def _write_queued(self) -> None:
-        messages, self._queue, self._queued = self._queue, [], 0
-        self._write(messages)
+        messages, self._queue = self._queue, []
+        if messages:
+            self._write(messages)
 
     def _write(self, messages: list[Outgoing]) -> None:
         if self._link is None:
