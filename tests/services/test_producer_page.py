@@ -80,7 +80,7 @@ def test_requests_are_sent_by_keyboard_alone_and_answers_seen_as_they_come(
         connected(page)
         page.evaluate(WATCH)
         order = []
-        for value in ("", "200", "20", "0.05", "30", "hello"):
+        for value in ("", "200", "20", "0.2", "30", "hello"):
             page.keyboard.press("Tab")
             focused = page.evaluate(
                 "[document.activeElement.id, getComputedStyle(document.activeElement).outlineWidth]"

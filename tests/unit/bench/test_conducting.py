@@ -52,7 +52,7 @@ async def test_jobs_under_way_at_an_early_end_are_not_done() -> None:
     conductor = Conductor(test, lambda *_: conductor.stop())
     run = await conductor.run()
     assert conductor.interrupted
-    assert run.sent >= 40
+    assert run.sent
     assert run.errors == {"not done": run.not_done}
     assert run.not_done == run.sent
     assert (run.ok, run.lost, run.latency.count, run.achieved) == (0, 0, 0, 0.0)
