@@ -10,7 +10,8 @@ from playwright.sync_api import Browser
 # Before a test imports the services: they open their databases then.
 import examples.news.conftest
 import examples.shop.conftest  # noqa: F401
-from support.broker import Broker
+from support.broker import Broker, Setup
+from support.broker import broker as a_broker
 from support.programs import launched
 
 
@@ -20,6 +21,13 @@ def vhost(broker: Broker) -> Iterator[str]:
     url = broker.vhost()
     yield url
     broker.drop_vhost(url)
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[Broker]:
+    """A broker that is killed."""
+    with a_broker(setup=Setup("loopback_users.guest = false\n")) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,7 @@ job is left.
 from __future__ import annotations
 
 import asyncio
-import secrets
-import sys
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,13 +21,11 @@ from sqlalchemy.orm import Session
 
 from examples.mail.postbox import MOST, Postbox
 from examples.mail.tables import Account, SignUp, User, open_database
-from rpcq import Client
-from rpcq.observability.queues import QueueWatch
-from support.broker import Broker, Setup
-from support.broker import broker as a_broker
+from support.broker import Broker
 from support.load import until
 from support.ports import free_ports
-from support.producers import ROOT, SECONDS, environment
+from support.producers import SECONDS
+from support.systems import WORKER, Processes, running
 
 # After a kill of the broker, what is on its way between two delay queues may stand still for 180 s.
 pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
@@ -39,25 +34,16 @@ LATE = 300.0
 """Seconds after which what is waited for will not come: a killed broker may hold delayed messages for 180 s."""
 
 SERVICES = ("emails", "billing", "analytics")
+WATCHED = ("emails", "emails:confirm", "billing", "billing:open_account", "analytics", "analytics:count")
 
 AT_ONCE = 4
 """E-mails that are being sent at a time: two confirmations and two welcomes."""
 
 
-@pytest.fixture(scope="module")
-def own() -> Iterator[Broker]:
-    """A broker that is killed."""
-    with a_broker(setup=Setup("loopback_users.guest = false\n")) as made:
-        yield made
-
-
-class System:
+class System(Processes):
     """The web app, the mail server and the services as processes, and users who sign up and confirm."""
 
     def __init__(self, url: str, folder: Path) -> None:
-        self.url = url
-        self.namespace = f"t{secrets.token_hex(8)}"
-        self.folder = folder
         self.engine: Engine = open_database(folder / "mail.sqlite")
         self.postbox = Postbox(folder / "postbox.sqlite")
         self.promised: dict[str, str] = {}
@@ -65,47 +51,23 @@ class System:
         self.excused = 0
         web, smtp = free_ports(2)
         self._base = f"http://127.0.0.1:{web}"
-        self._commands: dict[str, tuple[str, ...]] = {
+        commands = {
             "web": ("examples.mail", "--alone", "--folder", str(folder), "--port", str(web)),
             "postbox": ("examples.mail.postbox", "--port", str(smtp)),
-        } | {name: ("rpcq", "worker", f"examples.mail.{name}:{name}", "--log-level", "error") for name in SERVICES}
-        self._environment = environment(url) | {
-            "RPCQ_NAMESPACE": self.namespace,
+        } | {name: (*WORKER, f"examples.mail.{name}:{name}") for name in SERVICES}
+        settings = {
             "MAIL_DATABASE": str(folder / "mail.sqlite"),
             "MAIL_POSTBOX": str(self.postbox.path),
             "MAIL_SMTP": f"127.0.0.1:{smtp}",
         }
-        self._processes: dict[str, asyncio.subprocess.Process] = {}
-
-    async def start(self, name: str) -> None:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", *self._commands[name]),
-            cwd=ROOT,
-            env=self._environment,
-            stdout=asyncio.subprocess.PIPE if name == "web" else None,
-        )
-        self._processes[name] = process
-        if process.stdout is not None:
-            assert (await process.stdout.readline()).startswith(b"serving ")
-
-    async def start_all(self) -> None:
-        for name in self._commands:
-            await self.start(name)
-        async with Client(self.url, namespace=self.namespace) as client:
-            for name in SERVICES:
-                while not [found async for found in client.workers(name)]:
-                    pass
+        super().__init__(url, commands, settings, dict.fromkeys(SERVICES, 1), WATCHED)
 
     async def kill(self, name: str) -> None:
-        self._processes[name].kill()
-        await self._processes[name].wait()
+        await super().kill(name)
         self.excused += AT_ONCE
 
     async def end(self) -> None:
-        for process in self._processes.values():
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+        await super().end()
         self.engine.dispose()
 
     async def post(self, user: httpx.AsyncClient, path: str, **params: str) -> dict[str, Any] | None:
@@ -144,25 +106,11 @@ class System:
         assert response.status_code == 200, response.text
         return response.json()  # type: ignore[no-any-return]
 
-    async def depths(self) -> dict[str, int]:
-        """The messages that wait, by the kind of their queue."""
-        watched = ("emails", "emails:confirm", "billing", "billing:open_account", "analytics", "analytics:count")
-        watch = QueueWatch(watched, self.url, management="", namespace=self.namespace)
-        found: Counter[str] = Counter()
-        for depth in await watch.look():
-            found[depth.kind] += depth.messages
-        return dict(found)
-
 
 @pytest.fixture
 async def system(own: Broker, tmp_path: Path) -> AsyncIterator[System]:
-    made = System(own.url, tmp_path)
-    try:
-        await made.start_all()
-        await asyncio.sleep(2)  # the queues are new: see `Broker.kill`
+    async with running(System(own.url, tmp_path)) as made:
         yield made
-    finally:
-        await made.end()
 
 
 @asynccontextmanager
@@ -202,10 +150,7 @@ async def check(system: System) -> None:
     await until(lambda: system.arrived("confirm") == users.keys() - refused, LATE)
     await until(lambda: system.arrived("welcome") == asked, LATE)
 
-    depths = await system.depths()
-    while depths["jobs"] or depths["events"] or depths["suspects"] or depths["delayed"]:
-        await asyncio.sleep(0.1)
-        depths = await system.depths()
+    depths = await system.drained()
     assert depths["lost"] == 0
     # A letter may be there twice if the broker or the worker was killed between the letter and the acknowledgement.
     letters = await system.letters()

@@ -7,10 +7,8 @@ there is one notice for it. There are no dead letters, and no job is left.
 from __future__ import annotations
 
 import asyncio
-import secrets
-import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from io import BytesIO
 from pathlib import Path
@@ -23,13 +21,11 @@ from examples.media.books import Books
 from examples.media.ffmpeg import sample
 from examples.media.files import ORIGINAL, Files
 from examples.media.steps import STEPS
-from rpcq import Client
-from rpcq.observability.queues import QueueWatch
-from support.broker import Broker, Setup
-from support.broker import broker as a_broker
+from support.broker import Broker
 from support.load import until
 from support.ports import free_ports
-from support.producers import ROOT, SECONDS, environment
+from support.producers import SECONDS
+from support.systems import WORKER, Processes, running
 
 # After a kill of the broker, what is on its way between two delay queues may stand still for 180 s.
 pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
@@ -38,13 +34,6 @@ LATE = 300.0
 """Seconds after which what is waited for will not come."""
 
 SERVICES = ("pictures", "videos", "notices")
-
-
-@pytest.fixture(scope="module")
-def own() -> Iterator[Broker]:
-    """A broker that is killed."""
-    with a_broker(setup=Setup("loopback_users.guest = false\n")) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -60,53 +49,26 @@ def originals(ffmpeg: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return found | {"short.mp4": place.read_bytes()}
 
 
-class System:
+class System(Processes):
     """The web app and the workers as processes, and users who upload."""
 
     def __init__(self, url: str, folder: Path, originals: dict[str, bytes]) -> None:
-        self.url = url
-        self.namespace = f"t{secrets.token_hex(8)}"
         self.books = Books(folder)
         self.files = Files(folder)
         self.taken: set[str] = set()
         self._originals = originals
         (port,) = free_ports(1)
         self._base = f"http://127.0.0.1:{port}"
-        self._environment = environment(url) | {"RPCQ_NAMESPACE": self.namespace, "MEDIA_FOLDER": str(folder)}
         web = "examples.media", "--alone", "--folder", str(folder), "--port", str(port)
-        self._commands: dict[str, tuple[str, ...]] = {"web": web} | {
-            f"{name}-{number}": ("rpcq", "worker", f"examples.media.{name}:{name}", "--job-prefetch", "1")
+        commands = {"web": web} | {
+            f"{name}-{number}": (*WORKER, f"examples.media.{name}:{name}", "--job-prefetch", "1")
             for name, number in (("pictures", 1), ("pictures", 2), ("videos", 1), ("notices", 1))
         }
-        self._processes: dict[str, asyncio.subprocess.Process] = {}
-
-    async def start(self, name: str) -> None:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", *self._commands[name], *([] if name == "web" else ["--log-level", "error"])),
-            cwd=ROOT,
-            env=self._environment,
-            stdout=asyncio.subprocess.PIPE if name == "web" else None,
-        )
-        self._processes[name] = process
-        if process.stdout is not None:
-            assert (await process.stdout.readline()).startswith(b"serving ")
-
-    async def start_all(self) -> None:
-        for name in self._commands:
-            await self.start(name)
-        async with Client(self.url, namespace=self.namespace) as client:
-            for name, count in (("pictures", 2), ("videos", 1), ("notices", 1)):
-                while len([found async for found in client.workers(name)]) < count:
-                    pass
-
-    async def kill(self, name: str) -> None:
-        self._processes[name].kill()
-        await self._processes[name].wait()
+        workers = {"pictures": 2, "videos": 1, "notices": 1}
+        super().__init__(url, commands, {"MEDIA_FOLDER": str(folder)}, workers, SERVICES)
 
     async def end(self) -> None:
-        for name, process in self._processes.items():
-            if process.returncode is None:
-                await self.kill(name)
+        await super().end()
         self.books.close()
 
     async def users(self) -> None:
@@ -131,24 +93,11 @@ class System:
         """How often a step has begun."""
         return sum(step.runs for _, steps in self.books.latest(1000) for step in steps)
 
-    async def depths(self) -> dict[str, int]:
-        """The messages that wait, by the kind of their queue."""
-        watch = QueueWatch(SERVICES, self.url, management="", namespace=self.namespace)
-        found: Counter[str] = Counter()
-        for depth in await watch.look():
-            found[depth.kind] += depth.messages
-        return dict(found)
-
 
 @pytest.fixture
 async def system(own: Broker, originals: dict[str, bytes], tmp_path: Path) -> AsyncIterator[System]:
-    made = System(own.url, tmp_path, originals)
-    try:
-        await made.start_all()
-        await asyncio.sleep(2)  # the queues are new: see `Broker.kill`
+    async with running(System(own.url, tmp_path, originals)) as made:
         yield made
-    finally:
-        await made.end()
 
 
 @asynccontextmanager
@@ -171,10 +120,10 @@ async def check(system: System) -> None:
     assert system.taken
     await until(lambda: books.uploads() == {notice.upload for notice in books.notices()}, LATE)
     assert books.uploads() >= system.taken  # an upload whose answer was lost with the web app counts too
-    depths = await system.depths()
-    while depths["jobs"] or depths["suspects"] or depths["delayed"] or (await books.outbox.depth()).waiting:
+    depths = await system.drained()
+    while (await books.outbox.depth()).waiting:
         await asyncio.sleep(0.1)
-        depths = await system.depths()
+        depths = await system.drained()
     assert depths["dead"] == depths["lost"] == 0
 
     assert set(Counter(notice.upload for notice in books.notices()).values()) == {1}

@@ -13,8 +13,7 @@ import json
 import random
 import secrets
 import sqlite3
-import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
@@ -23,13 +22,11 @@ import pytest
 
 from examples.news.contracts import TOPICS, asked_for
 from examples.news.readers import MAILBOXES, PHONES
-from rpcq import Client
-from rpcq.observability.queues import QueueWatch
-from support.broker import Broker, Setup
-from support.broker import broker as a_broker
+from support.broker import Broker
 from support.load import until
 from support.ports import free_ports
-from support.producers import ROOT, SECONDS, environment
+from support.producers import SECONDS
+from support.systems import WORKER, Processes, running
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 
@@ -41,13 +38,6 @@ WATCHED = ("mobile", "mobile:spread", "emails", "emails:collect", "web", "web:ke
 
 EVERY = 0.4
 """Seconds between two stories: fewer pushes a second than `rate` lets through, so none is delayed in the broker."""
-
-
-@pytest.fixture(scope="module")
-def own() -> Iterator[Broker]:
-    """A broker that is killed."""
-    with a_broker(setup=Setup("loopback_users.guest = false\n")) as made:
-        yield made
 
 
 class Browser:
@@ -85,57 +75,25 @@ class Browser:
                 fields = {}
 
 
-class System:
+class System(Processes):
     """The newsroom and its services as processes, somebody who publishes, and browsers."""
 
     def __init__(self, url: str, folder: Path) -> None:
-        self.url = url
-        self.namespace = f"t{secrets.token_hex(8)}"
         self.promised: dict[str, str] = {}
         port, *web = free_ports(3)
         self._folder = folder
         self._base = f"http://127.0.0.1:{port}"
-        self._commands: dict[str, tuple[str, ...]] = {
+        commands: dict[str, tuple[str, ...]] = {
             "newsroom": ("examples.news", "--port", str(port), "--web", *map(str, web)),
         }
         for name in SERVICES:
-            worker = "rpcq", "worker", f"examples.news.{name}:{name}", "--job-prefetch", "4", "--log-level", "error"
-            self._commands[name] = worker
+            commands[name] = *WORKER, f"examples.news.{name}:{name}", "--job-prefetch", "4"
         for number, each in enumerate(web, 1):
             name = f"web-{number}"
-            self._commands[name] = "examples.news.web", "--name", name, "--port", str(each)
-        self._environment = environment(url) | {"RPCQ_NAMESPACE": self.namespace, "NEWS_FOLDER": str(folder)}
-        self._processes: dict[str, asyncio.subprocess.Process] = {}
+            commands[name] = "examples.news.web", "--name", name, "--port", str(each)
+        workers = {**dict.fromkeys(SERVICES, 1), "web": 2}
+        super().__init__(url, commands, {"NEWS_FOLDER": str(folder)}, workers, WATCHED)
         self.browsers = [Browser(self._base, "news"), Browser(self._base, "news.sport"), Browser(self._base, "news")]
-
-    async def start(self, name: str) -> None:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", *self._commands[name]),
-            cwd=ROOT,
-            env=self._environment,
-            stdout=asyncio.subprocess.PIPE if name == "newsroom" else None,
-        )
-        self._processes[name] = process
-        if process.stdout is not None:
-            assert (await process.stdout.readline()).startswith(b"serving ")
-
-    async def start_all(self) -> None:
-        for name in self._commands:  # the newsroom first: it makes tables and queues
-            await self.start(name)
-        async with Client(self.url, namespace=self.namespace) as client:
-            for name, workers in {**dict.fromkeys(SERVICES, 1), "web": 2}.items():
-                while len([found async for found in client.workers(name)]) < workers:
-                    pass
-
-    async def kill(self, name: str) -> None:
-        self._processes[name].kill()
-        await self._processes[name].wait()
-
-    async def end(self) -> None:
-        for process in self._processes.values():
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
 
     async def publish(self) -> None:
         """Publish one story after the other. Who gets no answer asks again, with the same ID."""
@@ -147,9 +105,8 @@ class System:
                 while story not in self.promised:
                     with contextlib.suppress(httpx.TransportError):
                         answer = await http.post("/stories", params=params)
-                        assert answer.status_code in (201, 502, 503, 504), (
-                            answer.text
-                        )  # of a call: it may be made again
+                        # Others than 201 are of a call that may be made again.
+                        assert answer.status_code in (201, 502, 503, 504), answer.text
                         if answer.status_code == 201:
                             self.promised[story] = topic
                     await asyncio.sleep(EVERY)
@@ -190,23 +147,11 @@ class System:
         dead = [self.rows(it, "select count(*) from rpcq_outbox_dead") for it in ("editor", "mobile", "emails", "web")]
         return sum(int(count) for ((count,),) in counts + dead)
 
-    async def left(self) -> dict[str, int]:
-        """The messages in queues, by the kind of the queue."""
-        found: dict[str, int] = {}
-        for depth in await QueueWatch(WATCHED, self.url, management="", namespace=self.namespace).look():
-            found[depth.kind] = found.get(depth.kind, 0) + depth.messages
-        return {kind: count for kind, count in found.items() if count}
-
 
 @pytest.fixture
 async def system(own: Broker, tmp_path: Path) -> AsyncIterator[System]:
-    made = System(own.url, tmp_path)
-    try:
-        await made.start_all()
-        await asyncio.sleep(2)  # the queues are new: see `Broker.kill`
+    async with running(System(own.url, tmp_path)) as made:
         yield made
-    finally:
-        await made.end()
 
 
 @asynccontextmanager
@@ -242,8 +187,8 @@ async def check(system: System) -> None:
         assert browser.positions == sorted(set(browser.positions))
     await until(lambda: not system.unsent(), LATE)
     async with asyncio.timeout(LATE):
-        while await system.left():  # noqa: ASYNC110 - the broker's queues
-            await asyncio.sleep(0.2)
+        depths = await system.drained()
+    assert depths["dead"] == depths["lost"] == 0
     assert system.got() == system.wanted()  # nothing more came of what was left
     assert system.kept() == kept
 
@@ -277,7 +222,7 @@ async def test_each_story_comes_once_to_all_who_asked_when_the_broker_is_killed_
 ) -> None:
     async with load(system):
         await more(system, 8)
-        assert not (await system.left()).get("delayed")
+        assert not (await system.depths())["delayed"]
         await asyncio.to_thread(own.kill)
         await asyncio.sleep(3)
         await asyncio.to_thread(own.start)

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import secrets
-import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,15 +22,12 @@ from sqlalchemy.engine import make_url
 from examples.shop.books import Books
 from examples.shop.outside import BAD_CARD
 from examples.shop.setup import NAMES, SERVICES, target
-from rpcq.observability.queues import QueueWatch
-from support.broker import Broker, Setup
-from support.broker import broker as a_broker
+from support.broker import Broker
 from support.ports import free_ports
-from support.producers import ROOT, SECONDS, environment
+from support.producers import SECONDS
+from support.systems import WORKER, Processes, running
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
-
-WORKER = ("-m", "rpcq", "worker", "--job-prefetch", "4", "--log-level", "error")
 
 PAUSE = 0.05
 """Seconds between two orders."""
@@ -45,56 +40,17 @@ KINDS: tuple[dict[str, Any], ...] = (
 """What customers order: half of it can be had."""
 
 
-@pytest.fixture(scope="module")
-def own() -> Iterator[Broker]:
-    """A broker that is killed."""
-    with a_broker(setup=Setup("loopback_users.guest = false\n")) as made:
-        yield made
-
-
-class System:
+class System(Processes):
     """The web app and the services as processes, and customers."""
 
     def __init__(self, url: str, database: str) -> None:
-        self.url = url
-        self.namespace = f"t{secrets.token_hex(8)}"
         self.promised: list[str] = []
         self.refused: Counter[str] = Counter()
         self.is_open = True
         (self._port,) = free_ports(1)
-        self._environment = environment(url) | {"RPCQ_NAMESPACE": self.namespace, "SHOP_DATABASE": database}
-        self.web: asyncio.subprocess.Process | None = None
-        self.workers: dict[str, asyncio.subprocess.Process] = {}
-
-    async def start(self, service: str) -> None:
-        command = (*WORKER, target(service))
-        self.workers[service] = await asyncio.create_subprocess_exec(
-            sys.executable, *command, cwd=ROOT, env=self._environment
-        )
-
-    async def kill(self, service: str) -> None:
-        process = self.workers.pop(service)
-        process.kill()
-        await process.wait()
-
-    async def start_web(self) -> None:
-        command = "-m", "examples.shop", "--no-workers", "--port", str(self._port)
-        self.web = web = await asyncio.create_subprocess_exec(
-            sys.executable, *command, cwd=ROOT, env=self._environment, stdout=asyncio.subprocess.PIPE
-        )
-        assert web.stdout is not None
-        assert (await web.stdout.readline()).startswith(b"serving ")
-
-    async def kill_web(self) -> None:
-        assert self.web is not None
-        self.web.kill()
-        await self.web.wait()
-
-    async def end(self) -> None:
-        for process in (self.web, *self.workers.values()):
-            if process is not None and process.returncode is None:
-                process.kill()
-                await process.wait()
+        web = "examples.shop", "--no-workers", "--port", str(self._port)
+        commands = {"web": web} | {name: (*WORKER, "--job-prefetch", "4", target(name)) for name in NAMES}
+        super().__init__(url, commands, {"SHOP_DATABASE": database}, dict.fromkeys(NAMES, 1), SERVICES)
 
     def browser(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=f"http://127.0.0.1:{self._port}", timeout=SECONDS)
@@ -127,14 +83,6 @@ class System:
         assert {it.status_code for it in found} == {200}
         return [it.json()["state"] for it in found]
 
-    async def depths(self) -> dict[str, int]:
-        """The messages that wait, by the kind of their queue."""
-        watch = QueueWatch(SERVICES, self.url, management="", namespace=self.namespace)
-        found: Counter[str] = Counter()
-        for depth in await watch.look():
-            found[depth.kind] += depth.messages
-        return dict(found)
-
 
 @pytest.fixture
 async def system(request: pytest.FixtureRequest, own: Broker, tmp_path: Path) -> AsyncIterator[System]:
@@ -143,15 +91,8 @@ async def system(request: pytest.FixtureRequest, own: Broker, tmp_path: Path) ->
     if getattr(request, "param", "sqlite") == "postgresql":
         url = make_url(request.getfixturevalue("database_url")).set(drivername="postgresql+asyncpg")
         database = url.render_as_string(hide_password=False)
-    made = System(own.url, database)
-    try:
-        await made.start_web()
-        for name in NAMES:
-            await made.start(name)
-        await asyncio.sleep(2)  # the queues are new: see `Broker.kill`
+    async with running(System(own.url, database)) as made:
         yield made
-    finally:
-        await made.end()
 
 
 async def until(condition: Callable[[], Awaitable[object]]) -> None:
@@ -205,10 +146,7 @@ async def check(system: System) -> None:
     assert found.refunded
     assert found.released
 
-    depths = await system.depths()
-    while depths["events"] or depths["suspects"] or depths["delayed"]:
-        await asyncio.sleep(0.1)
-        depths = await system.depths()
+    depths = await system.drained()
     assert depths["dead"] == depths["lost"] == 0
     assert (await system.books()).faults() == []
 
@@ -223,8 +161,8 @@ async def test_no_order_is_lost_and_no_card_charged_twice_when_each_service_is_k
             await taken(system, 10)  # nobody waits for it
             await system.start(name)
         await done(system, 5)
-        await system.kill_web()
-        await system.start_web()
+        await system.kill("web")
+        await system.start("web")
         await done(system, 10)
     await check(system)
     assert system.refused.total(), "no customer met the web app while it was down"
