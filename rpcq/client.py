@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from enum import Enum
+from functools import partial
 from types import TracebackType
 from typing import Any, Concatenate, Final, Literal, ParamSpec, Self, TypeVar, Unpack, overload
 
@@ -51,7 +52,6 @@ from rpcq.transport.sessions import Sessions
 from rpcq.url import checked_user, mask, parse
 from rpcq.validation.listing import lists_options
 from rpcq.wire import control
-from rpcq.wire.batches import MAX_BATCH
 from rpcq.wire.events import EventTopology, Publication
 from rpcq.wire.jobs import Job
 from rpcq.wire.replies import Reply
@@ -104,11 +104,9 @@ class Client:
             self._transport,
             self._sessions,
             self._calls,
-            name=self.options.name,
+            self.options,
             user=checked_user(self._url) if self.options.identify else "",
-            # A worker does not know this client's limit, and could exceed it only with a batch.
-            batches=self.options.batching and self.options.max_body >= MAX_BATCH,
-            unrun_within=self.options.unrun_within,
+            on_message=partial(self._observers.message, "requests") if self._observers.has_messages else None,
         )
         self._control = Control(self._transport, self.topology, self._sender.reply_queue, self._calls.next_id)
         self._invoker = Invoker(

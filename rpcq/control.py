@@ -13,7 +13,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Annotated, Any, Final, TypeVar
 
@@ -140,6 +140,7 @@ class ServiceInfo:
         lanes: whether its jobs of high and of low priority have queues of their own.
         subscriptions: its subscriptions; none from a worker of a version that does not describe them.
         ordered: whether its jobs may have an order key.
+        takes: calls that it wants in one message at most, now; 0 if each is to go alone.
 
     """
 
@@ -152,6 +153,7 @@ class ServiceInfo:
     lanes: bool = False
     subscriptions: tuple[SubscriptionInfo, ...] = ()
     ordered: bool = False
+    takes: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +299,7 @@ class Answerer:
         transport: sends the answers.
         info: the worker's description of itself.
         stats: called with the worker's name, host, process ID and seconds since its start; returns its state.
+        takes: called with the name of a service; returns how many calls it wants in one message.
         cancel: called with the key of a call whose caller is gone, and the properties of the control message.
         is_reply_queue: whether answers may be sent to a queue.
         reply_exchange: the exchange for answers; None for the default one.
@@ -310,6 +313,7 @@ class Answerer:
         info: WorkerInfo,
         stats: Callable[[str, str, int, float], WorkerStats],
         *,
+        takes: Callable[[str], int],
         cancel: Callable[[tuple[bytes, bytes], Properties], None],
         is_reply_queue: Callable[[bytes], bool],
         reply_exchange: str | None,
@@ -321,14 +325,22 @@ class Answerer:
         self._exchange = (reply_exchange or "").encode()
         self._encoder = replies.ReplyEncoder()
         ping = bodies.dumps({"name": info.name, "services": [service.name for service in info.services]})
-        description = _fitting(info, max_body)
+        descriptions: dict[tuple[int, ...], bytes] = {}  # by what the services take: it is costly to write
+
+        def get_description() -> bytes:
+            now = tuple(takes(service.name) for service in info.services)
+            if now not in descriptions:
+                services = (replace(it, takes=count) for it, count in zip(info.services, now, strict=True))
+                descriptions.clear()
+                descriptions[now] = _fitting(replace(info, services=tuple(services)), max_body)
+            return descriptions[now]
 
         def get_stats() -> bytes:
             return bodies.dumps(asdict(stats(info.name, info.host, info.pid, time.monotonic() - self._opened)))
 
         self._answers: dict[bytes, Callable[[], bytes]] = {
             control.PING: lambda: ping,
-            control.DESCRIBE: lambda: description,
+            control.DESCRIBE: get_description,
             control.STATS: get_stats,
         }
         self._questions: deque[tuple[bytes, bytes, bytes]] = deque()

@@ -20,6 +20,8 @@ JobOutcome = Literal[
     "", "done", "retried", "put_off", "dead", "suspect", "suppressed", "filtered", "dropped", "given_back"
 ]
 
+Carried = Literal["requests", "replies"]
+
 OK: Final = "OK"
 """The code of a call that did not fail, as in gRPC."""
 
@@ -286,6 +288,9 @@ class Observer:
     def on_batch(self, batch: ObservedBatch) -> None:
         """The handler of a batch has ended at a worker, for methods with a `batch`. Called in no call's context."""
 
+    def on_message(self, carried: Carried, calls: int) -> None:
+        """A client published requests in one message, or a worker replies, of so many calls. Resends count again."""
+
     def on_notice(self, reason: str) -> None:
         """A client got a notice that a queue gave up a request: "expired", "delivery_limit", ..."""
 
@@ -320,6 +325,7 @@ class Observers:
         publishes: functions to call with each event that is published.
         jobs: functions to call with each attempt of a job or an event.
         has_batches: whether an observer is called with batches.
+        has_messages: whether an observer is called with messages.
 
     """
 
@@ -332,6 +338,7 @@ class Observers:
         self.publishes = tuple(it.on_publish for it in self._overriding("on_publish"))
         self.jobs = tuple(it.on_job for it in self._overriding("on_job"))
         self.has_batches = bool(self._overriding("on_batch"))
+        self.has_messages = bool(self._overriding("on_message"))
 
     def _overriding(self, name: str) -> list[Observer]:
         return _overriding(self._observers, name)
@@ -351,6 +358,10 @@ class Observers:
     def batch(self, batch: ObservedBatch) -> None:
         """See `Observer.on_batch`."""
         self._call("on_batch", batch)
+
+    def message(self, carried: Carried, calls: int) -> None:
+        """See `Observer.on_message`."""
+        self._call("on_message", carried, calls)
 
     def notice(self, reason: str) -> None:
         """See `Observer.on_notice`."""

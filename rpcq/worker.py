@@ -13,11 +13,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from enum import Enum
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self, Unpack
 
 from rpcq import logs
-from rpcq.calls.intake import Intake, Taking
+from rpcq.calls.intake import Intake
 from rpcq.calls.replaying import Replays
 from rpcq.calls.replying import Replier
 from rpcq.control import Answerer, WorkerStats, describe
@@ -127,11 +128,13 @@ class Worker:
         ]
         self._replier = Replier(
             self._transport,
+            self._sessions,
             executor,
             Replays(MemoryResults(self.options.remember), self.options.max_body),
             reply_exchange=self.options.reply_exchange,
             max_body=self.options.max_body,
             observers=self._observers.requests,
+            on_message=partial(self._observers.message, "replies") if self._observers.has_messages else None,
         )
         self._intake = Intake(self._replier, self._sessions, self._topology, self.options, self._observers)
         info = describe(self.options, services)
@@ -139,6 +142,7 @@ class Worker:
             self._transport,
             info,
             self._stats,
+            takes=self._intake.takes,
             cancel=self._intake.cancel,
             is_reply_queue=self._intake.is_reply_queue,
             reply_exchange=self.options.reply_exchange,
@@ -218,7 +222,8 @@ class Worker:
         if self._closing is None:
             if self._phase is not Phase.SERVING:
                 return True
-            self._phase, self._intake.taking = Phase.STOPPING, Taking.REPLAYS
+            self._phase = Phase.STOPPING
+            self._intake.stop()
             self._stopping.set()
             self._closing = asyncio.get_running_loop().create_task(self._stop())
         return await asyncio.shield(self._closing)
@@ -244,8 +249,8 @@ class Worker:
 
     async def _abandon(self) -> None:
         """Take nothing more, cut off what still runs, and close."""
-        self._phase, self._intake.taking = Phase.STOPPED, Taking.NOTHING
-        await self._intake.waiting.close()
+        self._phase = Phase.STOPPED
+        await self._intake.close()
         left = [] if self._jobs is None else self._jobs.cut_off()
         for instance in self._instances:
             instance.vanish()
@@ -361,11 +366,12 @@ class Worker:
             state = await self._lifespans.enter_async_context(service.lifespan())
         found = []
         if service.is_called:
+            queue = self._topology.request_queue(
+                service.name, service.queue_type, service.queue, declare=service.declare_queue
+            )
             found.append(
                 Subscription(
-                    self._topology.request_queue(
-                        service.name, service.queue_type, service.queue, declare=service.declare_queue
-                    ),
+                    queue,
                     self._intake.serve(service, state),
                     prefetch=self.options.prefetch,
                     arguments=_HELD if service.queue_type == "quorum" else {},

@@ -1,6 +1,7 @@
 """Takes the requests that are delivered to a worker: reads each, and has it run or refused.
 
     delivery -> there is no way to reply to it               -> dropped
+             -> a message batch                              -> each of its requests, as if it had come alone:
              -> a redelivery of a call that is in hand here  -> the run takes it over
              -> its caller has cancelled the call            -> dropped
              -> admitted                                     -> Replier.begin
@@ -21,7 +22,10 @@ from typing import Any, Final
 
 from rpcq import logs
 from rpcq.calls.admission import ExpiredOnArrival, admit, why_it_may_have_run
-from rpcq.calls.replying import CallRun, Key, Replier
+from rpcq.calls.carrier import Carrier
+from rpcq.calls.in_hand import CallRun, Key
+from rpcq.calls.replying import Replier
+from rpcq.calls.slots import Slots
 from rpcq.errors import CallError, PermissionDenied, ServiceUnavailable, TooLarge
 from rpcq.observer import ObservedRequest, Observers
 from rpcq.options import MAX_PROPERTIES, MAX_TIMEOUT, WorkerOptions
@@ -30,6 +34,8 @@ from rpcq.service import Service
 from rpcq.transport.base import Delivery
 from rpcq.transport.sessions import Sessions
 from rpcq.wire import requests
+from rpcq.wire.batches import MAX_BATCH, read_requests
+from rpcq.wire.bodies import LINES, why_not_read
 from rpcq.wire.properties import MalformedProperties, Properties
 from rpcq.wire.requests import Request
 from rpcq.wire.topology import Topology
@@ -62,6 +68,7 @@ class Served:
 
     service: Service
     state: Any
+    slots: Slots
 
 
 @dataclass(eq=False, slots=True)
@@ -84,7 +91,8 @@ class Intake:
 
     Attributes:
         taking: what it does with requests.
-        waiting: requests that wait until something can be published.
+        waiting: messages that wait until something can be published.
+        slots: of the services that are served, by name.
         expired_on_arrival: requests answered and not run, because their deadline had passed.
 
     """
@@ -106,6 +114,7 @@ class Intake:
         self._allowed = [re.compile(pattern.encode()) for pattern in options.reply_to]
         self._cancels: dict[Key, float] = {}
         self._seldom = logs.Seldom(log)
+        self.slots: dict[str, Slots] = {}
         self.taking = Taking.ALL
         self.waiting: Backlog[Waiting] = Backlog(
             lambda: sessions.can_exchange, sessions.ready, lambda it: self._take(it.served, it.delivery)
@@ -114,7 +123,30 @@ class Intake:
 
     def serve(self, service: Service, state: Any) -> Callable[[Delivery], None]:
         """The callback for the deliveries of a service; `state` is what its lifespan yielded."""
-        return partial(self._on_delivery, Served(service, state))
+        # It asks for no messages that it would not keep. Smaller ones, which others asked for, it takes.
+        batching = service.batching and self._options.max_body >= MAX_BATCH
+        slots = Slots(self._options.prefetch, batching=batching)
+        self.slots[service.name] = slots
+        return partial(self._on_delivery, Served(service, state, slots))
+
+    def takes(self, service: str) -> int:
+        """How many calls a service wants in one message now; 0 for one."""
+        slots = self.slots.get(service)
+        return 0 if slots is None else slots.takes
+
+    def stop(self) -> None:
+        """Begin no new call: the worker shuts down."""
+        self.taking = Taking.REPLAYS
+        for slots in self.slots.values():
+            slots.close()
+            self._replier.turn_away_waiting(slots)
+
+    async def close(self) -> None:
+        """Take nothing more."""
+        self.taking = Taking.NOTHING
+        await self.waiting.close()
+        for slots in self.slots.values():
+            slots.release()
 
     def is_reply_queue(self, reply_to: bytes) -> bool:
         """Whether a queue is the reply queue of an rpcq client, by its name."""
@@ -144,41 +176,72 @@ class Intake:
             self._take(served, delivery)
 
     def _take(self, served: Served, delivery: Delivery) -> None:
+        """Take a message: a request, or several."""
         if self.taking is _NOTHING:
             return
-        replier = self._replier
         request = self._read(served.service, delivery)
         if request is None:
             delivery.ack()
+        elif request.is_batch and not request.problem:
+            self._take_batch(served, delivery, request)
+        else:
+            served.slots.took(delivery, 1)
+            self._take_request(served, delivery, request, delivery.body, delivery.body_size)
+
+    def _take_batch(self, served: Served, delivery: Delivery, batch: Request) -> None:
+        """Take the requests in a message batch, each for itself."""
+        if not served.service.batching:
+            batch.problem = why_not_read(LINES, None)
+        elif len(delivery.properties) > MAX_PROPERTIES:  # each request would share its headers
+            batch.problem = f"its properties are over {MAX_PROPERTIES} bytes"
+        else:
+            try:
+                found = read_requests(batch, delivery.body)
+            except ValueError as error:
+                batch.problem = f"it is no message batch of requests: {error}"
+        if batch.problem:
+            served.slots.took(delivery, 1)
+            self._take_request(served, delivery, batch, delivery.body, delivery.body_size)
             return
+        served.slots.took(delivery, len(found))
+        carrier = Carrier(delivery, len(found))
+        for request, body in found:
+            self._take_request(served, carrier, request, body, len(body))
+
+    def _take_request(
+        self, served: Served, delivery: Delivery | Carrier, request: Request, body: bytes | None, body_size: int
+    ) -> None:
+        replier, slots = self._replier, served.slots
         key = request.reply_to, request.correlation_id
         if delivery.redelivered and replier.in_hand.adopt(key, delivery):
             return  # its first delivery came over a session that was lost, and it is still in hand
         if self._cancels and self._cancels.pop(key, None) is not None:
-            delivery.ack()
+            slots.settled(delivery)
             return
         moved = delivery.exchange != self._requests
         may_have_run = None
         if delivery.redelivered or moved:
             may_have_run = why_it_may_have_run(request, redelivered=delivery.redelivered, moved=moved)
         if may_have_run is not None and key in replier.in_hand:
-            delivery.ack()  # a copy of a call that is in hand here, and will be replied to
+            slots.settled(delivery)  # a copy of a call that is in hand here, and will be replied to
             return
-        run = CallRun(replier, delivery, key, may_have_run)
+        run = CallRun(replier, slots, delivery, key, may_have_run)
         run.reads_batches = request.reads_batches and served.service.batching
         if self._observers.requests:
-            run.observed = self._observe(served.service, request, delivery)
+            run.observed = self._observe(served.service, request, body_size)
         now = time.monotonic()
         try:
             if self.taking is _REPLAYS and may_have_run is None:
                 raise ServiceUnavailable("the worker shuts down, and did not begin")
+            if slots.held >= slots.most_held:
+                raise ServiceUnavailable(f"the worker has {slots.held} calls in hand already, and did not begin")
             if len(delivery.properties) > MAX_PROPERTIES:
                 raise TooLarge(f"the properties are {len(delivery.properties)} bytes; the limit is {MAX_PROPERTIES}")
             invocation = admit(
                 served.service,
                 request,
-                delivery.body,
-                delivery.body_size,
+                body,
+                body_size,
                 may_have_run=may_have_run,
                 max_body=self._options.max_body,
                 wall_ms=time.time() * 1000,
@@ -215,7 +278,7 @@ class Intake:
         self._seldom.warning("request dropped", service=service.name, correlation_id=correlation_id, cause=why)
         return None
 
-    def _observe(self, service: Service, request: Request, delivery: Delivery) -> ObservedRequest:
+    def _observe(self, service: Service, request: Request, body_size: int) -> ObservedRequest:
         """The request as observers see it. A method that does not exist has no name: metrics must stay bounded."""
         method = service.find(request.method)
         name, label = ("", service.name) if method is None else (method.name, method.label)
@@ -224,7 +287,7 @@ class Intake:
         observed.attempt = request.attempt if type(request.attempt) is int else 1
         observed.caller = request.app_id
         observed.headers = request.headers
-        observed.body_size = delivery.body_size
+        observed.body_size = body_size
         return observed
 
     def _report_refused(self, service: Service, error: CallError, key: Key) -> None:

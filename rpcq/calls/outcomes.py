@@ -14,6 +14,7 @@ declared the call idempotent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum, auto
 from typing import Final
@@ -28,7 +29,7 @@ from rpcq.errors import (
     TooLarge,
 )
 from rpcq.transport.base import Published
-from rpcq.wire.bodies import loads
+from rpcq.wire.bodies import dumps, loads
 from rpcq.wire.replies import ERROR, Notice, Reply
 
 MAX_ATTEMPTS: Final = 3
@@ -200,6 +201,23 @@ _CREATED: Final = State.CREATED
 Outcome = Reply | CallError
 
 
+class Together:
+    """The calls whose requests are in one message. It is a carrier: what becomes of it is for each of them.
+
+    Attributes:
+        batch_id: the correlation ID of the message.
+        calls: those whose requests it has, and that still wait for news of it, in their order. One that has ended is
+            not kept here: its result may be large, and another call of the message may take long.
+
+    """
+
+    __slots__ = ("batch_id", "calls")
+
+    def __init__(self, batch_id: bytes, calls: Sequence[Call]) -> None:
+        self.batch_id = batch_id
+        self.calls = dict.fromkeys(calls)
+
+
 class Call:
     """One call under way. Subclasses send its requests and take its outcome.
 
@@ -210,10 +228,11 @@ class Call:
         state: how far the call is.
         sent: requests handed to the transport.
         attempt: 1 + the number of earlier requests that may have run.
+        together: the message batch that its last request is in; None if that went alone, or the call has ended.
 
     """
 
-    __slots__ = ("attempt", "correlation_id", "idempotent", "request_id", "sent", "state")
+    __slots__ = ("attempt", "correlation_id", "idempotent", "request_id", "sent", "state", "together")
 
     def __init__(self, correlation_id: bytes, *, idempotent: bool) -> None:
         self.correlation_id = correlation_id
@@ -222,6 +241,7 @@ class Call:
         self.state = _CREATED
         self.sent = 0
         self.attempt = 1
+        self.together: Together | None = None
 
     def ended(self, outcome: Outcome) -> None:
         """The call has ended. Called once; never if its caller is gone."""
@@ -257,6 +277,15 @@ def for_call(call: Call, error: CallError) -> CallError:
 
 _LONGEST_SIGNAL: Final = 4096
 """Bytes. The two errors of workers that do not end a call are written by rpcq, and short."""
+
+_MISREAD: Final = dumps(
+    {
+        "code": "INTERNAL",
+        "message": "a program took a message with several requests for one request, and replied to that",
+        "executed": "maybe",
+        "retryable": False,
+    }
+)
 
 _OF_PUBLISHED: Final = {
     Published.CONFIRMED: CallEvent.CONFIRM,
@@ -297,6 +326,27 @@ def event_of_reply(reply: Reply) -> tuple[CallEvent, str]:
             case {"code": "ABORTED", "executed": "maybe"}:
                 return CallEvent.WORKER_LOST, str(said.get("message") or "")
     return CallEvent.REPLY, ""
+
+
+def event_of_refusal(reply: Reply) -> tuple[CallEvent, Reply, str]:
+    """The event, for each call in a message batch, of a reply to the message: its worker does not read such messages.
+
+    A worker that refuses what it cannot read says `no`, or `maybe` if the message may have been delivered before.
+    Anything else comes of a program that took the message for one request, and says nothing of its calls.
+    """
+    if reply.kind == ERROR and reply.body is not None and len(reply.body) <= _LONGEST_SIGNAL:
+        try:
+            said = loads(reply.body)
+        except ValueError:
+            said = None
+        match said:
+            case {"executed": "no"}:
+                return CallEvent.TURNED_AWAY, reply, ""
+            case {"code": "ABORTED", "executed": "maybe"}:
+                return CallEvent.WORKER_LOST, reply, str(said.get("message") or "")
+            case {"code": "DEADLINE_EXCEEDED", "executed": "maybe"}:
+                return CallEvent.REPLY, reply, ""
+    return CallEvent.REPLY, Reply(reply.correlation_id, ERROR, _MISREAD), ""
 
 
 def event_of_notice(notice: Notice, *, is_unrun: bool) -> tuple[CallEvent, str]:

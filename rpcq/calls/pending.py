@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
-from rpcq.calls.outcomes import MAX_ATTEMPTS, TABLE, Act, Call, CallEvent, State, error_of, for_call
+from rpcq.calls.outcomes import MAX_ATTEMPTS, TABLE, Act, Call, CallEvent, State, Together, error_of, for_call
 from rpcq.errors import ConfigurationError, Overloaded
 from rpcq.wire.replies import Reply
 
@@ -49,6 +49,7 @@ class PendingCalls:
 
     def __init__(self, limit: int) -> None:
         self._calls: dict[bytes, Call] = {}
+        self._together: dict[bytes, Together] = {}  # by the correlation IDs of message batches
         self._limit = limit
         self._prefix = secrets.token_hex(4).encode() + b"-"
         self._count = 0  # of times that IDs were made
@@ -118,6 +119,17 @@ class PendingCalls:
         else:
             self.duplicate += 1
 
+    def put_together(self, batch_id: bytes, calls: Sequence[Call]) -> None:
+        """Note that the last requests of these calls are in one message, with this correlation ID."""
+        together = self._together[batch_id] = Together(batch_id, calls)
+        for call in calls:
+            call.together = together
+
+    def together(self, batch_id: bytes) -> Sequence[Call]:
+        """The calls whose last requests are in this message, and that have no other news. Empty if there are none."""
+        found = self._together.get(batch_id)
+        return () if found is None else list(found.calls)
+
     def write(self, call: Call) -> bytes:
         """Note that a request of the call is about to be handed to the transport; returns the request's ID.
 
@@ -139,7 +151,10 @@ class PendingCalls:
         act = transition.act
         if act is _NOTHING:
             call.state = transition.state
-        elif act is _ANSWER:
+            return
+        if call.together is not None:
+            self._leave(call, call.together)
+        if act is _ANSWER:
             assert reply is not None  # noqa: S101 - the table has ANSWER only for REPLY
             self._end(call)
             call.ended(reply)
@@ -159,6 +174,13 @@ class PendingCalls:
         else:
             self._end_unanswered(call)
             call.ended(error_of(call, transition, why))
+
+    def _leave(self, call: Call, together: Together) -> None:
+        """No news of the message that its last request was in is for this call any more."""
+        call.together = None
+        del together.calls[call]
+        if not together.calls:
+            del self._together[together.batch_id]
 
     def _end(self, call: Call) -> None:
         call.state = _DONE

@@ -22,11 +22,16 @@ from rpcq.wire.batches import MAX_BATCH, Entry
 from rpcq.wire.topology import DIRECT_REPLY_TO
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from rpcq.calls.replying import CallRun
+    from rpcq.calls.in_hand import CallRun
+    from rpcq.calls.slots import Slots
 
 _CONFIRMED: Final = Published.CONFIRMED  # a name of its own: getting at an enum's member is slow in CPython 3.11
+
+
+Destination = tuple[bytes, "Slots"]
+"""A reply queue, and the service whose replies go there: a message batch says what one service takes."""
 
 
 class Reported(Protocol):
@@ -69,12 +74,13 @@ class _Batch(Outgoing):
     __slots__ = ("held", "post")
 
     def __init__(self, post: Post, held: Sequence[tuple[CallRun, Entry]], exchange: bytes, batch_id: bytes) -> None:
-        reply_to = held[0][0].key[0]
+        run = held[0][0]
+        reply_to = run.key[0]
         super().__init__(
             exchange,
             reply_to,
             batch_id,
-            batches.write_properties(batch_id),
+            batches.write_properties(batch_id, run.slots.takes),
             batches.write_replies([entry for _, entry in held]),
             not reply_to.startswith(DIRECT_REPLY_TO),
         )
@@ -102,24 +108,33 @@ class Post:
         reported: what hears what became of each.
         exchange: the exchange that they go through; empty for the default one.
         max_body: the most bytes of a message.
+        on_message: called with the number of replies in each message; None for no callback.
 
     Attributes:
         messages: how many messages the replies took.
 
     """
 
-    def __init__(self, transport: Transport, reported: Reported, exchange: bytes, max_body: int) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        reported: Reported,
+        exchange: bytes,
+        max_body: int,
+        on_message: Callable[[int], None] | None = None,
+    ) -> None:
         self._transport = transport
         self.reported = reported
+        self._on_message = on_message
         self._exchange = exchange
         self._most = min(MAX_BATCH, max_body)
         self._encoder = replies.ReplyEncoder()
         self._unsent: Backlog[Outgoing] = Backlog(lambda: transport.can_publish, transport.writable, transport.publish)
         self._abandoned = False
         self._loop: asyncio.AbstractEventLoop
-        # The clients that got a reply in this iteration of the event loop -> what waits for its end.
-        self._held: dict[bytes, list[tuple[CallRun, Entry]]] = {}
-        self._sizes: dict[bytes, int] = {}
+        # The clients that got a reply in this iteration of the event loop, by service -> what waits for its end.
+        self._held: dict[Destination, list[tuple[CallRun, Entry]]] = {}
+        self._sizes: dict[Destination, int] = {}
         self._batches = 0
         self.messages = 0
 
@@ -138,14 +153,14 @@ class Post:
     def post(self, run: CallRun, kind: bytes, body: bytes) -> None:
         """Publish the reply to a request that wants one."""
         if run.reads_batches and batches.fits(run.key[1], body):
-            reply_to = run.key[0]
-            held = self._held.get(reply_to)
+            destination = run.key[0], run.slots
+            held = self._held.get(destination)
             if held is not None:
                 self._hold(held, run, Entry(run.key[1], kind, run.queue_ms, run.handler_ms, body))
                 return
             if not self._held:
                 self._loop.call_soon(self._flush)
-            self._held[reply_to] = []
+            self._held[destination] = []
         self._post_alone(run, kind, run.queue_ms, run.handler_ms, body)
 
     def post_singly(self, held: Sequence[tuple[CallRun, Entry]], size: int) -> None:
@@ -163,19 +178,25 @@ class Post:
         return True
 
     def _post_alone(self, run: CallRun, kind: bytes, queue_ms: float | None, handler_ms: float, body: bytes) -> None:
-        self.messages += 1
-        properties = self._encoder.encode(kind, run.key[1], queue_ms, handler_ms)
+        self._count(1)
+        takes = run.slots.takes if run.reads_batches else 0
+        properties = self._encoder.encode(kind, run.key[1], queue_ms, handler_ms, takes)
         self._transport.publish(_Reply(self, run, self._exchange, properties, body))
 
+    def _count(self, replies: int) -> None:
+        self.messages += 1
+        if self._on_message is not None:
+            self._on_message(replies)
+
     def _hold(self, held: list[tuple[CallRun, Entry]], run: CallRun, entry: Entry) -> None:
-        reply_to = run.key[0]
-        size = self._sizes.get(reply_to, 0) + entry.size
+        destination = run.key[0], run.slots
+        size = self._sizes.get(destination, 0) + entry.size
         if size > self._most and held:
-            self._held[reply_to] = []
+            self._held[destination] = []
             self._publish(held)
-            held, size = self._held[reply_to], entry.size
+            held, size = self._held[destination], entry.size
         held.append((run, entry))
-        self._sizes[reply_to] = size
+        self._sizes[destination] = size
 
     def _flush(self) -> None:
         """The iteration has ended: publish what waited for that."""
@@ -190,6 +211,6 @@ class Post:
             ((run, it),) = held
             self._post_alone(run, it.kind, it.queue_ms, it.handler_ms, it.body)
             return
-        self.messages += 1
+        self._count(len(held))
         self._batches += 1
         self._transport.publish(_Batch(self, held, self._exchange, b"replies-%x" % self._batches))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
 import pydantic
 
 from rpcq import logs
-from rpcq.calls.outcomes import Call, CallEvent, event_of_notice, event_of_reply, for_call
+from rpcq.calls.outcomes import Call, CallEvent, event_of_notice, event_of_refusal, event_of_reply, for_call
 from rpcq.calls.pending import PendingCalls
 from rpcq.calls.sending import ClientCall, Sender
 from rpcq.contracts import Result, result_adapter
@@ -70,6 +70,7 @@ class Receiver:
         if type(came) is Reply and came.kind == replies.RESULT and delivery.exchange != self._notices:
             call = self._calls.get(came.correlation_id)  # by the ID of any of its requests: one of them ran
             if call is not None:
+                self._note_takes(call, came.takes)
                 self._calls.happened(call, _REPLY, came)
                 return
         self._take_other(delivery, came)
@@ -95,13 +96,22 @@ class Receiver:
         except ValueError as error:
             self._drop("a malformed batch of replies is dropped", cause=str(error))
             return
-        calls = self._calls
+        calls, heard = self._calls, False
         for reply in found:
-            call = calls.get(reply.correlation_id) if reply.kind == replies.RESULT else None
-            if call is not None:
-                calls.happened(call, _REPLY, reply)
-            else:
+            call = calls.get(reply.correlation_id)
+            if call is None or reply.kind != replies.RESULT:
                 self._take_news(reply, reply.body)
+                continue
+            if not heard:
+                heard = True
+                self._note_takes(call, batch.takes)
+            calls.happened(call, _REPLY, reply)
+
+    def _note_takes(self, call: Call, takes: int) -> None:
+        """Note how many calls the service of a call wants in one message, as a worker said with its reply."""
+        gathering = self._sender.gathering
+        if takes != gathering.told.get(call.target.routing_key, 0):  # type: ignore[attr-defined]  # it is a ClientCall
+            gathering.told_by(cast("ClientCall", call), takes)
 
     def _take_news(self, came: Reply | Notice, body: bytes | None) -> None:
         """Take a reply that is not the result of a call under way, or a notice."""
@@ -110,9 +120,12 @@ class Receiver:
             return
         if isinstance(came, Reply) and self._take_of_jobs(came):
             return
+        call = self._calls.get(request_id)
+        if call is None and (together := self._calls.together(request_id)):
+            self._take_news_of_batch(came, cast("Sequence[ClientCall]", together))
+            return
         if isinstance(came, Notice):
             self._observers.notice(came.reason)
-        call = self._calls.get(request_id)
         if call is None:
             self._calls.count_unmatched(request_id)
             log.debug("reply for no call under way", correlation_id=request_id.decode("utf-8", "replace"))
@@ -123,6 +136,21 @@ class Receiver:
             self._calls.happened(call, event, came, why)
         else:
             is_unrun = came.reason == "expired" and self._sender.is_unrun(cast("ClientCall", call), came)
+            event, why = event_of_notice(came, is_unrun=is_unrun)
+            self._calls.happened(call, event, why=why)
+
+    def _take_news_of_batch(self, came: Reply | Notice, calls: Sequence[ClientCall]) -> None:
+        """Take news of a message batch: it is for each of its calls that has none of its own."""
+        if isinstance(came, Reply):
+            event, reply, why = event_of_refusal(came)
+            if event_of_reply(came)[0] is not CallEvent.TURNED_AWAY:  # that one shuts down: others may read them
+                self._sender.gathering.bar(calls[0].target.routing_key)
+            for call in calls:
+                self._calls.happened(call, event, reply, why)
+            return
+        for call in calls:
+            self._observers.notice(came.reason)
+            is_unrun = came.reason == "expired" and self._sender.is_unrun(call, came)
             event, why = event_of_notice(came, is_unrun=is_unrun)
             self._calls.happened(call, event, why=why)
 

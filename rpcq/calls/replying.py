@@ -2,11 +2,11 @@
 
 A request is in hand from `begin` or `refuse` until it is acknowledged, once the broker has confirmed the reply:
 
-    begin -> execution.Executor -> CallRun.returned | raised | interrupted -+
-    refuse -----------------------------------------------------------------+-> reply -> confirmed -> acknowledged
+    begin -> a slot -> execution.Executor -> CallRun.returned | raised | interrupted -+
+    refuse ---------------------------------------------------------------------------+-> reply -> confirm -> ack
 
-How a reply is published, alone or with others, is decided in `rpcq.calls.posting`; whether a request may run is decided
-before, in `rpcq.calls.admission`.
+A call has its slot until its handler has ended. How a reply is published, alone or with others, is decided in
+`rpcq.calls.posting`; whether a request may run is decided before, in `rpcq.calls.admission`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
 from rpcq import logs, observer
 from rpcq.calls.admission import CallInvocation, MayHaveRun, never_no
 from rpcq.calls.authorization import authorize
+from rpcq.calls.in_hand import CallRun, CallsInHand, Key
 from rpcq.calls.posting import Post
 from rpcq.calls.replaying import Replays
+from rpcq.calls.slots import Slots
 from rpcq.errors import (
     CallError,
     CallTimeout,
@@ -38,7 +41,9 @@ from rpcq.execution import Enter, Executor, Run
 from rpcq.invocation import Interruption, Invocation, Refused, Unfit
 from rpcq.observer import CANCELLED, OK, Endings, ObservedRequest
 from rpcq.results import StoredResult
-from rpcq.transport.base import Delivery, Published, Transport
+from rpcq.runtime.backlog import Backlog
+from rpcq.transport.base import Published, Transport
+from rpcq.transport.sessions import Sessions
 from rpcq.validation.attributes import write_details
 from rpcq.wire import bodies, replies
 
@@ -47,135 +52,19 @@ log = logs.get_logger("rpcq.worker")
 CUT_OFF_TIMEOUT: Final = 2.0
 """Seconds that the broker has to confirm the replies to callers whose handlers were cut off."""
 
-Key = tuple[bytes, bytes]
-"""reply_to and correlation ID: they name a call among those of all clients. Without reply_to, no reply is wanted."""
-
-
-class CallRun(Run):
-    """A request in hand; once its handler has ended, the reply to it.
-
-    Attributes:
-        replier: what replies to it.
-        delivery: what is acknowledged at the end.
-        key: the key of the call.
-        may_have_run: why the call may have run before; None if it certainly has not.
-        queue_ms: milliseconds since the caller sent it; None if the request does not say.
-        reads_batches: whether the reply may go with others, in a message batch.
-        said: the content of an error reply; None for a result.
-        observed: what observers see of it; None without observers, and after their callbacks at its end.
-        endings: the callbacks of observers for its end; None before they were called with its beginning.
-
-    """
-
-    __slots__ = (
-        "delivery",
-        "endings",
-        "key",
-        "may_have_run",
-        "observed",
-        "queue_ms",
-        "reads_batches",
-        "replier",
-        "said",
-    )
-
-    def __init__(self, replier: Replier, delivery: Delivery, key: Key, may_have_run: MayHaveRun | None = None) -> None:
-        super().__init__()
-        self.replier = replier
-        self.delivery = delivery
-        self.key = key
-        self.may_have_run = may_have_run
-        self.queue_ms: float | None = None
-        self.reads_batches = False
-        self.said: dict[str, Any] | None = None
-        self.observed: ObservedRequest | None = None
-        self.endings: Endings[ObservedRequest] | None = None
-
-    @property
-    def id(self) -> str:
-        """The correlation ID, for logs."""
-        return self.key[1].decode("utf-8", "replace")
-
-    def returned(self, invocation: Invocation, value: Any) -> None:
-        """See `Run`."""
-        self.replier.returned(self, invocation, value)  # type: ignore[arg-type]  # it runs calls only
-
-    def raised(self, invocation: Invocation, error: BaseException) -> None:
-        """See `Run`."""
-        self.replier.raised(self, invocation, error)  # type: ignore[arg-type]  # it runs calls only
-
-    def interrupted(self, invocation: Invocation, why: Interruption) -> None:
-        """See `Run`."""
-        self.replier.interrupted(self, invocation, why)
-
-
-class CallsInHand:
-    """The requests in hand, by the key of their call."""
-
-    def __init__(self) -> None:
-        self._by_key: dict[Key, CallRun] = {}
-        self._others: set[CallRun] = set()  # no reply is wanted, or the caller used a correlation ID twice
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    def __len__(self) -> int:
-        return len(self._by_key) + len(self._others)
-
-    def __iter__(self) -> Iterator[CallRun]:
-        return iter((*self._by_key.values(), *self._others))  # a copy: they change meanwhile
-
-    def __contains__(self, key: Key) -> bool:
-        """Whether a call that wants a reply is in hand under this key."""
-        return bool(key[0]) and key in self._by_key
-
-    def get(self, key: Key) -> CallRun | None:
-        """The call that wants a reply and is in hand under this key."""
-        return self._by_key.get(key)
-
-    def add(self, run: CallRun) -> None:
-        """Take a request in hand."""
-        if not run.key[0] or self._by_key.setdefault(run.key, run) is not run:
-            self._others.add(run)
-        self._idle.clear()
-
-    def remove(self, run: CallRun) -> None:
-        """It is acknowledged."""
-        if self._by_key.get(run.key) is run:
-            del self._by_key[run.key]
-        else:
-            self._others.discard(run)
-        if not self._by_key and not self._others:
-            self._idle.set()
-
-    def adopt(self, key: Key, delivery: Delivery) -> bool:
-        """Let a call that is still in hand take over its redelivery. Returns False if there is no such call.
-
-        The session of its first delivery is gone. If the redelivery came over that very session, it is another call
-        with the same reply_to and correlation ID.
-        """
-        if not key[0]:
-            return False
-        for run in (self._by_key.get(key), *self._others):
-            if run is not None and run.key == key and run.delivery.source is not delivery.source:
-                run.delivery = delivery
-                return True
-        return False
-
-    async def none_left(self) -> None:
-        """Wait until nothing is in hand."""
-        await self._idle.wait()
-
 
 class Replier:
     """Runs requests or refuses them, replies, and acknowledges once the broker has the reply.
 
     Args:
         transport: where replies go.
+        sessions: the worker's sessions.
         executor: what runs handlers.
         replays: runs calls with an idempotency key once.
         reply_exchange: the exchange that replies go through; None for the default one.
         max_body: bytes of a reply.
         observers: of requests, as `Observers.requests` has them.
+        on_message: called with the number of replies in each message; None for no callback.
 
     Attributes:
         in_hand: the requests that are not acknowledged yet.
@@ -188,17 +77,22 @@ class Replier:
     def __init__(
         self,
         transport: Transport,
+        sessions: Sessions,
         executor: Executor,
         replays: Replays,
         *,
         reply_exchange: str | None,
         max_body: int,
         observers: Sequence[Callable[[ObservedRequest], Callable[[ObservedRequest], None] | None]],
+        on_message: Callable[[int], None] | None,
     ) -> None:
         self._transport = transport
+        self._sessions = sessions
+        # Services whose calls have free slots, and wait until a reply could be published.
+        self._held_up: Backlog[Slots] = Backlog(lambda: sessions.can_exchange, sessions.ready, self.begin_waiting)
         self._executor = executor
         self._replays = replays
-        self._post = Post(transport, self, (reply_exchange or "").encode(), max_body)
+        self._post = Post(transport, self, (reply_exchange or "").encode(), max_body, on_message)
         self._max_body = max_body
         self._observers = observers
         self._abandoned = False
@@ -224,9 +118,57 @@ class Replier:
         return self._replays.replayed
 
     def begin(self, run: CallRun, invocation: CallInvocation, now: float) -> None:
-        """Start the handler; `now` on `time.monotonic()`."""
+        """Start the handler as soon as a slot is free; `now` on `time.monotonic()`."""
         run.queue_ms = invocation.queue_ms
+        slots = run.slots
+        slots.held += 1
         self.in_hand.add(run)
+        if slots.running < slots.prefetch and not slots.waiting:
+            self._start(run, invocation, now)
+        else:
+            run.is_waiting = True
+            slots.waiting.append(run)
+            self._executor.hold(run, invocation, now)
+
+    def begin_waiting(self, slots: Slots) -> None:
+        """Start the handlers of calls that wait, while slots are free."""
+        if slots.is_beginning:
+            return  # a handler ended at once, and the loop below goes on
+        slots.is_beginning = True
+        try:
+            while slots.waiting and slots.running < slots.prefetch and self._can_begin:
+                run = self._next(slots)
+                if run.invocation is not None:  # else it has ended
+                    self._start(run, run.invocation, time.monotonic())  # type: ignore[arg-type]  # it runs calls only
+        finally:
+            slots.is_beginning = False
+        if slots.waiting and slots.running < slots.prefetch and not self._abandoned:
+            self._held_up.add(slots)
+
+    @property
+    def _can_begin(self) -> bool:
+        """Whether a reply could be published now: no call begins that cannot be replied to."""
+        return not self._abandoned and self._sessions.can_exchange
+
+    def turn_away_waiting(self, slots: Slots) -> None:
+        """Reply to the calls that wait that they did not begin: the worker shuts down."""
+        while slots.waiting:
+            run = self._next(slots)
+            if (invocation := run.invocation) is not None:
+                self._executor.drop(run)
+                self._refuse(run, ServiceUnavailable(f"the worker of {invocation.method.label} shuts down"))
+
+    def _next(self, slots: Slots) -> CallRun:
+        """Take the first of the calls that wait. One that ended meanwhile gives its place free now."""
+        run = slots.waiting.popleft()
+        run.is_waiting = False
+        if run.is_over:
+            self.acknowledge(run)
+        return run
+
+    def _start(self, run: CallRun, invocation: CallInvocation, now: float) -> None:
+        run.slots.running += 1
+        run.has_slot = True
         around = None
         if invocation.authorize is not None or invocation.deduplication is not None or run.observed is not None:
             around = partial(self._around, run, invocation)
@@ -234,6 +176,7 @@ class Replier:
 
     def refuse(self, run: CallRun, error: CallError) -> None:
         """Reply with an error, and run nothing."""
+        run.slots.held += 1
         self.in_hand.add(run)
         self._refuse(run, error)
 
@@ -266,6 +209,10 @@ class Replier:
         self._abandoned = True
         self._post.abandon()
         runs = list(self.in_hand)
+        for run in runs:
+            if run.is_over:
+                self.acknowledge(run)
+        runs = list(self.in_hand)
         if runs:
             log.error("calls cut off", count=len(runs), correlation_ids=[run.id for run in runs[:20]])
         await self._executor.abandon([*runs, *others])
@@ -276,6 +223,7 @@ class Replier:
         for run in runs:
             if run.result is not None:
                 run.result.cancel()  # its thread may end after the loop
+        await self._held_up.close()
         await self._post.close()
         await self._replays.close()
 
@@ -328,6 +276,8 @@ class Replier:
             case Interruption.CANCELLED:
                 if run.observed is not None:
                     self._observe_end(run, run.observed, CANCELLED)
+                if run.has_slot:
+                    self._free(run)
                 self.acknowledge(run)
             case Interruption.TIMED_OUT:
                 self._reply_error(run, CallTimeout(f"{label} ran into the deadline after {seconds}", executed="yes"))
@@ -385,6 +335,8 @@ class Replier:
 
     def _reply(self, run: CallRun, kind: bytes, body: bytes) -> None:
         run.task = None
+        if run.has_slot:
+            self._free(run)
         if not run.key[0]:
             self.acknowledge(run)
             return
@@ -413,14 +365,38 @@ class Replier:
             self.acknowledge(run)  # no reply can reach the caller
 
     def acknowledge(self, run: CallRun) -> None:
-        """Acknowledge, but not before the thread has ended: until then, its slot of the prefetch is in use."""
+        """Acknowledge, but not before the thread has ended: until then, its slot of the prefetch is in use.
+
+        Nor while the call would still wait for a slot. If what expires there made room for the next message, a worker
+        without a free slot would go on taking calls, and let them expire, while other workers are idle.
+        """
+        if run.is_waiting and not self._abandoned:
+            run.is_over = True
+            return
         if run.outlasts and not self._abandoned:
             assert run.result is not None  # noqa: S101 - made with the thread
             run.result.add_done_callback(lambda _: self.acknowledge(run))
             return
         self.in_hand.remove(run)
         self.finished += 1
-        run.delivery.ack()
+        run.slots.held -= 1
+        run.slots.settled(run.delivery)
+
+    def _free(self, run: CallRun) -> None:
+        """Free the slot of a call, but not before its thread has ended."""
+        if not run.has_slot:
+            return
+        if run.outlasts and not self._abandoned:
+            assert run.result is not None  # noqa: S101 - made with the thread
+            run.result.add_done_callback(lambda _: self._free(run))
+            return
+        run.has_slot = False
+        slots = run.slots
+        slots.running -= 1
+        if run.began:
+            slots.ended(run.handler_ms)
+        if slots.waiting:
+            self.begin_waiting(slots)
 
     # Observing.
 

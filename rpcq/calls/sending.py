@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from rpcq import logs
+from rpcq.calls.gathering import Gathering
 from rpcq.calls.outcomes import Call, CallEvent, Outcome, event_of_deadline, event_of_published
 from rpcq.calls.pending import PendingCalls
 from rpcq.calls.targets import Target
-from rpcq.options import CallOptions
+from rpcq.options import CallOptions, ClientOptions
 from rpcq.runtime.backlog import Backlog
 from rpcq.runtime.timeouts import Bucket
 from rpcq.transport.base import Outgoing, Published, Transport
 from rpcq.transport.sessions import Sessions
 from rpcq.wire import requests
+from rpcq.wire.batches import MAX_BATCH
+from rpcq.wire.bodies import LINES
 from rpcq.wire.replies import Notice
 
 RESEND_PAUSE: Final = 0.01
@@ -138,16 +141,16 @@ class Sender:
         transport: what carries them.
         sessions: the client's sessions.
         calls: the table of calls under way.
-        name: the client's name, for the requests.
+        options: the client's.
         user: the broker's user, for the requests of a client that identifies itself; else empty.
-        batches: whether the client reads message batches.
-        unrun_within: seconds; if a request expires within this time after it was sent, it was never delivered.
+        on_message: called with the number of requests in each message; None for no callback.
 
     Attributes:
         loop: the event loop, once opened.
         encoder: encodes requests with the name of the reply queue; None while the consuming session is down.
         waiting: calls that wait until they can be sent, in order.
         resent: requests that were sent again, because a session was lost or a worker turned the call away.
+        gathering: gathers requests that go in one message.
 
     """
 
@@ -156,23 +159,26 @@ class Sender:
         transport: Transport,
         sessions: Sessions,
         calls: PendingCalls,
+        options: ClientOptions,
         *,
-        name: str,
         user: str,
-        batches: bool,
-        unrun_within: float,
+        on_message: Callable[[int], None] | None,
     ) -> None:
         self._transport = transport
+        self._on_message = on_message
         self._sessions = sessions
         self.calls = calls
-        self._name = name
+        self._name = options.name
         self._user = user
-        self._batches = batches
-        self._unrun_within = unrun_within
+        # A worker does not know this client's limit, and could exceed it only with a batch.
+        self._batches = options.batching and options.max_body >= MAX_BATCH
+        self._unrun_within = options.unrun_within
         # Services that have no queue which delivers once -> when that was found, on the monotonic clock.
         self._not_once: dict[bytes, float] = {}
         self.loop: asyncio.AbstractEventLoop
         self.encoder: requests.RequestEncoder | None = None
+        self._batch_encoder: requests.RequestEncoder
+        self.gathering = Gathering(self)
         self.waiting: Backlog[ClientCall] = Backlog(
             lambda: sessions.can_exchange, sessions.ready, self._publish_waiting
         )
@@ -191,6 +197,9 @@ class Sender:
     def consuming(self, reply_queue: str) -> None:
         """The consuming session is up, with this reply queue."""
         self.encoder = requests.RequestEncoder(reply_queue, self._name, self._user, batches=self._batches)
+        self._batch_encoder = requests.RequestEncoder(
+            reply_queue, self._name, self._user, batches=self._batches, content_type=LINES
+        )
 
     def consuming_lost(self) -> None:
         """The consuming session is down: there is no reply queue."""
@@ -207,9 +216,15 @@ class Sender:
     def send(self, call: ClientCall) -> None:
         """Send a request of the call."""
         if self.encoder is not None and not self.waiting.items and self._transport.can_publish:
-            self._publish(call, self.encoder)
+            if not self.gathering.told or not self.gathering.hold(call):
+                self._publish(call, self.encoder)
         else:
             self.waiting.add(call)
+
+    @property
+    def can_send(self) -> bool:
+        """Whether a request that is sent now is written at once, and none waits that must go before it."""
+        return self.encoder is not None and not self.waiting.items and self._transport.can_publish
 
     def again(self, call: ClientCall) -> None:
         """Send another request: a session was lost, or a worker turned the call away."""
@@ -251,6 +266,47 @@ class Sender:
         if found is not None and time.monotonic() - found > KEPT_ELSEWHERE:
             del self._not_once[service]
 
+    # For the gathering.
+
+    def confirmed(self, calls: Sequence[ClientCall]) -> None:
+        """The broker has the message with the last requests of these calls."""
+        for call in calls:
+            self.calls.happened(call, _CONFIRM)
+
+    def publish_alone(self, call: ClientCall) -> None:
+        """Publish the request of a call, in a message of its own. Only while it can be sent.
+
+        The caller's task does not run now: what cannot be written is an error for that call, and for no other.
+        """
+        if self.encoder is None:
+            return
+        try:
+            self._publish(call, self.encoder)
+        except Exception as error:  # noqa: BLE001 - raised by what an observer gave as trace context
+            self.cannot_write(call, error)
+
+    def cannot_write(self, call: ClientCall, error: Exception) -> None:
+        """Let the caller of a call get the error that its request cannot be written with."""
+        if not call.future.done():
+            call.future.set_exception(error)
+
+    def encode_batch(self, batch_id: bytes, left_ms: int, headers: bytes) -> bytes:
+        """Encode the properties of a message batch; arguments as in `RequestEncoder.encode`."""
+        deadline_ms = int(time.time() * 1000) + left_ms
+        return self._batch_encoder.encode(batch_id, requests.REQUESTS, left_ms, deadline_ms, headers, notify=True)
+
+    def publish(self, message: Outgoing, calls: int) -> None:
+        """Publish a message with the requests of so many calls."""
+        if self._on_message is not None:
+            self._on_message(calls)
+        self._transport.publish(message)
+
+    def way_to(self, target: Target) -> tuple[bool, bytes]:
+        """Whether a request goes to one queue that delivers once, and no other; and its routing key."""
+        service = target.routing_key
+        is_once = target.once_key != b"" and service not in self._not_once
+        return is_once, target.once_key if is_once else service
+
     def expire(self, call: ClientCall) -> None:
         """The deadline of a call has come."""
         event = event_of_deadline(is_connected=not self._sessions.down, can_publish=self._transport.can_publish)
@@ -261,8 +317,10 @@ class Sender:
             self.send(call)
 
     def _publish_waiting(self, call: ClientCall) -> None:
-        if self.encoder is not None and not call.future.done():
-            self._publish(call, self.encoder)
+        if self.encoder is None or call.future.done():
+            return
+        if not self.gathering.told or not self.gathering.hold(call):
+            self.publish_alone(call)
 
     def _publish(self, call: ClientCall, encoder: requests.RequestEncoder) -> None:
         target, options = call.target, call.options
@@ -270,10 +328,7 @@ class Sender:
         left_ms = int((call.deadline - now) * 1000)
         if left_ms < 1:
             return  # its timeout is about to come
-        routing_key = target.routing_key
-        call.is_once = target.once_key != b"" and routing_key not in self._not_once
-        if call.is_once:
-            routing_key = target.once_key
+        call.is_once, routing_key = self.way_to(target)
         call.written = now
         request_id = self.calls.write(call)
         properties = encoder.encode(
@@ -284,4 +339,4 @@ class Sender:
             call.headers(call.attempt) if options.metadata or call.key is not None or call.trace is not None else b"",
             notify=target.is_ours,
         )
-        self._transport.publish(_Request(call, routing_key, request_id, properties))
+        self.publish(_Request(call, routing_key, request_id, properties), 1)

@@ -135,13 +135,27 @@ class Executor:
         self._timeouts = Timeouts(self._loop, self._time_out)
         self._batches.open(self._loop)
 
-    def begin(self, run: Run, invocation: Invocation, now: float, around: Around | None = None) -> None:
-        """Start the handler in a task of its own; `now` on `time.monotonic()`."""
+    def hold(self, run: Run, invocation: Invocation, now: float) -> None:
+        """Let a run wait until `begin`; `now` on `time.monotonic()`.
+
+        It may end before that, by its deadline, `cancel` or `abandon`: then `Run.interrupted` is called, and its
+        `invocation` is None.
+        """
         run.invocation = invocation
         self._timeouts.set(run, invocation.deadline, now)
+
+    def begin(self, run: Run, invocation: Invocation, now: float, around: Around | None = None) -> None:
+        """Start the handler in a task of its own; `now` on `time.monotonic()`. A run that was held goes on."""
+        if run.invocation is None:
+            run.invocation = invocation
+            self._timeouts.set(run, invocation.deadline, now)
         task = self._loop.create_task(self._run(run, invocation, around))
         if not run.started:  # else the loop starts tasks at once, and it may have ended
             run.task = task
+
+    def drop(self, run: Run) -> None:
+        """End a run that is held; none of its methods is called."""
+        self._ended(run)
 
     def cancel(self, run: Run) -> None:
         """The run is no longer wanted: cancel the handler."""
@@ -279,7 +293,12 @@ class Executor:
 
     def _interrupt(self, run: Run) -> None:
         task, invocation = run.task, run.invocation
-        if task is None or invocation is None or task.done():
+        if invocation is None:
+            return
+        if task is None:  # it is held
+            self._interrupted(run, invocation)
+            return
+        if task.done():
             return
         task.cancel()
         if not run.started:  # a task that is cancelled before its first step never reaches its except blocks

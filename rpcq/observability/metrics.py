@@ -27,6 +27,7 @@ from prometheus_client.core import (
 from rpcq.errors import DOMAIN_CODE, STATUS_CODES
 from rpcq.observer import (
     OK,
+    Carried,
     Counted,
     Observed,
     ObservedBatch,
@@ -222,6 +223,10 @@ class Metrics(Observer):
         self._publishes: dict[str, _Job] = {}
         self._jobs: dict[str, _Job] = {}
         self._batches: dict[str, _Batched] = {}
+        self._messages: dict[Carried, _Histogram] = {
+            "requests": _Histogram(SIZE_BUCKETS),
+            "replies": _Histogram(SIZE_BUCKETS),
+        }
         self._notices: Counter[str] = Counter()
         self._sessions: dict[Role, _Sessions] = {"consuming": _Sessions(), "publishing": _Sessions()}
         self._up: set[tuple[Counted, Role]] = set()
@@ -295,6 +300,10 @@ class Metrics(Observer):
             found = self._batches.setdefault(label, _Batched(*names))
         found.sizes.add(batch.size)
         found.seconds.add(batch.seconds)
+
+    def on_message(self, carried: Carried, calls: int) -> None:
+        """See `Observer`."""
+        self._messages[carried].add(calls)
 
     def on_notice(self, reason: str) -> None:
         """See `Observer`."""
@@ -377,6 +386,12 @@ class Metrics(Observer):
             method.queue.sample(waits, method.labels)
         yield waits
         yield from self._of_batches()
+        carried = HistogramMetricFamily(
+            "rpcq_calls_per_message", "Requests, or replies, in a message that was published.", labels=["kind"]
+        )
+        for kind, sizes in self._messages.items():
+            sizes.sample(carried, [kind])
+        yield carried
         notices = CounterMetricFamily(
             "rpcq_client_notices", "Requests that a queue gave up, by the broker's reason.", labels=["reason"]
         )

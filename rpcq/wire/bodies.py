@@ -26,6 +26,9 @@ from rpcq.wire.values import (
 JSON: Final = b"application/json"
 """The content type."""
 
+LINES: Final = b"application/x-ndjson"
+"""The content type of a message batch; see `rpcq.wire.batches`."""
+
 
 def dumps(value: Any) -> bytes:
     """Write a value as JSON.

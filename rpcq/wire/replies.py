@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 from rpcq.errors import InvalidReply
 from rpcq.wire import properties as amqp
-from rpcq.wire.bodies import JSON, loads, text, why_not_json, why_not_read
+from rpcq.wire.bodies import JSON, LINES, loads, text, why_not_json, why_not_read
 from rpcq.wire.properties import LENGTHS, MalformedProperties, NestedTooDeep, short
 from rpcq.wire.values import NotCarried
 
@@ -19,8 +19,8 @@ ERROR: Final = b"error"
 REPLIES: Final = b"replies"
 """The type of a message batch, which has several replies; see `rpcq.wire.batches`."""
 
-LINES: Final = b"application/x-ndjson"
-"""The content type of a message batch."""
+TAKES: Final = "rpcq-takes"
+"""The header that says how many calls the service wants in one message."""
 
 _U16: Final = struct.Struct(">H")
 _U32: Final = struct.Struct(">I")
@@ -35,6 +35,7 @@ _F64: Final = struct.Struct(">d")
 #   U32    bytes of the headers' table           _TIMES_SIZE; no table if the request has no times: old clients do not
 #            short "rpcq-queue-ms", "d", F64     know the type "d"
 #            short "rpcq-handler-ms", "d", F64
+#            short "rpcq-takes", "I", I32          only if the service takes message batches of a client that reads them
 #   U8     delivery_mode    1
 #   short  correlation_id
 #   short  type             "result" or "error"
@@ -43,6 +44,9 @@ _QUEUE_MS: Final = short(b"rpcq-queue-ms") + b"d"
 _HANDLER_MS: Final = short(b"rpcq-handler-ms") + b"d"
 _TIMES: Final = struct.Struct(f">{len(_QUEUE_MS)}sd{len(_HANDLER_MS)}sd")
 _TIMES_SIZE: Final = _TIMES.size
+_TAKES_NAME: Final = short(TAKES.encode()) + b"I"
+_TAKES: Final = struct.Struct(f">{len(_TAKES_NAME)}si")
+_TAKES_SIZE: Final = _TAKES.size
 _HANDLER_TIME_SIZE: Final = len(_HANDLER_MS) + _F64.size
 _QUEUE_TIME_SIZE: Final = len(_QUEUE_MS) + _F64.size
 
@@ -53,16 +57,28 @@ class ReplyEncoder:
     def __init__(self) -> None:
         start = _U16.pack(_FLAGS) + short(JSON)
         self._start_full = start + _U32.pack(_TIMES_SIZE)
+        self._start_takes = start + _U32.pack(_TIMES_SIZE + _TAKES_SIZE)
         self._start_short = _U16.pack(_FLAGS & ~amqp.HEADERS) + short(JSON)
         self._ends = {kind: short(kind) for kind in (RESULT, ERROR)}
 
-    def encode(self, kind: bytes, correlation_id: bytes | None, queue_ms: float | None, handler_ms: float) -> bytes:
+    def encode(
+        self, kind: bytes, correlation_id: bytes | None, queue_ms: float | None, handler_ms: float, takes: int = 0
+    ) -> bytes:
         """Encode the properties of one reply: `kind` is RESULT or ERROR; times are milliseconds.
 
         Without `queue_ms`, that is for a request that does not say when it was sent, the reply has no headers.
+        `takes` is how many calls the service wants in one message; 0 if it takes no message batches.
         """
         if queue_ms is None:
             start = self._start_short
+        elif takes:
+            start = b"".join(
+                (
+                    self._start_takes,
+                    _TIMES.pack(_QUEUE_MS, queue_ms, _HANDLER_MS, handler_ms),
+                    _TAKES.pack(_TAKES_NAME, takes),
+                )
+            )
         else:
             start = self._start_full + _TIMES.pack(_QUEUE_MS, queue_ms, _HANDLER_MS, handler_ms)
         correlation_id = correlation_id or b""
@@ -94,6 +110,7 @@ class Reply:
         problem: why its body is not read as JSON, by its properties; empty if it is.
         properties: all properties, as bytes; empty for a reply from a message batch.
         times: what `read_times` finds for a reply from a message batch.
+        takes: how many calls the service wants in one message; 0 if it does not say so.
 
     """
 
@@ -103,12 +120,15 @@ class Reply:
     problem: str = ""
     properties: bytes = field(default=b"", compare=False, repr=False)
     times: tuple[float | None, float] | None = None
+    takes: int = 0
 
 
 _FAST_REPLY: Final = _U16.pack(_FLAGS) + short(JSON) + _U32.pack(_TIMES_SIZE) + _QUEUE_MS
 _AFTER_QUEUE_MS: Final = len(_FAST_REPLY) + _F64.size
 _CORRELATION_ID: Final = _AFTER_QUEUE_MS + _HANDLER_TIME_SIZE + 1
 """Where the correlation ID's length is: after the headers and the delivery mode."""
+_FAST_TAKES: Final = _U16.pack(_FLAGS) + short(JSON) + _U32.pack(_TIMES_SIZE + _TAKES_SIZE) + _QUEUE_MS
+_AFTER_TIMES: Final = _CORRELATION_ID - 1
 
 
 def read_reply(data: bytes, body: bytes | None, own: bytes) -> Reply | Notice | None:
@@ -131,6 +151,16 @@ def read_reply(data: bytes, body: bytes | None, own: bytes) -> Reply | Notice | 
             return Reply(data[at + 1 : end], data[end + 1 :] or RESULT, body, "", data)
         except IndexError as error:
             raise MalformedProperties("the properties of a reply end early") from error
+    if data.startswith(_FAST_TAKES) and data.startswith(_TAKES_NAME, _AFTER_TIMES):
+        try:
+            takes = _TAKES.unpack_from(data, _AFTER_TIMES)[1]
+            at = _CORRELATION_ID + _TAKES_SIZE
+            end = at + 1 + data[at]
+            if end + 1 + data[end] != len(data):
+                raise MalformedProperties("the properties of a reply are malformed")
+            return Reply(data[at + 1 : end], data[end + 1 :] or RESULT, body, "", data, None, takes)
+        except (IndexError, struct.error) as error:
+            raise MalformedProperties("the properties of a reply end early") from error
     try:
         found = amqp.decode(data)
     except NestedTooDeep:
@@ -142,7 +172,8 @@ def read_reply(data: bytes, body: bytes | None, own: bytes) -> Reply | Notice | 
         problem = ""
         if kind != REPLIES or found.content_type != LINES or found.content_encoding:
             problem = why_not_read(found.content_type, found.content_encoding)
-        return Reply(correlation_id, kind, body, problem, data)
+        takes = (found.headers or {}).get(TAKES)
+        return Reply(correlation_id, kind, body, problem, data, None, takes if type(takes) is int and takes > 0 else 0)
     match (found.headers or {}).get("x-death"):
         case [{"reason": str(reason), "queue": str(queue)}, *_]:
             return Notice(correlation_id, reason, queue)

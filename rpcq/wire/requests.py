@@ -11,8 +11,8 @@ from typing import Any, Final
 from rpcq.errors import TooLarge
 from rpcq.options import MAX_HEADERS, OWNED_HEADERS
 from rpcq.wire import properties as amqp
-from rpcq.wire.bodies import JSON, text, why_not_read
-from rpcq.wire.properties import LENGTHS, MalformedProperties, NestedTooDeep, Properties, short
+from rpcq.wire.bodies import JSON, LINES, text, why_not_read
+from rpcq.wire.properties import LENGTHS, MalformedProperties, NestedTooDeep, short
 
 METHOD: Final = "rpcq-method"
 DEADLINE: Final = "rpcq-deadline"
@@ -20,6 +20,9 @@ TIMEOUT: Final = "rpcq-timeout"
 KEY: Final = "rpcq-idempotency-key"
 ATTEMPT: Final = "rpcq-attempt"
 BATCHES: Final = "rpcq-batches"
+
+REQUESTS: Final = b"requests"
+"""The type of a message batch, which has several requests; see `rpcq.wire.batches`. It is one with `LINES` alone."""
 
 _U16: Final = struct.Struct(">H")
 _U32: Final = struct.Struct(">I")
@@ -30,7 +33,7 @@ _MAX_I32: Final = (1 << 31) - 1
 # big-endian. A short string is U8 length, bytes; an entry of the headers' table is short name, U8 type, value.
 #
 #   U16    flags                                        _REQUEST_FLAGS, + TYPE if there is a method, + USER_ID
-#   short  content_type     "application/json"
+#   short  content_type     "application/json", or "application/x-ndjson" for a message batch
 #   U32    bytes of the headers' table, up to delivery_mode
 #            short "CC", "A", U32 bytes of the array:   _CC_START; only if the caller is to be notified of an expiry
 #              "S", U32 length, reply_to
@@ -118,16 +121,19 @@ class RequestEncoder:
         app_id: the client's name.
         user: the client's user at the broker if its requests carry it; else empty.
         batches: whether the client reads message batches, as requests through the requests exchange then say.
+        content_type: of the bodies; `LINES` for message batches, whose `method` is `REQUESTS`.
 
     """
 
-    def __init__(self, reply_to: str, app_id: str, user: str = "", *, batches: bool = False) -> None:
+    def __init__(
+        self, reply_to: str, app_id: str, user: str = "", *, batches: bool = False, content_type: bytes = JSON
+    ) -> None:
         self.reply_to = reply_to.encode()
         address = b"S" + _U32.pack(len(self.reply_to)) + self.reply_to
         self._cc = _CC_START + _U32.pack(len(address)) + address + (_BATCHES if batches else b"")
         flags = _REQUEST_FLAGS | amqp.USER_ID if user else _REQUEST_FLAGS
-        self._start = _U16.pack(flags) + short(JSON)
-        self._start_typed = _U16.pack(flags | amqp.TYPE) + short(JSON)
+        self._start = _U16.pack(flags) + short(content_type)
+        self._start_typed = _U16.pack(flags | amqp.TYPE) + short(content_type)
         self._usual = self._start_typed + _U32.pack(_TIMES_SIZE + len(self._cc)) + self._cc
         self._reply_to = short(self.reply_to)
         self._sender = (short(user.encode()) if user else b"") + short(app_id.encode())
@@ -202,6 +208,7 @@ class Request:
         has_copy: whether it has the header `CC`: only requests sent through the requests exchange have it.
         user: the broker's user that sent it, checked by the broker; empty if the request does not carry it.
         reads_batches: whether the client reads several replies in one message.
+        is_batch: whether it is a message batch, whose body has the requests.
 
     """
 
@@ -218,6 +225,7 @@ class Request:
     has_copy: bool = False
     user: str = ""
     reads_batches: bool = False
+    is_batch: bool = False
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -230,8 +238,11 @@ class Request:
 
 
 _NO_HEADERS: Final[Mapping[str, Any]] = MappingProxyType({})  # shared by all requests without headers
+_METHOD_OF_BATCH: Final = REQUESTS.decode()
 _FAST_START: Final = _U16.pack(_REQUEST_FLAGS | amqp.TYPE) + short(JSON)
 _FAST_START_NAMED: Final = _U16.pack(_REQUEST_FLAGS | amqp.TYPE | amqp.USER_ID) + short(JSON)
+_FAST_BATCH: Final = _U16.pack(_REQUEST_FLAGS | amqp.TYPE) + short(LINES)
+_FAST_BATCH_NAMED: Final = _U16.pack(_REQUEST_FLAGS | amqp.TYPE | amqp.USER_ID) + short(LINES)
 
 
 def read_request(data: bytes) -> Request:
@@ -243,12 +254,26 @@ def read_request(data: bytes) -> Request:
     """
     is_named = False
     if data.startswith(_FAST_START) or (is_named := data.startswith(_FAST_START_NAMED)):  # from a client of rpcq
-        try:
-            fast = _read_fast(data, len(_FAST_START), is_named)
-        except (IndexError, struct.error, UnicodeDecodeError) as error:
-            raise MalformedProperties("the properties of a request are malformed") from error
-        if fast is not None:
-            return fast
+        at = len(_FAST_START)
+    elif data.startswith(_FAST_BATCH) or (is_named := data.startswith(_FAST_BATCH_NAMED)):
+        at = len(_FAST_BATCH)
+    else:
+        return _read_any(data)
+    try:
+        fast = _read_fast(data, at, is_named)
+    except (IndexError, struct.error, UnicodeDecodeError) as error:
+        raise MalformedProperties("the properties of a request are malformed") from error
+    if fast is None:
+        return _read_any(data)
+    if at == len(_FAST_BATCH):
+        fast.is_batch = fast.method == _METHOD_OF_BATCH
+        if not fast.is_batch:
+            fast.problem = why_not_read(LINES, None)
+    return fast
+
+
+def _read_any(data: bytes) -> Request:
+    """Read a request of any client."""
     problem = ""
     try:
         found = amqp.decode(data)
@@ -268,8 +293,12 @@ def read_request(data: bytes) -> Request:
         has_copy="CC" in headers,
         user=text(found.user_id),
         reads_batches=headers.get(BATCHES) is True,
+        is_batch=found.type == REQUESTS and found.content_type == LINES and not found.content_encoding,
     )
-    request.problem = problem or _problem(found, request)
+    why = "" if request.is_batch else why_not_read(found.content_type, found.content_encoding)
+    if not why and request.user and "\ufffd" in request.user:
+        why = f"the property user_id must be UTF-8; got {found.user_id!r:.300}"
+    request.problem = problem or why or problem_of(request)
     if type(request.method) is not str:
         request.method = None
     return request
@@ -337,14 +366,10 @@ def _read_fast(data: bytes, at: int, is_named: bool) -> Request | None:
     )
 
 
-def _problem(found: Properties, request: Request) -> str:
-    """Why a request may not run, or an empty string."""
-    if why := why_not_read(found.content_type, found.content_encoding):
-        return why
+def problem_of(request: Request) -> str:
+    """Why a request may not run, by its method, its times and its headers; or an empty string."""
     if request.method is not None and type(request.method) is not str:
         return f"the header {METHOD} must be a string; got {request.method!r:.300}"
-    if request.user and "\ufffd" in request.user:
-        return f"the property user_id must be UTF-8; got {found.user_id!r:.300}"
     for name, value in ((DEADLINE, request.deadline_ms), (TIMEOUT, request.timeout_ms)):
         if value is not None and type(value) is not int:
             return f"the header {name} must be a whole number of milliseconds; got {value!r}"

@@ -86,7 +86,7 @@ def quoted(text: str) -> list[str]:
 
 def test_the_example_of_a_message_batch_is_one() -> None:
     part = section("wire.md", "Reply").partition("### Several replies in one message")[2]
-    (example,) = re.findall(r"```text\n(.*?)\n```", part, re.DOTALL)
+    example, _ = re.findall(r"```text\n(.*?)\n```", part, re.DOTALL)
     batch = replies.read_reply(batches.write_properties(b"1"), example.encode(), b"")
     assert isinstance(batch, Reply)
     first, second = batches.read_replies(batch)
@@ -95,6 +95,29 @@ def test_the_example_of_a_message_batch_is_one() -> None:
     assert {*json.loads(second.body or b"")} == {"code", "message", "executed", "retryable", "details", "incident"}
     again = [batches.Entry(it.correlation_id, it.kind, *(it.times or ()), it.body or b"") for it in (first, second)]
     assert batches.write_replies(again) == example.encode()
+
+
+def test_the_example_of_a_message_with_requests_is_one() -> None:
+    part = section("wire.md", "Reply").partition("### Several requests in one message")[2]
+    (example,) = re.findall(r"```text\n(.*?)\n```", part, re.DOTALL)
+    encoder = requests.RequestEncoder("amq.gen-1", "app", batches=True, content_type=b"application/x-ndjson")
+    sent = encoder.encode(b"1", requests.REQUESTS, 29_990, 1_700_000_029_990, b"", notify=True)
+    found = batches.read_requests(requests.read_request(sent), example.encode())
+    assert [(it.correlation_id, it.method, it.timeout_ms, it.deadline_ms, it.idempotency_key) for it, _ in found] == [
+        (b"id-1", "add", 30_000, 1_700_000_030_000, None),
+        (b"id-2", "add", 29_990, 1_700_000_029_990, "k-7"),
+    ]
+    assert [json.loads(body) for _, body in found] == [{"x": 1, "y": 2}, {"x": 3, "y": 4}]
+    heads = [
+        batches.write_head(it.correlation_id, b"add", it.timeout_ms or 0, {key: it.headers[key] for key in own})
+        for (it, _), own in zip(found, ([], ["rpcq-idempotency-key"]), strict=True)
+    ]
+    assert batches.write_requests(heads, [body for _, body in found]) == example.encode()
+    said = decode(sent)
+    assert f"| `type` | `{(said.type or b'').decode()}` |" in part
+    assert f"| `content_type` | `{(said.content_type or b'').decode()}`" in part
+    assert f"at most {batches.MAX_BATCH // 1024} KiB" in part
+    assert f"over {batches.MAX_ENTRY // 1024} KiB" in part
 
 
 def test_the_limits_of_a_message_batch_are_those_of_the_contract() -> None:
@@ -139,7 +162,7 @@ def test_a_client_sends_no_field_that_the_contract_does_not_have() -> None:
 def test_every_header_of_rpcq_in_the_contract_is_one_that_is_sent_and_the_other_way_round() -> None:
     request_part, reply_part = section("wire.md", "Request"), section("wire.md", "Reply")
     sent = decode(request()).headers or {}
-    replied = decode(replies.ReplyEncoder().encode(replies.RESULT, b"id-1", 1.0, 2.0)).headers or {}
+    replied = decode(replies.ReplyEncoder().encode(replies.RESULT, b"id-1", 1.0, 2.0, 12)).headers or {}
     assert requests.METHOD not in sent  # for other clients
     assert {name for name in fields_of(request_part)[1] if name.startswith("rpcq-")} == {
         name for name in {*sent, requests.METHOD} if name.startswith("rpcq-")
@@ -259,6 +282,9 @@ def test_headers_have_the_types_of_the_contract() -> None:
             )
     encoder = replies.ReplyEncoder()
     assert {*types_of(encoder.encode(replies.RESULT, b"1", 1.0, 2.0)).values()} == {"d"}
+    assert types_of(encoder.encode(replies.RESULT, b"1", 1.0, 2.0, 12))["rpcq-takes"] == "I"
+    assert types_of(batches.write_properties(b"1", 12)) == {"rpcq-takes": "I"}
+    assert "`d` (float64); `I`: `rpcq-takes`" in section("wire.md", "Types of headers")
     assert said["any other reply"] == "no headers"
     assert decode(encoder.encode(replies.ERROR, b"1", None, 2.0)).headers is None
 

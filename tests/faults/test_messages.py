@@ -11,6 +11,7 @@ import asyncio
 import gzip
 import json
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from contextvars import ContextVar
@@ -53,21 +54,61 @@ class Copies:
 
     def __init__(self, queue: AbstractQueue) -> None:
         self._queue = queue
+        self._found: deque[Request] = deque()
 
-    async def next(self) -> AbstractIncomingMessage:
+    async def next(self) -> Request:
+        """The next request, also if it came with others in one message."""
         async with asyncio.timeout(READY):
-            while (message := await self._queue.get(no_ack=True, fail=False)) is None:  # noqa: ASYNC110 - nothing tells
-                await asyncio.sleep(0.01)
-        return message
+            while not self._found:
+                message = await self._queue.get(no_ack=True, fail=False)
+                if message is None:
+                    await asyncio.sleep(0.01)
+                else:
+                    self._found.extend(requests_in(message))
+        return self._found.popleft()
 
-    async def of(self, nonces: list[Any]) -> list[AbstractIncomingMessage]:
+    async def of(self, nonces: list[Any]) -> list[Request]:
         """The requests that came with these."""
-        found: dict[str, AbstractIncomingMessage] = {}
+        found: dict[str, Request] = {}
         async with asyncio.timeout(READY):
             while not found.keys() >= set(nonces):
                 copy = await self.next()
                 found[json.loads(copy.body)["nonce"]] = copy
         return [found[nonce] for nonce in nonces]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request as it is in a message of its own."""
+
+    body: bytes
+    headers: dict[str, Any]
+    properties: dict[str, Any]
+
+    @property
+    def correlation_id(self) -> str:
+        return str(self.properties["correlation_id"])
+
+    @property
+    def reply_to(self) -> str:
+        return str(self.properties["reply_to"])
+
+
+def requests_in(message: AbstractIncomingMessage) -> list[Request]:
+    """The requests in a message, by docs/wire.md."""
+    names = ("content_type", "correlation_id", "reply_to", "expiration", "type", "app_id", "delivery_mode")
+    properties = {name: getattr(message, name) for name in names}
+    headers = dict(message.headers)
+    if message.content_type != "application/x-ndjson":
+        return [Request(message.body, headers, properties)]
+    first, *bodies = message.body.split(b"\n")
+    sent = int(str(headers["rpcq-deadline"])) - int(str(headers["rpcq-timeout"]))
+    found = []
+    for (correlation_id, method, timeout, *own), body in zip(json.loads(first), bodies, strict=True):
+        times = {"rpcq-timeout": timeout, "rpcq-deadline": sent + timeout}
+        alone = {"content_type": "application/json", "correlation_id": correlation_id, "type": method}
+        found.append(Request(body, headers | times | (own[0] if own else {}), properties | alone))
+    return found
 
 
 class Stranger:
@@ -126,11 +167,10 @@ class Stranger:
         await until(lambda: own in self.replies, what=f"no reply to {body[:60]!r} {str(properties)[:200]}")
         return self.replies[own][-1]
 
-    async def send_again(self, request: AbstractIncomingMessage) -> None:
+    async def send_again(self, request: Request) -> None:
         """Replay what somebody sent: the same bytes with the same properties."""
-        names = ("content_type", "correlation_id", "reply_to", "expiration", "type", "app_id", "delivery_mode")
-        properties = {name: getattr(request, name) for name in names}
-        await self._exchange.publish(aio_pika.Message(request.body, headers=request.headers, **properties), "target")
+        message = aio_pika.Message(request.body, headers=request.headers, **request.properties)
+        await self._exchange.publish(message, "target")
 
     @asynccontextmanager
     async def copies(self) -> AsyncIterator[Copies]:
@@ -146,7 +186,7 @@ class Stranger:
     async def next_request(self) -> AbstractIncomingMessage:
         return await asyncio.wait_for(self.requests.get(), READY)
 
-    async def reply(self, request: AbstractIncomingMessage, body: bytes, **properties: Any) -> None:
+    async def reply(self, request: AbstractIncomingMessage | Request, body: bytes, **properties: Any) -> None:
         """Answer a request: as its worker would, but for what the test says."""
         assert request.reply_to is not None
         await self.reply_to(request.reply_to, body, **{"correlation_id": request.correlation_id, **properties})
@@ -239,11 +279,11 @@ def connections(client: Client) -> tuple[Any, Any]:
 
 
 @asynccontextmanager
-async def under_load(scene: Scene) -> AsyncIterator[Stage]:
-    """A worker, a client and a stranger; the load goes on all the time, and through it all comes."""
+async def under_load(scene: Scene, **options: Any) -> AsyncIterator[Stage]:
+    """A worker, a client with these options and a stranger; the load goes on, and through it all comes."""
     worker = await scene.worker()
     async with Stranger(scene) as stranger:
-        async with scene.client(name="tested") as client:
+        async with scene.client(name="tested", **options) as client:
             before = connections(client)
             async with scene.load(client, callers=30, think=THINK) as load:
                 stage = Stage(scene, worker, client, stranger, load)
@@ -632,7 +672,7 @@ async def test_ids_of_many_clients_differ_and_an_id_that_two_senders_use_is_no_h
             client = await others.enter_async_context(Client(scene.url, namespace=scene.namespace))
             loads.append(await others.enter_async_context(scene.load(client, callers=3, think=THINK)))
         async with stage.stranger.copies() as copies:
-            ids = [(await copies.next()).correlation_id or "" for _ in range(200)]
+            ids = [(await copies.next()).correlation_id for _ in range(200)]
         assert len(ids) == len(set(ids))
         prefixes = {name.partition("-")[0] for name in ids}
         assert len(prefixes) == 9
@@ -805,7 +845,7 @@ async def test_to_a_worker_whose_clock_is_an_hour_ahead_calls_fail_as_expired_an
 ) -> None:
     for module in (rpcq.calls.invoking, rpcq.calls.sending):
         monkeypatch.setattr(module, "time", OffClock)
-    async with under_load(scene) as stage:
+    async with under_load(scene, batching=False) as stage:  # a message has one clock
         async with load_whose_clock_is_off(stage, -HOUR, callers=20, think=0.02) as behind:
             await until(lambda: behind.ledger.ended > 100)
         told = behind.ledger.ended
@@ -827,7 +867,7 @@ async def test_at_a_worker_whose_clock_is_an_hour_behind_the_relative_time_count
 ) -> None:
     for module in (rpcq.calls.invoking, rpcq.calls.sending):
         monkeypatch.setattr(module, "time", OffClock)
-    async with under_load(scene) as stage:
+    async with under_load(scene, batching=False) as stage:  # a message has one clock
         future = {"rpcq-deadline": int((time.time() + HOUR) * 1000), "rpcq-timeout": 10_000}
         assert result_of(await stage.stranger.ask(params("strange-quick"), headers=future)) == "strange-quick"
         async with (

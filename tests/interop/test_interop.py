@@ -235,7 +235,7 @@ async def test_a_plain_client_that_says_so_gets_several_replies_in_one_message_a
         assert message["properties"]["content_type"] == "application/x-ndjson"
         assert message["properties"]["delivery_mode"] == 1
         assert bytes.fromhex(message["correlation_id_hex"]).decode() not in ids
-        assert message["headers"] == {}
+        assert message["headers"].keys() <= {"rpcq-takes"}
         first, *bodies = message["body"].split("\n")
         for (correlation_id, kind, queue_ms, handler_ms), body in zip(json.loads(first), bodies, strict=True):
             assert (queue_ms is None) is (handler_ms is None)
@@ -248,6 +248,40 @@ async def test_a_plain_client_that_says_so_gets_several_replies_in_one_message_a
         kind, value = found[ids[x]]
         assert kind == ("error" if x == 7 else "result")
         assert value == 10 * x if x != 7 else value["code"] == "UNKNOWN"
+
+
+async def test_a_plain_client_writes_several_requests_into_one_message_and_each_is_answered_by_the_contract(
+    rabbitmq_url: str, namespace: str
+) -> None:
+    toolbox, ids = Toolbox(), [f"id-{x}" for x in range(20)]
+    heads: list[list[Any]] = [[it, "note", 10_000] for it in ids]
+    heads[3] = ["id-3", "absent", 10_000]
+    heads[4] = ["id-4", "note", "soon"]
+    heads[5] = ["id-5", None, 10_000, {"rpcq-method": "note", "rpcq-idempotency-key": "k", "x-user": "ada"}]
+    body = "\n".join([json.dumps(heads), *(json.dumps(f"n{x}") if x != 6 else "" for x in range(20))])
+    message = {
+        "exchange": f"{namespace}.requests",
+        "routing_key": toolbox.service.name,
+        "body": body,
+        "correlation_id_hex": b"the message".hex(),
+    }
+    batch = {"type": "requests", "content_type": "application/x-ndjson"}
+    async with Worker(toolbox.service, url=rabbitmq_url, namespace=namespace):
+        found = await send(rabbitmq_url, {**message, "properties": batch}, expect=20, linger=0.2)
+        (broken,) = await send(rabbitmq_url, {**message, "properties": batch, "body": body + "\n1"}, expect=1)
+        (other,) = await send(rabbitmq_url, {**message, "properties": {**batch, "type": "note"}}, expect=1)
+    replies = {bytes.fromhex(it["correlation_id_hex"]).decode(): it for it in found}
+    assert len(found) == 20
+    assert replies.keys() == set(ids)
+    for x, it in enumerate(ids):
+        if x in (3, 4, 6):
+            expected = {3: "UNIMPLEMENTED", 4: "INVALID_ARGUMENT", 6: "INVALID_ARGUMENT"}[x]
+            assert error_of(replies[it]) == (expected, "no")
+        else:
+            assert result_of(replies[it]) == f"n{x}"
+    for refused in (broken, other):
+        assert bytes.fromhex(refused["correlation_id_hex"]) == b"the message"
+        assert error_of(refused) == ("INVALID_ARGUMENT", "no")
 
 
 async def test_a_plain_client_that_does_not_say_so_gets_each_reply_alone(rabbitmq_url: str, namespace: str) -> None:

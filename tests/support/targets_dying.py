@@ -1,7 +1,7 @@
 """What `targets` serves, by a worker that does at the worst moment what others do at some time or other.
 
-RPCQ_TEST_DIES_AFTER: requests after which it acknowledges no more; once all that it may hold are answered, and the
-broker has confirmed each answer, it kills itself.
+RPCQ_TEST_DIES_AFTER: requests after which it acknowledges no more; once it has all messages that it may hold, all
+requests in them are answered, and the broker has confirmed each answer, it kills itself.
 RPCQ_TEST_LINGERS: seconds that the broker takes to cancel its consumers, and so delivers to a worker that stops.
 """
 
@@ -11,7 +11,8 @@ import asyncio
 import os
 import signal
 
-from rpcq.calls.replying import CallRun, Replier
+from rpcq.calls.in_hand import CallRun
+from rpcq.calls.replying import Replier
 from rpcq.transport.rabbitmq.transport import RabbitMQTransport
 from support.targets import target
 
@@ -27,7 +28,7 @@ if "RPCQ_TEST_DIES_AFTER" in os.environ:
             acknowledge(self, run)
             return
         answered.append(run)
-        if len(answered) == prefetch:
+        if len({it.delivery for it in answered}) == prefetch and len(answered) == len(self.in_hand):
             os.kill(os.getpid(), signal.SIGKILL)
 
     Replier.acknowledge = die  # type: ignore[method-assign]

@@ -14,6 +14,15 @@ from rpcq.wire.batches import MAX_BATCH, MAX_ENTRY
 from rpcq.wire.replies import ERROR, REPLIES, RESULT, Reply
 
 
+class Slots:
+    """The part of a service's slots that a post uses."""
+
+    takes = 0
+
+
+SLOTS = Slots()
+
+
 class Run:
     """The part of a run that a post uses."""
 
@@ -22,6 +31,7 @@ class Run:
         self.reads_batches = reads
         self.queue_ms: float | None = 1.5
         self.handler_ms = 0.25
+        self.slots = SLOTS
 
 
 class Transport:

@@ -62,6 +62,7 @@ async def hostile(rabbitmq_url: str, namespace: str) -> AsyncIterator[None]:
         worker._transport,
         INFO,
         lambda *_: STATS,
+        takes=worker._intake.takes,
         cancel=worker._intake.cancel,
         is_reply_queue=worker._intake.is_reply_queue,
         reply_exchange=None,
