@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -244,12 +244,17 @@ def for_version(script: Script, version: str) -> Script:
     """The script without what versions of RabbitMQ do differently.
 
     Before 4.0, a quorum queue without a delivery limit puts what is given back behind all others; later ones have a
-    limit where none is set.
+    limit where none is set. From 4.3 on, a quorum queue does not count what is given back by basic.nack, and a message
+    expires in it although others that were given back stand before it.
     """
     if version.startswith("3."):
         return script
-    unlimited = [number for number, laid in enumerate(script.queues) if laid.quorum and laid.delivery_limit is None]
-    kept = [it for it in script.steps if not (isinstance(it, Settle) and it.how == "requeue" and it.queue in unlimited)]
+    is_newest = tuple(int(it) for it in version.split(".")[:2]) >= (4, 3)
+    quorum = {number for number, laid in enumerate(script.queues) if laid.quorum}
+    left_out = {it for it in quorum if is_newest or script.queues[it].delivery_limit is None}
+    kept = [it for it in script.steps if not (isinstance(it, Settle) and it.how == "requeue" and it.queue in left_out)]
+    if is_newest and quorum:
+        kept = [replace(it, ttl=None) if isinstance(it, Publish) and it.ttl in {SHORT_MS, 0} else it for it in kept]
     return Script(script.queues, tuple(kept), letters_keep_counts=True)
 
 
