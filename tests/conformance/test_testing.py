@@ -240,10 +240,9 @@ async def test_a_test_may_end_at_any_time_and_waits_no_longer_than_the_grace(pla
     @service.method
     async def stick() -> None:
         started.set()
-        await asyncio.sleep(30)
+        await asyncio.Event().wait()
 
-    stock = a_stock(place).vanishes("take").answers("price", after=30)
-    began = time.monotonic()
+    stock = a_stock(place).vanishes("take").answers("price", after=3600)
     async with running(service, stock, url=place.url, grace=0.1) as client:
         calls = [asyncio.create_task(client.call(name)) for name in ("things.stick", "stock.price", "stock.take")]
         await started.wait()
@@ -251,7 +250,6 @@ async def test_a_test_may_end_at_any_time_and_waits_no_longer_than_the_grace(pla
             await asyncio.sleep(0.001)
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert all(isinstance(it, OutcomeUnknown) for it in outcomes)
-    assert time.monotonic() - began < 5
 
 
 async def test_a_fake_whose_next_worker_cannot_start_says_why_in_the_end(
