@@ -12,12 +12,18 @@ import secrets
 import sys
 import time
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from rpcq import Context, Cron, Service, Worker
+from rpcq.jobs import ticking
+from rpcq.transport.base import BrokerError
+from rpcq.transport.rabbitmq import transport as rabbitmq
 from support.broker import Setup
 from support.broker import broker as a_broker
+from support.places import lose
 
 TARGET = Path(__file__).resolve().parents[1] / "support" / "targets_schedules.py"
 
@@ -102,3 +108,90 @@ async def test_no_second_is_left_out_while_workers_are_killed_and_the_broker_is_
                 await workers.kill(process)
     assert all(len(keys) == 1 for keys in workers.ticks().values())
     assert max(workers.times_done().values()) <= 2
+
+
+# A day in two minutes.
+
+DAY = 120.0
+"""Seconds that a day of the workers' clock takes."""
+
+BEGIN = datetime(2026, 10, 23, 12, tzinfo=UTC)
+"""Clocks in Berlin are set back on 25 October."""
+
+TICKS = [datetime(2026, 10, day, hour, tzinfo=UTC) for day, hour in ((24, 4), (25, 5))]
+
+
+class QuickClock:
+    """A clock whose days are short."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+
+    def now_ms(self) -> int:
+        return round((BEGIN.timestamp() + (time.monotonic() - self._begun) * 86_400 / DAY) * 1000)
+
+    async def sleep_until(self, ms: int) -> None:
+        while (left := ms - self.now_ms()) > 0:  # noqa: ASYNC110 - no event tells the time
+            await asyncio.sleep(left / 1000 * DAY / 86_400)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("in_time", [True, False], ids=["in time", "too late"])
+async def test_a_daily_schedule_survives_days_of_a_broker_that_lets_nobody_hold_a_message_for_30_minutes(
+    in_time: bool, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ticket waits for a day, and is handed on every ten minutes; one that is held too long costs a session."""
+    if not in_time:
+        monkeypatch.setattr(ticking, "HELD", 2 * 3600.0)
+    done: list[tuple[datetime | None, str | None]] = []
+    service = Service(f"s{secrets.token_hex(6)}")
+
+    @service.job(schedule=Cron("0 6 * * *", tz="Europe/Berlin", missed="all"))
+    async def report(context: Context) -> None:
+        done.append((context.due, context.idempotency_key))
+
+    lost: list[str] = []
+
+    async def start(url: str) -> Worker:
+        worker = Worker(service, url=url, namespace=namespace, grace=0.5)
+        await worker.start()
+        session = worker._transport._consuming  # type: ignore[attr-defined]  # RabbitMQ's
+        down = session._on_down
+
+        def note(cause: BrokerError) -> None:
+            lost.append(str(cause))
+            down(cause)
+
+        monkeypatch.setattr(session, "_on_down", note)
+        return worker
+
+    minutes_30 = DAY / 48
+    config = f"consumer_timeout = {minutes_30 * 1000:.0f}\nloopback_users.guest = false\n"
+    with a_broker(setup=Setup(config)) as own:
+        # How often it looks is no key of rabbitmq.conf.
+        await asyncio.to_thread(own.ctl, "eval", "application:set_env(rabbit, channel_tick_interval, 200).")
+        # From RabbitMQ 4.3 on, a timeout is the business of quorum queues, and the ticket's consumer has its own.
+        strikes = tuple(int(it) for it in own.version.split(".")[:2]) < (4, 3)
+        clock = QuickClock()
+        monkeypatch.setattr(rabbitmq, "clock", clock)
+        workers = [await start(own.url) for _ in range(2)]
+        try:
+            for half_day in range(1, 4):
+                while clock.now_ms() < (BEGIN.timestamp() + half_day * 43_200) * 1000:  # noqa: ASYNC110 - it is time
+                    await asyncio.sleep(0.05)
+                if in_time:
+                    assert not lost, lost
+                oldest = workers.pop(0)
+                await lose(oldest)
+                workers.append(await start(own.url))
+            while not set(TICKS) <= {tick for tick, _ in done}:  # noqa: ASYNC110 - the last one may be under way
+                await asyncio.sleep(0.05)
+        finally:
+            for worker in workers:
+                await worker.stop()
+    if strikes and not in_time:
+        assert any("delivery acknowledgement on channel" in cause for cause in lost), lost
+    in_question = Counter(it for it in done if it[0] is not None and it[0] <= TICKS[-1])
+    assert sorted(tick for tick, _ in in_question if tick) == TICKS  # one key for each
+    assert max(in_question.values()) <= 2
