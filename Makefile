@@ -59,7 +59,8 @@ picture-%: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	PYTHONPATH=.:tests $(BIN)/python tests/support/broker.py -- $(BIN)/python tests/support/pictures.py $*
 
 test: $(VENV)/.installed-test $(VENV)/.installed-uvloop $(VENV)/.installed-docs
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+## In asyncio's debug mode, which `make test-faults` has, the tests take a third longer.
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -o asyncio_debug=false $(ARGS)
 
 test-faults: $(VENV)/.installed-test $(VENV)/.installed-uvloop $(VENV)/.installed-docs
 	$(BIN)/python -m pytest tests/faults tests/security tests/conformance tests/outbox tests/unit/cli tests/unit/observability tests/docs tests/examples -m '' $(ARGS)
