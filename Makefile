@@ -11,7 +11,7 @@
 # make docs    the documentation at http://127.0.0.1:8000, built again at every change
 # make fmt     fix what the checks can fix
 # make bench-jobs  jobs against Celery, Taskiq, Dramatiq and FastStream on the same broker; takes about 6 minutes
-# make bench   against aio-pika's RPC and FastStream on the same broker; takes about 5 minutes
+# make bench   against aio-pika's RPC, FastStream and rabbitmq-c on the same broker, nats-py and grpc.aio; takes about 8 minutes
 
 PYTHON ?= python3
 VENV ?= .venv

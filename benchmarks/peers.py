@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import platform
 import secrets
 import statistics
@@ -25,22 +26,27 @@ import psutil  # type: ignore[import-untyped]  # it ships no types
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.participants import MODULES, PEERS
+from benchmarks.foreign import Ground, all_grounds
+from benchmarks.participants import MODULES, PEERS, PROGRAMS
 from benchmarks.processes import (
     ROOT,
+    Line,
     Process,
     broker_channel,
-    broker_process,
     broker_url,
     cpu_seconds,
     remove_leftovers,
     run,
+    running,
     started,
 )
 
 OURS = "rpcq"
 WARM_UP = 0.3
 PREFETCH = 1000
+DEFAULT = (*PEERS, *PROGRAMS)
+RABBITMQ = Ground()
+"""Nothing but the RabbitMQ."""
 MEASURED_WITHIN = 120.0
 """Seconds, beyond the time to measure: warm-up and the last answers of a contender that serves one call at a time."""
 
@@ -56,7 +62,7 @@ class Round:
     """CPU microseconds a call; so are the next two."""
     worker_us: float
     broker_us: float | None
-    """None if the broker's process cannot be seen. It includes whatever else the broker was asked meanwhile."""
+    """None if there is no broker, or its process cannot be seen. It includes whatever else it was asked meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +100,30 @@ class Contender:
 
 @contextlib.asynccontextmanager
 async def contender(
-    name: str, namespace: str, *, prefetch: int = PREFETCH, checkout: Path = ROOT
+    name: str,
+    namespace: str,
+    *,
+    prefetch: int = PREFETCH,
+    checkout: Path = ROOT,
+    on: Ground = RABBITMQ,
 ) -> AsyncIterator[Contender]:
     """Start the worker of a contender and then its client, as a checkout has them; both end on leaving."""
-    module, arguments = "benchmarks.participants", ("--namespace", namespace, "--prefetch", str(prefetch))
+
+    def process(role: str, server: str) -> contextlib.AbstractAsyncContextManager[tuple[Process, Line]]:
+        title = f"the {role} of {name}"
+        if on.program is not None:
+            environ = {**os.environ, "RPCQ_URL": on.url}
+            return running(title, on.program, role, namespace, str(prefetch), environ=environ)
+        arguments = ["--namespace", namespace, "--prefetch", str(prefetch)]
+        if server:  # which the participants of an earlier commit do not know
+            arguments += ["--server", server]
+        return started(title, "benchmarks.participants", name, role, *arguments, checkout=checkout)
+
     async with (
-        started(f"the worker of {name}", module, name, "worker", *arguments, checkout=checkout) as (worker, ready),
-        started(f"the client of {name}", module, name, "client", *arguments, checkout=checkout) as (client, _),
+        process("worker", on.server) as (worker, ready),
+        process("client", ready.get("address") or on.server) as (client, _),
     ):
-        yield Contender(name, client, worker, ready["versions"])
+        yield Contender(name, client, worker, {**on.versions, **ready["versions"]})
 
 
 Results = dict[int, dict[str, list[Round]]]
@@ -164,20 +185,28 @@ async def main(given: argparse.Namespace) -> int:
     url = broker_url()
     async with broker_channel(url) as (connection, _):
         properties = connection.server_properties
-    broker = broker_process(url)
     namespaces = {name: f"rpcq-bench-{secrets.token_hex(4)}" for name in given.only}
-    results: Results = {in_flight: {name: [] for name in given.only} for in_flight in given.in_flight}
     versions = {"uvloop": version("uvloop")}
     machine_before = psutil.cpu_times()
     try:
         async with contextlib.AsyncExitStack() as stack:
+            grounds, missing = await stack.enter_async_context(all_grounds(given.only, url))
+            for name, why in missing.items():
+                console.print(f"without {name}: {why}", highlight=False, soft_wrap=True, markup=False)
+            results: Results = {in_flight: {name: [] for name in grounds} for in_flight in given.in_flight}
             with console.status("starting"):
-                contenders = [await stack.enter_async_context(contender(*each)) for each in namespaces.items()]
+                contenders = [
+                    await stack.enter_async_context(
+                        contender(name, namespaces[name], prefetch=given.prefetch, on=grounds[name])
+                    )
+                    for name in grounds
+                ]
             with console.status("measuring") as status:
                 for number in range(given.rounds):
                     for in_flight in given.in_flight:
                         for one in contenders:
                             status.update(f"round {number + 1} of {given.rounds}: {one.name}, {in_flight:,} in flight")
+                            broker = grounds[one.name].broker
                             measured = await one.measure(broker, in_flight, given.seconds)
                             results[in_flight][one.name].append(measured)
             for one in contenders:
@@ -190,18 +219,19 @@ async def main(given: argparse.Namespace) -> int:
     for in_flight, by_name in results.items():
         console.print(table(in_flight, by_name))
     about = {
-        "loop": "uvloop, in all processes",
+        "loop": "uvloop, in all processes of Python",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "packages": dict(sorted(versions.items())),
         "broker": f"{as_text(properties.get('product'))} {as_text(properties.get('version'))}",
         "rounds": given.rounds,
         "seconds": given.seconds,
-        "prefetch": PREFETCH,
+        "prefetch": given.prefetch,
+        "missing": missing,
         "stolen_percent": stolen_percent(machine_before, machine_after),
     }
     console.print(
         f"{about['python']}; {about['loop']}; {', '.join(f'{name} {it}' for name, it in sorted(versions.items()))}; "
-        f"{about['broker']}; {given.rounds} rounds of {given.seconds:g} s; workers hold up to {PREFETCH:,}; "
+        f"{about['broker']}; {given.rounds} rounds of {given.seconds:g} s; workers hold up to {given.prefetch:,}; "
         f"{psutil.cpu_count()} CPUs, {about['stolen_percent']:.0f} % of their time stolen by other virtual machines",
         highlight=False,
         soft_wrap=True,
@@ -234,11 +264,12 @@ def as_text(value: object) -> str:
 
 def arguments() -> argparse.Namespace:
     """Read the command line."""
+    known = (*PEERS, *PROGRAMS, *(name for name in MODULES if name not in PEERS))
 
     def names(text: str) -> list[str]:
-        if unknown := set(text.split(",")) - set(MODULES):
+        if unknown := set(text.split(",")) - set(known):
             raise argparse.ArgumentTypeError(f"no such contender: {', '.join(sorted(unknown))}")
-        return [name for name in MODULES if name in text.split(",")]
+        return [name for name in known if name in text.split(",")]
 
     def numbers(text: str) -> list[int]:
         return [int(it) for it in text.split(",")]
@@ -247,7 +278,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument("--seconds", type=float, default=1.75, help="measured time of a round, default 1.75")
     parser.add_argument("--in-flight", type=numbers, default=[1, 100, 1000], help="default 1,100,1000")
-    parser.add_argument("--only", type=names, default=list(PEERS), help=f"default {','.join(PEERS)}")
+    parser.add_argument("--only", type=names, default=list(DEFAULT), help=f"default {','.join(DEFAULT)}")
+    parser.add_argument(
+        "--prefetch",
+        type=int,
+        default=PREFETCH,
+        help=f"requests that a worker may hold, default {PREFETCH}; rpcq's own is 100",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rounds to FILE as well")
     return parser.parse_args()
 

@@ -44,8 +44,8 @@ class Process:
     def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
         """Take over `process`; `name` is for messages."""
         self.name = name
+        self.ps = psutil.Process(process.pid)
         self._process = process
-        self._ps = psutil.Process(process.pid)
 
     async def read(self, event: str, within: float = READY_WITHIN) -> Line:
         """Wait at most `within` seconds for the line that reports `event`.
@@ -73,11 +73,11 @@ class Process:
 
     def cpu_seconds(self) -> float:
         """User and system time so far."""
-        return cpu_seconds(self._ps)
+        return cpu_seconds(self.ps)
 
     def resident_bytes(self) -> int:
         """The resident set now."""
-        return int(self._ps.memory_info().rss)
+        return int(self.ps.memory_info().rss)
 
     async def end(self) -> None:
         """Let the process close its connection; failing that, make it end."""
@@ -99,16 +99,23 @@ async def started(
     name: str, module: str, *arguments: str, checkout: Path = ROOT
 ) -> AsyncIterator[tuple[Process, Line]]:
     """Run `python -m module arguments` in a checkout while inside; gives the process and its line `ready`."""
+    async with running(name, sys.executable, "-m", module, *arguments, folder=checkout) as found:
+        yield found
+
+
+@contextlib.asynccontextmanager
+async def running(
+    name: str, *command: str, folder: Path = ROOT, environ: dict[str, str] | None = None
+) -> AsyncIterator[tuple[Process, Line]]:
+    """Run a command in a folder while inside; gives the process and its line `ready`."""
     process = Process(
         name,
         await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            module,
-            *arguments,
+            *command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            cwd=checkout,
+            cwd=folder,
+            env=environ,
             # Ctrl-C is for the runner alone: it ends the processes in order, without a traceback from each.
             start_new_session=True,
         ),

@@ -1,4 +1,4 @@
-"""The contenders: one small module each, all with the same two functions.
+"""The contenders: one small module each, all with the same two functions; one is a program in C.
 
 `worker(options)` serves `add(x, y)` while inside; `client(options)` gives the function that calls it.
 """
@@ -24,6 +24,8 @@ class Options:
     """Begins all names at the broker, so that runs do not meet."""
     prefetch: int
     """Requests or jobs that a worker may hold unacknowledged."""
+    server: str = ""
+    """The address of the contender's server, if that is not the RabbitMQ."""
 
 
 class Participant(Protocol):
@@ -32,14 +34,21 @@ class Participant(Protocol):
     PACKAGES: tuple[str, ...]
     """The distributions whose versions matter."""
 
-    def worker(self, options: Options) -> AbstractAsyncContextManager[None]:
-        """Serve while inside."""
+    def worker(self, options: Options) -> AbstractAsyncContextManager[str | None]:
+        """Serve while inside; gives the address, if clients connect to the worker itself."""
 
     def client(self, options: Options) -> AbstractAsyncContextManager[Call]:
         """Be connected while inside."""
 
 
-PEERS = {"rpcq": "with_rpcq", "aio-pika": "with_aio_pika", "faststream": "with_faststream"}
+PEERS = {
+    "rpcq": "with_rpcq",
+    "rpcq-single": "with_rpcq:single",
+    "aio-pika": "with_aio_pika",
+    "faststream": "with_faststream",
+    "nats-py": "with_nats",
+    "grpc.aio": "with_grpc",
+}
 WATCHED = {
     "rpcq+metrics": "with_rpcq_watched:metrics",
     "rpcq+sampled": "with_rpcq_watched:sampled",
@@ -48,6 +57,8 @@ WATCHED = {
 FLOOR = {"floor": "with_sockets"}
 MODULES = PEERS | WATCHED | FLOOR
 """Name -> module, or what in it is the contender."""
+PROGRAMS = {"rabbitmq-c": "rabbitmq.c"}
+"""Name -> source of a program of its own, which does what `__main__.py` does for the modules."""
 
 
 def load(name: str) -> Participant:

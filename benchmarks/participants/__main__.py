@@ -30,8 +30,8 @@ async def serve(participant: Participant, options: Options) -> None:
     async def no_commands(line: Line) -> None:
         raise AssertionError(line)
 
-    async with participant.worker(options):
-        say("ready", versions={name: version(name) for name in participant.PACKAGES})
+    async with participant.worker(options) as address:
+        say("ready", versions={name: version(name) for name in participant.PACKAGES}, address=address or "")
         await obey(no_commands)
 
 
@@ -54,8 +54,9 @@ def main() -> None:
     parser.add_argument("role", choices=("worker", "client"))
     parser.add_argument("--namespace", required=True)
     parser.add_argument("--prefetch", type=int, required=True)
+    parser.add_argument("--server", default="", help="address of a server other than the RabbitMQ")
     given = parser.parse_args()
-    options = Options(url=broker_url(), namespace=given.namespace, prefetch=given.prefetch)
+    options = Options(broker_url(), given.namespace, given.prefetch, given.server)
     role = serve if given.role == "worker" else drive
     uvloop.run(role(load(given.name), options))
 

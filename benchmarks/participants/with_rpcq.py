@@ -1,9 +1,14 @@
-"""rpcq as it comes: confirms on both sides, `mandatory`, validation and a deadline for every call."""
+"""rpcq as it comes: confirms on both sides, `mandatory`, validation and a deadline for every call.
+
+`single` is the same with `batching=False` at both ends: each message has one request or one reply.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 from benchmarks.participants import Call, Options
@@ -15,11 +20,11 @@ PACKAGES = ("rpcq-rabbitmq", "aio-pika", "aiormq")
 
 
 @asynccontextmanager
-async def worker(options: Options, observers: Sequence[Observer] = ()) -> AsyncIterator[None]:
+async def worker(options: Options, observers: Sequence[Observer] = (), *, batching: bool = True) -> AsyncIterator[None]:
     """Serve while inside."""
     from rpcq import Service, Worker
 
-    calculator = Service("calculator")
+    calculator = Service("calculator", batching=batching)
 
     @calculator.method
     async def add(x: int, y: int) -> int:
@@ -32,11 +37,11 @@ async def worker(options: Options, observers: Sequence[Observer] = ()) -> AsyncI
 
 
 @asynccontextmanager
-async def client(options: Options, observers: Sequence[Observer] = ()) -> AsyncIterator[Call]:
+async def client(options: Options, observers: Sequence[Observer] = (), *, batching: bool = True) -> AsyncIterator[Call]:
     """Be connected while inside."""
     from rpcq import Client
 
-    async with Client(options.url, namespace=options.namespace, observers=observers) as client:
+    async with Client(options.url, namespace=options.namespace, observers=observers, batching=batching) as client:
         await client.wait_for_service("calculator", timeout=30)
         calculator = client.service("calculator")
 
@@ -44,3 +49,10 @@ async def client(options: Options, observers: Sequence[Observer] = ()) -> AsyncI
             return cast("int", await calculator.add(x=i, y=1))
 
         yield call
+
+
+single = SimpleNamespace(
+    PACKAGES=PACKAGES,
+    worker=functools.partial(worker, batching=False),
+    client=functools.partial(client, batching=False),
+)

@@ -7,13 +7,11 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
-
-import pytest
 
 from support.harness import Unavailable
 from support.installing import apt_install, can_apt_install
@@ -33,6 +31,8 @@ Line = dict[str, Any]
 
 def unavailable(why: str) -> NoReturn:
     """Skip the test, because a language is not installed. With RPCQ_TEST_FOREIGN, as in CI, it fails instead."""
+    import pytest  # the benchmarks, which build programs too, do without
+
     if os.environ.get("RPCQ_TEST_FOREIGN"):
         pytest.fail(why, pytrace=False)
     pytest.skip(why)
@@ -111,10 +111,14 @@ class Runtime:
     command: tuple[str, ...]
     build: tuple[str, ...] = ()
 
-    def prepare(self, folder: Path, say: Callable[[str], None]) -> list[str]:
-        """The command that runs the program; `Unavailable`, saying what to install, where it cannot be run."""
+    def prepare(self, folder: Path, say: Callable[[str], None], beside: Sequence[Runtime] | None = None) -> list[str]:
+        """The command that runs the program; `Unavailable`, saying what to install, where it cannot be run.
+
+        What is missing for the languages in `beside`, by default all, is installed with it.
+        """
         if not self._works() and can_apt_install():
-            packages = sorted({package for runtime in RUNTIMES for package in runtime.packages if not runtime._works()})
+            wanting = [it for it in (self, *(RUNTIMES if beside is None else beside)) if not it._works()]
+            packages = sorted({package for runtime in wanting for package in runtime.packages})
             say(f"installing {', '.join(packages)} with apt-get, which takes a minute (root on Debian or Ubuntu)")
             apt_install(*packages)
         if not self._works():

@@ -1,4 +1,4 @@
-"""Programs that tests need besides RabbitMQ: as they are installed, or installed first, as `broker.py` does."""
+"""Programs that tests and benchmarks need besides RabbitMQ: as installed, or installed first, as `broker.py` does."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-from playwright.sync_api import Browser, sync_playwright
+from typing import TYPE_CHECKING
 
 from support.harness import Unavailable
 from support.installing import apt_install, can_apt_install
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Program:
 
 CHROMIUM = Program(("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"), "chromium")
 FFMPEG = Program(("ffmpeg",), "ffmpeg")
+NATS_SERVER = Program(("nats-server",), "nats-server")
 PROMTOOL = Program(("promtool",), "prometheus")
 PROMETHEUS = Program(("prometheus",), "prometheus")
 
@@ -65,6 +68,8 @@ const ratio = (element, colour) => {
 @contextmanager
 def launched(path: str) -> Iterator[Browser]:
     """The browser of that path, running."""
+    from playwright.sync_api import sync_playwright  # the benchmarks, which look for programs too, do without
+
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=path,
