@@ -116,6 +116,8 @@ async def test_without_the_management_api_depths_and_consumers_are_shown_and_wha
         "service": mailing.name,
         "queue": name,
         "kind": "jobs",
+        "lane": "normal",
+        "subscription": "",
         "messages": 5,
         "consumers": 0,
         "source": "declare",
