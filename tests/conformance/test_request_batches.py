@@ -385,9 +385,11 @@ async def test_no_more_calls_run_at_once_than_the_worker_has_slots_and_those_tha
         held = asyncio.ensure_future(gather(client, *["hold"] * 60, timeout=20.0))
         await until(lambda: worker.in_flight == 60)
         # The broker may deliver four messages while all slots are in use: three have come, and this is the fourth.
-        short = asyncio.ensure_future(gather(client, *["hold"] * 5, timeout=1.0))
+        short = asyncio.ensure_future(gather(client, *["hold"] * 5, timeout=2.0))
+        await until(lambda: worker.in_flight == 65)
         found = await short
-        assert {(type(it), it.executed) for it in found} == {(CallTimeout, "no")}
+        assert {type(it) for it in found} == {CallTimeout}
+        assert {it.executed for it in found} <= {"no", "maybe"}  # what the worker says may come too late
         assert things.running == 50
         things.opened.set()
         assert await held == list(range(60))
@@ -406,7 +408,7 @@ async def test_calls_that_expire_while_they_wait_for_a_slot_make_no_room_for_oth
         held = asyncio.ensure_future(gather(client, *["hold"] * 50, timeout=40.0))
         await until(lambda: slots.running == 50)
         for _ in range(3):
-            found = await gather(client, *[""] * 30, timeout=0.7)
+            found = await gather(client, *[""] * 30, timeout=1.0)
             assert {type(it) for it in found} == {CallTimeout}
             assert 0 < len(slots.waiting) <= 50
         await until(lambda: all(run.invocation is None for run in slots.waiting))
@@ -431,7 +433,9 @@ async def test_a_worker_that_stops_acknowledges_what_expired_while_it_waited(thi
         await things.warm(client)
         held = asyncio.ensure_future(gather(client, *["hold"] * 50, timeout=40.0))
         await until(lambda: things.running == 50)
-        await gather(client, *[""] * 30, timeout=0.3)
+        short = asyncio.ensure_future(gather(client, *[""] * 30, timeout=2.0))
+        await until(lambda: len(worker._intake.slots["things"].waiting) == 30)
+        await short
         assert worker.in_flight == 80
         assert not await worker.stop()
         assert worker.in_flight == 0
