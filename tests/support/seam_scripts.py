@@ -458,6 +458,8 @@ class Player:
                     await asyncio.gather(*(end.transport.stop_consuming() for end in of.ends))
             case Leave() if of.ends:
                 self._tell(of)
+                if len(of.ends) > 1:  # else one may get what another one leaves, or not
+                    await asyncio.gather(*(end.transport.stop_consuming() for end in of.ends))
                 await asyncio.gather(*(self._close(end) for end in of.ends))
                 self.consumers[step.queue] = _Consumers()
             case Cut() if of.ends and not of.stopped:
