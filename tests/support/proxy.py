@@ -258,7 +258,10 @@ def role(head: bytes) -> str:
 
 def _socket(writer: asyncio.StreamWriter) -> socket.socket | None:
     """None once it is closed."""
-    sock: socket.socket | None = writer.get_extra_info("socket")  # TLS has none then
+    try:
+        sock: socket.socket | None = writer.get_extra_info("socket")  # TLS has none then
+    except AttributeError:  # and fails from Python 3.14 on
+        return None
     return sock if sock is not None and sock.fileno() != -1 else None
 
 
