@@ -366,12 +366,11 @@ class Worker:
             state = await self._lifespans.enter_async_context(service.lifespan())
         found = []
         if service.is_called:
-            queue = self._topology.request_queue(
-                service.name, service.queue_type, service.queue, declare=service.declare_queue
-            )
             found.append(
                 Subscription(
-                    queue,
+                    self._topology.request_queue(
+                        service.name, service.queue_type, service.queue, declare=service.declare_queue
+                    ),
                     self._intake.serve(service, state),
                     prefetch=self.options.prefetch,
                     arguments=_HELD if service.queue_type == "quorum" else {},
