@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import Field, FiniteFloat, ValidationError
@@ -325,15 +325,14 @@ class Answerer:
         self._exchange = (reply_exchange or "").encode()
         self._encoder = replies.ReplyEncoder()
         ping = bodies.dumps({"name": info.name, "services": [service.name for service in info.services]})
-        descriptions: dict[tuple[int, ...], bytes] = {}  # by what the services take: it is costly to write
+
+        @lru_cache(maxsize=1)  # it is costly to write
+        def describe_taking(*counts: int) -> bytes:
+            services = (replace(it, takes=count) for it, count in zip(info.services, counts, strict=True))
+            return _fitting(replace(info, services=tuple(services)), max_body)
 
         def get_description() -> bytes:
-            now = tuple(takes(service.name) for service in info.services)
-            if now not in descriptions:
-                services = (replace(it, takes=count) for it, count in zip(info.services, now, strict=True))
-                descriptions.clear()
-                descriptions[now] = _fitting(replace(info, services=tuple(services)), max_body)
-            return descriptions[now]
+            return describe_taking(*(takes(service.name) for service in info.services))
 
         def get_stats() -> bytes:
             return bodies.dumps(asdict(stats(info.name, info.host, info.pid, time.monotonic() - self._opened)))

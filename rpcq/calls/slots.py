@@ -75,7 +75,7 @@ class Slots:
         self._kept: deque[Delivery] = deque()
         self._look: asyncio.TimerHandle | None = None
         self._came = self._brought = 0  # messages, and the calls in them, since the last look
-        self._took = 0  # calls that it took in one message at the last look
+        self._asked = 0  # for so many calls in a message, at the last look
         self._is_closed = False
 
     @property
@@ -189,9 +189,9 @@ class Slots:
         elif brought < FEW * came or came * KEPT < kept:
             less = kept
         else:
-            less = -(-kept // 8) if 2 * brought < came * min(self._took, self.takes) else 0
+            less = -(-kept // 8) if 2 * brought < came * min(self._asked, self.takes) else 0
         for _ in range(less):
             self._kept.popleft().ack()
-        self._look, self._took = None, self.takes
+        self._look, self._asked = None, self.takes
         if self._kept:
             self._look = asyncio.get_running_loop().call_later(LOOK_EVERY, self._look_again)

@@ -118,7 +118,7 @@ def _reply(head: Any, body: bytes) -> Reply:
 def _split(body: bytes | None) -> tuple[list[Any], list[bytes]]:
     """The heads and the bodies in a message batch."""
     if body is None or len(body) > MAX_BATCH:
-        raise ValueError(f"it is over {MAX_BATCH} bytes, or over the max_body of whoever reads it")
+        raise ValueError(f"it is over {MAX_BATCH} bytes, or over the max_body of its reader")
     first, *bodies = body.split(b"\n")
     heads = loads(first)
     if not isinstance(heads, list) or len(heads) != len(bodies):
