@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import smtplib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ ADA = UserCreated(user_id="7", name="Ada", address="ada@example.org")
 
 
 @pytest.fixture
-def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """The database of this test, which the services open too."""
     monkeypatch.setenv("MAIL_DATABASE", str(tmp_path / "mail.sqlite"))
-    return open_database()
+    engine = open_database()
+    yield engine
+    engine.dispose()
 
 
 @pytest.fixture

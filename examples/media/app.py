@@ -59,15 +59,17 @@ def create_app(
 
     @asynccontextmanager
     async def working(_app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(room.files.tidy, room.books.uploads())
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(sender.run())]
-            if watches:
-                tasks.append(group.create_task(room.watch()))
-            yield
-            for task in tasks:
-                task.cancel()
-        room.books.close()
+        try:
+            await asyncio.to_thread(room.files.tidy, room.books.uploads())
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(sender.run())]
+                if watches:
+                    tasks.append(group.create_task(room.watch()))
+                yield
+                for task in tasks:
+                    task.cancel()
+        finally:
+            room.books.close()
 
     app = FastAPI(title="Media", lifespan=rpc.around(working))
     add_page(app, Path(__file__).parent / "static")

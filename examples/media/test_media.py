@@ -388,7 +388,7 @@ async def test_the_app_hears_how_far_a_step_is(
 
 async def test_another_site_may_do_nothing(rpcq_running: Running, folder: Path) -> None:
     app = create_app(folder, watches=False)
-    async with user_of(app) as user:
+    async with rpcq_running(), app.router.lifespan_context(app), user_of(app) as user:
         for path in ("/uploads?name=a", "/samples/picture", "/services/pictures/kill", "/faults/resize?fails=true"):
             assert (await user.post(path, headers={"sec-fetch-site": "cross-site"})).status_code == 403
 
