@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol, TypeVar
 from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from rpcq.errors import ConfigurationError
 from rpcq.runtime.distribution import missing_driver
@@ -28,7 +28,7 @@ T = TypeVar("T")
 AnyEngine = Engine | AsyncEngine
 
 ABANDON_TIMEOUT: Final = 5.0
-"""Seconds that a transaction in a thread has to end once its task is cancelled."""
+"""Seconds that a connection has to open, and a transaction in a thread to end, once its task is cancelled."""
 
 DATABASES: Final = ("postgresql", "sqlite")
 
@@ -148,8 +148,12 @@ class Database:
     async def transaction(self) -> AsyncIterator[Run]:
         """A transaction: committed at the end of the block, and rolled back if that raises or is cancelled."""
         if isinstance(self._engine, AsyncEngine):
-            async with self._engine.begin() as connection:
-                yield connection.run_sync
+            connection = await _connect(self._engine)
+            try:
+                async with connection.begin():
+                    yield connection.run_sync
+            finally:
+                await asyncio.shield(asyncio.get_running_loop().create_task(connection.close()))
             return
         in_thread = self._in_thread
         blocking: Connection = await in_thread(self.engine.connect)
@@ -175,6 +179,22 @@ class Database:
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
             self._threads = None
+
+
+async def _connect(engine: AsyncEngine) -> AsyncConnection:
+    """A connection. If this is cancelled, it is opened all the same, and closed: aiosqlite would leave it open."""
+    loop = asyncio.get_running_loop()
+    opening = loop.create_task(engine.connect().start())
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        await asyncio.wait([loop.create_task(_close(opening))], timeout=ABANDON_TIMEOUT)
+        raise
+
+
+async def _close(opening: asyncio.Task[AsyncConnection]) -> None:
+    with suppress(Exception):  # nobody waits any more for what fails here
+        await (await opening).close()
 
 
 async def _run(

@@ -6,7 +6,10 @@ The loop starts when it is first needed, and ends with the process. After a fork
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import os
+import socket
 import threading
 from _thread import allocate_lock
 from collections.abc import Callable, Coroutine
@@ -230,8 +233,23 @@ class _Shared:
         self.lock = threading.Lock()
         if self.current is not None:
             silence(self.current.loop)
+            if not isinstance(self.current.loop, asyncio.BaseEventLoop):  # uvloop's
+                atexit.unregister(_start_threads_of_libuv)
+                atexit.register(_start_threads_of_libuv)
             self.inherited.append(self.current)
             self.current = None
+
+
+def _start_threads_of_libuv() -> None:
+    """Let libuv start its threads, which look up names, in this process.
+
+    At exit, libuv waits for the end of its threads, and a child that has not used them waits for those of its parent,
+    which are not there. glibc 2.36 takes them for ended; with glibc 2.43 such a child never ends.
+    """
+    loop = _new_loop()
+    with contextlib.suppress(socket.gaierror):  # no address in digits, so that no server is asked for it
+        loop.run_until_complete(loop.getaddrinfo("localhost", None, flags=socket.AI_NUMERICHOST))
+    loop.close()
 
 
 _shared: Final = _Shared()
