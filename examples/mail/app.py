@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -18,8 +16,10 @@ from sqlalchemy.orm import Session
 from examples.mail.postbox import Postbox
 from examples.mail.tables import Account, SignUp, User, open_database
 from examples.mail.users import Users
+from examples.stage import letters
 from examples.stage.pages import add_page, from_this_site
 from examples.stage.workers import Programs
+from rpcq import RpcqError
 from rpcq.observability.queues import QueueDepth, QueueWatch
 
 QUEUES = {
@@ -107,23 +107,6 @@ class Shop:
         return sum(found) if found else None
 
 
-async def dlq(*arguments: str) -> list[dict[str, Any]]:
-    """Run `rpcq dlq`, as an operator does, and read what it prints.
-
-    Raises:
-        HTTPException: it failed, for example because the broker is away; 503.
-
-    """
-    command = (sys.executable, "-m", "rpcq", "dlq", *arguments, "--json")
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
-    out, err = await process.communicate()
-    if process.returncode:
-        raise HTTPException(503, f"rpcq dlq {arguments[0]} failed: {err.decode(errors='replace').strip()[-300:]}")
-    return [json.loads(line) for line in out.splitlines()]
-
-
 def create_app(
     engine: Engine | None = None,
     postbox: Postbox | None = None,
@@ -203,15 +186,17 @@ def _add_controls(app: FastAPI, shop: Shop) -> None:
         return {"address": address}
 
     @app.get("/letters")
-    async def letters() -> list[dict[str, Any]]:
+    async def dead_letters() -> list[dict[str, Any]]:
         """The dead letters of the e-mails."""
-        found = await dlq("list", "emails")
-        return [{"id": it["id"], "job": it["job"], "reason": it["reason"], "error": it["error"]} for it in found]
+        try:
+            return await letters.listed("emails")
+        except RpcqError as error:
+            raise HTTPException(503, f"Dead letters cannot be listed: {error}") from error
 
     @app.post("/letters/replay", dependencies=guarded)
     async def replay() -> dict[str, int]:
         """Send the jobs of all dead letters again."""
-        return {"count": len(await dlq("replay", "emails", "--yes"))}
+        return {"count": await letters.replayed("emails")}
 
     @app.post("/programs/{name}/start", status_code=201, dependencies=guarded)
     def start(name: str) -> dict[str, int | None]:

@@ -14,6 +14,7 @@ from examples.media.steps import BY_NAME
 from examples.media.tables import StepRow, Upload
 from examples.stage import letters
 from examples.stage.workers import Workers
+from rpcq import RpcqError
 from rpcq.observability.queues import QueueDepth, QueueWatch
 
 SERVICES = ("pictures", "videos", "notices")
@@ -65,7 +66,7 @@ class Room:
                 for service in SERVICES:
                     try:
                         self.letters[service] = await letters.listed(service) if self._of(service, "dead") else []
-                    except letters.FailedError as error:
+                    except RpcqError as error:
                         log.warning("dead letters of %s cannot be listed: %s", service, error)
                         self._changed.set()
                         await asyncio.sleep(LOOK_EVERY)

@@ -25,6 +25,7 @@ from examples.shop.setup import NAMES, SERVICES
 from examples.stage import letters
 from examples.stage.pages import add_page, from_this_site
 from examples.stage.workers import Workers
+from rpcq import RpcqError
 from rpcq.observability.queues import QueueDepth, QueueWatch
 
 SHOWN = 30
@@ -103,7 +104,7 @@ class Room:
                 for name in NAMES:
                     try:
                         self.letters[name] = await letters.listed(name) if self.dead(name) else []
-                    except letters.FailedError as error:
+                    except RpcqError as error:
                         log.warning("dead letters of %s cannot be listed: %s", name, error)
 
 
@@ -193,10 +194,7 @@ def _add_routes(app: FastAPI, room: Room) -> None:
     @app.post("/services/{service}/replay", dependencies=guarded)
     async def replay(service: Known) -> dict[str, int]:
         """Have the dead letters of a service done again."""
-        try:
-            return {"replayed": await letters.replayed(service)}
-        except letters.FailedError as error:
-            raise HTTPException(503, f"Not all dead letters were replayed: {error}") from error
+        return {"replayed": await letters.replayed(service)}
 
     @app.post("/mail/{state}", dependencies=guarded)
     async def mail(state: str) -> dict[str, bool]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from math import inf
 from typing import Annotated, Any, Final, TypeVar
 
 import typer
@@ -19,10 +18,11 @@ from rpcq import logs
 from rpcq.cli.asking import confirmed
 from rpcq.cli.options import FAILED, Json, Level, LogLevel, Namespace, Url, default_name, errors, given
 from rpcq.cli.text import plain, print_json
+from rpcq.dead_letters import MOST_LISTED, check_rate, check_to
 from rpcq.environment import broker_url, options_from
-from rpcq.errors import BrokerError, BrokerUnreachable, ConfigurationError, Executed
+from rpcq.errors import BrokerUnreachable, ConfigurationError, Executed
 from rpcq.jobs.letters import DeadLetter, Wanted, parse_since
-from rpcq.jobs.replaying import Letters, Replayer
+from rpcq.jobs.replaying import Letters, Replayer, open_letters
 from rpcq.observability.management import UNANSWERED, Management
 from rpcq.options import ClientOptions, check_name
 from rpcq.runtime.process import run
@@ -31,9 +31,6 @@ from rpcq.url import parse
 from rpcq.wire.events import EventTopology
 
 T = TypeVar("T")
-
-MOST_LISTED: Final = 1000
-"""Letters that `list` shows if no other limit is given."""
 
 MOST_ERROR: Final = 200
 """Characters of an error that a list shows."""
@@ -130,24 +127,14 @@ class Desk:
         except UNANSWERED as error:
             raise BrokerUnreachable(f"the management API did not answer: {error}") from error
 
-    @asynccontextmanager
-    async def letters(self, queue: str) -> AsyncIterator[Letters]:
+    def letters(self, queue: str) -> AbstractAsyncContextManager[Letters]:
         """The letters of a queue, over a connection to the first node that can be reached.
 
         Raises:
             BrokerError: no node can be used; of the last one.
 
         """
-        broker = parse(self.url)
-        async with AsyncExitStack() as stack:
-            for left, (host, port) in zip(reversed(range(len(broker.hosts))), broker.hosts, strict=True):
-                try:
-                    admin = await stack.enter_async_context(open_admin(broker, self.options, host, port))
-                    break
-                except BrokerError:
-                    if not left:
-                        raise
-            yield Letters(admin, self.topology, queue)
+        return open_letters(self.url, self.options, queue)
 
 
 def _desk(url: str | None, namespace: str | None, log_level: Level) -> Desk:
@@ -290,13 +277,8 @@ def replay(
     desk = _desk(url, namespace, log_level)
     wanted = _wanted(reason, job, since, ids)
     queue = desk.queue(service, lost=lost)
-    if to is not None:
-        service_to, _, subscription_to = to.partition(":")
-        check_name("--to", service_to)
-        if subscription_to:
-            check_name("--to", subscription_to)
-    if rate is not None and not 0 < rate < inf:
-        raise ConfigurationError(f"--rate must be a number of letters a second above 0; got {rate:g}")
+    check_to(to, "--to")
+    check_rate(rate, "--rate")
     stay: Counter[str] = Counter()
 
     def report(letter: DeadLetter, why: str) -> None:

@@ -60,7 +60,8 @@ class DeadLetter:
     """A dead letter or a lost message.
 
     Attributes:
-        job: the job as a message, as a worker would read it; its `problem` says why it cannot be read.
+        job: the job as a message, as a worker would read it; its `problem` says why it cannot be read, its `body` is
+            the parameters.
         service: the service that was to do it; empty if that is not known.
         subscription: the subscription that was to do it, if it is an event; empty for a job.
         reason: why it is dead: a reason of docs/wire.md, the broker's own word, or "lost".
@@ -85,6 +86,11 @@ class DeadLetter:
     died_at: datetime | None = None
     address: str = ""
     properties: Properties = field(default_factory=Properties)
+
+    @property
+    def id(self) -> str:
+        """The job's ID; empty if it cannot be read."""
+        return self.job.id
 
     @property
     def label(self) -> str:

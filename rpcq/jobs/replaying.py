@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from rpcq.errors import BrokerUnreachable, NotFound
+from rpcq.errors import BrokerError, BrokerUnreachable, NotFound
 from rpcq.jobs.letters import DeadLetter, Replay, Wanted, read_letter, replay_of
+from rpcq.options import ConnectionOptions
 from rpcq.transport.base import Listener, Message, Published, Transport
+from rpcq.transport.opening import open_admin
+from rpcq.url import parse
 from rpcq.wire.events import EventTopology
 
 if TYPE_CHECKING:
@@ -124,6 +128,27 @@ class Letters:
                 deleted += 1
                 if deleted == most:
                     return
+
+
+@asynccontextmanager
+async def open_letters(url: str, options: ConnectionOptions, queue: str) -> AsyncIterator[Letters]:
+    """The letters of a queue, over a connection to the first node that can be reached.
+
+    Raises:
+        ConfigurationError: the URL is one of the in-process broker.
+        BrokerError: no node can be used; of the last one.
+
+    """
+    broker = parse(url)
+    async with AsyncExitStack() as stack:
+        for left, (host, port) in zip(reversed(range(len(broker.hosts))), broker.hosts, strict=True):
+            try:
+                admin = await stack.enter_async_context(open_admin(broker, options, host, port))
+                break
+            except BrokerError:
+                if not left:
+                    raise
+        yield Letters(admin, EventTopology(options.namespace), queue)
 
 
 class Replayer:
