@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import platform
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -24,7 +22,21 @@ from prometheus_client.core import (
     Metric,
 )
 
-from rpcq.errors import DOMAIN_CODE, STATUS_CODES
+from rpcq.observability.counting import (
+    BUCKETS,
+    JOB_BUCKETS,
+    OTHER,
+    OTHER_CODE,
+    SIZE_BUCKETS,
+    BatchCounts,
+    Histogram,
+    JobCounts,
+    MethodCounts,
+    batch_counts,
+    job_counts,
+    method_counts,
+    new_code,
+)
 from rpcq.observer import (
     OK,
     Carried,
@@ -44,37 +56,10 @@ from rpcq.runtime.process import own_version
 if TYPE_CHECKING:
     from rpcq.observability.queues import QueueDepth
 
-BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-"""Upper bounds of the buckets, seconds. A call on an idle broker takes about a millisecond."""
-
-JOB_BUCKETS: Final = (
-    *(0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0),
-    *(60.0, 300.0, 900.0, 1800.0),
-    *(3600.0, 4 * 3600.0, 12 * 3600.0, 24 * 3600.0),
-)
-"""The same for jobs, which may wait for hours."""
-
-SIZE_BUCKETS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
-"""Upper bounds of the buckets for sizes of batches, calls."""
-
 LAG_BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 
 LAG_EVERY: Final = 0.5
 """Seconds between two measurements of how late the event loop runs a timer."""
-
-MAX_METHODS: Final = 1000
-"""Methods that have series of their own at one side; calls of further methods are counted together, as `OTHER`."""
-
-OTHER: Final = "other"
-
-MAX_CODES: Final = 50
-"""Codes of services' own errors that have series of their own for each method at one side."""
-
-OTHER_CODE: Final = "OTHER"
-"""Counts all further codes and reasons. In capitals, because a service's own error may have the code "other"."""
-
-STATUSES: Final = frozenset({OK, *STATUS_CODES})
-"""Codes that always have series of their own."""
 
 REASONS: Final = frozenset({"expired", "delivery_limit", "rejected", "maxlen"})
 """Reasons for which RabbitMQ dead-letters a message: https://www.rabbitmq.com/docs/dlx."""
@@ -117,81 +102,6 @@ GAUGES: Final = frozenset({"pending_replies", "watched_jobs", "in_flight", "jobs
 """Keys of `OWNED` whose numbers can also fall."""
 
 
-class _Histogram:
-    __slots__ = ("bounds", "counts", "sum")
-
-    def __init__(self, bounds: tuple[float, ...] = BUCKETS) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
-
-    def add(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-    def sample(self, into: HistogramMetricFamily, labels: Sequence[str]) -> None:
-        """Add a sample to the family, if anything was counted."""
-        if not any(self.counts):
-            return
-        bounds = [*(str(bound) for bound in self.bounds), "+Inf"]
-        into.add_metric(labels, list(zip(bounds, accumulate(self.counts), strict=True)), self.sum)
-
-
-class _Method:
-    """The numbers of one method at one side; `labels` are its service and its name."""
-
-    __slots__ = ("codes", "labels", "queue", "seconds", "started")
-
-    def __init__(self, service: str, method: str) -> None:
-        self.labels = service, method
-        self.started = 0
-        self.codes: dict[str, int] = {}
-        self.seconds = _Histogram()
-        self.queue = _Histogram()
-
-
-class _Job:
-    """The numbers of one job at one side; `labels` are its service and its name."""
-
-    __slots__ = ("ended", "labels", "queue", "running", "seconds", "started")
-
-    def __init__(self, service: str, method: str, bounds: tuple[float, ...]) -> None:
-        self.labels = service, method
-        self.started = 0
-        self.running = 0
-        self.ended: Counter[tuple[str, ...]] = Counter()
-        """Ends by `queued` at a client, by outcome and reason at a worker."""
-        self.seconds = _Histogram(bounds)
-        self.queue = _Histogram(bounds)
-
-
-class _Batched:
-    """The batches of one method; `labels` are its service and its name."""
-
-    __slots__ = ("labels", "seconds", "sizes")
-
-    def __init__(self, service: str, method: str) -> None:
-        self.labels = service, method
-        self.sizes = _Histogram(SIZE_BUCKETS)
-        self.seconds = _Histogram()
-
-
-def _new_code(codes: dict[str, int], code: str) -> str:
-    """Return the code to count for a code that is new to a method: a worker may send any text."""
-    is_own = DOMAIN_CODE.match(code) is not None and len(codes.keys() - STATUSES) < MAX_CODES
-    code = code if code in STATUSES or is_own else OTHER_CODE
-    codes.setdefault(code, 0)
-    return code
-
-
-def _job(jobs: dict[str, _Job], observed: Observed, bounds: tuple[float, ...]) -> _Job:
-    """The numbers of a job; those of all further ones once there are `MAX_METHODS`."""
-    found = jobs.get(observed.label)
-    if found is None and len(jobs) < MAX_METHODS:
-        found = jobs[observed.label] = _Job(observed.service, observed.method, bounds)
-    return found or jobs.setdefault(OTHER, _Job(OTHER, "", bounds))
-
-
 @dataclass
 class _Sessions:
     """The sessions of one role."""
@@ -217,22 +127,22 @@ class Metrics(Observer):
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        self._calls: dict[str, _Method] = {}
-        self._requests: dict[str, _Method] = {}
-        self._sends: dict[str, _Job] = {}
-        self._publishes: dict[str, _Job] = {}
-        self._jobs: dict[str, _Job] = {}
-        self._batches: dict[str, _Batched] = {}
-        self._messages: dict[Carried, _Histogram] = {
-            "requests": _Histogram(SIZE_BUCKETS),
-            "replies": _Histogram(SIZE_BUCKETS),
+        self._calls: dict[str, MethodCounts] = {}
+        self._requests: dict[str, MethodCounts] = {}
+        self._sends: dict[str, JobCounts] = {}
+        self._publishes: dict[str, JobCounts] = {}
+        self._jobs: dict[str, JobCounts] = {}
+        self._batches: dict[str, BatchCounts] = {}
+        self._messages: dict[Carried, Histogram] = {
+            "requests": Histogram(SIZE_BUCKETS),
+            "replies": Histogram(SIZE_BUCKETS),
         }
         self._notices: Counter[str] = Counter()
         self._sessions: dict[Role, _Sessions] = {"consuming": _Sessions(), "publishing": _Sessions()}
         self._up: set[tuple[Counted, Role]] = set()
         self._owners: list[Counted] = []
         self._past: Counter[str] = Counter()
-        self._lag = _Histogram(LAG_BUCKETS)
+        self._lag = Histogram(LAG_BUCKETS)
         self._lag_timer: asyncio.TimerHandle | None = None
         self._depths: dict[str, QueueDepth] = {}
         self._call_ended: Callable[[ObservedCall], None] = self._ended_of(self._calls)
@@ -243,12 +153,12 @@ class Metrics(Observer):
 
     def on_call(self, call: ObservedCall) -> Callable[[ObservedCall], None]:
         """See `Observer`."""
-        (self._calls.get(call.label) or self._method(self._calls, call)).started += 1
+        (self._calls.get(call.label) or method_counts(self._calls, call)).started += 1
         return self._call_ended
 
     def on_request(self, request: ObservedRequest) -> Callable[[ObservedRequest], None]:
         """See `Observer`."""
-        method = self._requests.get(request.label) or self._method(self._requests, request)
+        method = self._requests.get(request.label) or method_counts(self._requests, request)
         method.started += 1
         if request.queue_seconds is not None:
             method.queue.add(request.queue_seconds)
@@ -256,28 +166,28 @@ class Metrics(Observer):
 
     def on_send(self, send: ObservedSend) -> Callable[[ObservedSend], None]:
         """See `Observer`."""
-        _job(self._sends, send, BUCKETS).started += 1
+        job_counts(self._sends, send, BUCKETS).started += 1
         return self._send_ended
 
     def _send_ended(self, send: ObservedSend) -> None:
-        job = _job(self._sends, send, BUCKETS)
+        job = job_counts(self._sends, send, BUCKETS)
         job.ended[(send.queued,)] += 1
         job.seconds.add(send.seconds)
 
     def on_publish(self, publish: ObservedPublish) -> Callable[[ObservedPublish], None]:
         """See `Observer`."""
-        _job(self._publishes, publish, BUCKETS).started += 1
+        job_counts(self._publishes, publish, BUCKETS).started += 1
         return self._publish_ended
 
     def _publish_ended(self, publish: ObservedPublish) -> None:
-        event = _job(self._publishes, publish, BUCKETS)
+        event = job_counts(self._publishes, publish, BUCKETS)
         event.ended[publish.queued, HEARD[publish.heard]] += 1
         event.seconds.add(publish.seconds)
 
     def on_job(self, job: ObservedJob) -> Callable[[ObservedJob], None]:
         """See `Observer`."""
         if job.ran:
-            numbers = _job(self._jobs, job, JOB_BUCKETS)
+            numbers = job_counts(self._jobs, job, JOB_BUCKETS)
             numbers.started += 1
             numbers.running += 1
             if job.queue_seconds is not None:
@@ -285,7 +195,7 @@ class Metrics(Observer):
         return self._job_ended
 
     def _job_ended(self, job: ObservedJob) -> None:
-        numbers = _job(self._jobs, job, JOB_BUCKETS)
+        numbers = job_counts(self._jobs, job, JOB_BUCKETS)
         numbers.ended[job.outcome, "" if job.code == OK else job.code] += 1
         if job.ran:
             numbers.running -= 1
@@ -293,11 +203,7 @@ class Metrics(Observer):
 
     def on_batch(self, batch: ObservedBatch) -> None:
         """See `Observer`."""
-        found = self._batches.get(batch.label)
-        if found is None:
-            is_other = len(self._batches) >= MAX_METHODS
-            label, names = (OTHER, (OTHER, "")) if is_other else (batch.label, (batch.service, batch.method))
-            found = self._batches.setdefault(label, _Batched(*names))
+        found = batch_counts(self._batches, batch)
         found.sizes.add(batch.size)
         found.seconds.add(batch.seconds)
 
@@ -341,19 +247,14 @@ class Metrics(Observer):
         """Keep the depth of a queue: for `QueueWatch(on_depth=metrics.on_depth)`."""
         self._depths[depth.queue] = depth
 
-    def _method(self, methods: dict[str, _Method], observed: Observed) -> _Method:
-        if len(methods) < MAX_METHODS:
-            return methods.setdefault(observed.label, _Method(observed.service, observed.method))
-        return methods.setdefault(OTHER, _Method(OTHER, ""))
-
-    def _ended_of(self, methods: dict[str, _Method]) -> Callable[[Observed], None]:
+    def _ended_of(self, methods: dict[str, MethodCounts]) -> Callable[[Observed], None]:
         find = methods.get
 
         def ended(observed: Observed) -> None:
             method = find(observed.label) or methods[OTHER]
             codes, code = method.codes, observed.code
             if code not in codes:
-                code = _new_code(codes, code)
+                code = new_code(codes, code)
             codes[code] += 1
             if not isinstance(observed, ObservedRequest) or observed.ran:
                 method.seconds.add(observed.seconds)
@@ -408,7 +309,7 @@ class Metrics(Observer):
         yield lag
         yield from self._of_queues()
 
-    def _of_methods(self, calls: str, call: str, what: str, methods: dict[str, _Method]) -> Iterator[Metric]:
+    def _of_methods(self, calls: str, call: str, what: str, methods: dict[str, MethodCounts]) -> Iterator[Metric]:
         labels = ["service", "method"]
         started = CounterMetricFamily(f"{calls}_started", f"{what} that began.", labels=labels)
         finished = CounterMetricFamily(f"{calls}_finished", f"{what} that ended, by code.", labels=[*labels, "code"])

@@ -622,7 +622,7 @@ def test_alerts_ask_for_metrics_that_there_are_and_the_page_says_what_to_do_abou
 
 
 def test_methods_beyond_the_limit_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rpcq.observability.metrics.MAX_METHODS", 3)
+    monkeypatch.setattr("rpcq.observability.counting.MAX_METHODS", 3)
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     for number in (*range(5), 0, 4):
@@ -640,7 +640,7 @@ def test_methods_beyond_the_limit_are_counted_together(monkeypatch: pytest.Monke
 
 
 def test_jobs_beyond_the_limit_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rpcq.observability.metrics.MAX_METHODS", 3)
+    monkeypatch.setattr("rpcq.observability.counting.MAX_METHODS", 3)
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     for number in (*range(5), 0, 4):
