@@ -14,16 +14,18 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from rpcq import CallError, Client
 from rpcq.calls.outcomes import MAX_ATTEMPTS
 from support.command import Process, delete_queues
+
+T = TypeVar("T")
 
 TESTS = Path(__file__).resolve().parents[1]
 SLACK = 1.0
@@ -45,6 +47,12 @@ def _of_a_proxy(task: asyncio.Task[Any]) -> bool:
     """Whether it carries bytes between a client and the broker: it ends a moment after the connection."""
     code = getattr(task.get_coro(), "cr_code", None)
     return code is not None and code.co_filename == str(TESTS / "support" / "proxy.py")
+
+
+async def first(answers: AsyncGenerator[T, None], count: int) -> list[T]:
+    """The first `count` answers of workers; ask with `wait=READY`, since a busy worker needs its time."""
+    async with aclosing(answers):
+        return [await anext(answers) for _ in range(count)]
 
 
 class Overdue:
