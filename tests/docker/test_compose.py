@@ -7,6 +7,7 @@ What they do takes minutes, a Docker engine and the images of RabbitMQ and Pytho
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -33,6 +34,13 @@ SERVICES: dict[str, Any] = COMPOSE["services"]
 OBSERVE = {name: service for name, service in SERVICES.items() if service.get("profiles") == ["observe"]}
 """What watches the others, if the profile is asked for."""
 SYSTEM = {name: service for name, service in SERVICES.items() if name not in OBSERVE}
+SHOP: dict[str, Any] = yaml.safe_load((ROOT / "docker" / "shop.yml").read_text("utf-8"))["services"]
+"""The example shop, if the profile is asked for."""
+# Its services, as they are in examples/shop/setup.py, which would choose its database when it is imported.
+SHOP_NAMES: tuple[str, ...] = ast.literal_eval(
+    re.findall(r"^NAMES = (.+)$", (ROOT / "examples" / "shop" / "setup.py").read_text("utf-8"), re.MULTILINE)[0]
+)
+SHOP_OWN = {name: service for name, service in SHOP.items() if name != "shop-database"}
 SECRETS: dict[str, Any] = {
     name: yaml.safe_load((ROOT / "docker" / f"{name}.yml").read_text("utf-8")) for name in ("password", "password-file")
 }
@@ -69,8 +77,8 @@ def test_there_are_a_broker_two_consumers_a_producer_and_its_web_form() -> None:
 
 
 def test_our_own_containers_write_nothing_and_have_no_privilege() -> None:
-    for name in ("consumer", "producer", "web"):
-        confined = {key: SERVICES[name][key] for key in ("read_only", "cap_drop", "security_opt")}
+    for service in (*(SERVICES[name] for name in ("consumer", "producer", "web")), *SHOP_OWN.values()):
+        confined = {key: service[key] for key in ("read_only", "cap_drop", "security_opt")}
         assert confined == {"read_only": True, "cap_drop": ["ALL"], "security_opt": ["no-new-privileges:true"]}
 
 
@@ -105,7 +113,7 @@ def test_credentials_are_required_of_the_environment_and_stand_in_no_file() -> N
     (user,) = (value for value in given if re.fullmatch(r"\$\{RABBITMQ_USER:\?[^}]+\}", value))
     assert given - {user} == {"${RABBITMQ_PASSWORD:-}", "/run/secrets/rabbitmq_password"}
     assert re.fullmatch(r"\$\{RABBITMQ_PASSWORD:\?[^}]+\}", SECRETS["password"]["x-required"])
-    files = [ROOT / "docker-compose.yml", *(ROOT / "docker" / f"{name}.yml" for name in SECRETS)]
+    files = [ROOT / "docker-compose.yml", *(ROOT / "docker" / f"{name}.yml" for name in (*SECRETS, "shop"))]
     for text in (*(file.read_text("utf-8") for file in files), DOCKERFILE):
         assert not re.search(r"amqps?://[^/\s{]*:", text)
         assert "guest" not in text
@@ -113,11 +121,11 @@ def test_credentials_are_required_of_the_environment_and_stand_in_no_file() -> N
 
 
 def test_the_password_is_a_secret_of_every_container_which_is_empty_unless_a_file_is_named() -> None:
-    (included,) = COMPOSE["include"]
+    included, _ = COMPOSE["include"]
     assert included == {"path": "docker/password${RABBITMQ_PASSWORD_FILE:+-file}.yml", "project_directory": "."}
     assert SECRETS["password"]["secrets"] == {"rabbitmq_password": {"file": "/dev/null"}}
     assert SECRETS["password-file"] == {"secrets": {"rabbitmq_password": {"file": "${RABBITMQ_PASSWORD_FILE}"}}}
-    for service in SYSTEM.values():
+    for service in (*SYSTEM.values(), *SHOP_OWN.values()):
         assert service["secrets"] == ["rabbitmq_password"]
     assert not any("secrets" in service for service in OBSERVE.values())
 
@@ -131,6 +139,26 @@ def test_the_profile_observe_has_prometheus_and_grafana_in_fixed_versions_and_wi
     # Nobody needs a password, so the one that everybody knows must not work.
     assert OBSERVE["grafana"]["environment"]["GF_AUTH_BASIC_ENABLED"] == "false"
     assert OBSERVE["grafana"]["environment"]["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
+
+
+def test_the_profile_shop_has_a_container_for_each_service_and_starts_them_when_tables_and_queues_are_there() -> None:
+    assert COMPOSE["include"][1] == {"path": "docker/shop.yml", "project_directory": "."}
+    assert {name for name, service in SHOP.items() if service["profiles"] == ["shop"]} == set(SHOP)
+    for name in SHOP_NAMES:
+        assert SHOP[f"shop-{name}"]["command"] == ["rpcq", "worker", f"examples.shop.{name}:{name}"]
+    assert set(SHOP_OWN) == {"shop", "shop-setup", *(f"shop-{name}" for name in SHOP_NAMES)}
+    for name, service in SHOP_OWN.items():
+        assert service["build"] == {"context": ".", "dockerfile": "docker/Dockerfile", "target": "shop"}
+        assert service["restart"] == ("no" if name == "shop-setup" else "unless-stopped")
+        if name != "shop-setup":
+            assert service["depends_on"]["shop-setup"] == {"condition": "service_completed_successfully"}
+
+
+def test_the_database_of_the_shop_without_a_password_can_be_reached_by_the_shop_alone() -> None:
+    database = SHOP["shop-database"]
+    assert re.fullmatch(r"postgres:\d+-alpine", database["image"])
+    assert (database["networks"], "ports" in database) == (["shop"], False)
+    assert {name for name, service in SHOP.items() if "shop" in service["networks"]} == set(SHOP)
 
 
 def test_what_serves_is_started_again_and_what_ends_by_itself_is_not() -> None:
@@ -149,6 +177,7 @@ def test_ports_are_open_to_this_machine_alone_and_can_be_moved() -> None:
     assert len(ports) == 5
     for port in ports:
         assert re.fullmatch(r"127\.0\.0\.1:\$\{(?:RABBITMQ_\w*|WEB_|PROMETHEUS_|GRAFANA_)PORT:-(\d+)\}:\1", port)
+    assert SHOP["shop"]["ports"] == ["127.0.0.1:${SHOP_PORT:-8001}:8000"]
 
 
 def test_every_image_from_elsewhere_has_a_version_and_the_dockerfile_needs_no_other_frontend() -> None:
@@ -306,6 +335,7 @@ class Stack:
             "RABBITMQ_PORT": "0",
             "RABBITMQ_MANAGEMENT_PORT": "0",
             "WEB_PORT": "0",
+            "SHOP_PORT": "0",
         }
 
     def docker(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -350,22 +380,22 @@ class Stack:
 
 @pytest.fixture(scope="module")
 def images() -> Iterator[Stack]:
-    """Both images, built; taken away at the end."""
+    """All images, built; taken away at the end."""
     stack = Stack()
     if stack.docker("info").returncode:
         pytest.fail("RPCQ_TEST_DOCKER is set, and no Docker engine answers: see `docker info`", pytrace=False)
     try:
-        stack.compose("build")
+        stack.compose("--profile", "shop", "build")
         yield stack
     finally:
-        stack.compose("down", "--volumes", "--remove-orphans", "--rmi", "local")
+        stack.compose("--profile", "shop", "down", "--volumes", "--remove-orphans", "--rmi", "local")
 
 
 @pytest.fixture
 def stack(images: Stack) -> Iterator[Stack]:
     """The project, with nothing running before and after."""
     yield images
-    images.compose("down", "--volumes", "--remove-orphans")
+    images.compose("--profile", "shop", "down", "--volumes", "--remove-orphans")
 
 
 def assert_all_matched(ran: subprocess.CompletedProcess[str]) -> None:
@@ -513,6 +543,41 @@ def test_the_page_is_served_and_its_requests_are_answered_by_the_consumers(stack
     (container,) = stack.containers("web")
     seconds, code = stack.seconds_to_stop(container)
     assert (seconds < 2, code) == (True, 0), seconds
+
+
+@engine
+@pytest.mark.timeout(900)
+def test_the_shop_takes_orders_while_payment_is_killed_and_does_them_all_when_it_is_back(stack: Stack) -> None:
+    shop = "--profile", "shop"
+    stack.compose(*shop, "up", "--detach", "--no-build", "--wait", "shop")
+    where = f"http://{stack.compose(*shop, 'port', 'shop', '8000').strip()}"
+
+    def order() -> None:
+        body = json.dumps({"customer": "ada@example.org", "article": "tea", "count": 1}).encode()
+        request = urllib.request.Request(f"{where}/orders", body, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=SECONDS) as response:
+            assert response.status == 202
+
+    def states() -> dict[str, int]:
+        with urllib.request.urlopen(f"{where}/state", timeout=SECONDS) as response:
+            found: dict[str, int] = json.load(response)["books"]["orders"]
+        return found
+
+    def wait_for(wanted: dict[str, int]) -> None:
+        until = time.monotonic() + 120
+        while (found := states()) != wanted:
+            assert time.monotonic() < until, found
+            time.sleep(0.2)
+
+    for _ in range(5):
+        order()
+    wait_for({"done": 5})
+    stack.compose(*shop, "kill", "shop-payment")
+    for _ in range(5):
+        order()
+    assert states() == {"done": 5, "placed": 5}
+    stack.compose(*shop, "start", "shop-payment")
+    wait_for({"done": 10})
 
 
 @engine
