@@ -10,6 +10,8 @@ import pytest
 from rpcq import CallTimeout, Context, OutcomeUnknown, PermissionDenied, RemoteError
 from rpcq.transport.base import Message
 from rpcq.wire.properties import Properties, encode
+from support.late import let_others_speak_first
+from support.load import until
 from support.logged import event_of
 from support.places import Place, lose
 
@@ -175,7 +177,10 @@ async def test_where_it_is_not_known_whether_a_call_is_allowed_nothing_runs(plac
 
 
 async def test_a_call_that_waits_for_permission_until_its_deadline_did_not_run(place: Place) -> None:
+    asked = asyncio.Event()
+
     async def authorize(context: Context) -> str | None:
+        asked.set()
         await asyncio.sleep(60)
         return None
 
@@ -186,8 +191,10 @@ async def test_a_call_that_waits_for_permission_until_its_deadline_did_not_run(p
         raise AssertionError("it ran")
 
     async with place.worker(service), place.client() as client:
-        with pytest.raises(CallTimeout) as caught:
-            await client.with_options(timeout=3).call("things.act")
+        let_others_speak_first(client)
+        while not asked.is_set():  # nobody asks for a call that comes too late
+            with pytest.raises(CallTimeout) as caught:
+                await client.with_options(timeout=1).call("things.act")
         assert caught.value.executed == "no"
 
 
@@ -255,7 +262,7 @@ async def test_a_call_that_was_given_up_does_not_begin_though_its_permission_com
     async with place.client() as client:
         worker = place.worker(service, grace=0.1)
         await worker.start()
-        call = asyncio.create_task(client.with_options(timeout=1 if "deadline" in ends else 20).call("things.act"))
+        call = asyncio.create_task(client.with_options(timeout=3 if "deadline" in ends else 20).call("things.act"))
         await asked.wait()
         if ends == "by the deadline":
             with pytest.raises(CallTimeout):
@@ -348,10 +355,12 @@ async def test_a_denial_is_logged_with_who_asked(place: Place, caplog: pytest.Lo
 @pytest.mark.parametrize("forged", ["a reply through the notices", "a notice past them"])
 async def test_only_the_broker_speaks_through_the_notices_and_never_elsewhere(place: Place, forged: str) -> None:
     service, idle = place.service(), place.service("idle")
+    asked, told = asyncio.Event(), asyncio.Event()
 
     @service.method
     async def balance() -> int:
-        await asyncio.sleep(1)
+        asked.set()
+        await told.wait()
         return 5
 
     @idle.method
@@ -361,7 +370,7 @@ async def test_only_the_broker_speaks_through_the_notices_and_never_elsewhere(pl
         async with place.worker(idle):
             pass  # its queue stays, and nobody takes from it
         call = asyncio.create_task(victim.call("things.balance"))
-        await asyncio.sleep(0.3)
+        await asked.wait()
         (pending,) = victim._calls
         assert victim._sender.encoder is not None
         own = victim._sender.encoder.reply_to.decode()
@@ -374,5 +383,7 @@ async def test_only_the_broker_speaks_through_the_notices_and_never_elsewhere(pl
             where = b"", own.encode()
         properties = encode(Properties(correlation_id=pending.request_id, **kind))  # type: ignore[arg-type]
         stranger._transport.publish(Message(*where, pending.request_id, properties, b"666", lambda _: None))
+        await until(lambda: victim._calls.stray == 1)
+        told.set()
         assert await call == 5
         assert victim._calls.stray == 1

@@ -32,6 +32,8 @@ from rpcq.transport.base import Delivery, Listener, Message, Subscription, Trans
 from rpcq.transport.opening import open_transport
 from rpcq.wire import replies, requests
 from rpcq.wire.topology import Topology
+from support.late import let_others_speak_first
+from support.load import until
 from support.places import Place
 
 QUEUE_TYPE_MATTERS = False
@@ -119,9 +121,9 @@ async def test_what_waits_for_a_thread_until_its_deadline_never_runs_and_its_cal
     def block(name: str) -> None:
         began.append(name)
         loop.call_soon_threadsafe(started.set)
-        gate.wait(20)
+        gate.wait(60)
 
-    async with place.worker(service, prefetch=1) as worker, place.client(timeout=20) as client:
+    async with place.worker(service, prefetch=1) as worker, place.client(timeout=60) as client:
         first = asyncio.create_task(client.call("things.block", name="first"))
         await started.wait()
         # Its delivery comes again over a new session only if it is forgotten here: this is what a lost one leaves.
@@ -129,6 +131,8 @@ async def test_what_waits_for_a_thread_until_its_deadline_never_runs_and_its_cal
         await place.cut(client, worker)
         with pytest.raises(OutcomeUnknown):
             await first
+        await until(lambda: client.connected and worker.connected)
+        let_others_speak_first(client)
         with pytest.raises(CallTimeout) as caught:
             await client.with_options(timeout=3).call("things.block", name="second")
         assert caught.value.executed == "no"

@@ -33,6 +33,7 @@ from rpcq.wire.jobs import JobTopology
 from rpcq.wire.properties import Properties, encode
 from support.jobs import Done, dead_queue, settled
 from support.letters import letters
+from support.load import READY, first
 from support.places import Place, lose
 
 SOON = Retry(max_attempts=3, initial_backoff=0.01, max_backoff=0.01)
@@ -253,7 +254,7 @@ async def test_a_worker_describes_its_jobs(home: Place, service: Service) -> Non
     def charge(context: Context, amount: int) -> None: ...
 
     async with home.client() as client, home.worker(service, job_prefetch=7):
-        (worker,) = [it async for it in client.workers(service.name, wait=0.5)]
+        (worker,) = await first(client.workers(service.name, wait=READY), 1)
     (found,) = worker.services
     assert (found.methods, found.job_queue, worker.job_prefetch) == ((), f"{home.namespace}.job.{service.name}", 7)
     assert found.jobs == (
@@ -494,7 +495,7 @@ async def test_a_retry_whose_queue_is_gone_is_kept_with_the_lost(home: Place, se
     @service.job(retry=Retry(max_attempts=2, initial_backoff=0.01, max_backoff=0.01))
     async def work() -> None:
         done.note("run")
-        raise RetryLater(0.5)
+        raise RetryLater(4)  # the queue has to be gone before
 
     topology = JobTopology(home.namespace)
     (lost,) = [queue for queue in topology.shared_queues() if queue.name == topology.lost.name]

@@ -21,6 +21,7 @@ from rpcq.observability.sampling import Sampler
 from rpcq.observability.tracing import Tracing
 from rpcq.observer import Observed, ObservedCall, ObservedRequest, Observer
 from rpcq.options import MAX_HEADERS
+from support.late import let_others_speak_first
 from support.load import until
 from support.observed import Scraped, by_name
 from support.places import Place
@@ -48,6 +49,10 @@ def things(place: Place) -> tuple[Service, list[Any]]:
         seen.append("sleep")
         await asyncio.sleep(seconds)
 
+    @service.method(timeout=0.3)  # from its start, however late that is
+    async def nap() -> None:
+        await asyncio.sleep(60)
+
     return service, seen
 
 
@@ -71,7 +76,7 @@ async def test_each_call_is_counted_once_at_each_end_by_how_it_ended(place: Plac
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
         with pytest.raises(CallTimeout):
-            await client.with_options(timeout=0.3).call("things.sleep", seconds=60)
+            await client.call("things.nap")
         await until(lambda: scraped("rpcq_worker_requests_in_hand") == 0)
 
     expected = {
@@ -80,11 +85,11 @@ async def test_each_call_is_counted_once_at_each_end_by_how_it_ended(place: Plac
         ("things", "fail", "busy"): 1,
         ("things", "fail", "UNKNOWN"): 1,
         ("things", "sleep", "CANCELLED"): 1,
-        ("things", "sleep", "DEADLINE_EXCEEDED"): 1,
+        ("things", "nap", "DEADLINE_EXCEEDED"): 1,
     }
     assert scraped.all("rpcq_client_calls_finished_total") == expected
     assert scraped.all("rpcq_worker_requests_finished_total") == expected
-    started = {("things", "add"): 101, ("things", "fail"): 2, ("things", "sleep"): 2}
+    started = {("things", "add"): 101, ("things", "fail"): 2, ("things", "sleep"): 1, ("things", "nap"): 1}
     assert scraped.all("rpcq_client_calls_started_total") == started
     assert scraped.all("rpcq_worker_requests_started_total") == started
     assert scraped.all("rpcq_client_call_duration_seconds_count") == started
@@ -92,7 +97,7 @@ async def test_each_call_is_counted_once_at_each_end_by_how_it_ended(place: Plac
     assert scraped.all("rpcq_worker_handler_duration_seconds_count") == {**started, ("things", "add"): 100}
     waited = scraped("rpcq_worker_queue_wait_seconds_count", service="things", method="add")
     assert waited == 100
-    total = scraped("rpcq_client_call_duration_seconds_sum", service="things", method="sleep")
+    total = scraped("rpcq_client_call_duration_seconds_sum", service="things", method="nap")
     assert total is not None
     assert total > 0.2
     assert scraped("rpcq_worker_requests_acknowledged_total") == 105
@@ -146,6 +151,7 @@ async def test_what_a_queue_gives_up_is_counted_by_its_reason(place: Place, scra
     async with place.client(observers=[scraped.metrics]) as client:
         async with place.worker(service):
             pass  # its queue stays
+        let_others_speak_first(client)
         with pytest.raises(CallTimeout):
             await client.with_options(timeout=0.5).call("things.add", x=1, y=1)
         assert scraped("rpcq_client_notices_total", reason="expired") == 1

@@ -399,17 +399,21 @@ async def test_an_unknown_job_is_a_dead_letter_at_last(
 
 
 async def test_an_expired_job_is_a_dead_letter_at_its_turn(home: Place, service: Service, log: Log) -> None:
+    goes_on = asyncio.Event()
+
     @service.job
     async def work(number: int, context: Context) -> None:
         log.note(context, number)
         if number == 0:
-            await asyncio.sleep(0.5)
+            await goes_on.wait()
 
     async with home.client() as client, home.worker(service) as worker:
         maker = client.with_options(order_key="a")
         await maker.send(work, 0)
         await maker.with_options(expires=0.3).send(work, 1)
         await maker.send(work, 2)
+        await asyncio.sleep(0.5)
+        goes_on.set()
         await log.until(2)
         await settled(worker)
         async with letters(home.url, dead_queue(home, service)) as dead:

@@ -29,6 +29,7 @@ from rpcq.transport.opening import open_transport
 from rpcq.wire import replies
 from rpcq.wire.properties import Properties, decode, encode
 from rpcq.wire.topology import Queue, Topology
+from support.late import let_others_speak_first
 from support.places import Place
 
 QUEUE_TYPE_MATTERS = False  # one kind of queue for each transport; `make test-faults` has the others
@@ -78,6 +79,19 @@ def intercepted(client: Client) -> list[Outgoing]:
     return sent
 
 
+def expiring(client: Client, milliseconds: int) -> None:
+    """Have what a client sends from now on expire in its queue so soon, whatever its deadline is."""
+    publish = client._transport.publish
+
+    def publish_expiring(message: Outgoing) -> None:
+        properties = decode(message.properties)
+        properties.expiration = b"%d" % milliseconds
+        message.properties = encode(properties)
+        publish(message)
+
+    client._transport.publish = publish_expiring  # type: ignore[method-assign]
+
+
 async def fails(call: Any) -> CallError:
     with pytest.raises(CallError) as caught:
         await call
@@ -118,6 +132,7 @@ async def test_an_expiry_proves_that_nothing_ran_only_on_a_quorum_queue_and_only
     # Ten seconds of heartbeat: this client may be sure for half a second, and the call's request expires at 0.9 s.
     for disconnected_timeout, sure in ((60.0, True), (20.5, False)):
         async with declared(place, service), place.client(disconnected_timeout=disconnected_timeout) as client:
+            let_others_speak_first(client)
             error = await fails(client.with_options(timeout=1.0).call("things.work"))
             assert isinstance(error, CallTimeout)
             assert "expired in the queue" in str(error)
@@ -127,7 +142,10 @@ async def test_an_expiry_proves_that_nothing_ran_only_on_a_quorum_queue_and_only
 async def test_with_a_heartbeat_of_half_that_time_no_expiry_proves_anything(place: Place) -> None:
     service, _ = working(place)
     async with declared(place, service), place.client(heartbeat=30) as client:
-        assert (await fails(client.with_options(timeout=0.5).call("things.work"))).executed == "maybe"
+        let_others_speak_first(client)
+        error = await fails(client.with_options(timeout=0.5).call("things.work"))
+        assert "expired in the queue" in str(error)
+        assert error.executed == "maybe"
 
 
 async def test_an_expired_request_does_not_reach_a_queue_that_is_called_like_the_service(place: Place) -> None:
@@ -135,6 +153,7 @@ async def test_an_expired_request_does_not_reach_a_queue_that_is_called_like_the
     service, _ = working(place, name)
     old = Queue(name, durable=True, auto_delete=True)
     async with declared(place, service), Stranger(place, old) as stranger, place.client() as client:
+        let_others_speak_first(client)
         error = await fails(client.with_options(timeout=0.5).call(f"{name}.work"))
         assert "expired in the queue" in str(error)
         assert stranger.came == []
@@ -169,13 +188,14 @@ async def test_two_queues_of_one_service_never_run_a_call_twice_or_tell_no_of_it
     @service.method
     async def work() -> str:
         runs.append(1)
-        await asyncio.sleep(2.78)  # a copy in the old queue would expire before
+        await asyncio.sleep(1.5)  # a copy in the old queue would expire before
         return "done"
 
     other = Service("things", queue_type="classic" if place.queue_type == "quorum" else "quorum")
     other.method(name="work")(work)
     async with declared(place, other), place.worker(service), place.client() as client:
-        call = client.with_options(timeout=3.0).call("things.work")
+        expiring(client, 500)
+        call = client.with_options(timeout=30).call("things.work")
         if place.queue_type == "quorum":
             assert await call == "done"
             assert runs == [1]
@@ -220,7 +240,7 @@ async def test_a_request_that_is_published_again_is_not_taken_for_its_own_reply(
     service, runs = working(place)
     async with declared(place, service), place.client() as client, Stranger(place) as stranger:
         sent = intercepted(client)
-        call = asyncio.create_task(client.with_options(timeout=2.0).call("things.result", x=21))
+        call = asyncio.create_task(client.with_options(timeout=20).call("things.result", x=21))
         while not sent or place.namespace.encode() not in sent[-1].exchange:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
@@ -306,7 +326,7 @@ async def test_the_first_timeout_of_half_a_millisecond_says_that_nothing_was_sen
 async def test_a_call_of_a_handler_that_runs_into_the_inherited_deadline_is_a_timeout_of_the_outer_call_too(
     place: Place,
 ) -> None:
-    outer, inner = place.service("outer"), place.service("inner")
+    outer, inner, began = place.service("outer"), place.service("inner"), asyncio.Event()
     async with place.client() as client:
 
         @inner.method
@@ -315,6 +335,7 @@ async def test_a_call_of_a_handler_that_runs_into_the_inherited_deadline_is_a_ti
 
         @outer.method
         async def inherits() -> None:
+            began.set()
             await client.call("inner.hang")
 
         @outer.method
@@ -322,10 +343,12 @@ async def test_a_call_of_a_handler_that_runs_into_the_inherited_deadline_is_a_ti
             await client.with_options(timeout=0.2).call("inner.hang")
 
         async with place.worker(outer, inner):
-            error = await fails(client.with_options(timeout=1.0).call("outer.inherits"))
+            let_others_speak_first(client)
+            while not began.is_set():  # a call that comes too late does not begin
+                error = await fails(client.with_options(timeout=1.0).call("outer.inherits"))
             assert isinstance(error, CallTimeout)
             assert error.executed == "yes"
-            error = await fails(client.with_options(timeout=5.0).call("outer.has_its_own"))
+            error = await fails(client.with_options(timeout=20.0).call("outer.has_its_own"))
             assert isinstance(error, RemoteError)
 
 
@@ -396,7 +419,7 @@ async def test_closing_a_client_wakes_calls_that_wait_to_be_made_again_and_tells
         retry = Retry(codes=("full",), initial_backoff=1000.0, max_backoff=1000.0)
         caller = client.with_options(errors=(Full,), idempotent=True, retry=retry, timeout=1000)
         calls = [asyncio.create_task(caller.call("things.work")) for _ in range(20)]
-        while len(runs) < 20:  # noqa: ASYNC110 - nothing tells
+        while len(runs) < 20 or client._calls:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.05)
         waiting = [call for call in calls if not call.done()]

@@ -26,6 +26,7 @@ from rpcq import (
 from rpcq.calls import gathering, intake, slots
 from rpcq.calls.slots import Slots
 from rpcq.wire.batches import read_requests
+from support.late import let_others_speak_first
 from support.places import Place, lose
 from support.seam import until
 
@@ -238,7 +239,8 @@ async def test_what_expires_in_the_queue_is_a_timeout_for_each_call_and_none_is_
     async with things.client() as client:
         async with things.place.worker(things.service):
             await things.warm(client)
-        found = await gather(client, timeout=4.0)
+        let_others_speak_first(client)
+        found = await gather(client, timeout=2.0)
         assert things.carried.sizes["requests"] == [CALLS]
         assert {type(it) for it in found} == {CallTimeout}
         assert {it.executed for it in found} == {"no" if things.place.queue_type == "quorum" else "maybe"}

@@ -30,20 +30,24 @@ def needs_ctl(broker: Broker, what: str) -> None:
         pytest.skip(f"RPCQ_TEST_URL gives no rabbitmqctl, without which {what}")
 
 
+@pytest.mark.timeout(120)
 async def test_what_slow_workers_do_not_get_to_expires_before_its_deadline(scene: Scene) -> None:
     await scene.workers_of(2, "--prefetch", "2")
     async with scene.client() as client:
         # Five a second are served, of 40 a second. Those that expire are told 0.25 s before their deadline, and not all
-        # at the same time: this machine may be too busy to hear of some.
+        # at the same time: where this machine is too busy to hear of some, or the workers to begin, more are called.
         load = scene.load(client, timeout=2.5, params={"seconds": 0.8})
 
         async def call(after: float) -> object:
             await asyncio.sleep(after)
             return await load.call()
 
-        told = await asyncio.gather(*(call(number / 40) for number in range(80)))
-        expired = [it for it in told if isinstance(it, CallTimeout) and "expired in the queue" in str(it)]
         counts = load.ledger.counts
+        expired: list[CallTimeout] = []
+        until_then = time.monotonic() + 60
+        while (counts["result"] < 4 or len(expired) <= 5) and time.monotonic() < until_then:
+            told = await asyncio.gather(*(call(number / 40) for number in range(80)))
+            expired += [it for it in told if isinstance(it, CallTimeout) and "expired in the queue" in str(it)]
         # What began too late is cancelled by its worker, whose word may come too late on a busy machine.
         assert set(counts) <= {"result", "CallTimeout/no", "CallTimeout/maybe", "CallTimeout/yes"}, counts
         assert counts["result"] >= 4
@@ -76,6 +80,7 @@ def told_when_full(scene: Scene) -> str:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(180)
 async def test_a_full_request_queue_is_told_at_once_and_what_is_in_it_is_served(broker: Broker, scene: Scene) -> None:
     needs_ctl(broker, "no queue can be made smaller")
     worker = await scene.worker()
@@ -87,7 +92,7 @@ async def test_a_full_request_queue_is_told_at_once_and_what_is_in_it_is_served(
         await aio_pika.connect(scene.url) as connection,
     ):
         channel = await connection.channel()
-        load, full = scene.load(client, timeout=45), told_when_full(scene)
+        load, full = scene.load(client, timeout=90), told_when_full(scene)
         calls: list[asyncio.Task[object]] = []
 
         async def in_queue() -> int:
@@ -109,7 +114,7 @@ async def test_a_full_request_queue_is_told_at_once_and_what_is_in_it_is_served(
         await asyncio.gather(*calls)
         assert load.ledger.counts == {full: 800 - waiting, "result": waiting}
         # With a worker there, what finds room is served.
-        async with scene.load(client, callers=200, timeout=20, params={"seconds": 0.05}) as through:
+        async with scene.load(client, callers=200, timeout=60, params={"seconds": 0.05}) as through:
             await through.through()
         assert set(through.ledger.counts) <= {"result", full}
         assert through.ledger.count(Overloaded)
@@ -117,6 +122,7 @@ async def test_a_full_request_queue_is_told_at_once_and_what_is_in_it_is_served(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(420)  # each of the rabbitmqctl takes up to 20 s on a busy machine
 async def test_while_the_broker_takes_nothing_callers_are_told_and_workers_begin_nothing(
     broker: Broker, scene: Scene
 ) -> None:
@@ -128,29 +134,31 @@ async def test_while_the_broker_takes_nothing_callers_are_told_and_workers_begin
         # while the broker takes no replies.
         await ask_for_no_reply(scene, [f"held-{number}" for number in range(9)], str(let_go))
         await until(lambda: len(scene.ran("held-")) == 9)
-        patient = scene.load(client, timeout=45, params={"seconds": 0.2})
-        waiting = [asyncio.create_task(patient.call()) for _ in range(80)]
+        patient = scene.load(client, timeout=300, params={"seconds": 0.2})
+        waiting = [asyncio.create_task(patient.call()) for _ in range(200)]
         await patient_begun(patient)
         await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "absolute", "1MB")
         try:
-            await until(lambda: worker.says("the broker takes no replies"))
+            await until(lambda: worker.says("the broker takes no replies"), 60)
             async with scene.load(blocked, timeout=1) as load:
-                await until(lambda: load.ledger.count("Overloaded/no") >= 50)
+                await until(lambda: load.ledger.count("Overloaded/no") >= 50, 60)
             # Those that were written before the broker said so may yet run.
             assert set(load.ledger.counts) <= {"Overloaded/no", "CallTimeout/maybe"}, load.ledger.counts
             assert load.ledger.count("CallTimeout/maybe") <= 100
 
             began, answered = len(scene.ran()), patient.ledger.ended
-            assert answered < 70, "the backlog was gone before the alarm"
+            assert answered < 190, "the backlog was gone before the alarm"
             let_go.touch()
-            await until(lambda: unacknowledged(broker, scene) == 10, what="nothing new was delivered to the worker")
+            async with asyncio.timeout(120):  # until something new is delivered to the worker
+                while await unacknowledged(broker, scene) != 10:  # noqa: ASYNC110 - no event tells
+                    await asyncio.sleep(0.1)
             await asyncio.sleep(1)
-            assert unacknowledged(broker, scene) == 10
+            assert await unacknowledged(broker, scene) == 10
             assert (len(scene.ran()), patient.ledger.ended) == (began, answered)
         finally:
             await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "0.6")
         await asyncio.gather(*waiting)
-        assert patient.ledger.counts == {"result": 80}
+        assert patient.ledger.counts == {"result": 200}
         async with scene.load(blocked) as afterwards:
             await afterwards.through()
         assert afterwards.ledger.failed == 0
@@ -163,7 +171,7 @@ async def ask_for_no_reply(scene: Scene, nonces: list[str], let_go: str) -> None
         exchange = await channel.get_exchange(f"{scene.namespace}.requests", ensure=False)
         for nonce in nonces:
             body = json.dumps({"nonce": nonce, "until": let_go}).encode()
-            headers = {"rpcq-timeout": 60_000}
+            headers = {"rpcq-timeout": 300_000}
             await exchange.publish(aio_pika.Message(body, type="hold", headers=headers), "target")
 
 
@@ -171,13 +179,15 @@ async def patient_begun(load: Load) -> None:
     await until(lambda: load.ledger.count("result"))
 
 
-def unacknowledged(broker: Broker, scene: Scene) -> int:
+async def unacknowledged(broker: Broker, scene: Scene) -> int:
     """Requests that workers hold."""
-    told = broker.ctl("list_queues", "-p", vhost_of(scene.url), "name", "messages_unacknowledged")
+    asked = "list_queues", "-p", vhost_of(scene.url), "name", "messages_unacknowledged"
+    told = await asyncio.to_thread(broker.ctl, *asked)
     return int(next(line.split()[1] for line in told.splitlines() if line.startswith(scene.queue)))
 
 
 @pytest.mark.long
+@pytest.mark.timeout(240)
 async def test_ten_times_what_workers_can_serve_ends_in_time_and_in_bounded_memory(scene: Scene) -> None:
     asyncio.get_running_loop().set_debug(False)  # the memory of the debug mode is not what is measured
     worker = await scene.worker("--prefetch", "10")
@@ -186,11 +196,17 @@ async def test_ten_times_what_workers_can_serve_ends_in_time_and_in_bounded_memo
     async with scene.client(max_in_flight=limit) as client:
         load = scene.load(client, timeout=2, params={"seconds": 0.1})
         before = sizes(processes)
-        await offer(load, seconds=4)
+        await offer(load, 4 * OFFERED)
         first = sizes(processes)
-        await offer(load, seconds=4)
+        await offer(load, 4 * OFFERED)
         second = sizes(processes)
         counts = load.ledger.counts
+        # Where this machine is too busy to offer or to serve so much in that time, more are called.
+        if counts["Overloaded/no"] <= 100:
+            await asyncio.gather(*(load.call() for _ in range(2 * limit)))
+        until_then = time.monotonic() + 60
+        while counts["result"] <= SERVED * 2 and time.monotonic() < until_then:
+            await offer(load, 2 * OFFERED)
         assert load.ledger.ended > 5 * SERVED * 8, counts
         assert set(counts) <= {"result", "Overloaded/no", "CallTimeout/no", "CallTimeout/maybe", "CallTimeout/yes"}
         assert counts["result"] > SERVED * 2, counts  # goodput: they do not only work on what is given up
@@ -209,16 +225,17 @@ def sizes(processes: list[psutil.Process]) -> list[int]:
     return [it.memory_info().rss for it in processes]
 
 
-async def offer(load: Load, seconds: float) -> None:
+async def offer(load: Load, count: int) -> None:
     """Calls at a rate that takes no notice of how they end; ends when all have."""
     client: Client = load.client
     began, offered = time.monotonic(), 0
     calls: set[asyncio.Task[CallError | str]] = set()
-    while (passed := time.monotonic() - began) < seconds:
-        for _ in range(min(int(passed * OFFERED) - offered, 100)):  # what this machine cannot offer is left out
+    while offered < count:
+        due = min(int((time.monotonic() - began) * OFFERED), count)
+        for _ in range(min(due - offered, 100)):  # after a delay, not all at once
             calls.add(task := asyncio.create_task(load.call()))
             task.add_done_callback(calls.discard)
-        offered = int(passed * OFFERED)
+            offered += 1
         assert client.in_flight <= client.options.max_in_flight
         await asyncio.sleep(0.01)
     await asyncio.gather(*calls)

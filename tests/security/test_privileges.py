@@ -20,6 +20,8 @@ from rpcq.transport.opening import open_admin
 from rpcq.url import parse
 from rpcq.wire.topology import Queue, Topology
 from security.realm import CLIENT, KINDS, SERVED, WORKER, Place
+from support.late import let_others_speak_first
+from support.load import READY, first
 
 # What works.
 
@@ -33,7 +35,7 @@ async def test_calls_pings_and_cancellations_work_with_the_rights_of_the_page(pl
             *(it.call(f"{service}.add", x=i, y=1) for i in range(100) for it in (client, other))
         )
         assert sums == [i + 1 for i in range(100) for _ in range(2)]
-        assert [it.host for it in [found async for found in client.workers(service, wait=0.5)]]
+        assert [it.host for it in await first(client.workers(service, wait=READY), 1)]
         call = asyncio.create_task(client.call(f"{service}.wait"))
         async with asyncio.timeout(10):
             while not worker.in_flight:  # noqa: ASYNC110 - what is waited for sets no event
@@ -46,9 +48,9 @@ async def test_calls_pings_and_cancellations_work_with_the_rights_of_the_page(pl
 @pytest.mark.parametrize("service", KINDS)
 async def test_the_notice_of_an_expiry_arrives_with_the_rights_of_the_page(place: Place, service: str) -> None:
     async with place.client() as client:
-        # The broker tells a tenth of the timeout before the client's own clock would: time enough on a busy machine.
+        let_others_speak_first(client)
         with pytest.raises(CallTimeout, match="expired in the queue"):
-            await client.with_options(timeout=3).call(f"{service}.add", x=1, y=2)
+            await client.with_options(timeout=1).call(f"{service}.add", x=1, y=2)
 
 
 async def test_both_sides_come_back_with_the_rights_of_the_page(place: Place) -> None:
