@@ -24,8 +24,10 @@ from rpcq.calls.outcomes import State
 from rpcq.transport.rabbitmq import session as sessions
 from support.broker import Broker, Setup
 from support.broker import broker as a_broker
-from support.load import Load, Scene, WorkerProcess, until
+from support.load import Load, Overdue, Scene, WorkerProcess, until
 from support.proxy import Connection, Faults, Proxy, proxy
+
+pytestmark = pytest.mark.timeout(180)  # each wait has its own end; where all is slow, several add up
 
 NARROW = 40_000
 """Bytes per second, of which a call takes several hundreds each way."""
@@ -93,16 +95,18 @@ async def test_a_client_whose_consuming_connection_is_reset_settles_all_at_once_
     await scene.workers_of(2)
     async with proxy(scene.url) as between, scene.client(between.url) as client:
         async with (
-            scene.load(client, params={"seconds": 0.05}) as plain,
-            scene.load(client, method="again", idempotent=True, params={"seconds": 0.05}) as idempotent,
+            scene.load(client, timeout=60, params={"seconds": 0.05}) as plain,
+            scene.load(client, timeout=60, method="again", idempotent=True, params={"seconds": 0.05}) as idempotent,
         ):
             await plain.through()
-            running, release = await held(scene, scene.load(client, method="hold"), 20)
-            began = time.monotonic()
-            (await only(between, "consuming")).reset()
+            running, release = await held(scene, scene.load(client, method="hold", timeout=60), 20)
+            consuming = await only(between, "consuming")
+            overdue = Overdue(4)
+            consuming.reset()
             for error in await asyncio.gather(*running):
                 assert isinstance(error, OutcomeUnknown)
-            assert time.monotonic() - began < 5, "their handlers have not ended, and nobody waits for that"
+            assert not overdue.is_so, "their handlers have not ended, and nobody waits for that"
+            overdue.stop()
             release()
             await plain.through()
             await idempotent.through()
@@ -118,9 +122,9 @@ async def test_a_client_whose_publishing_connection_is_lost_loses_only_what_was_
     await scene.workers_of(2)
     async with proxy(scene.url) as between, scene.client(between.url) as client:
         slow, plain, idempotent = (
-            scene.load(client, method="hold"),
-            scene.load(client, callers=20),
-            scene.load(client, callers=20, method="again", idempotent=True),
+            scene.load(client, timeout=60, method="hold"),
+            scene.load(client, timeout=60, callers=20),
+            scene.load(client, timeout=60, callers=20, method="again", idempotent=True),
         )
         running, release = await held(scene, slow, 40)
         await confirmed(client)
@@ -129,7 +133,7 @@ async def test_a_client_whose_publishing_connection_is_lost_loses_only_what_was_
         async with plain, idempotent:
             await until(lambda: client.in_flight == 80)
             publishing.reset()
-            await until(lambda: plain.ledger.failed == 20, 2, "what was not confirmed was not told")
+            await until(lambda: plain.ledger.failed == 20, what="what was not confirmed was not told")
             await plain.through()
             await idempotent.through()
             assert not any(call.done() for call in running)
@@ -144,28 +148,33 @@ async def test_a_worker_whose_publishing_connection_is_lost_publishes_again_what
     scene: Scene,
 ) -> None:
     async with scene.client() as client, proxy(scene.url) as between:
-        worker = await scene.worker(url=between.url)
+        # It is not to notice that nothing comes for a while.
+        worker = await scene.worker(url=between.url, RPCQ_HEARTBEAT="30")
         async with (
-            scene.load(client, params={"seconds": 0.02}) as plain,
-            scene.load(client, method="again", idempotent=True) as idempotent,
+            scene.load(client, timeout=60, params={"seconds": 0.02}) as plain,
+            scene.load(client, timeout=60, method="again", idempotent=True) as idempotent,
         ):
             await plain.through()
             publishing = await only(between, "publishing")
             publishing.freeze()  # replies do not arrive
+            await until(lambda: client.in_flight == 100)
             await asyncio.sleep(0.2)
             publishing.reset()
             await plain.through()
             await idempotent.through()
 
+            slow = scene.load(client, method="hold", timeout=60)
+            running, release = await held(scene, slow, 20)
             publishing = await only(between, "publishing")
             between.down.frozen = True  # replies arrive, and their confirms do not
-            await asyncio.sleep(0.2)
+            release()
+            await asyncio.gather(*running)
             publishing.reset()
             between.down.frozen = False
             await until(lambda: client._calls.unmatched, what="no reply came a second time")
             await plain.through()
             await idempotent.through()
-        only_results(plain, idempotent)
+        only_results(plain, idempotent, slow)
         assert len(scene.ran(plain.prefix)) == plain.ledger.counts["result"]
         assert {line["role"] for line in logged(worker, "session down")} == {"publishing"}
         assert len(logged(worker, "session up again")) == 2
@@ -178,11 +187,11 @@ async def test_a_worker_whose_consuming_connection_is_lost_ends_what_runs_there_
     async with scene.client() as client, proxy(scene.url) as between:
         worker = await scene.worker(url=between.url)
         async with (
-            scene.load(client, callers=20) as plain,
-            scene.load(client, callers=20, method="again", idempotent=True) as idempotent,
+            scene.load(client, timeout=60, callers=20) as plain,
+            scene.load(client, timeout=60, callers=20, method="again", idempotent=True) as idempotent,
         ):
             await plain.through(100)
-            slow = scene.load(client, method="hold")
+            slow = scene.load(client, method="hold", timeout=60)
             running, release = await held(scene, slow, 20)
             (await only(between, "consuming")).reset()
             if scene.queue_type == "classic":
@@ -210,15 +219,15 @@ async def test_a_worker_cut_off_for_a_while_costs_what_it_held_and_its_late_word
     async with scene.client() as client, proxy(scene.url) as between:
         cut_off, _ = await asyncio.gather(scene.worker(url=between.url), scene.worker())
         async with (
-            scene.load(client, params={"seconds": 0.02}) as plain,
-            scene.load(client, method="again", idempotent=True, params={"seconds": 0.02}) as idempotent,
+            scene.load(client, timeout=60, params={"seconds": 0.02}) as plain,
+            scene.load(client, timeout=60, method="again", idempotent=True, params={"seconds": 0.02}) as idempotent,
         ):
             await plain.through()
-            slow = scene.load(client, method="hold")
+            slow = scene.load(client, method="hold", timeout=60)
             running, release = await held(scene, slow, 20)
             between.refuse()
             between.reset()
-            await until(lambda: slow.ledger.ended, 5, "nobody was told")
+            await until(lambda: slow.ledger.ended, what="nobody was told")
             await plain.through()
             lost = slow.ledger.ended
             unmatched = client._calls.unmatched
@@ -245,21 +254,23 @@ async def test_a_worker_cut_off_for_a_while_costs_what_it_held_and_its_late_word
     "roles",
     [("consuming", "publishing"), *(pytest.param((it,), marks=pytest.mark.long) for it in ("consuming", "publishing"))],
 )
-async def test_a_client_notices_what_is_half_open_and_goes_on_with_others(scene: Scene, roles: tuple[str, ...]) -> None:
+async def test_a_client_notices_what_is_half_open_and_goes_on_with_others(
+    scene: Scene, roles: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="rpcq")
     await scene.worker()
-    async with proxy(scene.url) as between, scene.client(between.url, heartbeat=1) as client:
+    async with proxy(scene.url) as between, scene.client(between.url, heartbeat=2) as client:
         async with (
-            scene.load(client) as plain,
-            scene.load(client, method="again", idempotent=True) as idempotent,
+            scene.load(client, timeout=60) as plain,
+            scene.load(client, timeout=60, method="again", idempotent=True) as idempotent,
         ):
             await plain.through()
             frozen = [await only(between, role) for role in roles]
-            began = time.monotonic()
             for connection in frozen:
                 connection.freeze()
-            await until(lambda: plain.ledger.failed, 6, "it was not noticed")
-            # aiormq alone takes three times a heartbeat and a second.
-            assert time.monotonic() - began < 5
+            await until(lambda: plain.ledger.failed, what="it was not noticed")
+            # In these words after two heartbeats; aiormq alone takes three of them and three seconds.
+            assert "nothing came from the broker for" in caplog.text
             await plain.through()
             await idempotent.through()
             for connection in frozen:
@@ -275,20 +286,20 @@ async def test_a_half_open_connection_of_a_worker_costs_what_it_held_and_its_lat
     scene: Scene,
 ) -> None:
     async with scene.client() as client, proxy(scene.url) as between:
-        first, _ = await asyncio.gather(scene.worker(url=between.url, RPCQ_HEARTBEAT="1"), scene.worker())
+        first, _ = await asyncio.gather(scene.worker(url=between.url, RPCQ_HEARTBEAT="3"), scene.worker())
         async with (
-            scene.load(client, params={"seconds": 0.05}) as plain,
-            scene.load(client, method="again", idempotent=True, params={"seconds": 0.05}) as idempotent,
-            scene.load(client, callers=20, params={"seconds": 1.5}) as slow,
+            scene.load(client, timeout=60, params={"seconds": 0.05}) as plain,
+            scene.load(client, timeout=60, method="again", idempotent=True, params={"seconds": 0.05}) as idempotent,
+            scene.load(client, timeout=60, callers=20, params={"seconds": 1.5}) as slow,
         ):
             await plain.through()
             await until(lambda: len(scene.ran(slow.prefix)) >= 20)  # all run, some of them there, and reply later
             between.freeze()
-            await until(lambda: plain.ledger.failed, 8, "nobody was told")
-            await until(lambda: len(logged(first, "session down")) == 2, 5, "it did not notice")
+            await until(lambda: plain.ledger.failed, what="nobody was told")
+            await until(lambda: len(logged(first, "session down")) >= 2, what="it did not notice")
             unmatched = client._calls.unmatched
             between.thaw()
-            await until(lambda: len(logged(first, "session up again")) == 2)
+            await until(lambda: len(logged(first, "session up again")) >= 2)
             await until(lambda: client._calls.unmatched > unmatched, what="no late reply came")
             await plain.through()
             await idempotent.through()
@@ -345,8 +356,8 @@ async def test_delays_and_narrow_lines_cost_no_call(scene: Scene) -> None:
         await scene.worker(url=of_worker.url)
         async with scene.client(of_client.url) as client:
             async with (
-                scene.load(client, callers=20) as plain,
-                scene.load(client, callers=20, method="again", idempotent=True) as idempotent,
+                scene.load(client, timeout=60, callers=20) as plain,
+                scene.load(client, timeout=60, callers=20, method="again", idempotent=True) as idempotent,
             ):
                 await plain.through(100)
                 for between in (of_worker, of_client):
@@ -360,10 +371,12 @@ async def test_delays_and_narrow_lines_cost_no_call(scene: Scene) -> None:
                     between.both(delay=0, rate=NARROW)
                 stream = (await only(of_client, "publishing")).up
                 await plain.through(20)
-                began, before = time.monotonic(), stream.passed
-                await plain.through(50)
-                rate = (stream.passed - before) / (time.monotonic() - began)
-                assert NARROW / 2 < rate < NARROW * 1.5, "it was not what calls waited for"
+                rates: list[float] = []
+                while len(rates) < 10 and max(rates, default=0) <= NARROW / 2:  # a busy machine may be slower still
+                    began, before = time.monotonic(), stream.passed
+                    await plain.through(50)
+                    rates.append((stream.passed - before) / (time.monotonic() - began))
+                assert NARROW / 2 < max(rates) < NARROW * 1.5, f"it was not what calls waited for: {rates}"
             only_results(plain, idempotent)
         await scene.check()
 
@@ -470,7 +483,7 @@ async def test_reconnects_one_after_another_leave_nothing_behind(
             gc.collect()
             before, memory = held_by_this_process(), psutil.Process().memory_info().rss
             await reconnect(more)
-            await until(lambda: held_by_this_process() <= before, 5, f"{held_by_this_process()} tasks and files")
+            await until(lambda: held_by_this_process() <= before, what=f"{held_by_this_process()} tasks and files")
             gc.collect()
             grown = psutil.Process().memory_info().rss - memory
             assert grown < 8_000_000, f"{grown / 1e6:.1f} MB more"
@@ -593,7 +606,7 @@ async def test_frames_that_are_none_end_the_session_and_nothing_is_misread(
                 side = sides[number]
                 old = side.links()
                 await spoil_one(getattr(side.between, way), how, dice)
-                await until(lambda side=side, old=old: side.links() != old, 5, f"{how}, {way}: nobody noticed")
+                await until(lambda side=side, old=old: side.links() != old, what=f"{how}, {way}: nobody noticed")
                 await side.up()
                 await plain.through(20)
                 await idempotent.through(20)
@@ -610,11 +623,11 @@ async def test_frames_that_come_byte_by_byte_are_read_as_any(scene: Scene) -> No
         # Few calls, since each byte is a write of its own; and handshakes.
         async with (
             scene.client(of_client.url, connect_timeout=30) as client,
-            scene.load(client, callers=4) as plain,
-            scene.load(client, callers=4, method="again", idempotent=True) as idempotent,
+            scene.load(client, timeout=60, callers=4) as plain,
+            scene.load(client, timeout=60, callers=4, method="again", idempotent=True) as idempotent,
         ):
-            await plain.through(4)
-            await idempotent.through(4)
+            await plain.through(4, 50)
+            await idempotent.through(4, 50)
         only_results(plain, idempotent)
         for between in (of_client, of_worker):
             between.both(split=0)
@@ -634,8 +647,18 @@ def own_broker() -> Iterator[Broker]:
 @pytest.mark.long
 @pytest.mark.timeout(300)
 async def test_two_hundred_clients_that_lost_their_broker_do_not_come_back_in_step(
-    own_broker: Broker, namespace: str, queue_type: Any, tmp_path: Path
+    own_broker: Broker, namespace: str, queue_type: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A busy machine lets attempts come late, and many together: what counts is when they are due.
+    due: list[float] = []
+    jittered = sessions.Backoff.jittered
+
+    def noted(backoff: sessions.Backoff) -> float:
+        pause = jittered(backoff)
+        due.append(time.monotonic() + pause)
+        return pause
+
+    monkeypatch.setattr(sessions.Backoff, "jittered", noted)
     # On a broker of our own: whether another one may open so many files, nobody knows.
     async with Scene(own_broker.url, namespace, queue_type, tmp_path) as scene:
         await scene.worker("--prefetch", "400")
@@ -652,25 +675,28 @@ async def test_two_hundred_clients_that_lost_their_broker_do_not_come_back_in_st
             clients = [Client(between.url, namespace=scene.namespace, heartbeat=20) for _ in range(200)]
             for at in range(0, 200, 20):
                 await asyncio.gather(*(client.connect() for client in clients[at : at + 20]))
-            loads = [scene.load(client, callers=0, timeout=60) for client in clients]
+            loads = [scene.load(client, callers=0, timeout=150) for client in clients]
             again = [
-                scene.load(client, callers=0, timeout=60, method="again", idempotent=True) for client in clients[:50]
+                scene.load(client, callers=0, timeout=150, method="again", idempotent=True) for client in clients[:50]
             ]
             await asyncio.gather(*(load.call() for load in loads))
 
             between.refuse()
             between.reset()
             waiting = [asyncio.create_task(load.call()) for load in (*loads, *again)]
+            before_all = len(came)
             await asyncio.sleep(16)  # so long that the pauses have grown to their longest
-            times = [at for at in came if at > came[-1] - 0.9 * sessions.LONGEST_PAUSE]
+            now = time.monotonic()
+            times = sorted(at for at in due if now - 0.9 * sessions.LONGEST_PAUSE < at < now)
             busiest = max(bisect.bisect(times, at + 1) - number for number, at in enumerate(times))
             # In step, all would come in the same second, and nobody in the next ones.
             assert len(times) > 200
-            assert busiest < len(times) / 2, f"{busiest} of {len(times)} attempts came in one second"
+            assert len(came) - before_all > 200
+            assert busiest < len(times) / 2, f"{busiest} of {len(times)} attempts were due in one second"
 
             between.allow()
             await asyncio.gather(*waiting)
-            await until(lambda: len(between) == 400, 30)
+            await until(lambda: len(between) == 400, 60)
             await asyncio.gather(*(load.call() for load in (*loads, *again)))
             for load in loads:
                 only_unknown(load, 1)
@@ -702,7 +728,7 @@ async def test_a_broker_that_is_away_for_a_while_costs_what_was_under_way_and_al
                 else:
                     await asyncio.sleep(2)  # the queue has to be old enough: see `Broker.kill`
                     await asyncio.to_thread(own_broker.kill)
-                    await until(lambda: plain.ledger.failed, 2, "what was under way was not told")
+                    await until(lambda: plain.ledger.failed, what="what was under way was not told")
                     await asyncio.to_thread(own_broker.start)
                 await plain.through(1000)
                 await idempotent.through()

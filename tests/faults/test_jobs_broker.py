@@ -88,9 +88,9 @@ async def test_delayed_jobs_outlast_a_broker_that_is(own: Broker, home: Home, ho
     confirmed: dict[str, str] = {}
     async with home.worker() as worker, home.client() as client:
         for number in range(40):
-            job = await client.send(f"{home.service}.later", name=f"n{number}", seconds=8 + number / 20)
+            job = await client.send(f"{home.service}.later", name=f"n{number}", seconds=32 + number / 20)
             confirmed[f"n{number}"] = job.id
-        await home.delayed(40)
+        await home.delayed(40)  # before the first one is due
         if how == "killed":
             await asyncio.to_thread(own.kill)
             await asyncio.to_thread(own.start)
@@ -162,10 +162,10 @@ async def test_a_retry_that_is_blocked_stays_with_its_worker_or_comes_back(
 async def test_a_retry_that_is_refused_stays_with_its_worker_or_comes_back(
     own: Broker, home: Home, is_killed: bool
 ) -> None:
-    level = home.topology.ladder.name(5)  # 8 s
+    level = home.topology.ladder.name(7)  # 32 s, in which what fills it stays there
     async with home.worker() as worker:
         async with full(own, home, level):
-            confirmed = await home.send("a", job="later", seconds=8)
+            confirmed = await home.send("a", job="later", seconds=32)
             await until((home.folder / "move-refused").exists)
             if is_killed:
                 worker.kill()

@@ -10,6 +10,9 @@ import pytest
 from rpcq import Client, OutcomeUnknown
 from support.load import Load, Scene, until
 
+# Workers are started and stopped under load, one after the other; until one serves, calls wait in the queue.
+pytestmark = pytest.mark.timeout(180)
+
 
 def sent_again(client: Client) -> list[int]:
     """The list that grows with each call that the client sends again."""
@@ -48,9 +51,9 @@ async def test_a_worker_stopped_under_load_costs_no_call(scene: Scene) -> None:
     first, _ = await scene.workers_of(2)
     async with scene.client() as client:
         async with (
-            scene.load(client, timeout=30, params={"seconds": 0.05}) as plain,
-            scene.load(client, timeout=30, method="again", idempotent=True, callers=30) as idempotent,
-            scene.load(client, timeout=30, method="thread", callers=10, params={"seconds": 0.02}) as threads,
+            scene.load(client, timeout=60, params={"seconds": 0.05}) as plain,
+            scene.load(client, timeout=60, method="again", idempotent=True, callers=30) as idempotent,
+            scene.load(client, timeout=60, method="thread", callers=10, params={"seconds": 0.02}) as threads,
         ):
             await plain.through()
             first.signal(signal.SIGTERM)
@@ -63,13 +66,13 @@ async def test_a_worker_stopped_under_load_costs_no_call(scene: Scene) -> None:
 
 async def test_calls_that_come_to_a_worker_while_it_stops_run_elsewhere(scene: Scene) -> None:
     first, _ = await asyncio.gather(
-        scene.worker(service="support.targets_dying:target", RPCQ_TEST_LINGERS="0.5"), scene.worker()
+        scene.worker(service="support.targets_dying:target", RPCQ_TEST_LINGERS="3"), scene.worker()
     )
     async with scene.client() as client:
         again = sent_again(client)
         async with (
-            scene.load(client, timeout=30) as plain,
-            scene.load(client, timeout=30, method="again", idempotent=True) as idempotent,
+            scene.load(client, timeout=60) as plain,
+            scene.load(client, timeout=60, method="again", idempotent=True) as idempotent,
         ):
             await plain.through()
             assert not again
@@ -85,11 +88,11 @@ async def test_calls_that_come_to_a_worker_while_it_stops_run_elsewhere(scene: S
 @pytest.mark.long
 async def test_what_a_killed_worker_held_does_not_run_again_through_one_that_stops(scene: Scene) -> None:
     killed, stopping = await asyncio.gather(
-        scene.worker(), scene.worker(service="support.targets_dying:target", RPCQ_TEST_LINGERS="2")
+        scene.worker(), scene.worker(service="support.targets_dying:target", RPCQ_TEST_LINGERS="5")
     )
     async with scene.client() as client:
         again = sent_again(client)
-        async with scene.load(client, params={"seconds": 0.2}) as plain:
+        async with scene.load(client, timeout=60, params={"seconds": 0.2}) as plain:
             await plain.through()
             stopping.signal(signal.SIGTERM)
             await until(lambda: again, what="it turns nothing away")
@@ -109,9 +112,9 @@ async def test_a_rolling_restart_under_constant_load_costs_no_call(scene: Scene)
     workers = await scene.workers_of(4)
     async with scene.client() as client:
         async with (
-            scene.load(client, timeout=30, params={"seconds": 0.02}) as plain,
-            scene.load(client, timeout=30, method="again", idempotent=True) as idempotent,
-            scene.load(client, timeout=30, method="thread", callers=10, params={"seconds": 0.02}) as threads,
+            scene.load(client, timeout=60, params={"seconds": 0.02}) as plain,
+            scene.load(client, timeout=60, method="again", idempotent=True) as idempotent,
+            scene.load(client, timeout=60, method="thread", callers=10, params={"seconds": 0.02}) as threads,
         ):
             await plain.through()
             for old in workers:
@@ -129,7 +132,7 @@ async def test_a_rolling_restart_under_constant_load_costs_no_call(scene: Scene)
 async def test_a_stopped_worker_cuts_off_what_does_not_end_within_its_grace_time(scene: Scene) -> None:
     first = await scene.worker("--grace", "0.5")
     async with scene.client() as client:
-        async with scene.load(client, params={"seconds": 0.02}) as plain:
+        async with scene.load(client, timeout=60, params={"seconds": 0.02}) as plain:
             await plain.through()
             stuck = await stuck_calls(scene, client, "stick", 5)
             stuck += await stuck_calls(scene, client, "thread", 5, seconds=60.0)
@@ -147,7 +150,7 @@ async def test_a_stopped_worker_cuts_off_what_does_not_end_within_its_grace_time
 async def test_a_second_signal_ends_a_worker_at_once(scene: Scene) -> None:
     first = await scene.worker("--grace", "60")
     async with scene.client() as client:
-        async with scene.load(client, params={"seconds": 0.02}) as plain:
+        async with scene.load(client, timeout=60, params={"seconds": 0.02}) as plain:
             await plain.through()
             stuck = await stuck_calls(scene, client, "stick", 5)
             stuck += await stuck_calls(scene, client, "thread", 5, seconds=60.0)

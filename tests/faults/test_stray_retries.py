@@ -28,6 +28,8 @@ STRAYS = 1000
 """Retries that wait when their queue is deleted."""
 WAVE = 20
 """Retries of the other service, four times a second."""
+STRAY = 36
+"""Seconds of these retries: all are put off before the first one is due."""
 PAUSE, MARKER = 4, 12
 """Seconds of its retries: the level of the ladder that the strays pass last; and of the one that comes after all."""
 
@@ -47,7 +49,7 @@ class Street:
 
         @self.gone.job
         async def stray() -> None:
-            raise RetryLater(20)
+            raise RetryLater(STRAY)
 
         @self.other.job
         async def again(context: Context, kind: str) -> None:
@@ -102,10 +104,11 @@ async def count(channel: AbstractChannel, queue: str) -> int:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 async def test_retries_whose_queue_is_deleted_are_kept_and_make_no_others_late(
-    rabbitmq_url: str, tmp_path: Path
+    rabbitmq_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("support.command.SECONDS", 90.0)  # to list them all may take its time
     street = Street(rabbitmq_url)
     lost = street.topology.lost.name
     async with street.client() as client, await aio_pika.connect(rabbitmq_url) as connection:

@@ -19,7 +19,10 @@ from rpcq.sync import Client
 from support.command import delete_queues
 from support.proxy import proxy
 
-SECONDS = 20.0
+pytestmark = pytest.mark.timeout(120)
+
+SECONDS = 50.0
+"""Seconds that a program may take: some fork ten times, and each child connects."""
 ROOT = Path(__file__).resolve().parents[2]
 
 PLAIN = """
@@ -170,7 +173,8 @@ async def test_a_process_whose_broker_says_nothing_any_more_ends_in_bounded_time
         assert process.stdout is not None
         assert await asyncio.wait_for(process.stdout.readline(), SECONDS) == b"ready\n"
         between.freeze()
-        out, err = await asyncio.wait_for(process.communicate(b"\n"), SECONDS)
+        # Before anybody notices that nothing comes: that takes two heartbeats, which are 20 s.
+        out, err = await asyncio.wait_for(process.communicate(b"\n"), 19)
         assert (process.returncode, out, err) == (0, b"", b"")
 
 
@@ -342,6 +346,6 @@ async def test_a_def_handler_passes_its_deadline_on(things: Things, rabbitmq_url
 
     with Client(rabbitmq_url, namespace=namespace) as client:
         async with Worker(outer, url=rabbitmq_url, namespace=namespace):
-            left = await asyncio.to_thread(client.with_options(timeout=5.0).call, "outer.ask")
+            left = await asyncio.to_thread(client.with_options(timeout=20.0).call, "outer.ask")
     await asyncio.to_thread(delete_queues, rabbitmq_url, namespace, ["outer"])
-    assert 3 < left <= 5
+    assert 0 < left <= 20  # a call of its own would have 30

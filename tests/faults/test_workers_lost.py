@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from rpcq.calls.outcomes import MAX_ATTEMPTS
 from rpcq.control import WorkerStats
 from support.command import Process
 from support.load import TESTS, Load, Scene, WorkerProcess, until
+
+pytestmark = pytest.mark.timeout(180)  # each wait has its own end; where all is slow, several add up
 
 CALLERS_OF_ANOTHER_PROCESS = """
 import asyncio
@@ -33,18 +36,30 @@ async def main():
 asyncio.run(main())
 """
 
+STARTS = 60.0
+"""Seconds within which a worker has started, or is back, and says so."""
 
-async def stats(client: Client) -> dict[int, WorkerStats]:
-    """By process ID, what the workers say that answer in time."""
-    return {it.pid: it async for it in client.stats("target", wait=0.3)}
+
+async def stats(client: Client, count: int) -> dict[int, WorkerStats]:
+    """By process ID, what the workers say, once so many have answered a question: one that starts does not hear all."""
+    async with asyncio.timeout(STARTS):
+        while True:
+            found: dict[int, WorkerStats] = {}
+            async with aclosing(client.stats("target", wait=2)) as answers:
+                async for it in answers:
+                    found[it.pid] = it
+                    if len(found) == count:
+                        return found
 
 
 async def finished(client: Client, pid: int) -> int:
-    """Requests that this worker has dealt with."""
-    async with asyncio.timeout(20):
-        while (found := (await stats(client)).get(pid)) is None:
-            pass
-    return found.finished
+    """Requests that this worker has dealt with. It is asked again, since while it is away it hears nothing."""
+    async with asyncio.timeout(STARTS):
+        while True:
+            async with aclosing(client.stats("target", wait=2)) as answers:
+                async for it in answers:
+                    if it.pid == pid:
+                        return it.finished
 
 
 async def in_the_middle(scene: Scene, load: Load) -> None:
@@ -59,15 +74,15 @@ async def in_the_middle(scene: Scene, load: Load) -> None:
 async def until_it_serves(client: Client, worker: WorkerProcess) -> None:
     """Wait until requests come to this worker again."""
     before = await finished(client, worker.pid)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(STARTS):
         while await finished(client, worker.pid) <= before:
             pass
 
 
-async def until_there_are(client: Client, count: int) -> None:
-    """Wait until so many workers serve."""
-    async with asyncio.timeout(20):
-        while len(await stats(client)) != count:
+async def until_idle(client: Client, count: int) -> None:
+    """Wait until so many workers have nothing in hand: they may get to know last that their replies have arrived."""
+    async with asyncio.timeout(STARTS):
+        while any(it.in_flight for it in (await stats(client, count)).values()):
             pass
 
 
@@ -124,9 +139,10 @@ async def test_a_worker_killed_between_its_replies_and_their_acks_costs_no_call(
         if scene.queue_type == "quorum":
             assert client._calls.unmatched == held  # a notice of each message
         else:
-            unmatched = client._calls.unmatched  # a reply to each call, of which a message may have two
-            assert held <= unmatched <= 2 * held
-            assert (await stats(client))[other.pid].refused_redeliveries == unmatched
+            async with asyncio.timeout(STARTS):
+                while (await stats(client, 1))[other.pid].refused_redeliveries != client._calls.unmatched:
+                    pass
+            assert held <= client._calls.unmatched <= 2 * held  # a reply to each call, of which a message may have two
     await scene.check()
 
 
@@ -134,21 +150,22 @@ async def test_a_worker_killed_between_its_replies_and_their_acks_costs_no_call(
 async def test_callers_killed_in_the_middle_of_calls_leave_replies_for_nobody_and_workers_go_on(scene: Scene) -> None:
     await scene.workers_of(2)
     environment = {"RPCQ_URL": scene.url, "RPCQ_NAMESPACE": scene.namespace, "PYTHONPATH": str(TESTS.parent)}
-    command = [sys.executable, "-c", CALLERS_OF_ANOTHER_PROCESS, "1"]
+    command = [sys.executable, "-c", CALLERS_OF_ANOTHER_PROCESS, "4"]  # none is answered before they are killed
     async with scene.client() as client:
         async with scene.load(client) as plain:
             with Process(command, scene.folder, os.environ | environment) as gone:
                 await until(lambda: len(scene.ran("gone-")) == 40, what="\n".join(gone.lines))
                 gone.kill()
             await plain.through()
-            replies_for_nobody, began = 0, time.monotonic()
-            while not replies_for_nobody and time.monotonic() < began + 20:
-                replies_for_nobody = sum(it.unroutable_replies for it in (await stats(client)).values())
+            replies_for_nobody = 0
+            async with asyncio.timeout(STARTS):
+                while not replies_for_nobody:
+                    replies_for_nobody = sum(it.unroutable_replies for it in (await stats(client, 2)).values())
             assert 0 < replies_for_nobody <= 40
             await plain.through()
         only_results(plain)
         assert len(scene.ran("gone-")) == 40
-        assert all(it.in_flight == 0 for it in (await stats(client)).values())
+        await until_idle(client, 2)
     await scene.check()
 
 
@@ -156,12 +173,13 @@ async def test_callers_killed_in_the_middle_of_calls_leave_replies_for_nobody_an
 async def test_a_handler_that_blocks_past_the_heartbeat_costs_what_is_beside_it_and_its_worker_comes_back(
     scene: Scene,
 ) -> None:
-    first = await scene.worker(RPCQ_HEARTBEAT="1")
+    first = await scene.worker(RPCQ_HEARTBEAT="2")
     async with scene.client() as client:
-        async with scene.load(client, params={"seconds": 0.02}) as plain:
+        async with scene.load(client, timeout=60, params={"seconds": 0.02}) as plain:
             await plain.through()
-            blocking = scene.load(client, method="block")
-            blocked = asyncio.create_task(blocking.call(seconds=4))
+            blocking = scene.load(client, method="block", timeout=60)
+            # So long that another worker is there to get what this one is given up with.
+            blocked = asyncio.create_task(blocking.call(seconds=15))
             await until(lambda: scene.ran(blocking.prefix))
             await scene.worker()
             assert isinstance(await blocked, OutcomeUnknown)
@@ -177,12 +195,12 @@ async def test_a_handler_that_blocks_past_the_heartbeat_costs_what_is_beside_it_
 async def test_a_worker_frozen_past_the_heartbeat_costs_what_it_held_and_its_late_word_does_no_harm(
     scene: Scene,
 ) -> None:
-    first, _ = await asyncio.gather(scene.worker(RPCQ_HEARTBEAT="1"), scene.worker())
+    first, _ = await asyncio.gather(scene.worker(RPCQ_HEARTBEAT="2"), scene.worker())
     async with scene.client() as client:
         async with (
-            scene.load(client, params={"seconds": 0.05}) as plain,
-            scene.load(client, method="again", idempotent=True, params={"seconds": 0.05}) as idempotent,
-            scene.load(client, callers=20, params={"seconds": 1.5}) as slow,
+            scene.load(client, timeout=60, params={"seconds": 0.05}) as plain,
+            scene.load(client, timeout=60, method="again", idempotent=True, params={"seconds": 0.05}) as idempotent,
+            scene.load(client, timeout=60, callers=20, params={"seconds": 1.5}) as slow,
         ):
             await plain.through()
             await until(lambda: len(scene.ran(slow.prefix)) >= 20)  # all run, some of them there, and reply later
@@ -205,12 +223,12 @@ async def test_a_worker_frozen_past_the_heartbeat_costs_what_it_held_and_its_lat
 async def test_a_poison_request_kills_one_worker_and_costs_what_is_beside_it(scene: Scene) -> None:
     workers = await scene.worker("--processes", "2")
     async with scene.client() as client:
-        await until_there_are(client, 2)
-        async with scene.load(client, params={"seconds": 0.2}) as plain:
-            poison = scene.load(client, method="die")
+        await stats(client, 2)
+        async with scene.load(client, params={"seconds": 0.2}, timeout=60) as plain:
+            poison = scene.load(client, method="die", timeout=60)
             await in_the_middle(scene, plain)
             assert isinstance(await poison.call(), OutcomeUnknown)
-            await until_there_are(client, 2)
+            await stats(client, 2)  # it is replaced
             await plain.through()
         assert len(scene.ran(poison.prefix)) == 1
         only_unknown(plain)
@@ -219,16 +237,17 @@ async def test_a_poison_request_kills_one_worker_and_costs_what_is_beside_it(sce
 
 
 @pytest.mark.long
+@pytest.mark.timeout(300)
 async def test_a_poison_request_of_an_idempotent_caller_kills_as_many_workers_as_it_has_attempts(scene: Scene) -> None:
     workers = await scene.worker("--processes", "2")
     async with scene.client() as client:
-        await until_there_are(client, 2)
-        async with scene.load(client, method="again", params={"seconds": 0.2}, timeout=20) as plain:
-            poison = scene.load(client, method="die_again", idempotent=True, timeout=30)
+        await stats(client, 2)
+        async with scene.load(client, method="again", params={"seconds": 0.2}, timeout=120) as plain:
+            poison = scene.load(client, method="die_again", idempotent=True, timeout=120)
             await in_the_middle(scene, plain)
             assert isinstance(await poison.call(), OutcomeUnknown)
             assert len(scene.ran(poison.prefix)) == MAX_ATTEMPTS
-            await until_there_are(client, 2)
+            await stats(client, 2)  # it is replaced
             await plain.through()
         only_unknown(plain, MAX_ATTEMPTS)
     assert len(logged(workers, "worker process died")) == MAX_ATTEMPTS
@@ -269,5 +288,5 @@ async def test_callers_that_are_cancelled_by_the_hundreds_free_the_slots_of_thei
         assert sleeping.ledger.count("cancelled") == 300
         assert quick.ledger.count("cancelled") > 0
         only_results(plain)
-        assert all(it.in_flight == 0 for it in (await stats(client)).values())
+        await until_idle(client, 2)
     await scene.check()

@@ -97,9 +97,9 @@ async def test_an_event_waits_until_it_is_due_and_can_be_cancelled(
     store: Store, outbox: Outbox, home: Place, service: Service, done: Done
 ) -> None:
     subscribed(service, store, done)
-    at = datetime.now(UTC) + timedelta(seconds=1.5)
-    later = outbox.with_options(at=at)
     async with outbox, home.worker(service):
+        at = datetime.now(UTC) + timedelta(seconds=5)  # the second one is cancelled before that
+        later = outbox.with_options(at=at)
         await store.write(lambda db: later.publish(db, Created(number=1)))
         dropped = await store.write(lambda db: later.publish(db, Created(number=2)))
         assert await store.write(lambda db: outbox.cancel(db, dropped))

@@ -279,7 +279,7 @@ async def test_a_handler_that_times_out_leaves_nothing_and_its_connection_is_fre
 ) -> None:
     store = Store("asyncpg", database_url, pool_size=1, max_overflow=0, pool_timeout=5)
 
-    @service.job(once=Inbox(store.engine), timeout=0.3, retry=SOON)
+    @service.job(once=Inbox(store.engine), timeout=3, retry=SOON)
     async def charge(db: AsyncSession, context: Context) -> None:
         db.add(Order(context.attempt))
         await db.flush()
@@ -293,19 +293,19 @@ async def test_a_handler_that_times_out_leaves_nothing_and_its_connection_is_fre
 
 
 async def test_a_thread_that_goes_on_beyond_its_timeout_is_done_when_it_commits(
-    home: Place, service: Service, client: Client, database_url: str
+    home: Place, service: Service, client: Client, database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = Store("psycopg", database_url)
     ended = threading.Event()
 
-    @service.job(once=Inbox(store.engine), timeout=0.2, retry=SOON)
+    @service.job(once=Inbox(store.engine), timeout=2, retry=SOON)
     def charge(db: Session) -> None:
         db.add(Order(1))
-        ended.wait(10)
+        ended.wait(40)
 
     async with home.worker(service, remember=0) as worker:
         await client.send(charge)
-        await asyncio.sleep(0.5)
+        await until(lambda: "goes on beyond its timeout" in caplog.text)
         assert effects(store) == []
         ended.set()
         await until(lambda: effects(store) == [1])
