@@ -221,8 +221,6 @@ def admit(  # noqa: PLR0913 - what a request is made of, and what it is held aga
         raise TooLarge(f"the parameters are {body_size} bytes of JSON; the worker's limit is {max_body} (max_body)")
     arguments = method.parameters.read(body)
     limit = left - min(MARGIN, left / 20)
-    if method.timeout is not None and method.timeout < limit:
-        limit = method.timeout
     deduplication = None
     if key is not None:
         deduplication = Deduplication(

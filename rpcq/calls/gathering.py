@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
 from rpcq import logs
@@ -214,18 +215,17 @@ class Gathering:
 
 def by_deadline(calls: Sequence[ClientCall], now: float) -> list[list[ClientCall]]:
     """Put calls together whose deadlines are near each other, in their order; `now` on `time.monotonic()`."""
-    groups: list[tuple[float, float, list[ClientCall]]] = []
-    for call in calls:
-        at = call.deadline
-        for number, (least, most, group) in enumerate(groups):
-            low, high = min(least, at), max(most, at)
-            if high - low <= min(APART, (low - now) / 10):
-                group.append(call)
-                groups[number] = low, high, group
-                break
+    deadlines = [call.deadline for call in calls]
+    groups: list[list[int]] = []
+    until = -inf
+    for number in sorted(range(len(calls)), key=deadlines.__getitem__):
+        at = deadlines[number]
+        if at <= until:
+            groups[-1].append(number)
         else:
-            groups.append((at, at, [call]))
-    return [group for _, _, group in groups]
+            groups.append([number])
+            until = at + min(APART, (at - now) / 10)
+    return [[calls[number] for number in sorted(group)] for group in groups]
 
 
 def split(calls: list[ClientCall], most: int) -> list[list[ClientCall]]:

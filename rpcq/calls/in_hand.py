@@ -27,6 +27,8 @@ class CallRun(Run):
     Attributes:
         replier: what replies to it.
         slots: of its service.
+        session: the session that it counts in; see `Slots`.
+        waits_since: when it began to wait for a slot, on `time.monotonic()`.
         delivery: what is acknowledged at the end.
         key: the key of the call.
         may_have_run: why the call may have run before; None if it certainly has not.
@@ -54,7 +56,9 @@ class CallRun(Run):
         "reads_batches",
         "replier",
         "said",
+        "session",
         "slots",
+        "waits_since",
     )
 
     def __init__(
@@ -68,6 +72,8 @@ class CallRun(Run):
         super().__init__()
         self.replier = replier
         self.slots = slots
+        self.session = slots.session
+        self.waits_since = 0.0
         self.delivery = delivery
         self.key = key
         self.may_have_run = may_have_run

@@ -49,6 +49,9 @@ from rpcq.wire import bodies, replies
 
 log = logs.get_logger("rpcq.worker")
 
+WAIT: Final = 0.1
+"""Seconds that a call may wait for a slot, before it is asked whether it would get one in another worker sooner."""
+
 CUT_OFF_TIMEOUT: Final = 2.0
 """Seconds that the broker has to confirm the replies to callers whose handlers were cut off."""
 
@@ -127,8 +130,11 @@ class Replier:
             self._start(run, invocation, now)
         else:
             run.is_waiting = True
+            run.waits_since = now
             slots.waiting.append(run)
             self._executor.hold(run, invocation, now)
+            if slots.look is None:
+                self._look_later(slots)
 
     def begin_waiting(self, slots: Slots) -> None:
         """Start the handlers of calls that wait, while slots are free."""
@@ -153,10 +159,38 @@ class Replier:
     def turn_away_waiting(self, slots: Slots) -> None:
         """Reply to the calls that wait that they did not begin: the worker shuts down."""
         while slots.waiting:
-            run = self._next(slots)
-            if (invocation := run.invocation) is not None:
-                self._executor.drop(run)
-                self._refuse(run, ServiceUnavailable(f"the worker of {invocation.method.label} shuts down"))
+            self._turn_away(self._next(slots), "shuts down")
+
+    def _turn_away(self, run: CallRun, why: str) -> None:
+        if (invocation := run.invocation) is not None:  # else it has ended
+            self._executor.drop(run)
+            self._refuse(run, ServiceUnavailable(f"the worker of {invocation.method.label} {why}, and did not begin"))
+
+    def _look_later(self, slots: Slots) -> None:
+        slots.freed = 0
+        loop = asyncio.get_running_loop()
+        slots.look = loop.call_later(WAIT, self._look_at_waiting, slots, loop.time() + WAIT)
+
+    def _look_at_waiting(self, slots: Slots, due: float) -> None:
+        """Turn calls away that would wait much longer: their clients send them again, and another worker may be idle.
+
+        They wait only because the messages that brought those before them had several calls: the broker thinks that
+        there is room. Clients that do not know such messages may not send a call again; theirs wait on.
+        """
+        slots.look = None
+        late = asyncio.get_running_loop().time() - due
+        if late < WAIT / 2 and self._can_begin:  # else the loop stood still, or nothing may begin
+            soon, now = 2 * slots.freed, time.monotonic()
+            waiting = [*slots.waiting]
+            slots.waiting.clear()
+            for number, run in enumerate(waiting):
+                if number < soon or not run.reads_batches or now - run.waits_since < WAIT or run.invocation is None:
+                    slots.waiting.append(run)
+                    continue
+                run.is_waiting = False
+                self._turn_away(run, "has no free slot")
+        if slots.waiting and not self._abandoned:
+            self._look_later(slots)
 
     def _next(self, slots: Slots) -> CallRun:
         """Take the first of the calls that wait. One that ended meanwhile gives its place free now."""
@@ -169,6 +203,13 @@ class Replier:
     def _start(self, run: CallRun, invocation: CallInvocation, now: float) -> None:
         run.slots.running += 1
         run.has_slot = True
+        if run.waits_since and run.queue_ms is not None:
+            run.queue_ms += (now - run.waits_since) * 1000
+        limit = invocation.method.timeout
+        if limit is not None and now + limit < invocation.deadline:
+            invocation.deadline = now + limit
+            if run.invocation is not None:
+                self._executor.shorten(run, invocation, now)
         around = None
         if invocation.authorize is not None or invocation.deduplication is not None or run.observed is not None:
             around = partial(self._around, run, invocation)
@@ -379,8 +420,10 @@ class Replier:
             return
         self.in_hand.remove(run)
         self.finished += 1
-        run.slots.held -= 1
-        run.slots.settled(run.delivery)
+        slots = run.slots
+        if run.session == slots.session:
+            slots.held -= 1
+        slots.settled(run.delivery)
 
     def _free(self, run: CallRun) -> None:
         """Free the slot of a call, but not before its thread has ended."""
@@ -392,7 +435,9 @@ class Replier:
             return
         run.has_slot = False
         slots = run.slots
-        slots.running -= 1
+        if run.session == slots.session:
+            slots.running -= 1
+            slots.freed += 1
         if run.began:
             slots.ended(run.handler_ms)
         if slots.waiting:

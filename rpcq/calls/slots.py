@@ -9,6 +9,9 @@ The more it keeps back, the more calls it asks for in each message, so that it h
 was kept back first is acknowledged first. It keeps back one more while it is busy, and one less when it has a free slot
 and the broker may deliver nothing else. Nothing is sent for that, and no consumer has to be changed. If the worker is
 lost, the broker gives what was kept back to another one, which does not run it: the callers have their replies.
+
+Only the calls of this session count. What a lost session brought goes on, and the broker knows nothing of it any more:
+it delivers `prefetch` messages through the next one, and their calls begin at once.
 """
 
 from __future__ import annotations
@@ -55,17 +58,23 @@ class Slots:
 
     Attributes:
         prefetch: as given.
-        running: calls that have a slot.
-        held: calls that the worker has in hand.
+        session: the number of the session; each call has that of its own.
+        running: calls of this session that have a slot.
+        held: calls of this session that the worker has in hand.
         waiting: calls that wait for a slot; those that end meanwhile keep their places.
+        freed: slots that were freed since this was last set to 0.
+        look: the timer of the next look at the calls that wait.
         is_beginning: whether calls that waited are being started.
 
     """
 
     def __init__(self, prefetch: int, *, batching: bool) -> None:
         self.prefetch = prefetch
+        self.session = 0
         self.running = 0
         self.held = 0
+        self.freed = 0
+        self.look: asyncio.TimerHandle | None = None
         self.is_beginning = False
         self.waiting: deque[CallRun] = deque()
         self._most = min(prefetch // SHARE, MOST) if batching else 0
@@ -100,12 +109,20 @@ class Slots:
     def took(self, delivery: Delivery, calls: int) -> None:
         """A message has come, with so many calls. They are not in hand yet."""
         if delivery.source is not self._source:
-            self._source, self._messages = delivery.source, 0
-            self._kept.clear()
+            self._begin_session(delivery.source)
         self._messages += 1
         self._came += 1
         self._brought += calls
         self._let_more_come(self.held + calls)
+
+    def _begin_session(self, source: Acknowledger) -> None:
+        """Count anew. Calls that wait have no slot, and get those of this session."""
+        self._source, self._messages = source, 0
+        self._kept.clear()
+        self.session += 1
+        self.running, self.held = 0, len(self.waiting)
+        for run in self.waiting:
+            run.session = self.session
 
     def settled(self, message: Delivery | Carrier) -> None:
         """A call needs its message no more: acknowledge it, or keep it back, once this is true of all its calls."""
@@ -137,8 +154,9 @@ class Slots:
         """Want nothing more, and keep nothing more back."""
         self._is_closed = True
         self._most = 0
-        if self._look is not None:
-            self._look.cancel()
+        for timer in (self._look, self.look):
+            if timer is not None:
+                timer.cancel()
 
     def release(self) -> None:
         """Acknowledge all that was kept back. Not while a consumer of the service is being cancelled."""

@@ -153,6 +153,11 @@ class Executor:
         if not run.started:  # else the loop starts tasks at once, and it may have ended
             run.task = task
 
+    def shorten(self, run: Run, invocation: Invocation, now: float) -> None:
+        """The deadline of a run that is held comes sooner; `now` on `time.monotonic()`."""
+        self._timeouts.cancel(run)
+        self._timeouts.set(run, invocation.deadline, now)
+
     def drop(self, run: Run) -> None:
         """End a run that is held; none of its methods is called."""
         self._ended(run)

@@ -17,13 +17,15 @@ from rpcq import (
     DomainError,
     InvalidParams,
     MethodNotFound,
+    ObservedRequest,
     Observer,
     OutcomeUnknown,
     PermissionDenied,
     RemoteError,
     Retry,
+    Service,
 )
-from rpcq.calls import gathering, intake, slots
+from rpcq.calls import gathering, intake, replying, slots
 from rpcq.calls.slots import Slots
 from rpcq.wire.batches import read_requests
 from support.late import let_others_speak_first
@@ -383,6 +385,13 @@ async def test_a_worker_that_shuts_down_and_reads_no_message_batches_does_not_ba
             assert await found == list(range(CALLS))
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls wait for a slot for as long as they have time."""
+    monkeypatch.setattr(replying, "WAIT", 600.0)
+
+
+@pytest.mark.usefixtures("patient")
 async def test_no_more_calls_run_at_once_than_the_worker_has_slots_and_those_that_wait_keep_their_deadlines(
     things: Things,
 ) -> None:
@@ -391,8 +400,10 @@ async def test_no_more_calls_run_at_once_than_the_worker_has_slots_and_those_tha
         held = asyncio.ensure_future(gather(client, *["hold"] * 60, timeout=20.0))
         await until(lambda: worker.in_flight == 60)
         # The broker may deliver four messages while all slots are in use: three have come, and this is the fourth.
+        let_others_speak_first(client)
+        brief = client.with_options(timeout=1.0)
         found = await asyncio.gather(
-            *(client.call("things.brief", nonce=nonce) for nonce in range(5)), return_exceptions=True
+            *(brief.call("things.brief", nonce=nonce) for nonce in range(5)), return_exceptions=True
         )
         assert {(type(it), it.executed) for it in found} == {(CallTimeout, "no")}
         assert things.running == 50
@@ -431,6 +442,7 @@ async def test_calls_that_expire_while_they_wait_for_a_slot_make_no_room_for_oth
         assert (slots.running, slots.held, len(slots.waiting)) == (0, 0, 0)
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_worker_that_stops_acknowledges_what_expired_while_it_waited(things: Things) -> None:
     async with things.client() as client:
         worker = things.place.worker(things.service, prefetch=50, grace=0.05)
@@ -464,6 +476,76 @@ async def test_what_a_worker_cannot_hold_is_turned_away_and_sent_again(things: T
         assert {things.runs[nonce] for nonce in range(130)} == {1}
 
 
+@pytest.mark.usefixtures("patient")
+async def test_the_timeout_of_a_method_and_the_time_of_its_handler_begin_with_the_slot(things: Things) -> None:
+    seen: list[ObservedRequest] = []
+
+    class Seen(Observer):
+        def on_request(self, request: ObservedRequest) -> None:
+            seen.append(request)
+
+    worker = things.place.worker(things.service, prefetch=50, observers=[Seen()])
+    async with worker, things.client() as client:
+        await things.warm(client)
+        held = asyncio.ensure_future(gather(client, *["hold"] * 50, timeout=20.0))
+        await until(lambda: things.running == 50)
+        brief = asyncio.gather(*(client.call("things.brief", nonce=nonce) for nonce in range(5)))
+        await until(lambda: len(worker._intake.slots["things"].waiting) == 5)
+        await asyncio.sleep(1.1)  # its timeout is 1 s
+        things.opened.set()
+        assert await brief == list(range(5))
+        await held
+    waits = [it.queue_seconds for it in seen if it.method == "brief"]
+    assert len(waits) == 5
+    assert min(it or 0.0 for it in waits) > 1.0
+
+
+@pytest.mark.usefixtures("small")
+async def test_no_call_waits_for_a_slot_while_another_worker_is_idle(things: Things) -> None:
+    other = Things(things.place)
+    async with things.place.worker(things.service, prefetch=50) as worker, things.client() as client:
+        await things.warm(client)
+        held = asyncio.ensure_future(gather(client, *["hold"] * 50, timeout=40.0))
+        await until(lambda: things.running == 50)
+        async with things.place.worker(other.service, prefetch=50):
+            for _ in range(3):
+                assert await gather(client, *[""] * 60, timeout=30.0) == list(range(60))
+            assert set(other.runs) == set(range(60))
+            assert set(things.runs) == {-1, *range(50)}
+        assert things.running == 50
+        things.opened.set()
+        assert await held == list(range(50))
+        await until(lambda: worker.in_flight == 0)
+
+
+async def test_what_a_lost_session_brought_takes_no_slot_of_the_next_one(place: Place) -> None:
+    service, opened, began = Service("things", queue_type="quorum"), asyncio.Event(), []
+
+    @service.method
+    async def hold() -> None:
+        began.append(1)
+        await opened.wait()
+
+    @service.method
+    async def quick() -> str:
+        return "quick"
+
+    async with place.worker(service, prefetch=5) as worker, place.client() as client:
+        for number in range(1, 4):
+            held = [asyncio.create_task(client.with_options(timeout=40).call("things.hold")) for _ in range(5)]
+            await until(lambda number=number: len(began) == 5 * number)  # type: ignore[misc]
+            await place.cut(worker, client)
+            for call in held:
+                with pytest.raises(OutcomeUnknown):
+                    await call
+            assert await client.with_options(timeout=20).call("things.quick") == "quick"
+        opened.set()
+        await until(lambda: worker.in_flight == 0)
+        slots = worker._intake.slots["things"]
+        assert (slots.running, slots.held, len(slots.waiting)) == (0, 0, 0)
+
+
+@pytest.mark.usefixtures("patient")
 async def test_calls_that_wait_for_a_slot_are_turned_away_when_the_worker_stops(things: Things) -> None:
     async with things.client() as client:
         worker = things.place.worker(things.service, prefetch=50)
