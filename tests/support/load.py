@@ -99,7 +99,8 @@ class WorkerProcess(Process):
         return any(text in line for line in list(self.lines))
 
     async def started(self) -> Self:
-        await until(lambda: self.says("worker started") or not self.is_alive, what="the worker did not start")
+        what = "the worker did not start"
+        await until(lambda: self.says("worker started") or not self.is_alive, 3 * READY, what)
         assert self.is_alive, "\n".join(self.lines)
         return self
 

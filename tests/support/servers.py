@@ -14,7 +14,7 @@ from support.ports import wait_for_amqp
 VHOST = "rpcq-test"
 """Default vhost of a broker started here: `Broker.url` is a fresh vhost without a call of rabbitmqctl."""
 
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 STOP_SECONDS = 30.0
 
 
