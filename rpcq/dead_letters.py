@@ -20,6 +20,8 @@ from rpcq.transport.opening import open_transport
 from rpcq.url import parse
 from rpcq.wire.events import EventTopology
 
+__all__ = ["DeadLetter", "DeadLetters", "FoundLetters", "ReplayedLetters"]
+
 MOST_LISTED: Final = 1000
 """Letters that are found if no other limit is given."""
 

@@ -68,6 +68,7 @@ def test_what_watches_and_the_web_load_no_framework() -> None:
 
 PUBLIC = (
     "rpcq",
+    "rpcq.dead_letters",
     "rpcq.errors",
     "rpcq.logs",
     "rpcq.once",
