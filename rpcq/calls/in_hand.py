@@ -85,6 +85,15 @@ class CallRun(Run):
         self.endings: Endings[ObservedRequest] | None = None
 
     @property
+    def may_go_elsewhere(self) -> bool:
+        """Whether it is as if it had never come, once it is refused before it begins: its client sends it again.
+
+        Clients that do not read message batches may not do that. Of what may have run, a refusal would say `maybe`
+        where a stored result may be found. And what has ended keeps its place.
+        """
+        return self.reads_batches and self.may_have_run is None and self.invocation is not None
+
+    @property
     def id(self) -> str:
         """The correlation ID, for logs."""
         return self.key[1].decode("utf-8", "replace")

@@ -50,7 +50,7 @@ from rpcq.wire import bodies, replies
 log = logs.get_logger("rpcq.worker")
 
 WAIT: Final = 0.1
-"""Seconds that a call may wait for a slot, before it is asked whether it would get one in another worker sooner."""
+"""Seconds that a call waits for a slot before it may be turned away."""
 
 CUT_OFF_TIMEOUT: Final = 2.0
 """Seconds that the broker has to confirm the replies to callers whose handlers were cut off."""
@@ -175,7 +175,7 @@ class Replier:
         """Turn calls away that would wait much longer: their clients send them again, and another worker may be idle.
 
         They wait only because the messages that brought those before them had several calls: the broker thinks that
-        there is room. Clients that do not know such messages may not send a call again; theirs wait on.
+        there is room.
         """
         slots.look = None
         late = asyncio.get_running_loop().time() - due
@@ -184,11 +184,11 @@ class Replier:
             waiting = [*slots.waiting]
             slots.waiting.clear()
             for number, run in enumerate(waiting):
-                if number < soon or not run.reads_batches or now - run.waits_since < WAIT or run.invocation is None:
+                if number >= soon and run.may_go_elsewhere and now - run.waits_since >= WAIT:
+                    run.is_waiting = False
+                    self._turn_away(run, "has no free slot")
+                else:
                     slots.waiting.append(run)
-                    continue
-                run.is_waiting = False
-                self._turn_away(run, "has no free slot")
         if slots.waiting and not self._abandoned:
             self._look_later(slots)
 
