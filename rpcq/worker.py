@@ -304,7 +304,10 @@ class Worker:
 
     @property
     def in_flight(self) -> int:
-        """Requests, jobs and events that it holds: they wait, run, or have ended and are not acknowledged yet."""
+        """Requests, jobs and events that it holds: they wait, run, or have ended and are not acknowledged yet.
+
+        Of a message with several requests that waits until it can be replied to, the message is counted.
+        """
         return len(self._replier.in_hand) + len(self._intake.waiting) + self._jobs_in_hand
 
     @property
