@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from math import inf
-from typing import Final, Unpack
+from typing import Final, TypedDict, Unpack
 
 from rpcq.environment import broker_url, options_from
 from rpcq.errors import ConfigurationError
@@ -20,10 +20,27 @@ from rpcq.transport.opening import open_transport
 from rpcq.url import parse
 from rpcq.wire.events import EventTopology
 
-__all__ = ["DeadLetter", "DeadLetters", "FoundLetters", "ReplayedLetters"]
+__all__ = ["DeadLetter", "DeadLetters", "Filters", "FoundLetters", "ReplayedLetters"]
 
 MOST_LISTED: Final = 1000
 """Letters that are found if no other limit is given."""
+
+
+class Filters(TypedDict, total=False):
+    """Which letters are meant. All filters have to take a letter; without one, any letter fits.
+
+    Attributes:
+        reasons: a reason, or several of which one has to fit: of docs/wire.md, the broker's own word, or "lost".
+        jobs: names of jobs or subscriptions, with or without their service, or names of events.
+        ids: IDs of jobs.
+        since: when they died at the earliest, or how long ago. A letter without a time does not fit.
+
+    """
+
+    reasons: str | Iterable[str]
+    jobs: str | Iterable[str]
+    ids: str | Iterable[str]
+    since: datetime | timedelta | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +86,6 @@ class DeadLetters:
     Each method opens connections of its own, and closes them. It holds what it looks at until it ends, and then gives
     back what it did not replay or delete. Of several that run at once, none sees what another one holds.
 
-    All filters have to take a letter. Each is one value, or several of which any may fit; without one, any letter fits.
-
     Args:
         service: the service, or its name; None for messages of all services whose queue is gone.
         url: the broker; `RPCQ_URL` if None. `memory://` keeps its dead letters for `World.dead` alone.
@@ -98,23 +113,12 @@ class DeadLetters:
             name = service.name if isinstance(service, Service) else service
             self._queue = jobs.dead_queue(check_name("the name of a service", name)).name
 
-    async def find(
-        self,
-        *,
-        reasons: str | Iterable[str] = (),
-        jobs: str | Iterable[str] = (),
-        ids: str | Iterable[str] = (),
-        since: datetime | timedelta | None = None,
-        limit: int = MOST_LISTED,
-    ) -> FoundLetters:
+    async def find(self, *, limit: int = MOST_LISTED, **filters: Unpack[Filters]) -> FoundLetters:
         """Look at letters. They stay where they are.
 
         Args:
-            reasons: of docs/wire.md, the broker's own word, or "lost".
-            jobs: names of jobs or subscriptions, with or without their service, or names of events.
-            ids: IDs of jobs.
-            since: when they died at the earliest, or how long ago. A letter without a time does not fit.
             limit: how many to find, at most.
+            filters: which; see `Filters`.
 
         Raises:
             ConfigurationError: an argument is not valid.
@@ -122,7 +126,7 @@ class DeadLetters:
             BrokerError: the broker refused, or the connection was lost.
 
         """
-        wanted = _wanted(reasons, jobs, ids, since)
+        wanted = _wanted(**filters)
         _check_limit(limit)
         found: list[DeadLetter] = []
         async with open_letters(self._url, self._options, self._queue) as letters:
@@ -135,15 +139,7 @@ class DeadLetters:
             return FoundLetters(found, letters.seen, state.messages, state.consumers)
 
     async def replay(
-        self,
-        *,
-        reasons: str | Iterable[str] = (),
-        jobs: str | Iterable[str] = (),
-        ids: str | Iterable[str] = (),
-        since: datetime | timedelta | None = None,
-        limit: int | None = None,
-        to: str | None = None,
-        rate: float | None = None,
+        self, *, limit: int | None = None, to: str | None = None, rate: float | None = None, **filters: Unpack[Filters]
     ) -> ReplayedLetters:
         """Send the jobs of letters again, with their IDs and keys, from the first attempt.
 
@@ -152,13 +148,10 @@ class DeadLetters:
         may be done nevertheless.
 
         Args:
-            reasons: as for `find`.
-            jobs: as for `find`.
-            ids: as for `find`.
-            since: as for `find`.
             limit: how many to try, at most; None for all that the queue has when it begins.
             to: the service that gets jobs, or the `service:subscription` that gets events, instead of their own.
             rate: letters a second, at most; None for no limit.
+            filters: which; see `Filters`.
 
         Raises:
             ConfigurationError: an argument is not valid.
@@ -166,7 +159,7 @@ class DeadLetters:
             BrokerError: the broker refused, or the connection was lost.
 
         """
-        wanted = _wanted(reasons, jobs, ids, since)
+        wanted = _wanted(**filters)
         _check_limit(limit)
         check_to(to)
         check_rate(rate)
@@ -185,23 +178,12 @@ class DeadLetters:
             await replayer.run(wanted, bound, bound if limit is None else limit)
         return result
 
-    async def purge(
-        self,
-        *,
-        reasons: str | Iterable[str] = (),
-        jobs: str | Iterable[str] = (),
-        ids: str | Iterable[str] = (),
-        since: datetime | timedelta | None = None,
-        limit: int | None = None,
-    ) -> list[DeadLetter]:
+    async def purge(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> list[DeadLetter]:
         """Delete letters for good: nobody does their jobs. Returns them.
 
         Args:
-            reasons: as for `find`.
-            jobs: as for `find`.
-            ids: as for `find`.
-            since: as for `find`.
             limit: how many to delete, at most; None for all that the queue has when it begins.
+            filters: which; see `Filters`.
 
         Raises:
             ConfigurationError: an argument is not valid.
@@ -209,7 +191,7 @@ class DeadLetters:
             BrokerError: the broker refused, or the connection was lost; some may be deleted.
 
         """
-        wanted = _wanted(reasons, jobs, ids, since)
+        wanted = _wanted(**filters)
         _check_limit(limit)
         deleted: list[DeadLetter] = []
         async with open_letters(self._url, self._options, self._queue) as letters:
@@ -250,10 +232,10 @@ def _check_limit(limit: int | None) -> None:
 
 
 def _wanted(
-    reasons: str | Iterable[str],
-    jobs: str | Iterable[str],
-    ids: str | Iterable[str],
-    since: datetime | timedelta | None,
+    reasons: str | Iterable[str] = (),
+    jobs: str | Iterable[str] = (),
+    ids: str | Iterable[str] = (),
+    since: datetime | timedelta | None = None,
 ) -> Wanted:
     if isinstance(since, timedelta):
         since = datetime.fromtimestamp(time.time(), UTC) - since
