@@ -214,11 +214,13 @@ async def broker_channel(url: str) -> AsyncIterator[tuple[AbstractConnection, Ab
 
 async def remove_leftovers(url: str, namespace: str, services: list[str]) -> None:
     """Delete what rpcq declares durably: every run has a namespace of its own, which nobody needs afterwards."""
+    from rpcq.wire.topology import Topology
+
     async with broker_channel(url) as (_, channel):
         for service in services:
             await channel.queue_delete(f"{namespace}.req.{service}")
-        for exchange in ("requests", "control"):
-            await channel.exchange_delete(f"{namespace}.{exchange}")
+        for exchange in Topology(namespace).exchanges():
+            await channel.exchange_delete(exchange.name)
 
 
 def broker_process(url: str) -> psutil.Process | None:

@@ -133,7 +133,7 @@ class Replier:
             run.waits_since = now
             slots.waiting.append(run)
             self._executor.hold(run, invocation, now)
-            if slots.look is None:
+            if slots.waiting_timer is None:
                 self._look_later(slots)
 
     def begin_waiting(self, slots: Slots) -> None:
@@ -169,7 +169,7 @@ class Replier:
     def _look_later(self, slots: Slots) -> None:
         slots.freed = 0
         loop = asyncio.get_running_loop()
-        slots.look = loop.call_later(WAIT, self._look_at_waiting, slots, loop.time() + WAIT)
+        slots.waiting_timer = loop.call_later(WAIT, self._look_at_waiting, slots, loop.time() + WAIT)
 
     def _look_at_waiting(self, slots: Slots, due: float) -> None:
         """Turn calls away that would wait much longer: their clients send them again, and another worker may be idle.
@@ -177,7 +177,7 @@ class Replier:
         They wait only because the messages that brought those before them had several calls: the broker thinks that
         there is room.
         """
-        slots.look = None
+        slots.waiting_timer = None
         late = asyncio.get_running_loop().time() - due
         if late < WAIT / 2 and self._can_begin:  # else the loop stood still, or nothing may begin
             soon, now = 2 * slots.freed, time.monotonic()

@@ -63,7 +63,7 @@ class Slots:
         held: calls of this session that the worker has in hand.
         waiting: calls that wait for a slot; those that end meanwhile keep their places.
         freed: slots that were freed since this was last set to 0.
-        look: the timer of the next look at the calls that wait.
+        waiting_timer: until the next look at the calls that wait.
         is_beginning: whether calls that waited are being started.
 
     """
@@ -74,7 +74,7 @@ class Slots:
         self.running = 0
         self.held = 0
         self.freed = 0
-        self.look: asyncio.TimerHandle | None = None
+        self.waiting_timer: asyncio.TimerHandle | None = None
         self.is_beginning = False
         self.waiting: deque[CallRun] = deque()
         self._most = min(prefetch // SHARE, MOST) if batching else 0
@@ -154,7 +154,7 @@ class Slots:
         """Want nothing more, and keep nothing more back."""
         self._is_closed = True
         self._most = 0
-        for timer in (self._look, self.look):
+        for timer in (self._look, self.waiting_timer):
             if timer is not None:
                 timer.cancel()
 
