@@ -45,7 +45,7 @@ from rpcq.transport.sessions import Sessions
 from rpcq.url import mask
 from rpcq.validation.listing import lists_options
 from rpcq.wire.events import EventTopology
-from rpcq.wire.jobs import ORDERED_LANES
+from rpcq.wire.job_queues import ORDERED_LANES
 from rpcq.wire.topology import CONSUMER_TIMEOUT, Topology
 
 log = logs.get_logger("rpcq.worker")

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 from benchmarks.job_participants import TEXT, Ended, Options, Send
 from rpcq import Client, Service, Worker
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 
 PACKAGES = ("rpcq-rabbitmq", "aio-pika", "aiormq")
 PROMISES = "confirms, mandatory; acknowledges when done; parameters validated by sender and worker"

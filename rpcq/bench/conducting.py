@@ -26,7 +26,7 @@ from rpcq.runtime.process import own_version
 from rpcq.transport.memory.broker import MemoryBroker
 from rpcq.transport.rabbitmq.admin import Admin, open_admin
 from rpcq.url import parse
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 from rpcq.wire.topology import Topology
 from rpcq.worker import Worker
 

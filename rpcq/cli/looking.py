@@ -22,7 +22,7 @@ from rpcq.control import JobInfo, MethodInfo, ServiceInfo, SubscriptionInfo, Wor
 from rpcq.errors import ServiceUnavailable
 from rpcq.options import check_seconds
 from rpcq.runtime.process import run
-from rpcq.wire.jobs import LANES, ORDERED_LANES
+from rpcq.wire.job_queues import LANES, ORDERED_LANES
 
 T = TypeVar("T")
 

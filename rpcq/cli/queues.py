@@ -33,7 +33,7 @@ from rpcq.observability.queues import QueueDepth, QueueWatch
 from rpcq.options import NAME, ClientOptions, check_name, check_seconds
 from rpcq.runtime.process import run
 from rpcq.url import parse
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 from rpcq.wire.topology import Topology
 
 LETTERS: Final = frozenset({"dead", "lost"})

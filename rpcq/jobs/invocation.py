@@ -13,7 +13,8 @@ from rpcq.once import Found, NotBegun, OnceKey
 from rpcq.results import fingerprint
 from rpcq.runtime.deadline import Deadline
 from rpcq.service import Context, Offered, Report, Service
-from rpcq.wire.jobs import JobMessage, JobTopology
+from rpcq.wire.job_queues import JobTopology
+from rpcq.wire.jobs import JobMessage
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a handler, by position and by name."""

@@ -25,18 +25,8 @@ from rpcq.wire import properties as amqp
 from rpcq.wire.bodies import text
 from rpcq.wire.delays import LEVELS
 from rpcq.wire.events import NOT_A_SUBSCRIPTION, EventTopology
-from rpcq.wire.jobs import (
-    DIED_AT,
-    ERROR,
-    EXECUTED,
-    FROM,
-    INCIDENT,
-    REASON,
-    JobMessage,
-    encode_job,
-    no_queue,
-    read_job,
-)
+from rpcq.wire.job_queues import no_queue
+from rpcq.wire.jobs import DIED_AT, ERROR, EXECUTED, FROM, INCIDENT, REASON, JobMessage, encode_job, read_job
 from rpcq.wire.properties import MalformedProperties, Properties
 
 LOST: Final = "lost"

@@ -13,7 +13,8 @@ from rpcq.jobs.outcomes import Again, Dead, Suspect
 from rpcq.runtime.backlog import Backlog
 from rpcq.transport.base import Outgoing, Published, Transport
 from rpcq.wire import jobs as wire
-from rpcq.wire.jobs import JobTopology, encode_dead, encode_job
+from rpcq.wire.job_queues import JobTopology
+from rpcq.wire.jobs import encode_dead, encode_job
 
 if TYPE_CHECKING:
     from rpcq.jobs.run import JobRun

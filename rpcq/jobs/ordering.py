@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from rpcq.jobs.gathering import Gathering, sleep
 from rpcq.jobs.outcomes import Again, Dead, of_ordered
 from rpcq.jobs.run import JobRun
-from rpcq.wire.jobs import ALONE_FROM
+from rpcq.wire.job_queues import ALONE_FROM
 
 if TYPE_CHECKING:
     from rpcq.jobs.holding import Hand

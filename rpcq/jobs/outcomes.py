@@ -17,7 +17,8 @@ from rpcq.once import Found, NotCommitted
 from rpcq.options import JobOptions, Retry
 from rpcq.results import Claim, StoredResult
 from rpcq.wire.delays import coarse, steps_of
-from rpcq.wire.jobs import ALONE_FROM, DELIVERY_LIMIT, ORDERED_LIMIT, SUSPECT_FROM, SUSPECT_LIMIT, JobMessage
+from rpcq.wire.job_queues import ALONE_FROM, DELIVERY_LIMIT, ORDERED_LIMIT, SUSPECT_FROM, SUSPECT_LIMIT
+from rpcq.wire.jobs import JobMessage
 
 UNKNOWN_PAUSES: Final = (5.0, 30.0, 180.0, 600.0)
 """Seconds that a job waits whose name the worker does not know: while a deploy rolls, some workers are older."""

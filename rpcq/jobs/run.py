@@ -10,7 +10,8 @@ from rpcq.jobs.invocation import Served
 from rpcq.options import JobOptions
 from rpcq.service import Offered
 from rpcq.transport.base import Delivery
-from rpcq.wire.jobs import ALONE_FROM, JobMessage
+from rpcq.wire.job_queues import ALONE_FROM
+from rpcq.wire.jobs import JobMessage
 
 if TYPE_CHECKING:
     from rpcq.jobs.keys import Claimed

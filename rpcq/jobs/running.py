@@ -61,7 +61,8 @@ from rpcq.runtime.backlog import Backlog
 from rpcq.runtime.backoff import full_jitter
 from rpcq.runtime.threads import Ended
 from rpcq.transport.base import Delivery, Transport
-from rpcq.wire.jobs import JobMessage, JobTopology, misplaced, read_job
+from rpcq.wire.job_queues import JobTopology
+from rpcq.wire.jobs import JobMessage, misplaced, read_job
 from rpcq.wire.properties import MalformedProperties
 
 log = logs.get_logger("rpcq.worker")

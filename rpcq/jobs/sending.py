@@ -20,7 +20,8 @@ from rpcq.service import Method
 from rpcq.transport.base import Transport
 from rpcq.watching import Read, WatchedJob, Watches
 from rpcq.wire.delays import STEP, steps_of
-from rpcq.wire.jobs import DECLARE, Job, JobTopology, encode_job, lane_of, no_queue
+from rpcq.wire.job_queues import DECLARE, JobTopology, lane_of, no_queue
+from rpcq.wire.jobs import Job, encode_job
 
 
 class _Sending(Sending):

@@ -25,7 +25,8 @@ from rpcq import logs
 from rpcq.schedules import Schedule, due
 from rpcq.service import Service
 from rpcq.transport.base import Delivery, Message, Published, Subscription, Transport
-from rpcq.wire.jobs import JobMessage, JobTopology, encode_job
+from rpcq.wire.job_queues import JobTopology
+from rpcq.wire.jobs import JobMessage, encode_job
 from rpcq.wire.tickets import NotATicket, Ticket, encode_ticket, read_ticket
 from rpcq.wire.topology import CONSUMER_TIMEOUT
 

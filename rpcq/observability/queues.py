@@ -26,7 +26,7 @@ from rpcq.transport.opening import open_admin
 from rpcq.transport.rabbitmq.admin import Admin, QueueState
 from rpcq.url import parse
 from rpcq.wire.events import EventTopology
-from rpcq.wire.jobs import LANES, ORDERED_LANES, JobTopology
+from rpcq.wire.job_queues import LANES, ORDERED_LANES, JobTopology
 from rpcq.wire.topology import Topology
 
 MANAGEMENT_AGAIN: Final = 20

@@ -30,7 +30,7 @@ from rpcq.transport.base import Listener, Published, Transport
 from rpcq.transport.opening import open_transport
 from rpcq.url import mask
 from rpcq.wire.events import EventTopology
-from rpcq.wire.jobs import no_queue
+from rpcq.wire.job_queues import no_queue
 
 log = logs.get_logger("rpcq.outbox")
 

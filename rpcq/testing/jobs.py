@@ -20,7 +20,8 @@ from rpcq.wire import bodies
 from rpcq.wire.bodies import text
 from rpcq.wire.delays import LEVELS, STEP
 from rpcq.wire.events import EventTopology
-from rpcq.wire.jobs import ORDERED_LANES, JobMessage, read_job
+from rpcq.wire.job_queues import ORDERED_LANES
+from rpcq.wire.jobs import JobMessage, read_job
 from rpcq.wire.properties import MalformedProperties
 
 Target = Service | Callable[..., Any] | str | None

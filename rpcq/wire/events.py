@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from rpcq.wire.delays import ANY_DELAY
-from rpcq.wire.jobs import DELIVERY_LIMIT, SUSPECT_LIMIT, JobMessage, JobTopology, encode_job
+from rpcq.wire.job_queues import DELIVERY_LIMIT, SUSPECT_LIMIT, JobTopology
+from rpcq.wire.jobs import JobMessage, encode_job
 from rpcq.wire.topology import MAX_LENGTH, Exchange, Queue
 
 NOT_A_SUBSCRIPTION: Final = "suspects"

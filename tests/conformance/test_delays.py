@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rpcq import ConfigurationError, Context, SendError, Service, UsageError
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 from support.letters import letters
 from support.places import Place, cut_memory
 

@@ -12,7 +12,8 @@ import pytest
 from rpcq import Context, Retry, RetryLater, Service
 from rpcq.jobs import keys, outcomes
 from rpcq.results import Claim, MemoryResults, StoredResult
-from rpcq.wire.jobs import JobMessage, JobTopology, encode_job
+from rpcq.wire.job_queues import JobTopology
+from rpcq.wire.jobs import JobMessage, encode_job
 from support.jobs import Done, dead_queue, settled
 from support.letters import letters
 from support.load import until

@@ -29,7 +29,7 @@ from rpcq import (
 )
 from rpcq.jobs import outcomes
 from rpcq.transport.base import Message, Published
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 from rpcq.wire.properties import Properties, encode
 from support.jobs import Done, dead_queue, settled
 from support.letters import letters

@@ -12,7 +12,8 @@ from rpcq import Client, ConfigurationError, GiveUp, RetryLater, SendError, Serv
 from rpcq.observability.queues import QueueWatch
 from rpcq.options import Priority, WorkerOptions
 from rpcq.transport.base import Message, Published
-from rpcq.wire.jobs import JobMessage, JobTopology, encode_job
+from rpcq.wire.job_queues import JobTopology
+from rpcq.wire.jobs import JobMessage, encode_job
 from rpcq.worker import prefetches
 from support.jobs import Done, dead_queue, settled
 from support.letters import letters

@@ -27,7 +27,7 @@ from rpcq.options import MAX_HEADERS
 from rpcq.results import MemoryResults
 from rpcq.transport.base import Message, Published
 from rpcq.wire.events import EventTopology
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 from rpcq.wire.properties import Properties, encode
 from support.letters import letters
 from support.load import until

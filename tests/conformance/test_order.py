@@ -29,7 +29,8 @@ from rpcq.jobs.letters import read_letter, replay_of
 from rpcq.results import MemoryResults
 from rpcq.transport.base import Message, Published
 from rpcq.wire.events import EventTopology
-from rpcq.wire.jobs import DELIVERY_LIMIT, ORDERED_LANES, JobMessage, JobTopology, encode_job, lane_of, read_job
+from rpcq.wire.job_queues import DELIVERY_LIMIT, ORDERED_LANES, JobTopology, lane_of
+from rpcq.wire.jobs import JobMessage, encode_job, read_job
 from rpcq.wire.properties import encode
 from support.jobs import Done, dead_queue, settled
 from support.letters import letters

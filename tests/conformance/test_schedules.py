@@ -13,7 +13,7 @@ import pytest
 from rpcq import Context, Every, Service
 from rpcq.jobs import ticking
 from rpcq.transport.base import Message
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 from rpcq.wire.tickets import Ticket, encode_ticket, read_ticket
 from support.letters import letters
 from support.places import Place, lose

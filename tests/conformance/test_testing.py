@@ -35,7 +35,7 @@ from rpcq import (
 from rpcq.errors import BrokerUnreachable
 from rpcq.testing import FakeService, places, running
 from rpcq.wire.events import EventTopology
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 from rpcq.wire.topology import Topology
 from support.late import let_others_speak_first
 from support.load import until

@@ -31,7 +31,8 @@ from rpcq import (
     sync,
 )
 from rpcq.transport.base import Message
-from rpcq.wire.jobs import JobMessage, JobTopology, encode_job
+from rpcq.wire.job_queues import JobTopology
+from rpcq.wire.jobs import JobMessage, encode_job
 from rpcq.wire.properties import Properties, encode
 from rpcq.wire.watching import encode_told
 from support.jobs import Done, dead_queue, settled

@@ -37,7 +37,7 @@ from rpcq.options import MAX_HEADERS, NAME, CallOptions, ClientOptions, Connecti
 from rpcq.validation.schemas import make_codec
 from rpcq.wire import batches, bodies, control, events, jobs, replies, requests
 from rpcq.wire.events import EventTopology
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 from rpcq.wire.properties import Properties, decode, encode
 from rpcq.wire.replies import Notice, Reply
 from rpcq.wire.topology import EVERY_SERVICE, Exchange, Queue, Topology

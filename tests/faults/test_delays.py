@@ -18,7 +18,7 @@ import aio_pika
 import pytest
 
 from rpcq import Client, Context, Job, Service, Worker
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 from support.broker import Broker, Setup
 from support.broker import broker as a_broker
 

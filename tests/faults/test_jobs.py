@@ -18,7 +18,7 @@ import pytest
 import rpcq.worker
 from rpcq import BrokerError, Client, SendError, Service, Worker
 from rpcq.jobs import outcomes
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 from support.broker import Setup
 from support.broker import broker as a_broker
 from support.crashing import Home, until

@@ -23,7 +23,7 @@ from rpcq.options import ConnectionOptions
 from rpcq.transport.opening import open_admin
 from rpcq.url import parse
 from rpcq.wire.events import EventTopology
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 from support.ordered import keys_in
 
 TARGET = Path(__file__).resolve().parents[1] / "support" / "targets_ordered.py"

@@ -24,7 +24,7 @@ from rpcq import Client, Service, Worker
 from rpcq.cli.scaling import LOOKS
 from rpcq.options import JobOptions
 from rpcq.url import parse
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 from support.broker import Setup
 from support.broker import broker as a_broker
 from support.command import Process, Rpcq, wait_until

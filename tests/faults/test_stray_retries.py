@@ -21,7 +21,7 @@ import pytest
 from aio_pika.abc import AbstractChannel
 
 from rpcq import Client, Context, Job, RetryLater, Service, Worker
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 from support.command import Rpcq
 
 STRAYS = 1000

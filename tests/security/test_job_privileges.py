@@ -26,7 +26,8 @@ from rpcq.options import ConnectionOptions
 from rpcq.transport.base import Message, Published
 from rpcq.transport.opening import open_admin
 from rpcq.url import parse
-from rpcq.wire.jobs import JobMessage, JobTopology, encode_job
+from rpcq.wire.job_queues import JobTopology
+from rpcq.wire.jobs import JobMessage, encode_job
 from rpcq.wire.topology import Exchange, Queue, Topology
 from security.realm import Deed, add_user, bind, consume, publish
 from support.broker import Broker

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rpcq import Client
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 from soak.jobs_worker import DONE, HANG_ATTEMPTS, HUNG, LINE, POISON, SERVICE, path_of
 from soak.report import say
 from soak.stage import environment

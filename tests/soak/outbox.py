@@ -39,7 +39,7 @@ from rpcq.outbox import metadata
 from rpcq.outbox.tables import dead, inbox, outbox
 from rpcq.transport.opening import open_admin
 from rpcq.url import parse
-from rpcq.wire.jobs import ORDERED_LANES, JobTopology
+from rpcq.wire.job_queues import ORDERED_LANES, JobTopology
 from soak.jobs import show_logs
 from soak.outbox_programs import SERVICE, effects, orders, own
 from soak.report import say

@@ -28,7 +28,7 @@ from rpcq.transport.opening import open_admin
 from rpcq.transport.rabbitmq.admin import Admin
 from rpcq.url import parse
 from rpcq.wire.events import EventTopology
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 from rpcq.wire.topology import Queue, Topology
 
 SUPPORT = Path(__file__).resolve().parent

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rpcq import Service
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 from support.places import Place
 
 

@@ -6,7 +6,7 @@ from itertools import count
 from typing import Any
 
 from rpcq import Service
-from rpcq.wire.jobs import JobTopology, lane_of
+from rpcq.wire.job_queues import JobTopology, lane_of
 from support.places import Place
 
 

@@ -28,7 +28,7 @@ from rpcq.options import ConnectionOptions
 from rpcq.transport.opening import open_admin, open_transport
 from rpcq.url import parse
 from rpcq.wire.events import EventTopology
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 from support.broker import Setup
 from support.broker import broker as a_broker
 from support.command import Rpcq, one_line, wait_until

@@ -29,7 +29,7 @@ from rpcq.cli.supervising import supervise
 from rpcq.errors import ConfigurationError
 from rpcq.options import WorkerOptions
 from rpcq.url import parse
-from rpcq.wire.jobs import ORDERED_LANES
+from rpcq.wire.job_queues import ORDERED_LANES
 from support.command import Rpcq
 from support.ports import free_ports
 

@@ -43,7 +43,7 @@ from rpcq.outbox import Outbox
 from rpcq.outbox.watching import OutboxMetrics
 from rpcq.url import parse
 from rpcq.wire.events import EventTopology
-from rpcq.wire.jobs import LANES, ORDERED_LANES
+from rpcq.wire.job_queues import LANES, ORDERED_LANES
 from rpcq.wire.topology import Queue
 from support.broker import Broker, Setup, vhost_of
 from support.broker import broker as a_broker

@@ -15,7 +15,7 @@ from rpcq.transport.base import Published
 from rpcq.transport.memory.queues import Connection
 from rpcq.transport.memory.vhost import Vhost
 from rpcq.wire.delays import LEVELS, STEP, Ladder, coarse, steps_of
-from rpcq.wire.jobs import JobTopology
+from rpcq.wire.job_queues import JobTopology
 from rpcq.wire.properties import Properties, decode, encode
 from rpcq.wire.topology import Queue
 
