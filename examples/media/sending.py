@@ -15,7 +15,7 @@ from typing import Any
 
 from examples.media.books import Books
 from examples.media.steps import BY_NAME
-from rpcq import Progress, SendError, WatchedJob
+from rpcq import Progress, SendError, ServiceUnavailable, WatchedJob
 from rpcq.web import Rpc
 
 LOOK_EVERY = 1.0
@@ -66,7 +66,7 @@ class Sender:
                         job = await self._send(upload, name)
                         listeners.create_task(self._listen((upload, name), job))
                     self.trouble = None
-                except SendError as error:
+                except (SendError, ServiceUnavailable) as error:  # the second one: there was no connection yet
                     if self.trouble is None:
                         log.warning("steps cannot be sent, and wait: %s", error)
                     self.trouble = str(error)

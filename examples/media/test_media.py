@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -354,6 +355,20 @@ async def test_an_upload_is_taken_while_nothing_else_runs_and_done_later(
         assert [step["state"] for step in state["uploads"][0]["steps"]] == ["unsent"] * 3
         async with rpcq_running(pictures, notices):
             await until(user, lambda it: it["uploads"][0]["notified"])
+
+
+async def test_an_app_with_steps_to_send_starts_while_the_broker_is_not_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setenv("RPCQ_URL", f"amqp://guest:guest@127.0.0.1:{silent.getsockname()[1]}/")
+        app = create_app(folder, watches=False)
+        async with app.router.lifespan_context(app), user_of(app) as user:
+            assert (await user.post("/uploads", params={"name": "cat.jpg"}, content=picture())).status_code == 201
+            state = await until(user, lambda it: it["trouble"] is not None)
+            assert "broker" in state["trouble"]
+            assert [step["state"] for step in state["uploads"][0]["steps"]] == ["unsent"] * 3
 
 
 async def test_the_app_hears_how_far_a_step_is(
