@@ -18,7 +18,7 @@ from support.cluster import Cluster, Member, joined
 from support.cluster import cluster as a_cluster
 from support.load import Load, Scene, WorkerProcess, until
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(480)]
 
 TIMEOUT = 30.0
 

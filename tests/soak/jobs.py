@@ -43,8 +43,11 @@ AHEAD = 0.05
 """The share of all jobs that may wait: the rest is sent while workers and the broker are killed."""
 BATCH = 100
 SEND_TIMEOUT = 120.0
-DOUBLES = 60.0
-"""Seconds that workers have for the doubles of jobs that are done or dead, which may also be on the ladder."""
+DOUBLES = 240.0
+"""Seconds that workers have for the doubles of jobs that are done or dead, which may also be on the ladder.
+
+There they may stand still for 180 s after a restart of the broker: docs/explanations/jobs.md, "Delays and retries".
+"""
 
 
 @dataclass
