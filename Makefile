@@ -63,7 +63,8 @@ test: $(VENV)/.installed-test $(VENV)/.installed-uvloop $(VENV)/.installed-docs
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -o asyncio_debug=false $(ARGS)
 
 test-faults: $(VENV)/.installed-test $(VENV)/.installed-uvloop $(VENV)/.installed-docs
-	$(BIN)/python -m pytest tests/faults tests/security tests/conformance tests/outbox tests/unit/cli tests/unit/observability tests/docs tests/examples -m '' $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/faults tests/security tests/conformance tests/outbox \
+		tests/unit/cli tests/unit/observability tests/docs tests/examples -m '' $(ARGS)
 
 test-examples: $(VENV)/.installed-test $(VENV)/.installed-uvloop
 	$(BIN)/python -m pytest examples tests/examples -m '' $(ARGS)
