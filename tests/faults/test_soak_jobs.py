@@ -10,8 +10,8 @@ import pytest
 
 from soak.stage import environment
 
-SECONDS = 240
-"""On a machine that does much else meanwhile."""
+SECONDS = 480
+"""On a machine that does much else meanwhile; doubles may wait for half of it (`soak.jobs.DOUBLES`)."""
 
 
 @pytest.mark.long
