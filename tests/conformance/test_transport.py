@@ -33,6 +33,12 @@ def deaths(letter: Delivery) -> list[dict[str, Any]]:
     return found
 
 
+def is_4_3(seam: Seam, request: pytest.FixtureRequest) -> bool:
+    """Whether the broker behaves as RabbitMQ does from 4.3 on."""
+    version = "3.10" if seam.in_memory else request.getfixturevalue("broker").version
+    return tuple(int(part) for part in version.split(".")[:2]) >= (4, 3)
+
+
 # Publishing.
 
 
@@ -251,8 +257,7 @@ async def test_what_is_given_back_counts_as_a_return_up_to_rabbitmq_4_2(
     seam: Seam, request: pytest.FixtureRequest
 ) -> None:
     """From 4.3 on, it counts as acquired only. The in-process broker counts as earlier versions do."""
-    version = "3.10" if seam.in_memory else request.getfixturevalue("broker").version
-    counts_less = tuple(int(part) for part in version.split(".")[:2]) >= (4, 3)
+    counts_less = is_4_3(seam, request)
     queue = seam.queue(lasts=True, x_queue_type="quorum", x_delivery_limit=20)
     async with seam.opened(queue) as end:
         assert await end.sent(queue.name, b"x") is Published.CONFIRMED
@@ -263,6 +268,28 @@ async def test_what_is_given_back_counts_as_a_return_up_to_rabbitmq_4_2(
         assert counts == ((0, 1) if counts_less else (1, 0))
         assert copy.redelivered
         copy.ack()
+
+
+async def test_a_quorum_queue_counts_from_0_what_comes_as_a_dead_letter_up_to_rabbitmq_4_2(
+    seam: Seam, request: pytest.FixtureRequest
+) -> None:
+    """From 4.3 on, it counts on from what the letter brings. The in-process broker counts as earlier versions do."""
+    name = f"{seam.namespace}.again"
+    more = {"x_dead_letter_exchange": "", "x_dead_letter_routing_key": name}
+    queue = seam.queue("again", lasts=True, x_queue_type="quorum", x_delivery_limit=1, **more)
+    assert queue.name == name
+    async with seam.opened(queue) as end:
+        assert await end.sent(name, b"x") is Published.CONFIRMED
+        (await end.inbox.next()).reject()
+        letter = await end.inbox.next()
+        assert [(death["reason"], death["count"]) for death in deaths(letter)] == [("rejected", 1)]
+        times = end.of("consuming").count("up")
+        end.cut_one("consuming")
+        await until(lambda: end.of("consuming").count("up") > times)
+        assert await end.sent(name, b"y") is Published.CONFIRMED
+        # Over the limit, it would come to its own queue without a rejection since: RabbitMQ drops that.
+        later = await end.inbox.next()
+        assert later.body == (b"y" if is_4_3(seam, request) else b"x")
 
 
 async def test_a_message_that_is_rejected_without_requeue_comes_back_as_a_dead_letter(seam: Seam) -> None:

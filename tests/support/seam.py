@@ -116,10 +116,20 @@ class End:
     async def barrier(self) -> None:
         """Wait until all messages that the broker has for this end now are delivered.
 
-        A message goes to a separate queue of this end and comes back on the same connection as the others.
+        A message goes to a separate queue of this end and comes back on the same connection as the others. Each queue
+        has a channel of its own, and RabbitMQ writes each one's frames when it comes to it: so each is asked, too.
         """
         assert await self.sent(self.names[-1]) is Published.CONFIRMED
         await self._barriers.next()
+        transport: Any = self.transport
+        if hasattr(transport, "lose_consuming"):
+            return
+        session = transport._consuming
+        channels = [channel for channel, _ in session._consumers]
+        channels += [found.channel for found in session._in_order.values()]
+        async with asyncio.timeout(SECONDS):
+            for channel in channels:
+                await channel.declare_queue(self.names[-1], passive=True)
 
     def cut(self) -> None:
         """Reset both connections, as a network can do."""

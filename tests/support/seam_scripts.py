@@ -244,8 +244,9 @@ def for_version(script: Script, version: str) -> Script:
     """The script without what versions of RabbitMQ do differently.
 
     Before 4.0, a quorum queue without a delivery limit puts what is given back behind all others; later ones have a
-    limit where none is set. From 4.3 on, a quorum queue does not count what is given back by basic.nack, and a message
-    expires in it although others that were given back stand before it.
+    limit where none is set. From 4.3 on, a quorum queue does not count what is given back by basic.nack, it counts on
+    from what a dead letter brings (with a limit of 0, that is the same), and a message expires in it although others
+    that were given back stand before it.
     """
     if version.startswith("3."):
         return script
@@ -255,7 +256,10 @@ def for_version(script: Script, version: str) -> Script:
     kept = [it for it in script.steps if not (isinstance(it, Settle) and it.how == "requeue" and it.queue in left_out)]
     if is_newest and quorum:
         kept = [replace(it, ttl=None) if isinstance(it, Publish) and it.ttl in {SHORT_MS, 0} else it for it in kept]
-    return Script(script.queues, tuple(kept), letters_keep_counts=True)
+    queues = script.queues
+    if is_newest and any(laid.quorum and laid.dead_letters in {"", SECOND} for laid in queues):
+        queues = tuple(replace(laid, delivery_limit=0) if laid.delivery_limit == 1 else laid for laid in queues)
+    return Script(queues, tuple(kept), letters_keep_counts=True)
 
 
 # --- Brokers ---------------------------------------------------------------------------------------------------------
