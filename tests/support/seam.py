@@ -131,6 +131,15 @@ class End:
             for channel in channels:
                 await channel.declare_queue(self.names[-1], passive=True)
 
+    async def gone(self, queue: str) -> None:
+        """Wait until the broker returns what is sent to a queue of somebody who has left.
+
+        RabbitMQ 4.3 may refuse it for a moment: the process of the queue has ended, and its name is still there.
+        """
+        async with asyncio.timeout(SECONDS):
+            while (published := await self.publish(queue)) is not Published.RETURNED:
+                assert published is Published.REFUSED
+
     def cut(self) -> None:
         """Reset both connections, as a network can do."""
         self.cut_one("consuming")
