@@ -43,6 +43,7 @@ from rpcq import (
     errors,
 )
 from rpcq.web import Problem, Rpc, on_call_error, problem
+from support.late import let_others_speak_first
 from support.places import cut_memory
 from support.webserver import served
 
@@ -135,7 +136,7 @@ async def asking(namespace: str, domain: Any = None) -> AsyncIterator[Ask]:
         "method": lambda: rpc.client.call("things.nothing"),
         "nobody": lambda: rpc.client.call("nobody.there"),
         "overloaded": overloaded,
-        "timeout": lambda: rpc.client.with_options(timeout=0.05).call("things.wait"),
+        "timeout": lambda: rpc.client.with_options(timeout=0.2).call("things.wait"),
         "lost": lost,
         "reply": api.word,
         "remote": lambda: rpc.client.call("things.fail"),
@@ -154,6 +155,7 @@ async def asking(namespace: str, domain: Any = None) -> AsyncIterator[Ask]:
         exception_handlers={RpcqError: on_call_error(domain)},
     )
     async with served(app) as client:
+        let_others_speak_first(rpc.client)
         yield lambda way: client.get(f"/{way}")
 
 
