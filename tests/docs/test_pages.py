@@ -222,7 +222,7 @@ def test_what_the_in_process_broker_does_not_keep_is_tested_on_rabbitmq() -> Non
     page = (ROOT / "docs" / "reliability.md").read_text("utf-8")
     section = page.partition("## What `memory://` does not keep\n")[2].partition("\n## ")[0]
     rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("|")][2:]
-    assert len(rows) == 12
+    assert len(rows) == 13
     for *_, tests in rows:
         suite, *names = re.findall(r"`(\w+)`", tests)
         files = [path.read_text("utf-8") for path in (ROOT / "tests").glob(f"*/test_{suite}.py")]

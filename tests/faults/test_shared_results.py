@@ -167,22 +167,22 @@ async def test_a_database_that_is_away_for_a_moment_costs_no_wrong_outcome_and_c
             await through(300)
             stopping = True
             await asyncio.gather(*calling)
+            # A handler that is cut off at its deadline may end later than its caller knows it.
+            while any(it.in_flight for it in await first(client.stats("target", wait=READY), 2)):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
             ledger.check(scene.runs)
             ran = Counter(scene.ran())
             failed = [error for error in told.values() if isinstance(error, CallError)]
             assert failed, "the database was not missed"
-            # What ran, or may have run, does not run again under its key.
-            again = [nonce for nonce in told if getattr(told[nonce], "executed", "yes") != "no"]
-            calls = (call(client.with_options(timeout=60), ledger, nonce, seconds=0.005) for nonce in again)
-            repeated = await asyncio.gather(*calls)
-            assert {nonce: 1 for nonce in again if isinstance(told[nonce], str)}.items() <= Counter(scene.ran()).items()
-            # What was cut off at its deadline has failed, and may run once more.
+            # What was cut off has failed, and its key is free. What else ran, or may have, does not run again.
             cut_off = {nonce for nonce in told if ran[f"cancelled {nonce}"]}
             assert all(isinstance(told[nonce], CallTimeout) for nonce in cut_off)
+            again = [nonce for nonce in told.keys() - cut_off if getattr(told[nonce], "executed", "yes") != "no"]
+            calls = (call(client.with_options(timeout=60), ledger, nonce, seconds=0.005) for nonce in again)
+            repeated = await asyncio.gather(*calls)
             times_run = Counter(scene.ran())
-            assert max(times_run.values()) <= 2
-            assert {nonce for nonce, times in times_run.items() if times > 1} <= cut_off
-            assert {nonce for nonce, times in ran.items() if times} >= {it for it in again if isinstance(told[it], str)}
+            assert set(times_run.values()) == {1}
+            assert {nonce for nonce, error in told.items() if isinstance(error, str)} <= ran.keys()
             lost = [error for error in repeated if isinstance(error, CallError)]
             assert {error.executed for error in lost} <= {"maybe"}
             assert len(lost) <= 2 * len(calling), "more than were under way when it went and when it came back"
