@@ -428,9 +428,8 @@ async def test_calls_that_expire_while_they_wait_for_a_slot_make_no_room_for_oth
             assert {type(it) for it in found} == {CallTimeout}
             assert 0 < len(slots.waiting) <= 50
         await until(lambda: all(run.invocation is None for run in slots.waiting))
-        await asyncio.sleep(0.05)  # their replies have been confirmed since
         assert slots.waiting
-        assert slots.held == 50 + len(slots.waiting)
+        await until(lambda: slots.held == 50 + len(slots.waiting))  # their replies have been confirmed
         other = Things(things.place)
         async with things.place.worker(other.service, prefetch=50):
             assert await gather(client, *[""] * 60, timeout=20.0) == list(range(60))
