@@ -198,7 +198,7 @@ class Page:
             start_new_session=True,
         )
         try:
-            stdout, stderr = process.communicate(timeout=120)
+            stdout, stderr = process.communicate(timeout=240)  # the page about loads takes over a minute
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -241,7 +241,7 @@ def environment(rabbitmq_url: str, namespace: str, tmp_path: Path) -> dict[str, 
     return outer | {"PATH": ":".join(path), "RPCQ_URL": rabbitmq_url, "RPCQ_NAMESPACE": namespace, "COLUMNS": "120"}
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(270)
 @pytest.mark.parametrize(
     "path",
     [
