@@ -72,7 +72,7 @@ async def difference(script: Any, how: ModuleType, url: str) -> str:
 def test_any_script_of_messages_leads_to_the_same_on_both_brokers(
     broker: Broker, scripts: list[seam_scripts.Script]
 ) -> None:
-    play([seam_scripts.for_version(script, broker.version) for script in scripts], seam_scripts, broker)
+    play([seam_scripts.for_release(script, broker.release) for script in scripts], seam_scripts, broker)
 
 
 @settings(few, max_examples=4)
@@ -90,7 +90,7 @@ def test_any_script_of_calls_leads_to_the_same_on_both_brokers(
 def test_any_of_many_scripts_of_messages_leads_to_the_same_on_both_brokers(
     broker: Broker, scripts: list[seam_scripts.Script]
 ) -> None:
-    play([seam_scripts.for_version(script, broker.version) for script in scripts], seam_scripts, broker)
+    play([seam_scripts.for_release(script, broker.release) for script in scripts], seam_scripts, broker)
 
 
 @pytest.mark.long

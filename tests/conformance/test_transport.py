@@ -35,8 +35,7 @@ def deaths(letter: Delivery) -> list[dict[str, Any]]:
 
 def is_4_3(seam: Seam, request: pytest.FixtureRequest) -> bool:
     """Whether the broker behaves as RabbitMQ does from 4.3 on."""
-    version = "3.10" if seam.in_memory else request.getfixturevalue("broker").version
-    return tuple(int(part) for part in version.split(".")[:2]) >= (4, 3)
+    return not seam.in_memory and request.getfixturevalue("broker").release >= (4, 3)
 
 
 # Publishing.

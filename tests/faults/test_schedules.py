@@ -199,7 +199,7 @@ async def test_a_daily_schedule_survives_days_of_a_broker_that_lets_nobody_hold_
         # How often it looks is no key of rabbitmq.conf.
         await asyncio.to_thread(own.ctl, "eval", "application:set_env(rabbit, channel_tick_interval, 200).")
         # From RabbitMQ 4.3 on, a timeout is the business of quorum queues, and the ticket's consumer has its own.
-        strikes = tuple(int(it) for it in own.version.split(".")[:2]) < (4, 3)
+        strikes = own.release < (4, 3)
         clock = QuickClock()
         monkeypatch.setattr(rabbitmq, "clock", clock)
         workers = [await start(own.url) for _ in range(2)]

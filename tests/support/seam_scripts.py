@@ -240,7 +240,7 @@ def scripts(draw: st.DrawFn) -> Script:
     return Script(queues, tuple(steps.draw_next() for _ in range(draw(st.integers(4, 20)))))
 
 
-def for_version(script: Script, version: str) -> Script:
+def for_release(script: Script, release: tuple[int, ...]) -> Script:
     """The script without what versions of RabbitMQ do differently.
 
     Before 4.0, a quorum queue without a delivery limit puts what is given back behind all others; later ones have a
@@ -248,9 +248,9 @@ def for_version(script: Script, version: str) -> Script:
     from what a dead letter brings (with a limit of 0, that is the same), and a message expires in it although others
     that were given back stand before it.
     """
-    if version.startswith("3."):
+    if release < (4, 0):
         return script
-    is_newest = tuple(int(it) for it in version.split(".")[:2]) >= (4, 3)
+    is_newest = release >= (4, 3)
     quorum = {number for number, laid in enumerate(script.queues) if laid.quorum}
     left_out = {it for it in quorum if is_newest or script.queues[it].delivery_limit is None}
     kept = [it for it in script.steps if not (isinstance(it, Settle) and it.how == "requeue" and it.queue in left_out)]

@@ -35,6 +35,11 @@ class Broker:
     _server: Server | None = field(default=None, repr=False)
 
     @property
+    def release(self) -> tuple[int, ...]:
+        """The first two numbers of its version, such as (4, 3)."""
+        return tuple(int(part) for part in self.version.split(".")[:2])
+
+    @property
     def can_ctl(self) -> bool:
         """Whether there is a rabbitmqctl to ask; if not, isolation is by name, and vhosts are not made."""
         return self._ctl is not None

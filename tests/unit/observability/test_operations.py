@@ -406,7 +406,7 @@ async def test_a_queue_that_the_user_may_not_ask_for_is_left_out(managed: Broker
     url = urlsplit(managed.url)
     as_them = url._replace(netloc=f"{namespace}:pw@{url.netloc.rpartition('@')[2]}").geturl()
     found = await QueueWatch([service], as_them, namespace=namespace, management="").look()
-    is_free = tuple(int(it) for it in managed.version.split(".")[:2]) < UNCOUNTED_FROM
+    is_free = managed.release < UNCOUNTED_FROM
     every = ["calls", "jobs", "suspects", "dead", "delayed", "lost"]
     assert [it.kind for it in found] == (every if is_free else ["jobs"])
 
@@ -417,7 +417,7 @@ async def test_the_doctor_looks_for_a_policy_that_makes_a_no_wrong(managed: Brok
     service = Service("things", queue_type="quorum")
     service.method(name="work")(asyncio.Event().wait)
     management = f"http://127.0.0.1:{next(iter(managed.ports.values()))}"
-    knows = tuple(int(it) for it in managed.version.split(".")[:2]) >= UNCOUNTED_FROM
+    knows = managed.release >= UNCOUNTED_FROM
     options = ClientOptions(namespace=namespace)
 
     async def said() -> list[str]:
